@@ -1,0 +1,29 @@
+"""The errors a user is meant to read: one line that says what is wrong and what would be right."""
+
+
+class FipoError(Exception):
+    """A failure with a message for the user; entry points print it without a traceback and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(FipoError):
+    """A configuration that cannot run. Names the key, what is wrong with it and what would be right."""
+
+    exit_code = 2
+
+    def __init__(self, key: str, problem: str, remedy: str):
+        self.key, self.problem, self.remedy = key, problem, remedy
+        super().__init__(f"{key}: {problem} ({remedy})")
+
+
+class DataError(FipoError):
+    """A prompt file that cannot be used. Names the file, the row and the column."""
+
+
+class WeightError(FipoError):
+    """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
+
+
+class RolloutError(FipoError):
+    """The rollout service failed or missed a deadline. Says which server and what was waited for."""

@@ -1,0 +1,72 @@
+"""What travels through the loop on rank 0: a problem, its sampled responses and their judgements. Plain Python."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Problem:
+    """One prompt of a dataset, tokenised."""
+
+    id: str
+    """Stable name: the same problem has the same id in every run (a hash of its text)."""
+    text: str
+    """The prompt as the model reads it, chat template applied."""
+    token_ids: list[int]
+    ground_truth: str
+    data_source: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the reward rule needs beyond the answer: a reasoning-gym entry."""
+
+
+@dataclass
+class Response:
+    """One sampled continuation, as the engine returned it."""
+
+    token_ids: list[int]
+    """The response alone, its end-of-sequence token included when it has one."""
+    log_probs: list[float]
+    """The engine's log-probability of each token."""
+    finish_reason: str
+    """stop, or length when max_response_length cut it off."""
+    weight_version: int
+    """The version of the weights that sampled it."""
+
+
+@dataclass
+class Judgement:
+    """The verdict on one response."""
+
+    accuracy: float
+    """1 right, 0 wrong or not judged; fractions where a scorer gives them."""
+    reward: float
+    """What the advantage is computed from: correct/incorrect plus the overlong penalty."""
+    answer: str
+    """What was extracted, for consensus voting and for readers."""
+    outcome: str
+    """judged, timeout or crash: a check that failed is not a wrong answer."""
+
+
+@dataclass
+class Group:
+    """All samples of one problem: the unit of advantages and of dynamic sampling."""
+
+    problem: Problem
+    responses: list[Response]
+    judgements: list[Judgement] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    """The responses decoded, for rewards and for readers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, for checkpoints of carried-over groups."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Group":
+        """Inverse of `to_dict`."""
+        return cls(
+            problem=Problem(**row["problem"]),
+            responses=[Response(**r) for r in row["responses"]],
+            judgements=[Judgement(**j) for j in row["judgements"]],
+            text=list(row["text"]),
+        )
