@@ -1,0 +1,78 @@
+"""Core attention and norm for Megatron-Core's local layers, on torch's own kernels: the CPU, and a GPU without TE.
+
+Megatron-Core's local attention refuses context parallelism and materialises the full score matrix. This one is
+torch's scaled_dot_product_attention; with context parallelism keys and values are gathered over the group and the
+causal mask follows the zigzag order in which each rank holds chunks r and 2C−1−r of every sequence.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class TorchAttention(MegatronModule):
+    """Causal grouped-query attention over right-padded rows; padding behind a causal mask needs no mask of its own."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ):
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """Attention of one micro-batch.
+
+        Args:
+            query, key, value: [local tokens, rows, heads or key-value groups, head size].
+
+        Returns:
+            [local tokens, rows, heads × head size].
+        """
+        tokens, rows = query.shape[:2]
+        mask = None
+        if self.context_group.size() > 1:
+            width = key.shape[-1]
+            # The backward of this gather is the reduce-scatter that key and value gradients need.
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.context_group)
+            key, value = both.split([width, value.shape[-1]], -1)
+            positions = zigzag_positions(tokens, self.context_group.size(), query.device)
+            mask = positions[self.context_group.rank()][:, None] >= positions.flatten()[None, :]
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return output.permute(2, 0, 1, 3).reshape(tokens, rows, -1)
+
+
+def zigzag_positions(local_tokens: int, ranks: int, device: torch.device) -> Tensor:
+    """Positions in the sequence that each context-parallel rank holds, [ranks, local_tokens]: chunks r and 2C−1−r."""
+    chunks = torch.arange(local_tokens * ranks, device=device).view(2 * ranks, local_tokens // 2)
+    order = torch.arange(ranks, device=device)
+    return torch.cat([chunks[order], chunks[2 * ranks - 1 - order]], dim=1)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron-Core's signature.
+
+    Under sequence parallelism each rank sees a part of the tokens, and the mark on the weight is what makes
+    Megatron-Core sum its gradient over the group; without it the loss is right and that gradient is not.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,122 @@
+"""Checkpoints of a run: Megatron-Core's distributed format, complete or not there at all, loadable under another layout.
+
+A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule and trainer.json (the
+state of the loop: step, data order, carried-over groups). It is written under another name and renamed when all ranks
+are done, so a directory of that name is complete by construction and there is no tracker file to go stale.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy.update import Policy
+
+_COMPLETE = re.compile(r"step-(\d{6,})")
+_TRAINER_STATE = "trainer.json"
+# Optimizer state by parameter and not by rank, so that it loads under another layout.
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def newest(directory: Path) -> Path | None:
+    """The complete checkpoint of the highest step in a run's checkpoint directory, or None."""
+    found = _complete(directory)
+    return found[-1] if found else None
+
+
+def _complete(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
+
+
+def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint; every rank calls this together.
+
+    Args:
+        directory: the run's checkpoint directory, on storage that all ranks share.
+        step: training steps done.
+        trainer_state: JSON-ready state of the loop; rank 0's is written.
+        keep: newest checkpoints to leave there; 0 leaves all.
+
+    Returns:
+        The complete checkpoint.
+    """
+    target = directory / f"step-{step:06d}"
+    partial = directory / f".{target.name}.partial"
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
+    torch.distributed.barrier()
+    if first:
+        _write_durably(partial / _TRAINER_STATE, json.dumps(trainer_state))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync_directory(directory)
+        if keep:
+            for old in _complete(directory)[:-keep]:
+                shutil.rmtree(old)
+    torch.distributed.barrier()
+    return target
+
+
+def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+    """Fill the policy from a checkpoint, which any layout may have written; every rank calls this together.
+
+    Returns:
+        The state of the loop that `save` was given.
+
+    Raises:
+        FipoError: the checkpoint does not fit this model or is damaged.
+    """
+    try:
+        loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
+        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
+    except (OSError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
+    for name, chunk in _named_chunks(policy):
+        chunk.load_state_dict(loaded[name])
+    with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.load_state_dict(loaded["scheduler"])
+    return trainer_state
+
+
+def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:
+    """Chunks under the names by which Megatron-Core's optimizer looks them up."""
+    chunks = unwrap_model(policy.chunks)
+    return [("model", chunks[0])] if len(chunks) == 1 else [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(policy)}
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
+    state["scheduler"] = policy.scheduler.state_dict()
+    return state
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,167 @@
+"""Megatron-Core's GPTModel from a model's geometry and a run's configuration: this rank's pipeline chunks."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.attention import RMSNorm, TorchAttention
+from megatron_fipo.weights.architectures import Geometry
+
+_FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Create Megatron-Core's process groups for the layout, over the process group that is already joined."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    # 0 is Megatron-Core's unset seed.
+    model_parallel_cuda_manual_seed(seed + 1)
+
+
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Whether the layers are Transformer Engine's.
+
+    Raises:
+        ConfigError: they are asked for and not installed, or FP8 is asked for without them.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    wanted = model.layers == "transformer_engine" or (model.layers == "auto" and platform.has_cuda())
+    if wanted and not HAVE_TE:
+        raise ConfigError(
+            "model.layers", "Transformer Engine is not installed", "install it, or set model.layers=local"
+        )
+    if model.fp8 != "off" and not wanted:
+        raise ConfigError("model.fp8", "needs Transformer Engine layers on CUDA", "set model.fp8=off here")
+    return wanted
+
+
+def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
+    """Megatron-Core's configuration of the model, its parallel layout and its precision."""
+    model, parallel = config.model, config.parallel
+    dtype = getattr(torch, model.dtype)
+    return TransformerConfig(
+        num_layers=geometry.num_layers,
+        hidden_size=geometry.hidden_size,
+        ffn_hidden_size=geometry.ffn_hidden_size,
+        num_attention_heads=geometry.num_attention_heads,
+        num_query_groups=geometry.num_query_groups,
+        kv_channels=geometry.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=geometry.rms_norm_eps,
+        qk_layernorm=geometry.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=geometry.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        # One exact token mean over data and context parallelism and micro-batches.
+        calculate_per_token_loss=True,
+        # Micro-batches differ in length. The dispatcher is for experts, but its default refuses that even here.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        **_schedule_settings(parallel),
+        **_precision_settings(model),
+        **_recompute_settings(model),
+    )
+
+
+def _schedule_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.virtual_pipeline is None:
+        return {}
+    # Batched sends of the interleaved schedule mix up their messages under gloo, in silence.
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+
+
+def _precision_settings(model: ModelConfig) -> dict[str, Any]:
+    if model.fp8 == "off":
+        return {}
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[model.fp8]}
+    if model.fp8 != "delayed":
+        # The first and last layers are the most sensitive; delayed scaling cannot tell layers apart.
+        settings |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    return settings
+
+
+def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if model.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def build_model(config: Config, geometry: Geometry) -> list[GPTModel]:
+    """This rank's pipeline chunks, weights uninitialised: `weights.reshard.load_into` fills them.
+
+    Returns:
+        One model, or `parallel.virtual_pipeline` of them, on this rank's device.
+    """
+    megatron = transformer_config(config, geometry)
+    with_te = uses_transformer_engine(config.model)
+    stages = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline else [None]
+    return [_build_chunk(config, geometry, megatron, with_te, stage).to(platform.device()) for stage in stages]
+
+
+def _build_chunk(
+    config: Config, geometry: Geometry, megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
+) -> GPTModel:
+    return GPTModel(
+        megatron,
+        _layer_specification(megatron, with_te, virtual_stage),
+        vocab_size=geometry.padded_vocab_size(config.parallel.tensor),
+        max_sequence_length=config.model.max_position_embeddings or geometry.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        share_embeddings_and_output_weights=geometry.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=geometry.rope_theta,
+        rope_scaling=geometry.rope_scaling is not None,
+        rope_scaling_factor=geometry.rope_scaling.factor if geometry.rope_scaling else 8.0,
+        vp_stage=virtual_stage,
+    )
+
+
+def _layer_specification(
+    megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if with_te:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=megatron.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=megatron.qk_layernorm)
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if megatron.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(megatron, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,209 @@
+"""The one place that knows CPU + gloo from CUDA + NCCL.
+
+Megatron-Core 0.16.1 names `torch.cuda` in many places that have nothing to do with a GPU: a device for a buffer, a
+random state, a synchronisation before a send. `install` points those names at the CPU where there is no CUDA, and
+does nothing where there is. It holds no logic of training: remove this file on a GPU machine and nothing changes.
+
+The redirects are process-wide, so they belong in trainer processes alone; the vLLM servers are processes of their own.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
+_CUDA_NAMES = ("current_device", "synchronize", "manual_seed", "get_rng_state", "set_rng_state")
+_installed = False
+
+
+def has_cuda() -> bool:
+    """Whether the policy runs on CUDA."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This process's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def install() -> None:
+    """Point Megatron-Core's uses of `torch.cuda` at the CPU. Idempotent; a no-op with CUDA.
+
+    Raises:
+        RuntimeError: a name to redirect is gone, which means another torch or Megatron-Core than the pinned one.
+    """
+    global _installed
+    if has_cuda() or _installed:
+        return
+    _check_names_exist()
+    _redirect_device_queries()
+    _redirect_random_state()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _redirect_tensor_methods()
+    _install_adam()
+    _installed = True
+
+
+def _check_names_exist() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    missing = [f"torch.cuda.{name}" for name in _CUDA_NAMES if not hasattr(torch.cuda, name)]
+    missing += [f"torch.{name}" for name in _FACTORIES if not hasattr(torch, name)]
+    if not hasattr(megatron_random, "_set_cuda_rng_state"):
+        missing.append("megatron.core.tensor_parallel.random._set_cuda_rng_state")
+    if missing:
+        raise RuntimeError(f"cannot run on the CPU with these versions, names not found: {', '.join(missing)}")
+
+
+def _redirect_device_queries() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+
+
+def _redirect_random_state() -> None:
+    """The "CUDA" random state that Megatron-Core forks for tensor parallelism is the CPU's own one here."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def manual_seed(seed: int) -> None:
+        # torch.manual_seed would come back here through cuda.manual_seed_all.
+        torch.default_generator.manual_seed(int(seed))
+
+    def get_state(device: Any = "cuda") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = "cuda", graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.manual_seed = manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state  # type: ignore[assignment]
+    megatron_random._set_cuda_rng_state = set_state
+    # Megatron-Core warns whenever the CPU state changes under a CUDA fork; here that is the intent.
+    quiet = lambda record: "CPU RNG state changed" not in record.getMessage()  # noqa: E731
+    logging.getLogger(megatron_random.__name__).addFilter(quiet)
+
+
+def _is_cuda(place: Any) -> bool:
+    return (isinstance(place, str) and place.startswith("cuda")) or (
+        isinstance(place, torch.device) and place.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The factory with device="cuda" read as the CPU; page-locked memory needs a driver, so it is left out."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _redirect_tensor_methods() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    original_type = torch.Tensor.type
+
+    def type_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron-Core's optimizer sorts parameters by the string torch.cuda.FloatTensor.
+        found = original_type(self, *args, **kwargs)
+        if isinstance(found, str) and self.device.type == "cpu":
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
+
+    torch.Tensor.type = type_as_cuda  # type: ignore[method-assign]
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam with apex FusedAdam's contract, on plain torch.
+
+    Megatron-Core's distributed optimizer stores and restores exp_avg and exp_avg_sq a parameter and one step count a
+    group, as apex does; torch.optim.AdamW keeps a step a parameter, and its checkpoints do not load.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **_: Any,
+    ):
+        if not adam_w_mode or not bias_correction:
+            raise ValueError("this Adam has decoupled weight decay and bias correction only")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._step_group(group, parameters)
+
+    def _step_group(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        first = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        second = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, (1 - beta2 ** group["step"]) ** 0.5)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(parameters, first, denominator, -group["lr"] / (1 - beta1 ** group["step"]))
+
+
+def _install_adam() -> None:
+    """Have Megatron-Core take its apex path with `Adam` when neither Transformer Engine nor apex is there."""
+    import megatron.core.optimizer as megatron_optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    if distributed_optimizer.HAVE_APEX_OR_TE:
+        return
+    megatron_optimizer.Adam = Adam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.Adam = Adam
+    distributed_optimizer.HAVE_APEX_OR_TE = True
+    distributed_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def start_process_group(timeout_s: float) -> None:
+    """Join the trainer's process group (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment).
+
+    Args:
+        timeout_s: longest wait of one rank for the others in any collective, in seconds.
+    """
+    install()
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # gloo beside NCCL: object and CPU-tensor collectives, and Megatron-Core's checkpoints, need it.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s))
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def stop_process_group() -> None:
+    """Leave the trainer's process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

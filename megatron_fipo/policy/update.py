@@ -1,0 +1,255 @@
+"""The policy on Megatron-Core: log-probs and updates through its pipeline schedules, the loss on the last stage.
+
+Only the last stage has logits, so log-probs, credit and loss live there, once a micro-batch inside the schedule. What
+every stage must know alike — the metrics, whether an update is sound — is combined once an update.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_fipo.algorithm.losses import LossInputs, policy_loss
+from megatron_fipo.algorithm.statistics import combine, metrics, to_vector
+from megatron_fipo.config import Config
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.batches import MicroBatch, Sequences, build_micro_batch, plan_micro_batches
+from megatron_fipo.policy.logprobs import log_probs_and_entropy
+from megatron_fipo.policy.model import build_model
+from megatron_fipo.weights.architectures import Geometry
+from megatron_fipo.weights.reshard import load_into
+
+MiniBatch = list[MicroBatch]
+
+LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(micro-batch, logits) → loss sum, normaliser, statistics; called on the last pipeline stage."""
+
+
+class Policy:
+    """The model being trained: this rank's chunks of it, its optimizer and its learning-rate schedule."""
+
+    def __init__(self, config: Config, geometry: Geometry, model_dir: str, updates: int):
+        """Build, load and wrap the model. Every rank calls this together, after `start_model_parallel`.
+
+        Args:
+            model_dir: Hugging Face directory whose weights to start from.
+            updates: optimizer updates of the whole run, which a decaying learning rate spans.
+        """
+        self.config, self.geometry = config, geometry
+        chunks = build_model(config, geometry)
+        load_into(chunks, model_dir, geometry)
+        self.megatron_config = chunks[0].config
+        self.chunks = _wrap(chunks, config)
+        self.optimizer = _build_optimizer(config, self.chunks)
+        self.scheduler = _build_scheduler(config, self.optimizer, updates)
+        self.megatron_config.grad_scale_func = self.optimizer.scale_loss
+        self.megatron_config.finalize_model_grads_func = finalize_model_grads
+        self.forward_backward = get_forward_backward_func()
+
+    def plan(self, sequences: Sequences) -> list[MiniBatch]:
+        """This rank's micro-batches of each update of a step."""
+        parallel = self.config.parallel
+        pad_multiple = (parallel.tensor if parallel.sequence else 1) * (
+            2 * parallel.context if parallel.context > 1 else 1
+        )
+        build = partial(
+            build_micro_batch,
+            sequences,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=parallel.context,
+            pad_multiple=pad_multiple,
+            device=platform.device(),
+        )
+        lengths, mini_batches, start = sequences.lengths(), [], 0
+        for size in sequences.mini_batch_sizes:
+            ranks = plan_micro_batches(
+                lengths[start : start + size],
+                parallel_state.get_data_parallel_world_size(),
+                # A sequence's tokens are spread over the context-parallel ranks.
+                parallel.micro_batch_tokens * parallel.context,
+                parallel.pipeline if parallel.virtual_pipeline else 1,
+            )
+            mine = ranks[parallel_state.get_data_parallel_rank()]
+            mini_batches.append([build([start + index for index in indices]) for indices in mine])
+            start += size
+        return mini_batches
+
+    @torch.no_grad()
+    def score(self, mini_batches: list[MiniBatch]) -> None:
+        """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights."""
+        for mini_batch in mini_batches:
+            found = self._run(mini_batch, self._collect_log_probs, forward_only=True, collect_non_loss_data=True)
+            if found:
+                for micro_batch, log_probs in zip(mini_batch, found, strict=True):
+                    micro_batch.old_log_probs = log_probs
+
+    def update(self, mini_batch: MiniBatch, loss: LossFunction | None = None) -> dict[str, float]:
+        """One optimizer update.
+
+        An update whose gradient is not finite is left out on every rank alike, and counted in `updates_skipped`.
+
+        Args:
+            mini_batch: this rank's micro-batches, with `old_log_probs` unless `loss` does without.
+            loss: what to minimise; the configured policy loss if None.
+
+        Returns:
+            Metrics over all ranks, the same on each.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
+        parts = self._run(mini_batch, partial(self._loss, loss or self._policy_loss), forward_only=False)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        sound = math.isfinite(grad_norm)
+        if sound:
+            self.optimizer.step()
+        reported = self._combine_over_ranks(parts) | {"updates_skipped": float(not sound)}
+        if sound:
+            reported["grad_norm"] = grad_norm
+        return reported | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def _run(self, mini_batch: MiniBatch, loss_function: Callable[..., Any], **schedule: Any) -> list[Any]:
+        """Drive the pipeline schedule over the micro-batches; what the last stage collected, [] on other stages."""
+
+        def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            micro_batch = next(micro_batches)
+            keep_dtype = {"fp32_output": False} if self.megatron_config.bf16 else {}
+            logits = model(micro_batch.tokens, micro_batch.position_ids, None, **keep_dtype)
+            return logits, partial(loss_function, micro_batch)
+
+        iterators = [iter(mini_batch) for _ in self.chunks]
+        several = len(self.chunks) > 1
+        return self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(mini_batch),
+            # Lengths differ by micro-batch (variable_seq_lengths); these two are only the schedule's placeholders.
+            seq_length=mini_batch[0].tokens.shape[1],
+            micro_batch_size=mini_batch[0].tokens.shape[0],
+            **schedule,
+        )
+
+    def log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the micro-batch's labels and the entropy, [rows, local tokens] fp32 each."""
+        return log_probs_and_entropy(
+            logits,
+            micro_batch.labels,
+            self.geometry.vocab_size,
+            self.config.rollout.temperature,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def _collect_log_probs(self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
+        return self.log_probs(micro_batch, logits)[0]
+
+    @staticmethod
+    def _loss(loss: LossFunction, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss_sum, normaliser, statistics = loss(micro_batch, logits)
+        return loss_sum, normaliser.clone(), statistics  # the schedule adds up the normaliser in place
+
+    def _policy_loss(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        log_probs, entropy = self.log_probs(micro_batch, logits)
+        assert micro_batch.old_log_probs is not None, "score() runs before update()"
+        inputs = LossInputs(
+            log_probs=log_probs,
+            old_log_probs=micro_batch.old_log_probs,
+            rollout_log_probs=micro_batch.rollout_log_probs,
+            advantages=micro_batch.advantages,
+            response_mask=micro_batch.response_mask,
+            response_lengths=micro_batch.response_lengths,
+            context_group=parallel_state.get_context_parallel_group(),
+        )
+        loss_sum, normaliser, statistics = policy_loss(inputs, self.config.algorithm)
+        statistics["sum/entropy"] = torch.where(micro_batch.response_mask, entropy, 0.0).sum()
+        return loss_sum, normaliser, statistics
+
+    @staticmethod
+    def _combine_over_ranks(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics of the update: one gather over the last stage's ranks, one broadcast down each pipeline."""
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        reported: list[Any] = [None]
+        if parts:
+            names, vector = to_vector(combine(parts))
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            gathered = [torch.empty_like(vector) for _ in range(group.size())]
+            torch.distributed.all_gather(gathered, vector, group=group)
+            rows = [dict(zip(names, row, strict=True)) for row in gathered]
+            reported = [metrics({name: value.item() for name, value in combine(rows).items()})]
+        torch.distributed.broadcast_object_list(reported, src=last, group=pipeline)
+        return reported[0]
+
+
+def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
+    """Megatron-Core's precision and data-parallel wrappers; gradients are reduced in fp32."""
+    megatron = chunks[0].config
+    if megatron.bf16:
+        chunks = [Float16Module(megatron, chunk) for chunk in chunks]
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        # A gradient that is not finite is found by its norm, and the update left out rather than the run ended.
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(megatron, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Any:
+    settings = config.optimizer
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=chunks[0].config.bf16,
+            params_dtype=chunks[0].config.params_dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+    )
+
+
+def _build_scheduler(config: Config, optimizer: Any, updates: int) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(settings.warmup_updates, max(updates - 1, 0)),
+        lr_decay_steps=max(updates, 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
