@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_fipo.algorithm.zigzag import zigzag_positions
+
 
 class TorchAttention(MegatronModule):
     """Causal grouped-query attention over right-padded rows; padding behind a causal mask needs no mask of its own."""
@@ -57,13 +59,6 @@ class TorchAttention(MegatronModule):
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
         )
         return output.permute(2, 0, 1, 3).reshape(tokens, rows, -1)
-
-
-def zigzag_positions(local_tokens: int, ranks: int, device: torch.device) -> Tensor:
-    """Positions in the sequence that each context-parallel rank holds, [ranks, local_tokens]: chunks r and 2C−1−r."""
-    chunks = torch.arange(local_tokens * ranks, device=device).view(2 * ranks, local_tokens // 2)
-    order = torch.arange(ranks, device=device)
-    return torch.cat([chunks[order], chunks[2 * ranks - 1 - order]], dim=1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

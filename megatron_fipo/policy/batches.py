@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from megatron_fipo.policy.attention import zigzag_positions
+from megatron_fipo.algorithm.zigzag import zigzag_positions
 
 
 @dataclass

@@ -86,8 +86,8 @@ def _redirect_random_state() -> None:
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state  # type: ignore[assignment]
     megatron_random._set_cuda_rng_state = set_state
     # Megatron-Core warns whenever the CPU state changes under a CUDA fork; here that is the intent.
-    quiet = lambda record: "CPU RNG state changed" not in record.getMessage()  # noqa: E731
-    logging.getLogger(megatron_random.__name__).addFilter(quiet)
+    logger = logging.getLogger(megatron_random.__name__)
+    logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _is_cuda(place: Any) -> bool:

@@ -1,0 +1,27 @@
+"""Chunked log-probs against torch.log_softmax, value and gradient. The tensor-parallel path runs in test_layouts.py."""
+
+import pytest
+import torch
+
+from megatron_fipo.policy import logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_matches_log_softmax(dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_CHUNK_TOKENS", 64)
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50, 40).to(dtype).requires_grad_()
+    labels, weights = torch.randint(0, 37, (3, 50)), torch.randn(3, 50)
+    before = logits.detach().clone()
+    log_probs, entropy = logprobs.log_probs_and_entropy(logits, labels, 37, temperature)
+    (gradient,) = torch.autograd.grad((log_probs * weights).sum(), logits)
+    assert torch.equal(logits, before), "the caller's logits are not scratch space"
+
+    plain = (logits.float()[..., :37] / temperature).log_softmax(-1)  # three columns are padding
+    expected = plain.gather(-1, labels[..., None])[..., 0]
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert gradient[..., 37:].abs().max() == 0
