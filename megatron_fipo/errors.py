@@ -27,3 +27,7 @@ class WeightError(FipoError):
 
 class RolloutError(FipoError):
     """The rollout service failed or missed a deadline. Says which server and what was waited for."""
+
+
+class RewardError(FipoError):
+    """Responses could not be judged at all: no verifier process can be started. Says why."""

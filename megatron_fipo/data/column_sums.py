@@ -1,0 +1,144 @@
+"""The embedded task: sums of 3 to 9 digits modulo 10, with solutions in three styles, and the files made of it.
+
+    4+5+8+0=?                                                         the problem
+    Answer: 7                                                         a guess
+    4+5=9. 9+8=7. 7+0=7. Answer: 7                                    worked steps
+    4+5=9. 9+8=7. 7+0=7. Check: 0+8=8. 8+5=3. 3+4=7. Answer: 7        worked steps and a check in reverse
+
+A base model that has learnt all three but mostly guesses leaves reinforcement learning something to find. Everything
+here is a function of its seed. To make the files again:
+
+    python -m megatron_fipo.data.column_sums --out megatron_fipo/assets
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+CHARACTERS = "\n0123456789+=.:; ?ACSacenrskhTotlw"
+"""Every character of the task's texts; the tokenizer has one token for each."""
+PAD_ID, EOS_ID, BOS_ID, UNKNOWN_ID = range(4)
+
+TRAIN_SIZE, VALIDATION_SIZE = 4000, 256
+_SHORTEST, _LONGEST = 3, 9
+_SPACE_PIECE = "\u2581"
+
+
+def problem(rng: random.Random) -> list[int]:
+    """The digits of a random problem, 3 to 9 of them."""
+    return [rng.randint(0, 9) for _ in range(rng.randint(_SHORTEST, _LONGEST))]
+
+
+def prompt(digits: Sequence[int]) -> str:
+    """The problem as text, newline included: "4+5+8+0=?" for [4, 5, 8, 0]."""
+    return "+".join(map(str, digits)) + "=?\n"
+
+
+def answer(digits: Sequence[int]) -> str:
+    """The sum modulo 10."""
+    return str(sum(digits) % 10)
+
+
+def solution(digits: Sequence[int], rng: random.Random, style_weights: Sequence[float]) -> str:
+    """A right solution in a random style; the weights are those of guess, worked steps, and steps with a check."""
+    (style,) = rng.choices(("guess", "steps", "check"), style_weights)
+    conclusion = f"Answer: {answer(digits)}"
+    if style == "guess":
+        return conclusion
+    check = "Check: " + _steps(digits[::-1]) if style == "check" else ""
+    return _steps(digits) + check + conclusion
+
+
+def _steps(digits: Sequence[int]) -> str:
+    """The running sum written out: "4+5=9. 9+8=7. 7+0=7. "."""
+    sums = [sum(digits[: end + 1]) % 10 for end in range(len(digits))]
+    return "".join(
+        f"{before}+{digit}={after}. " for (before, after), digit in zip(pairwise(sums), digits[1:], strict=True)
+    )
+
+
+def write_problems(directory: Path, seed: int = 0) -> None:
+    """Writes tiny_train.jsonl and tiny_validation.jsonl: distinct problems, none in both."""
+    rng = random.Random(seed)
+    distinct: dict[str, str] = {}
+    while len(distinct) < TRAIN_SIZE + VALIDATION_SIZE:
+        digits = problem(rng)
+        distinct.setdefault(prompt(digits), answer(digits))
+    rows = [_row(text, truth) for text, truth in distinct.items()]
+    # The first problems drawn have the distribution of `problem`; later ones miss the short sums that ran out.
+    _write(directory / "tiny_validation.jsonl", "".join(rows[:VALIDATION_SIZE]).encode())
+    _write(directory / "tiny_train.jsonl", "".join(rows[VALIDATION_SIZE:]).encode())
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Writes tokenizer.model and tokenizer_config.json into a model directory; a prompt is <bos> and then its text.
+
+    One token a character: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then CHARACTERS in order. No normalisation, no dummy
+    prefix, no whitespace removed: decode(encode(text)) == text for every text of the task.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    # All but the last as user-defined symbols keep the order; the trainer wants one character to learn itself.
+    *given, learnt = (_SPACE_PIECE if character == " " else character for character in CHARACTERS)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([learnt]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=len(CHARACTERS) + 4,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=PAD_ID,
+        eos_id=EOS_ID,
+        bos_id=BOS_ID,
+        unk_id=UNKNOWN_ID,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=given,
+        minloglevel=2,
+    )
+    _write(directory / "tokenizer.model", model.getvalue())
+    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    settings = {"add_bos_token": True, "add_eos_token": False, **special}
+    _write(directory / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _row(text: str, truth: str) -> str:
+    row = {
+        "data_source": "column_sums",
+        "prompt": [{"role": "user", "content": text}],
+        "reward_model": {"ground_truth": truth},
+    }
+    return json.dumps(row, separators=(",", ":")) + "\n"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def main() -> None:
+    """Entry point: the problem files, and the tokenizer in its model directory tiny/."""
+    parser = argparse.ArgumentParser(description="Make the embedded task's problem files and tokenizer.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write to")
+    out = parser.parse_args().out
+    write_problems(out)
+    write_tokenizer(out / "tiny")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The verifier pool: judges groups in killable processes, each response under its own deadline.
+
+A check that hangs is killed and one that crashes its process is noticed; either way the process is restarted, the other
+responses go on, and the response's outcome is `timeout` or `crash`, counted, and not a wrong answer.
+"""
+
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from megatron_fipo.algorithm.advantages import overlong_penalty
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.errors import RewardError
+from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
+from megatron_fipo.samples import Group, Judgement
+
+# Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
+_BATCH = 8
+
+
+class _Ticket:
+    """A group on its way through the pool; resolves its future when the last judgement is in."""
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.future: Future[Group] = Future()
+        self._judgements: dict[int, Judgement] = {}
+        self._lock = threading.Lock()
+
+    def settle(self, index: int, judgement: Judgement) -> None:
+        with self._lock:
+            self._judgements[index] = judgement
+            complete = len(self._judgements) == len(self.group.responses)
+        if complete:
+            self.group.judgements = [self._judgements[i] for i in range(len(self.group.responses))]
+            self.future.set_result(self.group)
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            if not self.future.done():
+                self.future.set_exception(error)
+
+
+class VerifierPool:
+    """`config.workers` verifier processes and a thread for each. Use as a context manager, or call `close`."""
+
+    def __init__(self, config: RewardConfig, max_response_length: int):
+        """Starts the processes in the background. `max_response_length` in tokens, for the overlong penalty."""
+        self._config = config
+        self._max_response_length = max_response_length
+        self._counts: Counter[str] = Counter(judged=0, timeout=0, crash=0)
+        self._counts_lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._processes = [VerifierProcess(config.rule) for _ in range(config.workers)]
+        self._threads = [
+            threading.Thread(target=self._supervise, args=(process,), name=f"verifier-{index}", daemon=True)
+            for index, process in enumerate(self._processes)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> "VerifierPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Responses by outcome since the pool was made: judged, timeout, crash."""
+        with self._counts_lock:
+            return dict(self._counts)
+
+    def submit(self, group: Group) -> Future[Group]:
+        """Judges a group in the background; the future gives the group with `judgements` filled, one a response.
+
+        `group.text` must hold the decoded responses. From asyncio: `await asyncio.wrap_future(pool.submit(group))`.
+        The future raises RewardError if no verifier can be started, or the pool is closed first.
+        """
+        if len(group.text) != len(group.responses):
+            raise ValueError(f"problem {group.problem.id}: {len(group.responses)} responses, {len(group.text)} texts")
+        if self._closed:
+            raise RewardError("the verifier pool is closed")
+        ticket = _Ticket(group)
+        if not group.responses:
+            ticket.future.set_result(group)
+        for start in range(0, len(group.responses), _BATCH):
+            self._queue.put((ticket, range(start, min(start + _BATCH, len(group.responses)))))
+        return ticket.future
+
+    def judge(self, groups: Sequence[Group]) -> None:
+        """Judges groups and waits. Bounded: each response has its deadline, each restart of a process too."""
+        for future in [self.submit(group) for group in groups]:
+            future.result()
+
+    def close(self) -> None:
+        """Ends every process and thread; unfinished futures raise RewardError. May be called twice."""
+        self._closed = True
+        for process in self._processes:
+            process.retire()
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _supervise(self, process: VerifierProcess) -> None:
+        """One thread's life: feeds one process until the pool closes."""
+        # Start-up runs ahead of the first response; if it fails, whoever submits one is told.
+        with suppress(RewardError):
+            process.ensure_started()
+        while (work := self._queue.get()) is not None:
+            ticket, indices = work
+            try:
+                self._judge_batch(process, ticket, indices)
+            except Exception as error:
+                ticket.fail(error)
+        process.kill()
+
+    def _judge_batch(self, process: VerifierProcess, ticket: _Ticket, indices: range) -> None:
+        pending = deque(indices)
+        while pending:
+            process.ensure_started()
+            try:
+                process.send([_item(ticket.group, index) for index in pending], self._config.timeout_s)
+                while pending:
+                    for result in process.receive(self._config.timeout_s):
+                        self._settle(ticket, pending.popleft(), result)
+            except VerifierHung:
+                process.kill()
+                self._settle(ticket, pending.popleft(), {"outcome": "timeout"})
+            except VerifierDied:
+                process.kill()
+                if self._closed:
+                    raise RewardError("the verifier pool was closed while it judged a response") from None
+                self._settle(ticket, pending.popleft(), {"outcome": "crash"})
+
+    def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
+        outcome = result.get("outcome", "crash" if "error" in result else "judged")
+        accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
+        with self._counts_lock:
+            self._counts[outcome] += 1
+        reward = self._reward(accuracy, len(ticket.group.responses[index].token_ids))
+        ticket.settle(index, Judgement(accuracy, reward, answer, outcome))
+
+    def _reward(self, accuracy: float, length: int) -> float:
+        """incorrect … correct by accuracy, linear in between for fractional scorers; then the overlong penalty."""
+        config, share = self._config, min(max(accuracy, 0.0), 1.0)
+        reward = config.incorrect + share * (config.correct - config.incorrect)
+        if config.overlong_buffer.enable:
+            reward += overlong_penalty(
+                length,
+                max_response_length=self._max_response_length,
+                buffer_length=config.overlong_buffer.len,
+                penalty_factor=config.overlong_buffer.penalty_factor,
+            )
+        return reward
+
+
+def _item(group: Group, index: int) -> dict[str, Any]:
+    problem = group.problem
+    return {"text": group.text[index], "ground_truth": problem.ground_truth, "extra": problem.extra}

@@ -1,0 +1,130 @@
+"""The parent's end of one verifier process: start, send, receive under a deadline, kill."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_fipo.errors import RewardError
+
+_START_TIMEOUT_S = 120.0
+_KILL_TIMEOUT_S = 10.0
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+# The worker handles text that a model wrote: it gets what Python needs to start, and no tokens or keys.
+_INHERITED_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
+
+
+class VerifierHung(Exception):
+    """No verdict within the deadline."""
+
+
+class VerifierDied(Exception):
+    """The process ended while it owed a verdict."""
+
+
+class VerifierProcess:
+    """One `megatron_fipo.rewards.worker`, restarted on demand. Used by one thread, except for `retire`."""
+
+    def __init__(self, rule: str):
+        self._rule = rule
+        self._lock = threading.Lock()
+        self._retired = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+        self._connection: socket.socket | None = None
+        self._received = b""
+
+    def ensure_started(self) -> None:
+        """Starts the process unless it runs, and waits until it is warm. RewardError if it does not come up."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.kill()
+        with self._lock:
+            if self._retired:
+                raise RewardError("the verifier pool was closed while responses were waiting for their verdict")
+            self._spawn()
+        try:
+            self.receive(_START_TIMEOUT_S)
+        except (VerifierHung, VerifierDied) as error:
+            output = self._last_stderr_line()
+            self.kill()
+            raise RewardError(
+                f"the verifier process for reward.rule={self._rule} did not start in {_START_TIMEOUT_S:.0f} s: {output}"
+            ) from error
+
+    def _spawn(self) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._received = b""
+        self._stderr = tempfile.TemporaryFile()
+        environment = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
+        search_path = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
+        environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_fipo.rewards.worker", str(theirs.fileno()), self._rule],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def send(self, items: list[dict[str, Any]], timeout_s: float) -> None:
+        """Hands over a batch; the worker reads it whole before it judges, so this never waits for a verdict."""
+        assert self._connection is not None
+        self._connection.settimeout(timeout_s)
+        try:
+            self._connection.sendall(json.dumps(items).encode() + b"\n")
+        except TimeoutError as error:
+            raise VerifierHung from error
+        except OSError as error:
+            raise VerifierDied from error
+
+    def receive(self, timeout_s: float) -> list[dict[str, Any]]:
+        """The result lines that have arrived, in order; waits for at least one, at most `timeout_s` seconds."""
+        assert self._connection is not None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._received:
+            self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            try:
+                data = self._connection.recv(1 << 16)
+            except TimeoutError as error:
+                raise VerifierHung from error
+            except OSError as error:
+                raise VerifierDied from error
+            if not data:
+                raise VerifierDied
+            self._received += data
+        *lines, self._received = self._received.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def kill(self) -> None:
+        """Ends the process if there is one, whatever it is doing; it may be started again."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait(_KILL_TIMEOUT_S)
+            for resource in (self._connection, self._stderr):
+                if resource is not None:
+                    resource.close()
+            self._process = self._connection = self._stderr = None
+
+    def retire(self) -> None:
+        """From any thread: ends the process for good. A `receive` under way raises VerifierDied."""
+        with self._lock:
+            self._retired = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _last_stderr_line(self) -> str:
+        assert self._stderr is not None
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
