@@ -1,0 +1,96 @@
+"""What the ranks of test_layouts.py run: one update of the policy under a layout, and its gradients as the reference names them."""
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_fipo.config import (
+    AlgorithmConfig,
+    Config,
+    FutureKLConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.batches import Sequences
+
+platform.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
+from megatron_fipo.weights.reshard import export  # noqa: E402
+
+ALGORITHM = AlgorithmConfig(
+    loss_mode="future_kl",
+    clip_ratio_c=3.0,
+    future_kl=FutureKLConfig(band_low=0.8, safety_thresh=1.05, decay_rate=4.0),
+)
+
+
+def make_config(parallel: dict[str, Any], **model: Any) -> Config:
+    return Config(
+        model=ModelConfig(dtype="float32", **model),
+        parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
+        algorithm=ALGORITHM,
+        optimizer=OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0.0),
+        rollout=RolloutConfig(temperature=1.0),
+    )
+
+
+def read_sequences(path: str) -> Sequences:
+    data = load_file(path)
+    lengths, prompts = data["lengths"].tolist(), data["prompts"].tolist()
+    responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
+    return Sequences(
+        token_ids=list(data["tokens"].split(lengths)),
+        prompt_lengths=prompts,
+        rollout_log_probs=list(data["old_log_probs"].split(responses)),
+        advantages=data["advantages"],
+        mini_batch_sizes=[len(lengths)],
+    )
+
+
+def one_update(model_dir: str, batch: str, reference: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Under each layout in turn: score, one update; worst relative gradient error and the metrics, on this rank."""
+    platform.start_process_group(60)
+    results = []
+    for layout in layouts:
+        settings = dict(layout)
+        sabotage, model = settings.pop("sabotage", None), settings.pop("model", {})
+        config = make_config(settings, **model)
+        start_model_parallel(config.parallel, 0)
+        results.append(_run(config, model_dir, batch, reference, sabotage))
+        parallel_state.destroy_model_parallel()
+    platform.stop_process_group()
+    return results
+
+
+def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: str | None) -> dict[str, Any]:
+    policy = Policy(config, read_architecture(model_dir), model_dir, updates=10)
+    if sabotage == "norm_weight":
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.sequence_parallel = False
+    (mini_batch,) = policy.plan(read_sequences(batch))
+    policy.score([mini_batch])
+    on_policy = policy.update(mini_batch) if sabotage == "on_policy" else None
+    for micro_batch in mini_batch:
+        micro_batch.old_log_probs = micro_batch.rollout_log_probs
+    metrics = on_policy or policy.update(mini_batch)
+    expected = load_file(reference)
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.main_grad)
+    scale = 1.01 if sabotage == "normaliser" else 1.0
+    errors = {
+        name: ((gradient * scale - expected[name]).norm() / expected[name].norm()).item()
+        for name, gradient in export(policy.chunks, policy.geometry)
+    }
+    return {"metrics": metrics, "worst": max(errors.values()), "where": max(errors, key=errors.__getitem__)}
