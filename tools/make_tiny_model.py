@@ -1,0 +1,177 @@
+"""Rebuilds the embedded base model: a small Qwen2 that knows column sums in three styles and mostly guesses.
+
+Supervised training with the same policy code that FIPO trains with, data-parallel over two processes. At first the
+model sees worked solutions most of the time, so that it learns to add; in the last eighth of the steps it sees mostly
+guesses, so that it answers in that style and has something to find. About 20 minutes on two cores:
+
+    python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
+"""
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_fipo.launch.local import adopt_environment, already_launched, launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fipo.policy.batches import MicroBatch, Sequences
+    from megatron_fipo.policy.update import Policy
+
+# Weights of guess, worked steps, and steps with a check.
+LEARNING_STYLES = (0.15, 0.60, 0.25)
+FINAL_STYLES = (0.70, 0.25, 0.05)
+LEARNING_SHARE = 0.88
+
+
+def main() -> int:
+    """Entry point; starts its two ranks itself."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="model directory to write; replaced if it exists")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer updates (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="solutions an update (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
+    arguments = parser.parse_args()
+    if not already_launched():
+        with tempfile.TemporaryDirectory() as logs:
+            return launch(2, logs, [sys.executable, *sys.argv])
+    adopt_environment()
+    train(arguments)
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Build a random model, train it and write it as a Hugging Face directory; every rank calls this."""
+    import torch.distributed
+
+    from megatron_fipo.policy import platform
+
+    platform.start_process_group(timeout_s=600)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        torch.distributed.broadcast_object_list(shared)  # rank 0's folder is everyone's
+        start = Path(shared[0])
+        if torch.distributed.get_rank() == 0:
+            write_random_model(start, arguments.seed)
+        torch.distributed.barrier()
+        policy = build_policy(start, arguments)
+        learn(policy, arguments)
+        save(policy, start, arguments.out)
+        torch.distributed.barrier()
+    platform.stop_process_group()
+
+
+def write_random_model(directory: Path, seed: int) -> None:
+    """A Qwen2 of 0.8 M parameters with random weights, and the task's tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from megatron_fipo.data.column_sums import BOS_ID, CHARACTERS, EOS_ID, PAD_ID, write_tokenizer
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(CHARACTERS) + 4,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,  # divides into two stages of two chunks, for the interleaved schedule
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+        bos_token_id=BOS_ID,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    write_tokenizer(directory)
+
+
+def build_policy(directory: Path, arguments: argparse.Namespace) -> "Policy":
+    """The random model as a policy on two data-parallel ranks."""
+    from megatron_fipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_fipo.policy.model import start_model_parallel
+    from megatron_fipo.policy.update import Policy
+    from megatron_fipo.weights.architectures import read_architecture
+
+    config = Config(
+        model=ModelConfig(path=str(directory), dtype="float32"),
+        parallel=ParallelConfig(micro_batch_tokens=1600),
+        optimizer=OptimizerConfig(
+            lr=2e-3, schedule="cosine", min_lr=4e-5, warmup_updates=50, weight_decay=0.01, beta2=0.98
+        ),
+    )
+    start_model_parallel(config.parallel, arguments.seed)
+    return Policy(config, read_architecture(directory), str(directory), updates=arguments.steps)
+
+
+def learn(policy: "Policy", arguments: argparse.Namespace) -> None:
+    """Supervised updates on random problems, the same draw on every rank."""
+    import torch
+    import torch.distributed
+    from rich.progress import track
+
+    from megatron_fipo.data.tokenizers import load_tokenizer
+
+    def cross_entropy(batch: "MicroBatch", logits: "Tensor") -> "tuple[Tensor, Tensor, dict[str, Tensor]]":
+        log_probs, _ = policy.log_probs(batch, logits)
+        loss = -log_probs[batch.response_mask].sum()
+        tokens = batch.response_mask.sum().to(torch.int32)
+        counts = {"count/tokens": tokens, "count/normaliser": tokens, "count/loss": loss.detach()}
+        return loss, tokens, {name: value.float() for name, value in counts.items()}
+
+    tokenizer = load_tokenizer(policy.config.model.path)
+    rng = random.Random(arguments.seed)
+    first = torch.distributed.get_rank() == 0
+    for step in track(range(arguments.steps), "supervised training", disable=not first):
+        styles = LEARNING_STYLES if step < LEARNING_SHARE * arguments.steps else FINAL_STYLES
+        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, arguments.batch))
+        metrics = policy.update(mini_batch, cross_entropy)
+        if first and (step % 100 == 99 or step == 0):
+            print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}  gradient norm {metrics['grad_norm']:.2f}", flush=True)
+
+
+def draw(tokenizer: "object", rng: random.Random, styles: tuple[float, ...], count: int) -> "Sequences":
+    """Solved random problems as one mini-batch."""
+    import torch
+
+    from megatron_fipo.data.column_sums import EOS_ID, problem, prompt, solution
+    from megatron_fipo.policy.batches import Sequences
+
+    prompts, rows = [], []
+    for _ in range(count):
+        digits = problem(rng)
+        question = tokenizer.encode(prompt(digits))  # type: ignore[attr-defined]
+        worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles))  # type: ignore[attr-defined]
+        prompts.append(len(question))
+        rows.append(torch.tensor([*worked, EOS_ID]))
+    return Sequences(
+        token_ids=rows,
+        prompt_lengths=prompts,
+        rollout_log_probs=[torch.zeros(len(row) - length) for row, length in zip(rows, prompts, strict=True)],
+        advantages=torch.zeros(count),
+        mini_batch_sizes=[count],
+    )
+
+
+def save(policy: "Policy", start: Path, out: Path) -> None:
+    """Write the trained model, tokenizer and configuration, replacing what is there."""
+    import torch.distributed
+
+    from megatron_fipo.weights.reshard import save_huggingface
+
+    fresh = out.with_name(f".{out.name}.new")
+    save_huggingface(policy.chunks, policy.geometry, start, fresh)
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
