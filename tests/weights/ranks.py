@@ -1,0 +1,188 @@
+"""What the multi-process tests of the weights run on each rank."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from safetensors.torch import load_file
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.model import build_model, start_model_parallel
+from megatron_fipo.weights import reshard
+from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.weights.plan import plan
+
+Layout = tuple[int, int, int | None]
+"""Tensor, pipeline and virtual pipeline size."""
+
+
+def round_trips(model_dirs: list[str], layouts: list[Layout], target: str) -> dict[str, dict[str, Any]]:
+    """Load and save every model under every layout that fits; per model and layout what was seen on this rank."""
+    platform.start_process_group(60)
+    seen: dict[str, dict[str, Any]] = {}
+    for layout in layouts:
+        tensor, pipeline, virtual = layout
+        config = _config(layout)
+        start_model_parallel(config.parallel, seed=0)
+        for model_dir in map(Path, model_dirs):
+            geometry = read_architecture(model_dir)
+            if geometry.num_query_groups % tensor:
+                continue
+            name = f"{model_dir.name}-{tensor}-{pipeline}-{virtual}"
+            chunks = _loaded(config, geometry, model_dir)
+            seen[name] = {
+                "planned": _as_planned(chunks, geometry, layout),
+                "announced": _as_announced(chunks, geometry),
+                "logits": _logits_error(chunks, model_dir),
+            }
+            reshard.save_huggingface(_wrapped(chunks, config), geometry, model_dir, Path(target, name), 40_000)
+        parallel_state.destroy_model_parallel()
+    platform.stop_process_group()
+    return seen
+
+
+def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str) -> dict[str, str]:
+    """Load each directory into the model of the directory named good, at tensor size 2; what was raised or logged.
+
+    `second_rank` names directories that rank 1 sees instead, as on a node with another file system.
+    """
+    platform.start_process_group(60)
+    config = _config((2, 1, None))
+    start_model_parallel(config.parallel, seed=0)
+    good = model_dirs["good"]
+    geometry = read_architecture(good)
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_fipo").addHandler(handler)
+    said = {}
+    for case, model_dir in model_dirs.items():
+        log.clear()
+        chunks = build_model(config, geometry)
+        mine = second_rank.get(case, model_dir) if dist.get_rank() == 1 else model_dir
+        said[case] = _error(reshard.load_into, chunks, mine, geometry) or "\n".join(log)
+    chunks = build_model(config, geometry)
+    chunks[0].decoder.layers[1].layer_number = 1  # negative control of the layer offsets
+    said["layer twice"] = _error(reshard.load_into, chunks, good, geometry)
+    chunks[0].decoder.layers[0].self_attention.extra = torch.nn.Parameter(torch.zeros(3))
+    said["unknown parameter"] = _error(reshard.load_into, chunks, good, geometry)
+    chunks = build_model(config, geometry)
+    occupied = Path(target, "occupied")
+    if dist.get_rank() == 0:
+        occupied.mkdir()
+        (occupied / "file").touch()
+    dist.barrier()
+    said["target not empty"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied)
+    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, "/proc/none/target")
+    said["no config.json"] = _error(reshard.save_huggingface, chunks, geometry, target, Path(target, "half"))
+    platform.stop_process_group()
+    return said
+
+
+def differences_from_mbridge(model_dir: str) -> list[str]:
+    """Names of the parameters that mbridge, another project, fills otherwise than we do; one process."""
+    from mbridge import AutoBridge
+    from mbridge.models.qwen2 import Qwen2Bridge
+
+    by_transformer_engine = Qwen2Bridge._weight_name_mapping_mcore_to_hf
+    norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+
+    def by_local_specification(bridge: Any, name: str) -> list[str]:
+        parts = name.split(".")
+        if parts[-2] in norms:
+            return [f"model.layers.{parts[2]}.{norms[parts[-2]]}.weight"]
+        return by_transformer_engine(bridge, name)
+
+    Qwen2Bridge._weight_name_mapping_mcore_to_hf = by_local_specification
+    platform.start_process_group(60)
+    config = _config((1, 1, None))
+    start_model_parallel(config.parallel, seed=0)
+    geometry = read_architecture(model_dir)
+    ours = build_model(config, geometry)
+    reshard.load_into(ours, model_dir, geometry)
+    theirs = build_model(config, geometry)
+    bridge = AutoBridge.from_pretrained(model_dir)
+    bridge.dtype = torch.float32
+    bridge.load_weights(theirs, model_dir)
+    filled = dict(theirs[0].named_parameters())
+    assert len(filled) > 20
+    return [name for name, value in ours[0].named_parameters() if not torch.equal(value, filled[name])]
+
+
+def _config(layout: Layout) -> Config:
+    config = Config()
+    config.model.dtype = "float32"
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline = layout
+    return config
+
+
+def _loaded(config: Config, geometry: Geometry, model_dir: Path) -> list[Any]:
+    config.model.dtype = "bfloat16" if "bfloat16" in model_dir.name else "float32"
+    chunks = build_model(config, geometry)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)  # so that whatever is not loaded shows
+    reshard.load_into(_wrapped(chunks, config), model_dir, geometry)
+    return chunks
+
+
+def _wrapped(chunks: list[Any], config: Config) -> list[Any]:
+    """As the policy wraps them for training."""
+    if config.model.dtype == "bfloat16":
+        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+
+
+def _as_planned(chunks: list[Any], geometry: Geometry, layout: Layout) -> bool:
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    expected = {item.parameter.megatron: item.local_shape for item in plan(geometry, *layout) if item.stage == stage}
+    return expected == {name: tuple(value.shape) for name, value in reshard._held(chunks)}
+
+
+def _as_announced(chunks: list[Any], geometry: Geometry) -> bool:
+    announced = [(info.name, info.shape, info.dtype) for info in reshard.exported_tensors(chunks, geometry)]
+    return announced == [(name, tuple(value.shape), value.dtype) for name, value in reshard.export(chunks, geometry)]
+
+
+@torch.no_grad()
+def _logits_error(chunks: list[Any], model_dir: Path) -> float | None:
+    """Largest difference from transformers' logits, on the last stage; None elsewhere."""
+    reference = load_file(model_dir / "reference" / "reference.safetensors")
+    tokens = reference["tokens"]
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    def forward_step(_: Any, chunk: Any) -> Any:
+        return chunk(tokens, positions, None), lambda output, non_loss_data: output
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None] * len(chunks),
+        model=chunks,
+        num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if not outputs:
+        return None
+    logits = tensor_parallel.gather_from_tensor_model_parallel_region(outputs[-1].float())
+    expected = reference["logits"]
+    return (logits[..., : expected.shape[-1]] - expected).abs().max().item()
+
+
+def _error(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except FipoError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,284 @@
+"""The tables and the cutting of tensors, without processes or models: a slip would train a scrambled model in silence.
+
+Does not cover that the tables agree with Megatron-Core's and transformers' models: test_reshard.py compares the logits.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from megatron_fipo.errors import ConfigError, WeightError
+from megatron_fipo.weights.architectures import (
+    ARCHITECTURES,
+    Geometry,
+    RopeScaling,
+    canonical_name,
+    check_tensor_parallel,
+    parameters,
+    read_architecture,
+)
+from megatron_fipo.weights.huggingface import HuggingFaceReader, HuggingFaceWriter
+from megatron_fipo.weights.layouts import cut, merge
+from megatron_fipo.weights.plan import parameters_per_rank, plan
+
+LLAMA_3_1 = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "eos_token_id": [128001, 128008, 128009],
+}
+QWEN_2_5_32B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 64,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "vocab_size": 152064,
+    "eos_token_id": 151643,
+}
+
+
+def read(tmp_path: Path, config: dict[str, Any]) -> Geometry:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return read_architecture(tmp_path)
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
+    """A random small geometry and a tensor-parallel size that divides it, the vocabulary left aside."""
+    size = draw(st.sampled_from([1, 2, 3, 4]))
+    groups = size * draw(st.integers(1, 2))
+    architecture = ARCHITECTURES[draw(st.sampled_from(sorted(ARCHITECTURES)))]
+    geometry = Geometry(
+        architecture=architecture.name,
+        num_layers=1,
+        hidden_size=draw(st.integers(1, 5)),
+        num_attention_heads=groups * draw(st.integers(1, 4)),
+        num_query_groups=groups,
+        head_dim=draw(st.integers(1, 3)),
+        ffn_hidden_size=size * draw(st.integers(1, 4)),
+        vocab_size=draw(st.integers(1, 20)),
+        tied_embeddings=draw(st.booleans()),
+        qkv_bias=architecture.qkv_bias,
+        qk_norm=architecture.qk_norm,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        max_position_embeddings=8,
+        eos_token_ids=(),
+    )
+    return geometry, size
+
+
+@settings(deadline=None, max_examples=60)
+@given(geometries())
+def test_cut_and_merge_are_a_bijection(drawn: tuple[Geometry, int]) -> None:
+    geometry, size = drawn
+    check_tensor_parallel(geometry, size)
+    for entry in parameters(geometry).values():
+        whole = [torch.randn(shape) for shape in entry.shapes]
+        shards = [cut(entry, whole, rank, size) for rank in range(size)]
+        assert {tuple(shard.shape) for shard in shards} == {entry.local_shape(size)}
+        assert all(torch.equal(a, b) for a, b in zip(whole, merge(entry, shards), strict=True)), entry.megatron
+        values = sum(shard.count_nonzero() for shard in shards) / (size if entry.cut is None else 1)
+        assert values == sum(tensor.count_nonzero() for tensor in whole), "padding is zeros and nothing is doubled"
+
+
+def test_query_key_value_are_grouped_as_megatron_splits_them(tmp_path: Path) -> None:
+    """Two groups of two heads of one value: [q q k v] for each group, group by group over the ranks."""
+    geometry = read(tmp_path, QWEN_2_5_32B | {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 4})
+    entry = parameters(geometry)["decoder.layers.0.self_attention.linear_qkv.bias"]
+    query, key, value = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20]), torch.tensor([100.0, 200])
+    assert cut(entry, [query, key, value], 0, 1).tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
+    assert cut(entry, [query, key, value], 1, 2).tolist() == [3, 4, 20, 200]
+
+
+def test_gate_and_up_lie_one_after_the_other_on_each_rank(tmp_path: Path) -> None:
+    geometry = read(tmp_path, LLAMA_3_1 | {"intermediate_size": 4, "hidden_size": 1, "head_dim": 2})
+    entry = parameters(geometry)["decoder.layers.0.mlp.linear_fc1.weight"]
+    gate, up = torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[10.0], [20], [30], [40]])
+    assert [cut(entry, [gate, up], rank, 2).flatten().tolist() for rank in (0, 1)] == [[1, 2, 10, 20], [3, 4, 30, 40]]
+
+
+def test_both_layer_specifications_lead_to_the_same_parameter(tmp_path: Path) -> None:
+    table = parameters(read(tmp_path, QWEN_2_5_32B))
+    for local, fused in (
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ):
+        name = canonical_name(f"decoder.layers.1.{fused}", layer=33)
+        assert name == canonical_name(f"decoder.layers.1.{local}", layer=33) == f"decoder.layers.33.{local}"
+        assert table[name].shapes == ((5120,),)
+
+
+def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -> None:
+    """The two counts were taken from GPTModels built on the meta device at TP8·PP4."""
+    counts = parameters_per_rank(plan(read(tmp_path, QWEN_2_5_32B), 8, 4))
+    assert (counts[0], counts[3]) == (1_072_674_816, 1_072_679_936)
+
+
+def test_plan_interleaves_chunks_and_prints(tmp_path: Path) -> None:
+    planned = plan(read(tmp_path, LLAMA_3_1 | {"num_hidden_layers": 8}), 2, 2, 2)
+    where = {item.parameter.megatron: (item.stage, item.chunk) for item in planned}
+    layers = [where[f"decoder.layers.{layer}.mlp.linear_fc2.weight"] for layer in range(8)]
+    assert layers == [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]
+    assert where["output_layer.weight"] == (1, 1)
+    assert str(planned[0]) == (
+        "stage 0 chunk 0  embedding.word_embeddings.weight (64128, 4096)  <-  model.embed_tokens.weight (128256, 4096)"
+    )
+
+
+def test_layouts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    geometry = read(tmp_path, QWEN_2_5_32B)
+    with pytest.raises(ConfigError, match="3 does not divide the model's 40 attention heads and 8 key-value groups"):
+        plan(geometry, tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match="this model takes 1, 2, 4, 8"):
+        check_tensor_parallel(geometry, 16)
+    with pytest.raises(ConfigError, match="3 stages of 1 chunks do not divide the 64 layers"):
+        plan(geometry, pipeline_parallel_size=3)
+
+
+def test_config_of_transformers_4(tmp_path: Path) -> None:
+    geometry = read(tmp_path, LLAMA_3_1)
+    assert geometry.rope_scaling == RopeScaling(factor=8.0)
+    assert (geometry.rope_theta, geometry.head_dim, geometry.num_query_groups) == (500000.0, 128, 8)
+    assert geometry.eos_token_ids == (128001, 128008, 128009)
+    assert not geometry.tied_embeddings and not geometry.qkv_bias
+    assert geometry.padded_vocab_size(5) == 128260
+
+
+def test_config_of_transformers_5_says_the_same(tmp_path: Path) -> None:
+    new = {key: value for key, value in LLAMA_3_1.items() if not key.startswith("rope")}
+    new["rope_parameters"] = {**LLAMA_3_1["rope_scaling"], "rope_theta": 500000.0}
+    assert read(tmp_path, new) == read(tmp_path, LLAMA_3_1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported.*Qwen2ForCausalLM, Qwen3"),
+        ({"architectures": None}, "architecture none is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn.* is not supported"),
+        (
+            {"rope_scaling": {**LLAMA_3_1["rope_scaling"], "high_freq_factor": 8.0}},
+            "high_freq_factor.* is not supported",
+        ),
+        ({"num_key_value_heads": 5}, "32 heads in 5 key-value groups"),
+        ({"vocab_size": None}, "every size must be there"),
+    ],
+)
+def test_models_that_would_be_built_wrong_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, LLAMA_3_1 | change)
+
+
+def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        read_architecture(tmp_path)
+
+
+def test_the_tables_need_no_torch() -> None:
+    code = (
+        "import sys, megatron_fipo.weights.architectures, megatron_fipo.weights.plan; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def write(tmp_path: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 64) -> Path:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"torch_dtype": "float16"}')
+    (source / "tokenizer.model").write_bytes(b"\0model")
+    (source / "model.safetensors.index.json").write_text("{}")
+    with HuggingFaceWriter(source, tmp_path / "target", max_shard_bytes) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close()
+    return tmp_path / "target"
+
+
+def test_written_shards_read_back(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.randn(i + 1, 4, dtype=torch.bfloat16) for i in range(6)}
+    target = write(tmp_path, tensors)
+    assert len(list(target.glob("*-of-00004.safetensors"))) == 4
+    with HuggingFaceReader(target) as reader:
+        assert reader.tensors.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.tensor(name), tensor) and torch.equal(reader.slice(name)[:, 1:3], tensor[:, 1:3])
+    assert json.loads((target / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
+    assert (target / "tokenizer.model").read_bytes() == b"\0model"
+    assert not list(tmp_path.glob(".target*")), "nothing but the target is left"
+
+
+def test_an_unfinished_directory_does_not_appear(tmp_path: Path) -> None:
+    with HuggingFaceWriter(tmp_path, tmp_path / "target", 1) as writer:
+        writer.add("a", torch.zeros(2))
+        writer.add("b", torch.zeros(2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_directories_are_named(tmp_path: Path) -> None:
+    target = write(tmp_path, {f"t{i}": torch.randn(4, 4) for i in range(3)})
+    second = target / "model-00002-of-00003.safetensors"
+    content = second.read_bytes()
+    second.write_bytes(content[:-8])
+    with pytest.raises(WeightError, match=r"model-00002-of-00003.safetensors is damaged or cut short"):
+        HuggingFaceReader(target)
+    second.unlink()
+    with pytest.raises(WeightError, match=r"model-00002-of-00003.safetensors is missing"):
+        HuggingFaceReader(target)
+    save_file({"other": torch.zeros(1)}, second)
+    with pytest.raises(WeightError, match=r"t1: expected in model-00002-of-00003.safetensors"):
+        HuggingFaceReader(target)
+    (target / "model.safetensors.index.json").unlink()
+    with pytest.raises(WeightError, match=r"neither model.safetensors nor .*index.json; it holds model-00001-of-00003"):
+        HuggingFaceReader(target)
+
+
+def test_a_rule_with_sources_swapped_is_noticed(tmp_path: Path) -> None:
+    """Negative control of the bijection test: merging in another order than cutting does not give the tensors back."""
+    geometry = read(tmp_path, LLAMA_3_1 | {"intermediate_size": 4, "hidden_size": 32, "num_key_value_heads": 32})
+    entry = parameters(geometry)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    whole = [torch.randn(shape) for shape in entry.shapes]
+    ungrouped = dataclasses.replace(entry, head_groups=0)
+    shards = [cut(entry, whole, rank, 2) for rank in range(2)]
+    assert not torch.equal(merge(ungrouped, shards)[0], whole[0])
