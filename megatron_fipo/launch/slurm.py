@@ -1,0 +1,44 @@
+"""torch.distributed's variables from Slurm's, so that `srun python -m megatron_fipo.train` needs no torchrun."""
+
+import re
+from collections.abc import Mapping
+
+# Below Linux's usual ephemeral range (32768 and up), so that no outgoing connection holds the port by chance.
+_FIRST_PORT, _PORTS = 12000, 20000
+
+
+def under_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several tasks of a job step.
+
+    A batch script or a login in an allocation has SLURM_PROCID and SLURM_NTASKS too, but only a step's tasks have
+    SLURM_STEP_NUM_TASKS.
+    """
+    return "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task of a job step, alike on all of its tasks.
+
+    The rendezvous is on the step's first node, where Slurm puts task 0, at a port derived from job and step, so that
+    two steps on one node seldom meet; MASTER_ADDR and MASTER_PORT already set in `environment` win.
+    """
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_FIRST_PORT + (job * 31 + step) % _PORTS),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's node list: `gpu[003-007,012],login` is gpu003.
+
+    Read here and not by `scontrol show hostnames`, which containers often lack.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"not a Slurm node list: {nodes!r}")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())

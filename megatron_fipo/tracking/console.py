@@ -1,0 +1,225 @@
+"""What a person sees of a run: a live bar with the phase, one line a step, held-out accuracy before and after.
+
+On a terminal the bar stays at the bottom and lines scroll above it. Elsewhere (a file, a Slurm log, CI) there are plain
+lines without control characters, and a sign of life in a long phase. Every rank has a console; only rank 0's is
+enabled, the others' only measure the phases' seconds.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from megatron_fipo.tracking.console_table import LEGEND, StepTable, duration, tenths
+from megatron_fipo.tracking.validation import ValidationResult, ValidationScores
+
+_HEADER_EVERY = 20
+_PLAIN_WIDTH = 120
+_SIGN_OF_LIFE_S = 60.0
+
+_FILES = {
+    "summary.json": "the result",
+    "report.html": "curves; open it in a browser",
+    "metrics.jsonl": "one line a step",
+    "validation.jsonl": "scores on held-out problems",
+    "samples": "rollouts to read, with rewards",
+    "tensorboard": "tensorboard --logdir here",
+    "checkpoints": "to resume from",
+    "config.yaml": "every setting",
+    "environment.json": "versions and commit",
+    "logs": "output of the other processes",
+}
+
+
+class Phase:
+    """A part of a step that is under way."""
+
+    def __init__(self, console: "Console", name: str) -> None:
+        self.name = name
+        self.started = time.monotonic()
+        self.nested_s = 0.0
+        """Seconds spent in phases inside this one, which count there and not here."""
+        self._console = console
+
+    def progress(self, done: int, total: int, unit: str = "") -> None:
+        """Show how far the phase is, such as `progress(12, 32, "groups")`."""
+        self._console._show_progress(self, f"{done}/{total} {unit}".rstrip())
+
+
+class Console:
+    """Rank 0's terminal; a context manager, which takes the live bar down on the way out, errors included."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        resumed_step: int = 0,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        width: int | None = None,
+    ) -> None:
+        """`file` and `width` (columns) are for other places than standard output."""
+        self._enabled = enabled
+        self._step, self._total_steps = resumed_step, total_steps
+        self._phases: list[Phase] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._first_validation: ValidationScores | None = None
+        self._rich = RichConsole(file=file or sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+        self._live = enabled and self._rich.is_terminal and not self._rich.is_dumb_terminal
+        if not self._live and width is None:
+            self._rich.width = _PLAIN_WIDTH
+        self._table = StepTable(self._rich.width)
+        self._lines_since_header: int | None = None
+        self._last_sign_of_life = time.monotonic()
+        self._progress = self._bar()
+        self._task = self._progress.add_task("", total=total_steps, phase="starting")
+        self._move_bar(resumed_step)
+
+    def _bar(self) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("step {task.fields[under_way]}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            _PhaseColumn("{task.fields[phase]}", markup=False),
+            TextColumn("[dim]left[/dim]"),
+            TimeRemainingColumn(compact=True),
+            console=self._rich,
+            refresh_per_second=4,
+            transient=True,
+            disable=not self._live,
+        )
+
+    def __enter__(self) -> "Console":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Show and time a phase: sample, verify, log-probs, update, weights, validate, checkpoint.
+
+        Of nested phases each counts only its own seconds, so that the phases' seconds add up to the time that passed.
+        """
+        phase = Phase(self, name)
+        self._phases.append(phase)
+        self._show_progress(phase, "")
+        try:
+            yield phase
+        finally:
+            self._phases.pop()
+            elapsed_s = time.monotonic() - phase.started
+            self._seconds[name] += elapsed_s - phase.nested_s
+            if self._phases:
+                self._phases[-1].nested_s += elapsed_s
+            self._progress.update(self._task, phase=self._phases[-1].name if self._phases else "", since=None)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase since the last call, as metrics: `seconds_log_probs` …"""
+        taken = {f"seconds_{name.replace('-', '_').replace(' ', '_')}": value for name, value in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+    def step_line(self, metrics: Mapping[str, Any]) -> None:
+        """Print one step's line and move the bar. `metrics` is the step's row; a metric it lacks is shown as `-`."""
+        self._step = int(metrics.get("step", self._step + 1))
+        self._move_bar(self._step)
+        if not self._enabled:
+            return
+        if self._lines_since_header is None:
+            self._print(Text(LEGEND, style="dim"))
+        if self._table.fit(self._rich.width) or self._lines_since_header in (None, _HEADER_EVERY):
+            self._print(Text(self._table.header(), style="bold"))
+            self._lines_since_header = 0
+        assert self._lines_since_header is not None
+        self._lines_since_header += 1
+        self._print(Text(self._table.line({**metrics, "step": self._step})))
+
+    def note(self, text: str) -> None:
+        """Print a line of information."""
+        self._print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self._print(Text("warning: ", style="bold yellow").append(text, style="not bold default"))
+
+    def validation(self, step: int, result: ValidationResult) -> None:
+        """Print the scores on held-out problems after `step` steps, beside the first ones of this run."""
+        now, first = result.overall, self._first_validation
+        self._first_validation = first or now
+        change = f" ({now.avg - first.avg:+.3f})" if first else ""
+        line = Text(f"held-out, step {step}: ", style="bold cyan")
+        self._print(line.append(_scores_text(now, change), style="not bold"))
+        if len(result.by_source) > 1:
+            for source, scores in result.by_source.items():
+                self._print(Text(f"  {source}: {_scores_text(scores)}", style="cyan"))
+        if now.not_judged:
+            self.warn(f"{now.not_judged} held-out responses could not be judged and count as not right")
+
+    def finish(self, summary: Mapping[str, Any], run_directory: Path) -> None:
+        """Print what came of the run, held-out scores before and after, and where its files are."""
+        self._progress.stop()
+        if not self._enabled:
+            return
+        self._print(Text(""))
+        if summary.get("accuracy_before") is not None and summary.get("accuracy_after") is not None:
+            self._print(_before_and_after(summary))
+        self._print(Text(f"{summary.get('steps', self._step)} steps in {duration(float(summary.get('seconds', 0.0)))}"))
+        self._print(Text(f"files of the run in {run_directory}", style="bold"))
+        for name, what in _FILES.items():
+            if (run_directory / name).exists():
+                self._print(Text(f"  {name:<17} {what}"))
+
+    def _move_bar(self, done: int) -> None:
+        self._progress.update(self._task, completed=done, under_way=min(done + 1, self._total_steps))
+
+    def _print(self, content: Text | Table) -> None:
+        if self._enabled:
+            # Wrapping is left to the terminal: a path broken into two lines cannot be copied.
+            self._rich.print(content, soft_wrap=isinstance(content, Text))
+
+    def _show_progress(self, phase: Phase, detail: str) -> None:
+        text = f"{phase.name} {detail}".rstrip()
+        self._progress.update(self._task, phase=text, since=phase.started)
+        silent_s = time.monotonic() - max(self._last_sign_of_life, phase.started)
+        if self._enabled and not self._live and silent_s > _SIGN_OF_LIFE_S:
+            self._last_sign_of_life = time.monotonic()
+            self._print(Text(f"step {self._step + 1}: {text}, {duration(time.monotonic() - phase.started)}"))
+
+
+class _PhaseColumn(TextColumn):
+    """The phase, its progress, and for how long it has been going on."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        since = task.fields.get("since")
+        return text if since is None else text.append(f" {duration(time.monotonic() - since)}", style="dim")
+
+
+def _scores_text(scores: ValidationScores, change: str = "") -> str:
+    length = tenths(scores.response_length_mean)
+    avg = f"avg@{scores.k} {scores.avg:.3f}{change}"
+    return f"{avg}  cons@{scores.k} {scores.cons:.3f}  pass@{scores.k} {scores.pass_at_k:.3f}  length {length}"
+
+
+def _before_and_after(summary: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("held-out problems", "before", "after", "change"):
+        table.add_column(title, justify="left" if title == "held-out problems" else "right")
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    table.add_row("accuracy", f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    before, after = summary.get("response_length_before"), summary.get("response_length_after")
+    if before and after is not None:
+        table.add_row("response length (tokens)", f"{before:.1f}", f"{after:.1f}", f"× {after / before:.2f}")
+    return table

@@ -1,0 +1,122 @@
+"""The run's numbers on disk: metrics.jsonl, validation.jsonl and TensorBoard, whole after a crash and after a resume.
+
+A row is on disk before `log_step` returns. Logged before its step's checkpoint, a step that a resume skips has its row;
+and a resume cuts off the rows of the steps it will repeat. So no step is lost and none is there twice.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import TrackingConfig
+from megatron_fipo.errors import DataError
+from megatron_fipo.tracking.files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+
+
+class MetricsWriter:
+    """Writes a run's metrics on rank 0. `resumed_step`: the last step that the loaded checkpoint holds, or 0."""
+
+    def __init__(self, run_directory: Path, config: TrackingConfig, resumed_step: int = 0) -> None:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        self._files = {name: run_directory / name for name in (METRICS_FILE, VALIDATION_FILE)}
+        for path in self._files.values():
+            cut_after_step(path, resumed_step)
+        self._tensorboard = _TensorBoard(run_directory / "tensorboard", resumed_step) if config.tensorboard else None
+
+    def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one training step's numbers. Values may be Python, NumPy or zero-dimensional torch numbers.
+
+        NaN and infinities become null, which JSON has, and are missing in TensorBoard.
+        """
+        self._append(METRICS_FILE, "train", step, metrics)
+
+    def log_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the scores of held-out problems after `step` steps."""
+        self._append(VALIDATION_FILE, "validation", step, metrics)
+
+    def close(self) -> None:
+        """Flush TensorBoard's file; the others are on disk already."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _append(self, name: str, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
+        numbers = {key: _plain(key, value) for key, value in metrics.items() if key != "step"}
+        row = json.dumps({"step": step, **numbers}, allow_nan=False)
+        with self._files[name].open("a") as file:
+            file.write(row + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.write(step, {f"{prefix}/{key}": value for key, value in numbers.items()})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, oldest first; none if it is not there. A last line cut short by a crash is left out.
+
+    Raises DataError for a broken line before the last.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise DataError(f"{path}, line {number}: not JSON ({error}); repair or remove it") from error
+    return rows
+
+
+def cut_after_step(path: Path, step: int) -> None:
+    """Remove rows of later steps, and a line that a crash cut short. A fresh run (step 0) keeps nothing.
+
+    The validation before the first step is row 0: it stays when a run resumes from a checkpoint, and only then.
+    """
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if step > 0 and row["step"] <= step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _plain(key: str, value: Any) -> float | int | None:
+    number = value.item() if hasattr(value, "item") else value
+    if number is not None and not isinstance(number, int | float):
+        raise TypeError(f"metric {key} is no number but {type(value).__name__}")
+    if isinstance(number, float) and not math.isfinite(number):
+        return None
+    return number
+
+
+class _TensorBoard:
+    """Scalars by TensorBoard's own writer, which needs neither torch nor TensorFlow."""
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        # Imported here: a run without TensorBoard files does not need the package.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(directory))
+        # TensorBoard then hides what earlier files of this directory hold from this step on.
+        first_step = resumed_step + 1 if resumed_step else 0
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, step: int, scalars: Mapping[str, float | int | None]) -> None:
+        values = [
+            self._summary.Value(tag=tag, simple_value=float(value))
+            for tag, value in scalars.items()
+            if value is not None
+        ]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

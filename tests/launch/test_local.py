@@ -1,0 +1,272 @@
+"""The one-machine launcher with tiny scripts as ranks: whatever ends the run, no process is left, the reason is shown.
+
+Each test runs the launcher in a process of its own, since it changes signal masks and adopts orphans. Not covered:
+ranks that use torch.distributed (tests of the trainer), and a process that outlives SIGKILL.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_fipo.launch.local import adopt_environment, already_launched, train_command
+
+starts_processes = pytest.mark.slow
+
+LAUNCHER = """
+import json, sys
+from megatron_fipo.launch.local import launch
+world_size, directory, script, grace_s = json.loads(sys.argv[1])
+status = launch(world_size, directory, command=[sys.executable, "-c", script], grace_s=grace_s)
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+
+PREAMBLE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+rank, directory = int(os.environ["RANK"]), Path(os.environ["TEST_DIRECTORY"])
+def started(): (directory / f"pid-{rank}").write_text(str(os.getpid()))
+"""
+
+
+class Launched:
+    """A launcher process and the ranks that it starts."""
+
+    def __init__(self, directory: Path, world_size: int, script: str, grace_s: float):
+        self.directory, self.world_size = directory, world_size
+        arguments = json.dumps([world_size, str(directory), PREAMBLE + script, grace_s])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, arguments],
+            env={**os.environ, "TEST_DIRECTORY": str(directory)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_started(self) -> None:
+        """Until every rank called started()."""
+        files = [self.directory / f"pid-{rank}" for rank in range(self.world_size)]
+        self.wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline, "waited 10 s in vain"
+            time.sleep(0.01)
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error; the ranks that started are gone by then."""
+        output, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, output, errors
+
+    def pids(self) -> list[int]:
+        return [int(file.read_text()) for file in self.directory.glob("pid-*")]
+
+    def alive(self) -> list[int]:
+        return [pid for pid in self.pids() if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path):
+    running = []
+
+    def start_launcher(world_size: int, script: str, grace_s: float = 10.0) -> Launched:
+        running.append(Launched(tmp_path, world_size, script, grace_s))
+        return running[-1]
+
+    yield start_launcher
+    for launched in running:
+        for pid in [launched.process.pid, *launched.alive()]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+        launched.process.wait()
+
+
+@starts_processes
+def test_all_ranks_run_and_only_rank_0_writes_to_the_terminal(start, tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    status, output, errors = start(2, f"print(*(os.environ[name] for name in {names}))").finish()
+    assert (status, output, errors) == (0, "0 0 2 127.0.0.1 1\n", "")
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "1 1 2 127.0.0.1 1\n"
+    assert not (tmp_path / "logs" / "rank-0.log").exists()
+
+
+@starts_processes
+def test_a_failing_rank_ends_the_others_and_its_log_is_shown(start):
+    launched = start(
+        3,
+        """
+started()
+if rank == 2:
+    while not all((directory / f"pid-{other}").exists() for other in range(3)): time.sleep(0.01)
+    print("the reason")
+    sys.exit(7)
+time.sleep(60)
+""",
+    )
+    status, _, errors = launched.finish()
+    assert status == 7
+    assert "rank 2 of 3 failed first (exit status 7)" in errors
+    assert "the reason" in errors
+    assert len(launched.pids()) == 3 and launched.alive() == []
+
+
+@starts_processes
+def test_of_two_failures_the_first_is_named(start):
+    """Rank 0 fails because rank 1 did, as a collective does when its peer is gone."""
+    script = """
+if rank == 1:
+    started()
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGSEGV)
+while not (directory / "pid-1").exists(): time.sleep(0.001)
+pid = int((directory / "pid-1").read_text() or 0)
+while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(): time.sleep(0.001)
+os._exit(1)
+"""
+    status, _, errors = start(2, script).finish()
+    assert "rank 1 of 2 failed first (killed by SIGSEGV)" in errors
+    assert status == 128 + signal.SIGSEGV
+
+
+@starts_processes
+def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(start):
+    script = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    started()
+    time.sleep(60)
+while not (directory / "pid-0").exists(): time.sleep(0.01)
+sys.exit(3)
+"""
+    launched = start(2, script, grace_s=0.5)
+    status, _, errors = launched.finish()
+    assert status == 3
+    assert "rank 0: still running 0.5 s after it was asked to stop" in errors
+    assert launched.alive() == []
+
+
+@starts_processes
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_reaches_each_rank_once_and_lets_it_clean_up(start, tmp_path, signum):
+    script = """
+from megatron_fipo.launch.processes import terminate_on_sigterm
+terminate_on_sigterm()
+try:
+    started()
+    time.sleep(60)
+finally:
+    time.sleep(0.2)
+    (directory / f"clean-{rank}").write_text("done")
+"""
+    launched = start(2, script)
+    launched.wait_until_started()
+    launched.process.send_signal(signum)
+    status, _, errors = launched.finish()
+    assert status == 128 + signum
+    assert f"stopping on {signum.name}" in errors
+    assert sorted(file.name for file in tmp_path.glob("clean-*")) == ["clean-0", "clean-1"]
+    assert launched.alive() == []
+
+
+@starts_processes
+def test_a_second_ctrl_c_kills_at_once(start):
+    script = """
+signal.signal(signal.SIGINT, lambda *_: (directory / f"asked-{rank}").write_text("once"))
+started()
+while True: time.sleep(0.1)
+"""
+    launched = start(2, script, grace_s=60.0)
+    launched.wait_until_started()
+    launched.process.send_signal(signal.SIGINT)
+    launched.wait_for(lambda: len(list(launched.directory.glob("asked-*"))) == 2)
+    time.sleep(0.6)
+    before = time.monotonic()
+    launched.process.send_signal(signal.SIGINT)
+    status, _, errors = launched.finish()
+    assert time.monotonic() - before < 5
+    assert status == 130 and "killed on a second Ctrl-C" in errors
+    assert launched.alive() == []
+
+
+@starts_processes
+def test_killing_the_launcher_leaves_no_rank(start):
+    launched = start(3, "started(); time.sleep(60)")
+    launched.wait_until_started()
+    assert len(launched.alive()) == 3  # the control: they do live while the launcher does
+    launched.process.kill()
+    launched.wait_for(lambda: launched.alive() == [])
+
+
+@starts_processes
+def test_what_a_crashed_rank_started_is_found_and_killed(start):
+    """A segmentation fault of rank 0 leaves its vLLM servers orphans, in sessions of their own."""
+    script = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+(directory / "pid-child").write_text(str(child.pid))
+os._exit(5)
+"""
+    launched = start(1, script)
+    status, _, errors = launched.finish()
+    assert status == 5 and "rank 0 of 1 failed first (exit status 5); its output is above" in errors
+    assert len(launched.pids()) == 1 and launched.alive() == []
+
+
+@starts_processes
+def test_the_tail_starts_at_this_launch(start, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-1.log").write_text("from the run before\n")
+    _, _, errors = start(2, "sys.exit('now' if rank == 1 else 0)").finish()
+    assert "now" in errors and "before" not in errors
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "from the run before\nnow\n"
+
+
+def test_train_command_fixes_the_directory_for_hydra(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=tiny", "run.directory=x"])
+    command = train_command(Path("/runs/it's one"))
+    assert command[1:] == [
+        "-m", "megatron_fipo.train", "experiment=tiny", "run.directory=x", "run.directory='/runs/it\\'s one'"
+    ]  # fmt: skip
+
+
+def test_who_launched_a_process(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SLURM") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    assert not already_launched()
+    # A batch script's own environment: one process, which must start the ranks or call srun.
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert not already_launched()
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NODELIST": "gpu[01-02]",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert already_launched()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    adopt_environment()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu01", "12527"]
+    # Under torchrun inside a job step, torchrun's variables stay.
+    monkeypatch.setenv("RANK", "0")
+    adopt_environment()
+    assert os.environ["RANK"] == "0"

@@ -1,0 +1,21 @@
+"""Small judged groups for the tests of this folder."""
+
+from megatron_fipo.samples import Group, Judgement, Problem, Response
+
+
+def make_group(
+    answers: str, right: str, name: str = "p", source: str = "toy", lengths: list[int] | None = None
+) -> Group:
+    """A group with one response a character: the answer it gives; a space is no answer, T a check that timed out."""
+    lengths = lengths or [3] * len(answers)
+    judgements = []
+    for answer in answers:
+        hit = float(answer == right)
+        outcome = "timeout" if answer == "T" else "judged"
+        judgements.append(Judgement(accuracy=hit, reward=2 * hit - 1, answer=answer.strip(), outcome=outcome))
+    return Group(
+        problem=Problem(id=name, text="4+5=?", token_ids=[1, 2], ground_truth=right, data_source=source),
+        responses=[Response([7] * length, [-0.5] * length, "stop", 4) for length in lengths],
+        judgements=judgements,
+        text=[f"I say {answer}" for answer in answers],
+    )

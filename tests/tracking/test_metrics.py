@@ -1,0 +1,81 @@
+"""Metrics on disk, above all over a crash and a resume: no step lost, none twice. TensorBoard's own reader reads it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_fipo.config import TrackingConfig
+from megatron_fipo.errors import DataError
+from megatron_fipo.tracking.metrics import MetricsWriter, cut_after_step, read_rows
+
+PLAIN = TrackingConfig(tensorboard=False)
+
+
+def steps_of(directory, name="metrics.jsonl"):
+    return [row["step"] for row in read_rows(directory / name)]
+
+
+def test_one_row_a_step_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, PLAIN)
+    writer.log_step(1, {"step": 1, "reward_mean": 0.5, "groups_kept": 4, "grad_norm": np.float32(0.25)})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "reward_mean": 0.5,
+        "groups_kept": 4,
+        "grad_norm": 0.25,
+    }
+    writer.log_step(2, {"grad_norm": math.inf, "ppo_kl": math.nan})
+    assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "grad_norm": None, "ppo_kl": None}
+    with pytest.raises(TypeError, match="finish_reason is no number but str"):
+        writer.log_step(3, {"finish_reason": "stop"})
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_resume_repeats_and_loses_no_step(tmp_path):
+    writer = MetricsWriter(tmp_path, PLAIN)
+    writer.log_validation(0, {"accuracy": 0.1})
+    for step in (1, 2, 3):
+        writer.log_step(step, {"reward_mean": step})
+        writer.log_validation(step, {"accuracy": step / 10})
+    # Killed inside the fourth step's row; the newest checkpoint is that of step 2.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rewa')
+    resumed = MetricsWriter(tmp_path, PLAIN, resumed_step=2)
+    assert steps_of(tmp_path) == [1, 2]
+    assert steps_of(tmp_path, "validation.jsonl") == [0, 1, 2]
+    resumed.log_step(3, {"reward_mean": 33})
+    assert [row["reward_mean"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 33]
+
+
+def test_without_a_checkpoint_the_run_starts_over(tmp_path):
+    writer = MetricsWriter(tmp_path, PLAIN)
+    writer.log_validation(0, {"accuracy": 0.1})
+    writer.log_step(1, {})
+    MetricsWriter(tmp_path, PLAIN)
+    assert steps_of(tmp_path) == steps_of(tmp_path, "validation.jsonl") == []
+
+
+def test_a_broken_row_inside_the_file_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nbroken\n{"step": 3}\n')
+    with pytest.raises(DataError, match="line 2"):
+        cut_after_step(path, 3)
+    assert "broken" in path.read_text()
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    writer = MetricsWriter(tmp_path, TrackingConfig())
+    for step in (1, 2, 3):
+        writer.log_step(step, {"reward_mean": step, "grad_norm": math.nan})
+    writer.close()
+    resumed = MetricsWriter(tmp_path, TrackingConfig(), resumed_step=2)
+    resumed.log_step(3, {"reward_mean": 33})
+    resumed.log_validation(3, {"accuracy": 0.5})
+    resumed.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("train/reward_mean")] == [(1, 1), (2, 2), (3, 33)]
+    assert shown.Scalars("validation/accuracy")[0].value == 0.5
+    assert "train/grad_norm" not in shown.Tags()["scalars"]

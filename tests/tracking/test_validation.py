@@ -1,0 +1,86 @@
+"""avg@k, cons@k and pass@k against values worked out by hand and, for pass@k, against drawing every subset."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.tracking.validation import consensus, pass_at_k, score
+from tests.tracking.groups import make_group
+
+
+def test_scores_of_two_problems():
+    result = score([make_group("9918", "9", lengths=[1, 2, 3, 4]), make_group("1118", "8", lengths=[5] * 4)], k=4)
+    scores = result.overall
+    assert (scores.problems, scores.k) == (2, 4)
+    assert scores.avg == pytest.approx((0.5 + 0.25) / 2)
+    assert scores.cons == pytest.approx((1 + 0) / 2)
+    assert scores.pass_at_k == 1.0
+    assert scores.response_length_mean == pytest.approx(30 / 8)
+    assert result.metrics()["accuracy"] == scores.avg
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("997", 1.0),
+        ("799", 1.0),
+        ("977", 0.0),
+        ("97", 0.5),  # a tie is a coin toss
+        ("978", 1 / 3),
+        ("9   ", 1.0),  # no answer is no vote
+        ("    ", 0.0),
+        ("TTT9", 1.0),  # nor is an answer that could not be judged
+        ("TTTT", 0.0),
+    ],
+)
+def test_consensus(answers, expected):
+    assert consensus(make_group(answers, right="9").judgements) == pytest.approx(expected)
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_mean_over_all_draws(case):
+    samples, right, k = case
+    draws = list(combinations([index < right for index in range(samples)], k))
+    assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_more_samples_than_k():
+    scores = score([make_group("7799", "9")], k=2).overall
+    assert scores.avg == 0.5
+    assert scores.cons == 0.0  # the first two agree on 7
+    assert scores.pass_at_k == pytest.approx(5 / 6)
+
+
+def test_partial_credit_is_not_a_solved_problem():
+    group = make_group("77", "9")
+    for judgement in group.judgements:
+        judgement.accuracy = 0.9
+    scores = score([group], k=2).overall
+    assert (scores.avg, scores.pass_at_k) == (pytest.approx(0.9), 0.0)
+
+
+def test_failed_checks_and_truncation_are_counted():
+    group = make_group("9TT ", "9")
+    group.responses[3].finish_reason = "length"
+    scores = score([group], k=4).overall
+    assert (scores.not_judged, scores.truncated, scores.avg) == (2, 0.25, 0.25)
+
+
+def test_each_source_has_its_own_scores():
+    result = score([make_group("99", "9", source="aime24"), make_group("77", "9", source="aime25")], k=2)
+    metrics = result.metrics()
+    assert (metrics["accuracy"], metrics["accuracy/aime24"], metrics["accuracy/aime25"]) == (0.5, 1.0, 0.0)
+    assert "accuracy/toy" not in score([make_group("9", "9")], k=1).metrics()
+
+
+def test_incomplete_groups_are_refused_by_name():
+    with pytest.raises(ValueError, match="no problems"):
+        score([], k=1)
+    with pytest.raises(ValueError, match="problem lost has 2 responses"):
+        score([make_group("99", "9", name="lost")], k=3)
+    group = make_group("99", "9", name="unjudged")
+    group.judgements.pop()
+    with pytest.raises(ValueError, match="problem unjudged"):
+        score([group], k=2)
