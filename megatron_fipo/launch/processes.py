@@ -35,17 +35,15 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 
 
 def terminate_on_sigterm() -> None:
-    """Turn the first SIGTERM or SIGINT into SystemExit(143) or KeyboardInterrupt in the main thread; ignore later ones.
+    """Turn the first SIGTERM or SIGINT into SystemExit, status 143 or 130, in the main thread; ignore later ones.
 
-    So `finally` blocks run, and a second signal (torchrun sends SIGTERM after a terminal's Ctrl-C) does not cut them
-    short: whoever stops the process for good uses SIGKILL.
+    So `finally` blocks run, no traceback hides what was asked for, and a second signal (torchrun sends SIGTERM after a
+    terminal's Ctrl-C) does not cut the clean-up short: whoever stops the process for good uses SIGKILL.
     """
 
     def unwind(signum: int, _frame: object) -> None:
         for handled in (signal.SIGTERM, signal.SIGINT):
             signal.signal(handled, signal.SIG_IGN)
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
         sys.exit(128 + signum)
 
     signal.signal(signal.SIGTERM, unwind)
