@@ -4,8 +4,9 @@ Every key of `conf/` is a field here, and every field says what it means, its un
 beside the default, so that validation (`config_checks.py`), `--help` and docs/configuration.md all read one source.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, get_args
 
 
 def setting(
@@ -58,7 +59,8 @@ class ModelConfig:
     """The policy's architecture comes from a Hugging Face directory; these say how to build and run it."""
 
     path: str = setting(
-        "", "Hugging Face model directory (config.json, safetensors, tokenizer), or embedded:tiny for the one shipped here."
+        "",
+        "Hugging Face model directory (config.json, safetensors, tokenizer), or embedded:tiny, which ships with this.",
     )
     dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
     layers: str = setting(
@@ -92,12 +94,16 @@ class ParallelConfig:
     )
     context: int = setting(1, "Context-parallel size: a sequence is cut over this many ranks.", minimum=1)
     data: int | None = setting(
-        None, "Data-parallel size. null: whatever the processes started give; 1 when the run starts them itself.", minimum=1
+        None,
+        "Data-parallel size. null: whatever the processes started give; 1 when the run starts them itself.",
+        minimum=1,
     )
     sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
     distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
     micro_batch_tokens: int = setting(
-        16384, "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.", minimum=1
+        16384,
+        "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",
+        minimum=1,
     )
 
 
@@ -106,7 +112,9 @@ class FutureKLConfig:
     """The influence weight f_t of FIPO (paper, equations 6 to 9; docs/algorithm.md)."""
 
     decay_rate: float = setting(32.0, "Half-life τ of the discount in tokens: γ = 2^(−1/τ).", above=0)
-    band_low: float = setting(1.0, "Lower bound of the influence weight (1.0 in the 32B run, 0.8 in the 7B run).", minimum=0)
+    band_low: float = setting(
+        1.0, "Lower bound of the influence weight (1.0 in the 32B run, 0.8 in the 7B run).", minimum=0
+    )
     band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0)
     safety_thresh: float = setting(
         10.0, "With a negative advantage, a token ratio above this holds the weight down.", above=0
@@ -116,7 +124,9 @@ class FutureKLConfig:
         "What holding down means. clamp: into [0.8, 1.0], as in the released code; one: exactly 1, as in the paper.",
         choices=("clamp", "one"),
     )
-    participation_mask: bool = setting(True, "Leave tokens with ratio above clip_ratio_c out of the sum (false: ablation).")
+    participation_mask: bool = setting(
+        True, "Leave tokens with ratio above clip_ratio_c out of the sum (false: ablation)."
+    )
     drop_dual_clipped: bool = setting(
         True, "Leave out a response with more than one dual-clipped token, as the released code does."
     )
@@ -132,7 +142,7 @@ class FilterGroupsConfig:
     )
     surplus: str = setting(
         "carry",
-        "Groups beyond the batch: carry them to the next step, or drop them as the released code does. Both are counted.",
+        "Groups beyond the batch: carry them to the next step, or drop them, as the released code does. Both count.",
         choices=("carry", "drop"),
     )
 
@@ -143,7 +153,9 @@ class AlgorithmConfig:
 
     name: str = setting("fipo", "Name for logs and plots.")
     loss_mode: str = setting(
-        "future_kl", "The policy loss, a function of megatron_fipo/algorithm/losses.py.", choices=("future_kl", "vanilla")
+        "future_kl",
+        "The policy loss, a function of megatron_fipo/algorithm/losses.py.",
+        choices=("future_kl", "vanilla"),
     )
     loss_agg_mode: str = setting(
         "token-mean",
@@ -174,7 +186,9 @@ class OptimizerConfig:
     """Adam with Megatron-Core's schedule, weight decay and clipping."""
 
     lr: float = setting(1e-6, "Peak learning rate.", above=0)
-    schedule: str = setting("constant", "Decay after warm-up, over run.steps.", choices=("constant", "linear", "cosine"))
+    schedule: str = setting(
+        "constant", "Decay after warm-up, over run.steps.", choices=("constant", "linear", "cosine")
+    )
     min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0)
     warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from zero.", minimum=0)
     weight_decay: float = setting(0.1, "Decoupled weight decay; biases and norms have none.", minimum=0)
@@ -195,7 +209,9 @@ class RolloutConfig:
     host: str = setting("127.0.0.1", "Address that started servers bind to.")
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1)
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
-    max_prompt_length: int = setting(2048, "Longest prompt in tokens; data.overlong_prompts says what becomes of longer.", minimum=1)
+    max_prompt_length: int = setting(
+        2048, "Longest prompt in tokens; data.overlong_prompts says what becomes of longer.", minimum=1
+    )
     max_response_length: int = setting(20480, "Longest response in tokens.", minimum=1)
     temperature: float = setting(1.0, "Sampling temperature in training.", above=0)
     top_p: float = setting(1.0, "Nucleus of training samples.", above=0, maximum=1)
@@ -215,7 +231,9 @@ class RolloutConfig:
         "Plane of the weights. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, one machine.",
         choices=("process_group", "shared_memory"),
     )
-    bucket_mib: int = setting(512, "Size of one bucket of a weight update, in MiB; a larger tensor is a bucket alone.", minimum=1)
+    bucket_mib: int = setting(
+        512, "Size of one bucket of a weight update, in MiB; a larger tensor is a bucket alone.", minimum=1
+    )
     start_timeout_s: float = setting(900.0, "Longest start of a server, in seconds.", above=0)
     request_timeout_s: float = setting(3600.0, "Longest generation of one group, in seconds.", above=0)
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", above=0)
@@ -269,14 +287,18 @@ class RewardConfig:
     incorrect: float = setting(-1.0, "Reward of a wrong answer, and of one that could not be judged.")
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(8, "Verifier processes.", minimum=1)
-    timeout_s: float = setting(10.0, "Longest judgement of one response; then its process is killed and it counts as failed.", above=0)
+    timeout_s: float = setting(
+        10.0, "Longest judgement of one response; then its process is killed and it counts as failed.", above=0
+    )
 
 
 @dataclass
 class ValidationConfig:
     """Accuracy on held-out problems: avg@k, cons@k, pass@k."""
 
-    every: int = setting(5, "Validate after this many steps, and before the first and after the last; 0 is never.", minimum=0)
+    every: int = setting(
+        5, "Validate after this many steps, and before the first and after the last; 0 is never.", minimum=0
+    )
     samples: int = setting(32, "Responses a problem: k.", minimum=1)
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", minimum=0)
     top_p: float = setting(0.7, "Nucleus.", above=0, maximum=1)
@@ -313,3 +335,13 @@ class Config:
     validation: ValidationConfig = section(ValidationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     tracking: TrackingConfig = section(TrackingConfig)
+
+
+def every_setting(section_type: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Each key of the schema, such as "run.steps", with its dataclass field; sections themselves are left out."""
+    for entry in fields(section_type):
+        section_types = [kind for kind in (entry.type, *get_args(entry.type)) if is_dataclass(kind)]
+        if section_types:
+            yield from every_setting(section_types[0], f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", entry

@@ -6,7 +6,7 @@ _PREFIX = "embedded:"
 
 
 def resolve_embedded(path: str) -> Path:
-    """The file or directory that a configured path means: embedded:NAME is NAME in this package, others are as given."""
+    """The file or directory that a configured path means: embedded:NAME lies in this package, others are as given."""
     if path.startswith(_PREFIX):
         return Path(__file__).parent / path.removeprefix(_PREFIX)
     return Path(path)

