@@ -1,0 +1,123 @@
+"""vLLM's control plane over all servers of the service at once: pause, weight updates, cache resets, versions."""
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.weights.deadline import Deadline
+
+DEATH_GRACE_S = 1.0
+"""How long a server whose connection broke is watched for its end, which explains more than the broken connection."""
+
+
+class ControlPlane:
+    """Every method calls all servers concurrently and returns when all have answered.
+
+    RolloutError as soon as one fails, with the engine's own words or the end of a dead server's log, or when the
+    deadline passes, naming the servers that have not answered. Usable from any event loop.
+    """
+
+    def __init__(self, service: RolloutService):
+        self._service = service
+
+    @property
+    def workers_of_server(self) -> list[int]:
+        """Engine workers of each server, in the service's order."""
+        return [self._service.config.tensor_parallel for _ in self._service.servers]
+
+    async def pause(self, deadline: Deadline) -> None:
+        """Stops generation. Requests still running are aborted: between steps there are none worth keeping."""
+        await self._call_all("/pause?mode=abort", deadline)
+
+    async def resume(self, deadline: Deadline) -> None:
+        """Lets generation go on."""
+        await self._call_all("/resume", deadline)
+
+    async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
+        """Tells each server, in the service's order, how to join a weight plane."""
+        await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
+
+    async def start_weight_update(self, deadline: Deadline) -> None:
+        """Prepares the engines for buckets."""
+        await self._call_all("/start_weight_update", deadline)
+
+    async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None:
+        """Makes the engines take one bucket; returns when all have it."""
+        await self._call_all("/update_weights", deadline, {"update_info": update_info})
+
+    async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
+        """Puts the new weights into service as `version`."""
+        await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
+
+    async def reset_prefix_cache(self, deadline: Deadline) -> None:
+        """Empties the prefix caches. RolloutError if one could not be, since it would serve stale keys and values."""
+        answers = await self._call_all("/reset_prefix_cache", deadline)
+        for server, answer in zip(self._service.servers, answers, strict=True):
+            if not answer["success"]:
+                raise RolloutError(
+                    f"the vLLM server at {server.url} could not reset its prefix cache: requests still run"
+                )
+
+    async def versions(self, deadline: Deadline) -> list[int]:
+        """The weight version of each server, in the service's order."""
+        answers = await self._call_all("/weight_info", deadline, method="GET")
+        return [int(answer["weight_version"]) for answer in answers]
+
+    async def _call_all(
+        self,
+        path: str,
+        deadline: Deadline,
+        body: dict[str, Any] | list[dict[str, Any]] | None = None,
+        method: str = "POST",
+    ) -> list[Any]:
+        """The servers' answers. `body` is for all, or one for each server."""
+        servers = self._service.servers
+        bodies = body if isinstance(body, list) else [body] * len(servers)
+        async with httpx.AsyncClient(headers=self._service.headers, timeout=None, trust_env=False) as client:
+            calls = {
+                asyncio.ensure_future(self._call(client, server, method, path, content)): server
+                for server, content in zip(servers, bodies, strict=True)
+            }
+            try:
+                done, pending = await asyncio.wait(
+                    calls, timeout=deadline.remaining(), return_when=asyncio.FIRST_EXCEPTION
+                )
+                answers = {calls[call].url: call.result() for call in done}
+            finally:
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+        if pending:
+            silent = ", ".join(calls[call].url for call in pending)
+            raise RolloutError(f"no answer to {path} from {silent} within {deadline.seconds:g} s in all")
+        return [answers[server.url] for server in servers]
+
+    async def _call(self, client: httpx.AsyncClient, server: Server, method: str, path: str, body: Any) -> Any:
+        try:
+            response = await client.request(method, server.url + path, json=body)
+        except httpx.TransportError as error:
+            await self._raise_if_dying(server)
+            raise RolloutError(f"{server.url}{path}: {type(error).__name__}: {error}") from error
+        if not response.is_success:
+            await self._raise_if_dying(server)
+            raise RolloutError(f"{server.url}{path} answered {response.status_code}: {engine_message(response)}")
+        return response.json()
+
+    async def _raise_if_dying(self, server: Server) -> None:
+        grace = Deadline(DEATH_GRACE_S)
+        while server.process is not None and not grace.passed():
+            if (failure := server.failure()) is not None:
+                raise RolloutError(failure)
+            await asyncio.sleep(0.05)
+
+
+def engine_message(response: httpx.Response) -> str:
+    """The engine's own words in an error response."""
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:2000]
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

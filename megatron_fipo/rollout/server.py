@@ -1,0 +1,47 @@
+"""One vLLM API server for training: `python -m megatron_fipo.rollout.server <options of vLLM's API server>`.
+
+It is vLLM's own server with what a trainer needs always on: every route behind a token (FIPO_ROLLOUT_TOKEN), the
+weight-transfer planes, token ids in and out, and no process left when its parent is gone. Runs start their own; start
+it by hand, or under srun, for `rollout.addresses`.
+"""
+
+import os
+import sys
+
+from megatron_fipo.rollout.access import TOKEN_VARIABLE
+from megatron_fipo.rollout.lifeline import bind_descendants, die_with_parent
+
+PARENT_VARIABLE = "FIPO_PARENT_PID"
+ALWAYS = (
+    "--skip-tokenizer-init",
+    "--tokens-only",
+    "--middleware=megatron_fipo.rollout.access.RequireToken",
+    "--worker-extension-cls=megatron_fipo.rollout.vllm_plugin.WorkerExtension",
+    "--disable-uvicorn-access-log",
+    "--disable-log-stats",
+)
+
+# vLLM forks its engine and worker processes, or spawns them; a spawned one imports this module as __mp_main__.
+if __name__ == "__mp_main__":
+    die_with_parent()
+if __name__ in ("__main__", "__mp_main__"):
+    bind_descendants()
+
+
+def main() -> None:
+    """Runs the server until it is told to stop."""
+    if not os.environ.get(TOKEN_VARIABLE):
+        sys.exit(f"{TOKEN_VARIABLE} is not set: without a token anyone who reaches the port could change the weights")
+    if parent := os.environ.get(PARENT_VARIABLE):
+        die_with_parent(int(parent))
+    # The routes of weight updates are behind this switch.
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    sys.argv[1:] = [*sys.argv[1:], *ALWAYS]
+
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    serve()
+
+
+if __name__ == "__main__":
+    main()

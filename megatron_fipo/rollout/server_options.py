@@ -1,0 +1,105 @@
+"""How a vLLM server is started for a `RolloutConfig`: its command-line options, its environment, its GPUs."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import megatron_fipo
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.errors import ConfigError
+
+CPU_BATCHED_TOKENS = 8192
+"""Prompt tokens that a CPU server processes at once; vLLM's default there, 2048, cuts up small batches already."""
+
+TRAINER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TORCHDYNAMO_DISABLE",
+)
+"""What a launcher or a test tells the trainer about itself: a server would take it as its own."""
+
+
+def server_arguments(
+    config: RolloutConfig, model_dir: Path, seed: int, max_position_embeddings: int | None = None
+) -> list[str]:
+    """Options of `python -m megatron_fipo.rollout.server`, but for its host and port."""
+    longest = config.max_prompt_length + config.max_response_length
+    arguments = [
+        f"--model={model_dir}",
+        "--generation-config=vllm",
+        f"--dtype={config.dtype}",
+        f"--max-model-len={longest}",
+        f"--max-num-seqs={config.max_num_seqs}",
+        f"--tensor-parallel-size={config.tensor_parallel}",
+        f"--logprobs-mode={config.logprobs_mode}",
+        "--enable-prefix-caching",
+        f"--seed={seed}",
+        f"--weight-transfer-config={json.dumps({'backend': config.weight_transfer})}",
+    ]
+    if torch.cuda.is_available():
+        arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
+    else:
+        # After a prompt processed in parts vLLM winds a seeded request's generator back, which a CPU one cannot.
+        arguments += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(longest, CPU_BATCHED_TOKENS)}"]
+    if config.enforce_eager:
+        arguments.append("--enforce-eager")
+    if max_position_embeddings is not None:
+        arguments.append(f"--hf-overrides={json.dumps({'max_position_embeddings': max_position_embeddings})}")
+    return arguments
+
+
+def server_environment(config: RolloutConfig, devices: list[str] | None) -> dict[str, str]:
+    """The environment of a server on the GPUs named in `devices`, or on the CPU. Without its token."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TRAINER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    # The server has to import this package wherever the run's working directory is.
+    package_parent = str(Path(megatron_fipo.__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    else:
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
+            # vLLM's own binding of threads to cores fails where there are fewer cores than workers.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(config.cpu_threads),
+        }
+    return environment
+
+
+def visible_devices(config: RolloutConfig) -> list[list[str]] | None:
+    """GPUs of each server: those after the trainer's own on this machine. None without CUDA.
+
+    On a machine with too few, servers share the trainer's GPUs, which NCCL cannot connect: ConfigError unless the
+    weights go through shared memory.
+    """
+    if not torch.cuda.is_available():
+        return None
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    needed = config.servers * config.tensor_parallel
+    trainer = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = devices[trainer:]
+    if len(free) < needed:
+        if config.weight_transfer != "shared_memory" or len(devices) < config.tensor_parallel:
+            raise ConfigError(
+                "rollout.servers",
+                f"{needed} GPUs are needed, but {len(free)} of {len(devices)} are free beside the trainer's {trainer}",
+                "fewer servers or trainer processes, or share GPUs with rollout.weight_transfer=shared_memory and a "
+                "smaller rollout.gpu_memory_utilization",
+            )
+        free = devices
+    width = config.tensor_parallel
+    return [[free[(index * width + lane) % len(free)] for lane in range(width)] for index in range(config.servers)]

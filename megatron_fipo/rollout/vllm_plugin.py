@@ -1,0 +1,18 @@
+"""What vLLM's worker processes load of ours, by the name in `--worker-extension-cls`.
+
+Importing this module registers the engines' halves of the weight-transfer planes; `access.RequireToken` is what its
+API server loads.
+"""
+
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+ENGINES = {"process_group": "ProcessGroupEngine", "shared_memory": "SharedMemoryEngine"}
+
+for plane, engine in ENGINES.items():
+    # A worker may be forked from a process that has imported this already.
+    if plane not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(plane, "megatron_fipo.rollout.engines", engine)
+
+
+class WorkerExtension:
+    """Adds nothing to vLLM's worker: naming it makes vLLM import this module where its workers are."""

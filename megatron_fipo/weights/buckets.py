@@ -1,0 +1,105 @@
+"""Buckets: the pieces a weight update is cut into, and their layout as one flat buffer.
+
+Both ends use this module: the trainer packs, the engine's workers unpack by the same arithmetic, so that only names,
+shapes and dtypes need to travel beside the bytes.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Bytes that every tensor of a packed bucket starts at a multiple of: enough for a view of any dtype, and for a GPU."""
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """What a bucket holds, in order. The three lists have one entry a tensor."""
+
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.shapes) == len(self.dtypes):
+            raise ValueError(
+                f"a bucket of {len(self.names)} names has {len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `BucketLayout(**row)` is its inverse."""
+        return {"names": self.names, "shapes": self.shapes, "dtypes": self.dtypes}
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(start, length) in bytes of each tensor in the packed buffer."""
+        spans, offset = [], 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            length = math.prod(shape) * torch_dtype(dtype).itemsize
+            spans.append((offset, length))
+            offset += -(-length // ALIGNMENT) * ALIGNMENT
+        return spans
+
+    def packed_bytes(self) -> int:
+        """Size of the packed buffer in bytes, padding included."""
+        spans = self.spans()
+        return sum(spans[-1]) if spans else 0
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some named tensors of one weight update, sent together. Tensors keep their own shape, dtype and device."""
+
+    tensors: list[tuple[str, Tensor]]
+
+    def layout(self) -> BucketLayout:
+        """Names, shapes and dtypes, in order."""
+        return BucketLayout(
+            names=[name for name, _ in self.tensors],
+            shapes=[list(tensor.shape) for _, tensor in self.tensors],
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in self.tensors],
+        )
+
+    def pack(self) -> Tensor:
+        """All tensors in one flat uint8 tensor on their device, each at the offset that `BucketLayout.spans` gives."""
+        layout = self.layout()
+        buffer = torch.empty(layout.packed_bytes(), dtype=torch.uint8, device=self.tensors[0][1].device)
+        for (_, tensor), (start, length) in zip(self.tensors, layout.spans(), strict=True):
+            buffer[start : start + length].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        return buffer
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype called `name` ("bfloat16"); ValueError for anything else, since names come from another process."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no torch dtype")
+    return dtype
+
+
+def unpack(buffer: Tensor, layout: BucketLayout) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a packed bucket, as views of `buffer` (uint8, flat): keep it unchanged while they live."""
+    for name, shape, dtype, (start, length) in zip(
+        layout.names, layout.shapes, layout.dtypes, layout.spans(), strict=True
+    ):
+        yield name, buffer[start : start + length].view(torch_dtype(dtype)).view(shape)
+
+
+def cut_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """Cuts a stream of named tensors into buckets of at most `bucket_bytes`; a larger tensor is a bucket alone.
+
+    Lazy: a bucket is yielded as soon as the next tensor would not fit, before anything further is gathered.
+    """
+    pending: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > bucket_bytes:
+            yield Bucket(pending)
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += tensor.nbytes
+    if pending:
+        yield Bucket(pending)

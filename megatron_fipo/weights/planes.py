@@ -1,0 +1,162 @@
+"""Transfer planes: how the bytes of a bucket get from a trainer rank to all engine workers. One file a new plane
+touches on this side; its other half is an engine class in `megatron_fipo/rollout/engines.py`.
+
+A plane object lives on every rank that leads a pipeline stage (tensor-, data- and context-parallel rank 0 of it).
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.weights.buckets import Bucket
+from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class TransferPlane(Protocol):
+    """One leader's half of a plane. Dictionaries are JSON-ready: rank 0 hands them to the engines."""
+
+    def open(self, workers: int) -> dict[str, Any]:
+        """Gets ready for `workers` engine workers in all; returns what an engine needs to know to join."""
+
+    def join(self) -> None:
+        """Blocks until all workers have joined; called in a thread while rank 0 asks the engines to join."""
+
+    def send(self, bucket: Bucket) -> dict[str, Any]:
+        """Starts sending; returns the engines' update information at once. `bucket` may be freed afterwards."""
+
+    def sent(self) -> None:
+        """Called when all engines have the last bucket: frees it, and raises if sending failed on this side."""
+
+    def close(self) -> None:
+        """Releases everything without waiting for the engines; may be called twice."""
+
+
+class ProcessGroupPlane:
+    """Broadcast over a process group of this leader (rank 0) and all engine workers: NCCL, or gloo on CPU."""
+
+    def __init__(self, rollout: RolloutConfig, stage: int):
+        self._stage, self._timeout_s = stage, rollout.update_timeout_s
+        self._backend = "nccl" if torch.cuda.is_available() else "gloo"
+        self._address = local_address(_farthest_peer(rollout))
+        self._world_size = 0
+        self._listener = listen(self._address)
+        self._group: TransferGroup | None = None
+        self._in_flight: Any = None
+
+    def open(self, workers: int) -> dict[str, Any]:
+        """Names the meeting point of the group, which is listening from here on."""
+        self._world_size = workers + 1
+        address, port = self._listener.getsockname()
+        return {
+            "stage": self._stage,
+            "address": address,
+            "port": port,
+            "world_size": self._world_size,
+            "backend": self._backend,
+            "timeout_s": self._timeout_s,
+        }
+
+    def join(self) -> None:
+        """Makes the group; blocks until all workers are in it."""
+        store = host_store(self._listener, self._world_size, self._timeout_s)
+        self._group = TransferGroup(store, self._address, 0, self._world_size, self._backend, self._timeout_s)
+
+    def send(self, bucket: Bucket) -> dict[str, Any]:
+        """Packs the bucket and starts its broadcast."""
+        assert self._group is not None
+        buffer = bucket.pack()
+        # The buffer must live until the broadcast is over, which only `sent` knows.
+        self._in_flight = (self._group.broadcast(buffer), buffer)
+        return {"stage": self._stage, **bucket.layout().to_dict()}
+
+    def sent(self) -> None:
+        """Ends the broadcast: at once, since every worker has what it sent."""
+        work, _ = self._in_flight
+        work.wait()
+        self._in_flight = None
+
+    def close(self) -> None:
+        """Aborts the group; workers still waiting in a broadcast get an error."""
+        self._listener.close()
+        if self._group is not None:
+            # Ending a gloo group joins its threads, which may wait for a stopped peer until the group's own timeout.
+            threading.Thread(target=self._group.abort, name="close-transfer-group", daemon=True).start()
+            self._group = None
+
+
+class SharedMemoryPlane:
+    """safetensors files in a private directory under /dev/shm, for trainer and engines on one machine."""
+
+    def __init__(self, stage: int, run_dir: Path):
+        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+        self._directory = SHARED_MEMORY / f"megatron_fipo-{run}-stage{stage}"
+        self._index = 0
+        self._file: Path | None = None
+        self._make_directory()
+
+    def _make_directory(self) -> None:
+        """A fresh directory for this user only; an earlier run that was killed may have left one of the same name."""
+        try:
+            if self._directory.is_symlink() or self._directory.exists():
+                shutil.rmtree(self._directory)
+            self._directory.mkdir(mode=0o700)
+        except OSError as error:
+            raise RolloutError(
+                f"cannot make {self._directory} for rollout.weight_transfer=shared_memory: {error}"
+            ) from error
+
+    def open(self, workers: int) -> dict[str, Any]:
+        """Names the directory; an engine that cannot see it is on another machine, and says so."""
+        return {"directory": str(self._directory)}
+
+    def join(self) -> None:
+        """Nothing to wait for: files need no peer."""
+
+    def send(self, bucket: Bucket) -> dict[str, Any]:
+        """Writes the bucket's file, complete when this returns."""
+        self._file = self._directory / f"{self._index:06d}.safetensors"
+        self._index += 1
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.tensors}
+        try:
+            save_file(tensors, self._file)
+        except Exception as error:
+            raise RolloutError(f"cannot write a weight bucket to {self._file}: {error}") from error
+        return {"path": str(self._file), "names": [name for name, _ in bucket.tensors]}
+
+    def sent(self) -> None:
+        """Deletes the file; engines that still map it keep its pages."""
+        assert self._file is not None
+        self._file.unlink()
+        self._file = None
+
+    def close(self) -> None:
+        """Removes the directory and whatever is in it."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def make_plane(rollout: RolloutConfig, stage: int, run_dir: Path) -> TransferPlane:
+    """The plane that `rollout.weight_transfer` names, for the leader of pipeline stage `stage`."""
+    if rollout.weight_transfer == "shared_memory":
+        return SharedMemoryPlane(stage, run_dir)
+    return ProcessGroupPlane(rollout, stage)
+
+
+def _farthest_peer(rollout: RolloutConfig) -> str:
+    """A host whose route shows the address that all engines can reach this rank at.
+
+    Servers elsewhere are named in the configuration; servers of our own are on rank 0's machine, which torchrun and
+    srun name in MASTER_ADDR.
+    """
+    hosts = [address.split("://", 1)[-1].rsplit(":", 1)[0] for address in rollout.addresses]
+    candidates = hosts or [os.environ.get("MASTER_ADDR", "")]
+    return next((host for host in candidates if not is_loopback(host)), "")
