@@ -44,6 +44,8 @@ def share(sequences: Sequences | None) -> Sequences:
         torch.tensor([len(sequences.token_ids), len(sequences.mini_batch_sizes)]) if sequences else None, 2
     )
     count, mini_batches = header.tolist()
+    if count == 0:
+        return Sequences([], [], [], torch.empty(0), [])
     shape = None
     if sequences:
         shape = torch.tensor([*sequences.prompt_lengths, *sequences.lengths(), *sequences.mini_batch_sizes])

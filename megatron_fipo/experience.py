@@ -1,0 +1,182 @@
+"""Rank 0's side of a step: draw problems, sample and judge responses, keep the groups that teach something.
+
+Rewards are judged while other groups are still being sampled. Everything random is a function of (run.seed, what is
+drawn), so a run that is repeated, or resumed, asks for the same samples.
+"""
+
+import random
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.algorithm.advantages import group_advantages
+from megatron_fipo.algorithm.groups import DynamicSampling, Selection
+from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.data.order import ProblemOrder
+from megatron_fipo.data.problems import load_problems
+from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.policy.batches import Sequences
+from megatron_fipo.rewards.pool import VerifierPool
+from megatron_fipo.rollout.client import RolloutClient, Sampling
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.samples import Group, Problem
+from megatron_fipo.tracking.console import Console, Phase
+from megatron_fipo.tracking.validation import ValidationResult, score
+
+
+class Experience:
+    """Problems, the rollout service and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
+
+    def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
+        """Load the problems and start servers and verifiers, without waiting for them."""
+        self.config, self.console = config, console
+        self.tokenizer = load_tokenizer(model_dir)
+        length = config.rollout.max_prompt_length
+        train = load_problems(config.data, "train", self.tokenizer, length)
+        self.problems = train.problems
+        self.held_out: list[Problem] = []
+        if config.validation.every:
+            self.held_out = load_problems(config.data, "validation", self.tokenizer, length).problems
+        self.problem_counts = vars(train.counts)
+        self.order = ProblemOrder(len(self.problems), config.run.seed, config.data.shuffle)
+        self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
+        self.drawn = 0
+        self.service = RolloutService(
+            config.rollout, model_dir, run_dir, config.run.seed, config.model.max_position_embeddings
+        )
+        self.verifiers = VerifierPool(config.reward, config.rollout.max_response_length)
+        self.service.start()
+        self.client: RolloutClient | None = None
+
+    def __enter__(self) -> "Experience":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.client is not None:
+            self.client.close()
+        self.verifiers.close()
+        self.service.close()
+
+    def connect(self) -> RolloutClient:
+        """Wait until the servers answer; the client of this run."""
+        self.service.wait_ready()
+        self.client = RolloutClient(self.service)
+        return self.client
+
+    def collect(self, phase: Phase) -> tuple[Selection, list[Group]]:
+        """Sample generation batches until the step is full, or may sample no more.
+
+        Returns:
+            What to train on, and every group that was sampled in this step.
+        """
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        sampling = self._sampling(rollout.temperature, rollout.top_p, rollout.top_k)
+        sampled: list[Group] = []
+        while self.sampling.needs_more():
+            wanted = algorithm.generation_batch_prompts or algorithm.prompts_per_step
+            problems = [self.problems[index] for index in self.order.take(wanted)]
+            seeds = [self._seed("train", self.drawn + offset) for offset in range(wanted)]
+            self.drawn += wanted
+            groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
+            self.sampling.add(groups)
+            sampled += groups
+        return self.sampling.take(), sampled
+
+    def validate(self, phase: Phase) -> ValidationResult:
+        """Sample and score the held-out problems, with the same seeds every time."""
+        settings = self.config.validation
+        sampling = self._sampling(settings.temperature, settings.top_p, top_k=-1)
+        seeds = [self._seed("validation", index) for index in range(len(self.held_out))]
+        return score(self._sample(self.held_out, settings.samples, sampling, seeds, phase), settings.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state between two steps."""
+        return {"order": self.order.state_dict(), "sampling": self.sampling.state_dict(), "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` stood: no problem skipped, none repeated."""
+        self.order.load_state_dict(state["order"])
+        self.sampling.load_state_dict(state["sampling"])
+        self.drawn = state["drawn"]
+
+    def _sample(
+        self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
+    ) -> list[Group]:
+        """Judged groups in the order of their problems."""
+        assert self.client is not None, "connect() comes first"
+        judged: list[Future[Group]] = []
+
+        def judge(group: Group) -> None:
+            group.text = [self.tokenizer.decode(response.token_ids) for response in group.responses]
+            judged.append(self.verifiers.submit(group))
+            phase.progress(len(judged), len(problems), "groups")
+
+        groups = self.client.generate(problems, samples, sampling, seeds, on_group=judge)
+        with self.console.phase("verify") as verifying:
+            for done, future in enumerate(judged, start=1):
+                future.result()
+                verifying.progress(done, len(judged), "groups")
+        return groups
+
+    def _sampling(self, temperature: float, top_p: float, top_k: int) -> Sampling:
+        longest = self.config.rollout.max_response_length
+        return Sampling(temperature, top_p, top_k, longest, self.tokenizer.eos_ids)
+
+    def _seed(self, purpose: str, index: int) -> int:
+        return random.Random(f"{self.config.run.seed}:{purpose}:{index}").getrandbits(31)
+
+
+def training_sequences(groups: list[Group], algorithm: AlgorithmConfig) -> Sequences:
+    """Groups as tensors, cut into mini-batches of whole groups, each response with its advantage.
+
+    A response whose check failed is no wrong answer: it is left out, of the group's mean too.
+    """
+    tokens, prompts, log_probs, advantages, sizes = [], [], [], [], []
+    for start in range(0, len(groups), algorithm.mini_batch_prompts):
+        before = len(tokens)
+        for group in groups[start : start + algorithm.mini_batch_prompts]:
+            pairs = zip(group.responses, group.judgements, strict=True)
+            judged = [(response, judgement) for response, judgement in pairs if judgement.outcome == "judged"]
+            prompt = group.problem.token_ids
+            tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
+            prompts += [len(prompt)] * len(judged)
+            log_probs += [torch.tensor(response.log_probs) for response, _ in judged]
+            rewards = [judgement.reward for _, judgement in judged]
+            advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
+        if len(tokens) > before:
+            sizes.append(len(tokens) - before)
+    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), sizes)
+
+
+def sampling_metrics(selection: Selection, sampled: list[Group]) -> dict[str, float]:
+    """Metrics of one step's sampling: over all that was sampled in it, trained on or not."""
+    responses = [response for group in sampled for response in group.responses]
+    judgements = [judgement for group in sampled for judgement in group.judgements]
+    counts = selection.counts
+    metrics: dict[str, float] = {
+        "num_gen_batches": counts.num_gen_batches,
+        "groups_kept": counts.trained,
+        "groups_dropped": counts.dropped_all_right + counts.dropped_all_wrong + counts.dropped_no_contrast,
+        "groups_dropped_all_right": counts.dropped_all_right,
+        "groups_dropped_all_wrong": counts.dropped_all_wrong,
+        "groups_dropped_surplus": counts.dropped_surplus,
+        "groups_carried": counts.carried_out,
+        "verifier_timeouts": sum(judgement.outcome == "timeout" for judgement in judgements),
+        "verifier_crashes": sum(judgement.outcome == "crash" for judgement in judgements),
+    }
+    if responses:
+        lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
+        quartiles = torch.quantile(lengths, torch.tensor([0.25, 0.5, 0.75])).tolist()
+        metrics |= {
+            "reward_mean": sum(judgement.reward for judgement in judgements) / len(judgements),
+            "accuracy": sum(judgement.accuracy for judgement in judgements) / len(judgements),
+            "response_length_mean": lengths.mean().item(),
+            "response_length_max": lengths.max().item(),
+            "responses_truncated": sum(response.finish_reason == "length" for response in responses),
+            "response_tokens": lengths.sum().item(),
+            "weight_version": max(response.weight_version for response in responses),
+        }
+        metrics |= {f"response_length_q{q}": value for q, value in zip((25, 50, 75), quartiles, strict=True)}
+    return metrics

@@ -1,0 +1,212 @@
+"""The state of a run and the parts of a step. Every method is called by every rank together.
+
+What only rank 0 has (problems, servers, verifiers, files, terminal) is None or silent elsewhere.
+"""
+
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from megatron.core import parallel_state
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
+from megatron_fipo.experience import Experience, sampling_metrics, training_sequences
+from megatron_fipo.policy import checkpoint, platform
+from megatron_fipo.policy.batches import Sequences, share
+from megatron_fipo.policy.model import start_model_parallel
+from megatron_fipo.policy.update import Policy
+from megatron_fipo.tracking.console import Console
+from megatron_fipo.tracking.kept_samples import keep_samples
+from megatron_fipo.tracking.metrics import MetricsWriter
+from megatron_fipo.tracking.report import write_report
+from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
+from megatron_fipo.weights.architectures import read_architecture
+from megatron_fipo.weights.reshard import export
+from megatron_fipo.weights.transfer import open_transfer
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: Config, stack: ExitStack):
+        """Join the other ranks; everything that has to be ended is entered into `stack`.
+
+        Raises:
+            FipoError: the checkpoint, the model or the data cannot be used.
+        """
+        self.config, self.stack = config, stack
+        self.directory = Path(config.run.directory)
+        self.model_dir = resolve_embedded(config.model.path)
+        stack.callback(platform.stop_process_group)
+        platform.start_process_group(config.run.collective_timeout_s)
+        start_model_parallel(config.parallel, config.run.seed)
+        self.first = torch.distributed.get_rank() == 0
+        self.resume_from = self._checkpoint_to_resume()
+        self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
+        self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
+        self.experience: Experience | None = None
+        self.metrics: MetricsWriter | None = None
+        if self.first:
+            self._open_run_files(stack)
+        self.results: dict[str, Any] = {}
+        self.seconds_before = 0.0
+
+    def prepare(self) -> None:
+        """Build the policy while the servers start, resume, and connect the two."""
+        config = self.config
+        with self.console.phase("start"):
+            updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
+            geometry = read_architecture(self.model_dir)
+            self.policy = Policy(config, geometry, str(self.model_dir), updates)
+            if self.resume_from is not None:
+                self._load(self.resume_from)
+            leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            self.transfer = open_transfer(
+                config.rollout,
+                self.experience.connect().control if self.experience else None,
+                stage=parallel_state.get_pipeline_model_parallel_rank(),
+                num_stages=config.parallel.pipeline,
+                is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
+                run_dir=self.directory,
+            )
+            self.stack.callback(self.transfer.close)
+            self.transfer.connect()
+        self.console.take_seconds()
+        self.started = time.monotonic()
+
+    def push_weights(self) -> None:
+        """Hand the present weights to the rollout service, as version `step`."""
+        with self.console.phase("weights"):
+            self.transfer.push(export(self.policy.chunks, self.policy.geometry), version=self.step)
+
+    def sample(self) -> tuple[Sequences, dict[str, float]]:
+        """This step's sequences, on every rank, and rank 0's metrics of how they came about."""
+        sequences, metrics = None, {}
+        with self.console.phase("sample") as phase:
+            if self.experience is not None:
+                selection, sampled = self.experience.collect(phase)
+                sequences = training_sequences(selection.groups, self.config.algorithm)
+                metrics = sampling_metrics(selection, sampled)
+                keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
+                if selection.gave_up:
+                    self.console.warn(
+                        f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
+                        f"after {selection.counts.num_gen_batches} generation batches; training on those"
+                    )
+            sequences = share(sequences)
+        return sequences, metrics
+
+    def update(self, sequences: Sequences) -> dict[str, float]:
+        """All updates of a step, none if it has no sequences; their metrics together."""
+        mini_batches = self.policy.plan(sequences)
+        with self.console.phase("log-probs"):
+            self.policy.score(mini_batches)
+        with self.console.phase("update"):
+            updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
+        return _over_updates(updates)
+
+    def log_step(self, metrics: dict[str, float], seconds: float) -> None:
+        """Write and show one step."""
+        if self.metrics is None:
+            return
+        metrics |= self.console.take_seconds() | {"seconds_step": seconds}
+        metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
+        self.metrics.log_step(self.step, metrics)
+        self.console.step_line(metrics | {"step": self.step})
+        if metrics["updates_skipped"]:
+            self.console.warn(f"step {self.step}: {metrics['updates_skipped']:.0f} updates left out, gradient not finite")
+
+    def validate(self) -> None:
+        """Accuracy and length on held-out problems."""
+        if self.experience is None or self.metrics is None or not self.config.validation.every:
+            return
+        with self.console.phase("validate") as phase:
+            result = self.experience.validate(phase)
+        which = "after" if self.step else "before"
+        self.results[f"accuracy_{which}"] = result.overall.avg
+        self.results[f"response_length_{which}"] = result.overall.response_length_mean
+        self.metrics.log_validation(self.step, result.metrics())
+        self.console.validation(self.step, result)
+        write_report(self.directory)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this one; after the last step it always is."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def save(self) -> None:
+        """Write a checkpoint of the policy and of the loop."""
+        state: dict[str, Any] = {}
+        if self.experience is not None:
+            state = {
+                "step": self.step,
+                "seconds": self._seconds(),
+                "results": self.results,
+                "experience": self.experience.state_dict(),
+            }
+        with self.console.phase("checkpoint"):
+            directory = self.directory / "checkpoints"
+            checkpoint.save(self.policy, directory, self.step, state, self.config.checkpoint.keep)
+
+    def finish(self) -> None:
+        """Write what came of the run, and show it."""
+        if not self.first:
+            return
+        names = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
+        summary = {name: self.results.get(name) for name in names}
+        summary |= {"steps": self.step, "seconds": self._seconds(), "algorithm": self.config.algorithm.name}
+        write_summary(self.directory, summary)
+        write_report(self.directory)
+        self.console.finish(summary, self.directory)
+
+    def _seconds(self) -> float:
+        """Seconds of training, those before a resume included, without the start of processes and servers."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _open_run_files(self, stack: ExitStack) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_config(self.directory, self.config)
+        write_environment(self.directory, world_size=torch.distributed.get_world_size())
+        self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
+        stack.callback(self.metrics.close)
+        self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
+        counts = {name: count for name, count in self.experience.problem_counts.items() if count}
+        self.console.note("problems: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        found = checkpoint.newest(self.directory / "checkpoints")
+        if self.config.run.resume == "never" and (found or (self.directory / "metrics.jsonl").exists()):
+            raise FipoError(f"{self.directory} already holds a run (give another run.directory, or run.resume=auto)")
+        return found if self.config.run.resume == "auto" else None
+
+    def _load(self, path: Path) -> None:
+        state = checkpoint.load(self.policy, path)
+        self.seconds_before, self.results = state["seconds"], state["results"]
+        if self.experience is not None:
+            self.experience.load_state_dict(state["experience"])
+            self.console.note(f"resumed from {path}")
+
+
+def _over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """A step's metrics from its updates': least, greatest, sum or mean by name; ppo_kl of the first by itself."""
+    collected: dict[str, list[float]] = defaultdict(list)
+    for metrics in updates:
+        for name, value in metrics.items():
+            collected[name].append(value)
+    combined: dict[str, float] = {"updates": float(len(updates)), "updates_skipped": 0.0}
+    for name, values in collected.items():
+        if name.endswith("_min"):
+            combined[name] = min(values)
+        elif name.endswith("_max"):
+            combined[name] = max(values)
+        elif name in ("updates_skipped", "tokens_trained", "responses_dropped"):
+            combined[name] = sum(values)
+        else:
+            combined[name] = sum(values) / len(values)
+    if updates:
+        combined["ppo_kl_first"] = updates[0]["ppo_kl"]
+    return combined

@@ -1,0 +1,104 @@
+"""Starts training runs as a user does, and reads what they wrote."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = (
+    "algorithm.prompts_per_step=8",
+    "algorithm.samples_per_prompt=4",
+    "algorithm.mini_batch_prompts=4",
+    "algorithm.filter_groups.enable=false",
+    "run.steps=2",
+    "validation.every=0",
+    "checkpoint.every=0",
+    "tracking.samples_per_step=64",
+)
+"""The default with small batches. Without dynamic sampling every prompt is trained on, whatever its samples are."""
+
+
+def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`python -m megatron_fipo.train` with the overrides, in its own session, output to directory/output.txt."""
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_fipo.train", f"run.directory={directory}", *overrides]
+    with (directory / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 300) -> str:
+    """Wait for a run that has to succeed; its output."""
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise AssertionError(f"not done after {timeout_s} s:\n{output(directory)[-4000:]}") from None
+    assert code == 0, f"exit code {code}:\n{output(directory)[-6000:]}"
+    return output(directory)
+
+
+def run(directory: Path, *overrides: str, timeout_s: float = 300) -> str:
+    """A whole run that has to succeed; its output."""
+    return finish(start(directory, *overrides), directory, timeout_s)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a run's launcher; what it started has to go by itself."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def output(directory: Path) -> str:
+    return (directory / "output.txt").read_text(errors="replace")
+
+
+def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The rows of a metrics file so far."""
+    path = directory / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def prompts(directory: Path, step: int) -> list[str]:
+    """The problems whose samples a step kept."""
+    path = directory / "samples" / f"step-{step:06d}.jsonl"
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float) -> None:
+    """Poll a condition, with a deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.1)
+
+
+def processes_of(directory: Path) -> list[psutil.Process]:
+    """Processes, at any depth, that belong to the run in `directory`: its ranks name it, its servers log to it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            files = [opened.path for opened in process.open_files()]
+            named = any(str(directory) in argument for argument in process.cmdline())
+        except psutil.Error:
+            continue
+        if process.pid != os.getpid() and (named or any(path.startswith(str(directory)) for path in files)):
+            found.append(process)
+    return found

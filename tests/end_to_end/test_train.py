@@ -1,0 +1,121 @@
+"""Whole runs of the embedded default, real Megatron-Core and real vLLM: every layout, every algorithm, stops and resumes.
+
+Why: each part is tested by itself; here is what only shows between them. Two facts tell most: the first update of a
+step is exactly on policy (the old log-probs were computed as the update computes them), and trainer and engine agree on
+the log-prob of each sampled token (weights arrived whole, the prefix cache is fresh, both mean the same distribution).
+
+Not covered: learning (`make train` shows it; its figures are in the README), several machines, CUDA.
+"""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import runs
+from tests.end_to_end.runs import SMALL
+
+pytestmark = pytest.mark.slow
+
+LAYOUTS = {
+    "tp2": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence=true"],
+    "pp2": [],
+    "tp2-pp2": ["parallel.tensor=2"],
+    "pp2-vpp2": ["parallel.virtual_pipeline=2"],
+    "cp2": ["parallel.context=2", "parallel.pipeline=1"],
+    "dp2": ["parallel.data=2", "parallel.pipeline=1"],
+}
+
+
+def check_rows(rows: list[dict[str, float]], steps: int) -> None:
+    """What must hold of every step of a run in fp32."""
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert row["ppo_kl_first"] == 0.0
+        assert 0 < row["log_prob_diff_mean"] < 1e-4, "trainer and engine disagree on the sampled tokens"
+        assert row["weight_version"] == row["step"] - 1
+        assert row["grad_norm"] > 0
+        assert row["updates_skipped"] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(layout: str, tmp_path: Path) -> None:
+    # Both transfer planes get their turn.
+    plane = "process_group" if layout in ("tp2-pp2", "dp2") else "shared_memory"
+    runs.run(tmp_path, *SMALL, *LAYOUTS[layout], f"rollout.weight_transfer={plane}")
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=2)
+    assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
+
+
+@pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
+def test_other_algorithms_are_one_override(algorithm: str, tmp_path: Path) -> None:
+    runs.run(tmp_path, *SMALL, f"algorithm={algorithm}")
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=2)
+    assert "influence_weights_mean" not in rows[0]
+
+
+def test_two_servers_of_two_workers(tmp_path: Path) -> None:
+    runs.run(
+        tmp_path,
+        *SMALL,
+        "rollout.servers=2",
+        "rollout.tensor_parallel=2",
+        "rollout.weight_transfer=process_group",
+        "rollout.bucket_mib=1",
+    )
+    check_rows(runs.rows(tmp_path), steps=2)
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends."""
+    settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.run(whole, *settings)
+
+    process = runs.start(broken, *settings)
+    runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
+    runs.end(process)
+    runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
+    shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
+    output = runs.run(broken, *settings)
+
+    assert "resumed from" in output
+    check_rows(runs.rows(broken), steps=4)
+    for step in (3, 4):
+        assert runs.prompts(broken, step) == runs.prompts(whole, step), "prompts skipped or repeated"
+    for expected, found in zip(runs.rows(whole)[2:], runs.rows(broken)[2:], strict=True):
+        # A fresh optimizer would take other steps: the momentum of two steps would be missing.
+        for name in ("grad_norm", "entropy", "reward_mean", "influence_weights_std"):
+            assert found[name] == pytest.approx(expected[name], rel=2e-2), (expected["step"], name)
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    process = runs.start(tmp_path, *SMALL, "run.steps=1000")
+    runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
+    assert "Traceback" not in runs.output(tmp_path)
+
+
+def test_dead_server_ends_the_run(tmp_path: Path) -> None:
+    """The run stops within a bounded time, names the server and shows its log; no process stays."""
+    process = runs.start(tmp_path, *SMALL, "run.steps=1000")
+    runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+    servers = [p for p in runs.processes_of(tmp_path) if "megatron_fipo.rollout.server" in " ".join(p.cmdline())]
+    for server in servers:
+        server.kill()
+    assert process.wait(timeout=90) != 0
+    assert "the vLLM server at http://127.0.0.1" in runs.output(tmp_path)
+    runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
+
+
+def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    process = runs.start(tmp_path, *SMALL, "run.resume=never")
+    assert process.wait(timeout=120) != 0
+    assert "already holds a run" in runs.output(tmp_path)
+    assert runs.rows(tmp_path) == [{"step": 1}]
