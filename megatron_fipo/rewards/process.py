@@ -61,7 +61,8 @@ class VerifierProcess:
     def _spawn(self) -> None:
         self._connection, theirs = socket.socketpair()
         self._received = b""
-        self._stderr = tempfile.TemporaryFile()
+        # A file, since nobody reads a pipe while the process runs; closed in kill().
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         environment = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
         search_path = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))

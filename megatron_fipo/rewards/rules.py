@@ -72,14 +72,15 @@ def _sympy_equal(ground_truth: str, answer: str) -> bool:
 
 
 def reasoning_gym(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
-    """The scorer of the problem's own reasoning-gym task, on the last <answer>…</answer> or else "Answer: …" line.
+    """The scorer of the problem's own reasoning-gym task.
 
-    `extra` holds the task's name, its options and the entry as a Python literal (see data/reasoning_tasks.py).
+    It gets the last <answer>…</answer>, or else the last "Answer: …" line, or else the whole response, since these
+    scorers know what a partly right text is worth. `extra` holds the task's name, its options and the entry as a
+    Python literal (data/reasoning_tasks.py).
     """
     answer = extraction.last_answer_tag(text)
     answer = extraction.last_answer_line(text) if answer is None else answer
-    if answer is None:
-        return Verdict(0.0, "")
+    answer = text.strip() if answer is None else answer
     scorer = _scorer(extra["task"], repr(sorted(extra["options"].items())))
     return Verdict(float(scorer(answer, ast.literal_eval(extra["entry"]))), answer)
 

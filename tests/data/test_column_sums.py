@@ -1,0 +1,74 @@
+"""Why: the embedded task is what `make train` learns; its files must be what this code makes, and held out
+means disjoint.
+
+Does not cover the base model that is trained on it.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.data import column_sums
+from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.rewards.rules import exact_match
+
+
+def test_the_three_styles_are_written_as_described():
+    digits, rng = [4, 5, 8, 0], random.Random(0)
+    steps = "4+5=9. 9+8=7. 7+0=7. "
+    assert column_sums.prompt(digits) == "4+5+8+0=?\n"
+    assert column_sums.solution(digits, rng, (1, 0, 0)) == "Answer: 7"
+    assert column_sums.solution(digits, rng, (0, 1, 0)) == f"{steps}Answer: 7"
+    assert column_sums.solution(digits, rng, (0, 0, 1)) == f"{steps}Check: 0+8=8. 8+5=3. 3+4=7. Answer: 7"
+
+
+def test_every_solution_is_right_and_every_step_too():
+    rng = random.Random(1)
+    for _ in range(300):
+        digits = column_sums.problem(rng)
+        text = column_sums.solution(digits, rng, (1, 1, 1))
+        assert exact_match(text, column_sums.answer(digits), {}).accuracy == 1.0
+        assert all((int(a) + int(b)) % 10 == int(c) for a, b, c in re.findall(r"(\d)\+(\d)=(\d)", text))
+
+
+def test_style_weights_are_shares():
+    rng = random.Random(2)
+    guesses = sum(column_sums.solution([1, 2, 3], rng, (0.7, 0.25, 0.05)).startswith("Answer") for _ in range(2000))
+    assert guesses / 2000 == pytest.approx(0.7, abs=0.04)
+
+
+def test_embedded_files_are_what_this_code_makes(tmp_path: Path):
+    column_sums.write_problems(tmp_path)
+    column_sums.write_tokenizer(tmp_path / "tiny")
+    for name in ("tiny_train.jsonl", "tiny_validation.jsonl", "tiny/tokenizer.model", "tiny/tokenizer_config.json"):
+        assert resolve_embedded(f"embedded:{name}").read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_validation_is_held_out():
+    def prompts(split: str) -> list[str]:
+        lines = resolve_embedded(f"embedded:tiny_{split}.jsonl").read_text().splitlines()
+        return [json.loads(line)["prompt"][0]["content"] for line in lines]
+
+    train, validation = prompts("train"), prompts("validation")
+    assert (len(set(train)), len(set(validation))) == (4000, 256)
+    assert not set(train) & set(validation)
+
+
+def test_tokenizer_inverts_exactly_and_has_a_token_a_character(tmp_path: Path):
+    column_sums.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": column_sums.EOS_ID}))
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(3)
+    assert tokenizer.encode(column_sums.CHARACTERS) == [column_sums.BOS_ID, *range(4, 38)]
+    texts = [column_sums.CHARACTERS, "  \n\n 1  "]
+    for _ in range(200):
+        digits = column_sums.problem(rng)
+        texts += [column_sums.prompt(digits), column_sums.solution(digits, rng, (1, 1, 1))]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids[0] == column_sums.BOS_ID
+        assert column_sums.UNKNOWN_ID not in ids
+        assert tokenizer.decode([*ids, column_sums.EOS_ID]) == text

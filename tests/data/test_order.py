@@ -1,0 +1,45 @@
+"""Why: prompts skipped or repeated at a resume change what a run has seen, and nothing else shows it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_fipo.data.order import ProblemOrder
+from megatron_fipo.errors import DataError
+
+
+def test_every_epoch_has_every_problem_once_in_an_order_of_its_own():
+    order = ProblemOrder(size=50, seed=1, shuffle=True)
+    first, second = order.take(50), order.take(50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert ProblemOrder(size=50, seed=1, shuffle=True).take(50) == first
+    assert ProblemOrder(size=50, seed=2, shuffle=True).take(50) != first
+
+
+def test_without_shuffle_the_order_is_that_of_the_source():
+    assert ProblemOrder(size=3, seed=1, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+@given(size=st.integers(1, 9), takes=st.lists(st.integers(0, 12), max_size=6), later=st.integers(0, 30))
+def test_a_resumed_order_goes_on_where_it_stood(size, takes, later):
+    order = ProblemOrder(size, seed=5, shuffle=True)
+    for count in takes:
+        order.take(count)
+    resumed = ProblemOrder(size, seed=5, shuffle=True)
+    resumed.load_state_dict(json.loads(json.dumps(order.state_dict())))
+    assert resumed.take(later) == order.take(later)
+
+
+@pytest.mark.parametrize("other", [(9, 0, True), (10, 1, True), (10, 0, False)])
+def test_state_of_other_data_is_refused(other):
+    state = ProblemOrder(10, 0, True).state_dict()
+    with pytest.raises(DataError, match="skipped or repeated"):
+        ProblemOrder(*other).load_state_dict(state)
+
+
+def test_nothing_to_draw_from_is_refused():
+    with pytest.raises(DataError, match="no training problem"):
+        ProblemOrder(0, 0, True)

@@ -1,0 +1,130 @@
+"""Why: a row that is lost, doubled or misread in silence is trained on, or not, for weeks.
+
+Files are written here in the published column layout. The hub is covered only where it cannot be reached.
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_fipo.config import DataConfig
+from megatron_fipo.data.column_sums import write_tokenizer
+from megatron_fipo.data.problems import ProblemSet, load_problems
+from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_fipo.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    write_tokenizer(tmp_path / "model")
+    return load_tokenizer(tmp_path / "model")
+
+
+def row(content: str, answer: object = "7") -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": content, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "0"},
+    }
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return str(path)
+
+
+def load(tokenizer: Tokenizer, *files: str, overlong: str = "drop", limit: int = 20) -> ProblemSet:
+    config = DataConfig(train=list(files), overlong_prompts=overlong)
+    return load_problems(config, "train", tokenizer, limit)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_rows_are_read_deduplicated_and_counted(tmp_path, tokenizer, suffix):
+    rows = [row("1+6=?"), row("1+6=?"), row("  "), row("1+6=?", "8"), row("2" * 30), row("3+3=?", "6")]
+    loaded = load(tokenizer, write(tmp_path / f"data{suffix}", rows))
+    first, second = loaded.problems
+    assert (first.text, first.ground_truth, first.data_source) == ("1+6=?", "7", "math_dapo")
+    assert first.token_ids == tokenizer.encode("1+6=?")
+    assert second.ground_truth == "6"
+    counts = loaded.counts
+    assert (counts.rows, counts.kept, counts.duplicates, counts.conflicting_answers) == (6, 2, 2, 1)
+    assert (counts.dropped_empty, counts.dropped_overlong) == (1, 1)
+
+
+def test_the_same_problem_has_the_same_id_wherever_it_stands(tmp_path, tokenizer):
+    one = load(tokenizer, write(tmp_path / "a.jsonl", [row("1+6=?"), row("2+2=?")])).problems
+    other = load(tokenizer, write(tmp_path / "b.parquet", [row("2+2=?"), row("1+6=?")])).problems
+    assert [problem.id for problem in one] == [problem.id for problem in reversed(other)]
+    assert len({problem.id for problem in one}) == 2
+
+
+def test_files_are_deduplicated_together_and_integer_answers_become_text(tmp_path, tokenizer):
+    files = [write(tmp_path / f"{name}.jsonl", [row("1+6=?", 7)]) for name in "ab"]
+    loaded = load(tokenizer, *files)
+    assert [problem.ground_truth for problem in loaded.problems] == ["7"]
+    assert loaded.counts.duplicates == 1
+
+
+def test_overlong_prompts_are_truncated_on_the_left_or_refused(tmp_path, tokenizer):
+    file = write(tmp_path / "long.jsonl", [row("1+2+3+4=?"), row("9+9+9+2+3+4=?")])
+    loaded = load(tokenizer, file, overlong="truncate_left", limit=5)
+    assert [problem.text for problem in loaded.problems] == ["+3+4=?"[1:], "+3+4=?"[1:]]
+    assert all(len(problem.token_ids) == 5 for problem in loaded.problems)
+    assert loaded.counts.truncated == 2
+    assert len({problem.id for problem in loaded.problems}) == 2
+    with pytest.raises(DataError, match=r"row 1.*10 tokens.*max_prompt_length is 5"):
+        load(tokenizer, file, overlong="error", limit=5)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (row("1+1=?", None), r"bad\.jsonl, row 2, column reward_model\.ground_truth: the answer is missing"),
+        (row("1+1=?", " "), r"row 2, column reward_model\.ground_truth"),
+        ({"prompt": [{"role": "user", "content": "1"}]}, r"row 2, column reward_model\.ground_truth"),
+        ({"prompt": "1+1=?", "reward_model": {"ground_truth": "2"}}, "row 2, column prompt"),
+        ({"reward_model": {"ground_truth": "2"}}, "row 2, column prompt"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, tokenizer, broken, message):
+    with pytest.raises(DataError, match=message):
+        load(tokenizer, write(tmp_path / "bad.jsonl", [row("1+6=?"), broken]))
+
+
+def test_a_broken_file_is_named(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"missing\.parquet: no such file"):
+        load(tokenizer, str(tmp_path / "missing.parquet"))
+    (tmp_path / "text.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"neither \.parquet nor \.jsonl"):
+        load(tokenizer, str(tmp_path / "text.csv"))
+    (tmp_path / "fake.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match="not a parquet file"):
+        load(tokenizer, str(tmp_path / "fake.parquet"))
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(DataError, match="row 1: not JSON"):
+        load(tokenizer, str(tmp_path / "broken.jsonl"))
+    with pytest.raises(DataError, match=r"no column reward_model; it has \['prompt'\]"):
+        load(tokenizer, write(tmp_path / "columns.parquet", [{"prompt": row("1")["prompt"]}]))
+
+
+def test_nothing_left_is_an_error_that_says_where_it_went(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"no train problem is left: rows 1, dropped_empty 1"):
+        load(tokenizer, write(tmp_path / "empty.jsonl", [row("")]))
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        load(tokenizer)
+
+
+def test_an_unreachable_hub_is_a_clear_error(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = DataConfig(source="hub", train=["nobody/no-such-dataset"])
+    with pytest.raises(DataError, match="nobody/no-such-dataset: cannot be fetched from the hub"):
+        load_problems(config, "train", tokenizer, 20)

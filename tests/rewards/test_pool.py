@@ -1,0 +1,156 @@
+"""Why: a check that hangs, crashes or outlives the run must cost one response its verdict, never the run its result.
+
+The hanging check is real: sympy asked for 9^9^9^9. Which answers are right is tests/rewards/test_rules.py.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_fipo.config import OverlongBufferConfig, RewardConfig
+from megatron_fipo.errors import RewardError
+from megatron_fipo.rewards.pool import VerifierPool
+from megatron_fipo.samples import Group, Problem, Response
+
+HANGING = "Answer: $9^{9^{9^9}}$"
+
+
+def make_group(texts: list[str], truth: str = "7", extra: dict | None = None, length: int = 2) -> Group:
+    responses = [Response([1] * length, [0.0] * length, "stop", 0) for _ in texts]
+    return Group(Problem("p", "3+4=?", [2], truth, "sums", extra or {}), responses, text=list(texts))
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+
+
+def children() -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process().children() if "megatron_fipo.rewards.worker" in " ".join(child.cmdline())
+    ]
+
+
+def wait_until_busy(workers: list[psutil.Process]) -> None:
+    """Until one of them has computed for 0.2 s from now on: it is in the middle of a check."""
+    before = [worker.cpu_times().user for worker in workers]
+    wait_until(lambda: any(worker.cpu_times().user > t + 0.2 for worker, t in zip(workers, before, strict=True)))
+
+
+@pytest.mark.slow
+def test_a_hanging_check_is_a_timeout_and_its_neighbours_are_judged():
+    group = make_group(["Answer: 7", HANGING, "Answer: 14/2", "Answer: 8"])
+    with VerifierPool(RewardConfig(rule="math_verify", workers=1, timeout_s=1.0), 100) as pool:
+        pool.judge([group])
+        assert pool.counts == {"judged": 3, "timeout": 1, "crash": 0}
+    assert [judgement.outcome for judgement in group.judgements] == ["judged", "timeout", "judged", "judged"]
+    assert [judgement.accuracy for judgement in group.judgements] == [1.0, 0.0, 1.0, 0.0]
+    assert [judgement.reward for judgement in group.judgements] == [1.0, -1.0, 1.0, -1.0]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_a_crash_and_the_next_response_gets_a_new_one():
+    group = make_group([HANGING, "Answer: 7"])
+    with VerifierPool(RewardConfig(rule="math_verify", workers=1, timeout_s=60), 100) as pool:
+        pool.judge([make_group(["Answer: 7"])])
+        (child,) = children()
+        future = pool.submit(group)
+        wait_until_busy([child])
+        child.kill()
+        future.result(timeout=30)
+    assert [judgement.outcome for judgement in group.judgements] == ["crash", "judged"]
+
+
+@pytest.mark.slow
+def test_a_rule_that_raises_is_a_crash_and_not_a_wrong_answer():
+    group = make_group(["Answer: 7"], extra={"task": "chain_sum", "options": {}, "entry": "{not a literal"})
+    with VerifierPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
+        pool.judge([group])
+        assert pool.counts["crash"] == 1
+    assert group.judgements[0].outcome == "crash"
+
+
+@pytest.mark.slow
+def test_many_short_answers_take_well_under_half_a_second():
+    groups = [make_group([f"1+2=3. Answer: {index % 10}" for index in range(8)]) for _ in range(32)]
+    with VerifierPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
+        pool.judge([make_group(["Answer: 7"])])
+        begin = time.perf_counter()
+        pool.judge(groups)
+        assert time.perf_counter() - begin < 0.5
+    assert all([j.accuracy for j in group.judgements] == [0, 0, 0, 0, 0, 0, 0, 1] for group in groups)
+
+
+def test_rewards_are_configured_and_lowered_by_the_overlong_penalty():
+    overlong = OverlongBufferConfig(enable=True, len=50, penalty_factor=1.0)
+    config = RewardConfig(correct=2.0, incorrect=-0.5, overlong_buffer=overlong, workers=1)
+    group, short = make_group(["Answer: 7", "Answer: 8"], length=75), make_group(["Answer: 7"], length=50)
+    with VerifierPool(config, max_response_length=100) as pool:
+        pool.judge([group, short])
+    assert [judgement.reward for judgement in group.judgements] == [1.5, -1.0]
+    assert short.judgements[0].reward == 2.0
+
+
+@pytest.mark.slow
+def test_fractional_accuracy_is_paid_in_proportion():
+    extra = {"task": "chain_sum", "options": {}, "entry": "{'answer': '214', 'metadata': {}}"}
+    group = make_group(["Answer: 214214", "Answer: 214"], truth="214", extra=extra)
+    with VerifierPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
+        pool.judge([group])
+    assert [judgement.accuracy for judgement in group.judgements] == [0.5, 1.0]
+    assert [judgement.reward for judgement in group.judgements] == [0.0, 1.0]
+
+
+@pytest.mark.slow
+def test_closing_leaves_no_process_and_fails_what_waits():
+    pool = VerifierPool(RewardConfig(rule="math_verify", workers=2, timeout_s=60), 100)
+    pool.judge([make_group(["Answer: 7"])])
+    waiting = [pool.submit(make_group([HANGING])) for _ in range(4)]
+    wait_until_busy(children())
+    pool.close()
+    for future in waiting:
+        with pytest.raises(RewardError, match="closed"):
+            future.result(timeout=5)
+    assert children() == []
+    pool.close()
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
+    script = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from tests.rewards.test_pool import HANGING, RewardConfig, VerifierPool, make_group\n"
+        "pool = VerifierPool(RewardConfig(rule='math_verify', workers=1, timeout_s=600), 100)\n"
+        "pool.judge([make_group(['Answer: 7'])])\n"
+        "print('ready', flush=True)\n"
+        "pool.submit(make_group([HANGING])).result()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        (worker,) = psutil.Process(parent.pid).children()
+        wait_until_busy([worker])
+        parent.send_signal(signal.SIGKILL)
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, timeout_s=5)
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
+    with (
+        VerifierPool(RewardConfig(rule="no_such_rule", workers=1), 100) as pool,
+        pytest.raises(RewardError, match="no_such_rule"),
+    ):
+        pool.judge([make_group(["Answer: 7"])])
+
+
+def test_workers_get_no_secrets(monkeypatch):
+    monkeypatch.setenv("FIPO_ROLLOUT_TOKEN", "hidden")
+    with VerifierPool(RewardConfig(workers=1), 100) as pool:
+        pool.judge([make_group(["Answer: 7"])])
+        (child,) = children()
+        assert "FIPO_ROLLOUT_TOKEN" not in child.environ()
