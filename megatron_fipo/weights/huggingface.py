@@ -105,7 +105,7 @@ class HuggingFaceReader:
 
 
 class HuggingFaceWriter:
-    """Writes a model directory: safetensors shards of at most `max_shard_bytes` (a larger tensor is one alone) and index.
+    """Writes a model directory: safetensors shards of at most `max_shard_bytes` (a larger tensor is one alone), index.
 
     Configuration and tokenizer files come along from `source_dir`. All is written beside `target_dir`, which appears
     by one rename in `close`; without `close` nothing appears, and leaving the context removes what was written. Use as
