@@ -256,7 +256,7 @@ def _raise_together(problems: Sequence[str], device: torch.device) -> None:
             for problem, found in ranks.items()
         ]
         raise WeightError(
-            "\n  ".join([f"weights do not fit, {len(lines)} problems:", *lines]) if len(lines) > 1 else lines[0]
+            "\n  ".join([f"{len(lines)} problems with the weights:", *lines]) if len(lines) > 1 else lines[0]
         )
 
 

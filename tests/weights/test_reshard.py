@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named_on_every_rank(model_dirs: dict[str, Path], t
     assert all(first[case] == second[case] for case in raised), "every rank raises the same"
     assert all(first[case] == "" for case in ("good", "tied twice", "old buffers"))
     several_lines = first["several"].splitlines()
-    assert several_lines[0] == "weights do not fit, 3 problems:"
+    assert several_lines[0] == "3 problems with the weights:"
     assert f"  {norm}: missing from {dirs['several']}; expected shape (48,)" in several_lines
     assert f"  {down}: (80, 48) in {dirs['several']}, (48, 80) by its config.json" in several_lines
     assert "model.layers.4.input_layernorm.weight: left over" in first["several"]
