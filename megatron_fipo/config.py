@@ -337,11 +337,17 @@ class Config:
     tracking: TrackingConfig = section(TrackingConfig)
 
 
-def every_setting(section_type: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field]]:
+def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer ones first."""
+    for entry in fields(kind):
+        for nested in (entry.type, *get_args(entry.type)):
+            if is_dataclass(nested):
+                yield f"{prefix}{entry.name}", nested
+                yield from sections(nested, f"{prefix}{entry.name}.")
+
+
+def every_setting() -> Iterator[tuple[str, Field]]:
     """Each key of the schema, such as "run.steps", with its dataclass field; sections themselves are left out."""
-    for entry in fields(section_type):
-        section_types = [kind for kind in (entry.type, *get_args(entry.type)) if is_dataclass(kind)]
-        if section_types:
-            yield from every_setting(section_types[0], f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", entry
+    nested = dict(sections())
+    for name, kind in nested.items():
+        yield from ((f"{name}.{entry.name}", entry) for entry in fields(kind) if f"{name}.{entry.name}" not in nested)

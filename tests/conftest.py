@@ -1,0 +1,24 @@
+"""What holds for every test: one compute thread, no network, GPU tests skipped where there is no GPU."""
+
+import os
+
+import pytest
+
+# Set before any test imports torch, and inherited by every process that a test starts. Two ranks on two cores are
+# slower with two threads each, and compiling costs more than it gives in a test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    # Imported here, because most single tests need no torch and start faster without.
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
