@@ -75,8 +75,10 @@ class RolloutClient:
         """Samples `samples_per_prompt` responses to each problem; groups come back in the problems' order.
 
         `seeds` has one seed a problem. `on_group` gets each group as it arrives, in this thread, and has to be quick;
-        `on_progress` follows it. RolloutError when a server has died, when a request fails more than MAX_RETRIES times,
-        when a group takes longer than rollout.request_timeout_s, or when an answer is not what was asked for.
+        `on_progress` follows it. Greedy samples of a problem are all the same.
+
+        RolloutError when a server has died or refuses a request, when a request fails more than MAX_RETRIES times, when
+        a group takes longer than rollout.request_timeout_s, or when an answer is not what was asked for.
         """
         longest = self._service.config.max_prompt_length
         for problem in problems:
@@ -141,7 +143,9 @@ class RolloutClient:
                 f"{len(pending)} requests are pending: {', '.join(pending[:8])}{' …' if len(pending) > 8 else ''}"
             ) from None
         call.pending.discard(problem.id)
-        return Group(problem, _responses(answer, samples, sampling.max_tokens, f"{server.url}, problem {problem.id}"))
+        where = f"{server.url}, problem {problem.id}"
+        responses = _responses(answer, body["sampling_params"]["n"], sampling.max_tokens, where)
+        return Group(problem, responses * (samples // len(responses)))
 
     async def _request_with_retries(self, body: dict[str, Any]) -> tuple[dict[str, Any], Server]:
         failed: dict[str, str] = {}
@@ -154,6 +158,9 @@ class RolloutClient:
                 if response.is_success:
                     return response.json(), server
                 failed[server.url] = f"{response.status_code}: {engine_message(response)}"
+                if response.is_client_error:
+                    # The request itself is wrong: every server would say the same.
+                    raise RolloutError(f"{server.url} refused a request with {failed[server.url]}")
             except httpx.TransportError as error:
                 failed[server.url] = f"{type(error).__name__}: {error}"
             finally:
@@ -197,7 +204,8 @@ def _request(problem: Problem, samples: int, sampling: Sampling, seed: int) -> d
     return {
         "token_ids": problem.token_ids,
         "sampling_params": {
-            "n": samples,
+            # vLLM refuses more than one greedy sample, since all are the same.
+            "n": 1 if sampling.temperature == 0 else samples,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,

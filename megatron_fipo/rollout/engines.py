@@ -21,9 +21,6 @@ from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.buckets import BucketLayout, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
 
-TIED_OUTPUT = "lm_head.weight"
-"""Checkpoints of models with tied embeddings may hold this tensor or leave it out."""
-
 
 class CheckpointEngine(WeightTransferEngine):
     """What both planes share: buckets of Hugging Face tensors, and a check that an update was the whole model."""
@@ -31,6 +28,9 @@ class CheckpointEngine(WeightTransferEngine):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._expected = checkpoint_names(Path(self.model_config.model))
+        # Checkpoints of models with tied embeddings may hold the output layer or leave it out.
+        tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
+        self._optional = {"lm_head.weight"} if tied else set()
         self._received: set[str] = set()
         self._unfinished = False
 
@@ -52,7 +52,7 @@ class CheckpointEngine(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         """Puts the new weights into service. WeightError, naming them, if tensors of the checkpoint did not come."""
-        if missing := sorted(self._expected - self._received - {TIED_OUTPUT}):
+        if missing := sorted(self._expected - self._received - self._optional):
             raise WeightError(f"the update lacks {len(missing)} tensors of the checkpoint: {_some(missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         self._unfinished = False
@@ -62,12 +62,13 @@ class CheckpointEngine(WeightTransferEngine):
 
     def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
         names = [name for name, _ in tensors]
-        if unknown := sorted(set(names) - self._expected - {TIED_OUTPUT}):
+        if unknown := sorted(set(names) - self._expected - self._optional):
             raise WeightError(f"the update has tensors that the checkpoint has not: {_some(unknown)}")
         if twice := sorted(self._received.intersection(names)):
             raise WeightError(f"the update has tensors twice: {_some(twice)}")
         self._received.update(names)
-        self.model.load_weights(tensors)
+        load_weights: Any = self.model.load_weights
+        load_weights(tensors)
 
 
 @dataclass

@@ -1,0 +1,104 @@
+"""Tiny random models and real vLLM servers for tests: what tests/rollout and tests/weights/test_transfer.py share."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.rollout.client import Sampling
+from megatron_fipo.samples import Problem, Response
+
+VOCABULARY = 96
+STOP_TOKEN = 2
+MAX_PROMPT, MAX_RESPONSE = 48, 32
+
+
+def save_tiny_model(directory: Path, seed: int) -> Qwen2ForCausalLM:
+    """A random fp32 Qwen2 of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=STOP_TOKEN,
+        # Wide enough that two models disagree by whole nats.
+        initializer_range=0.2,
+    )
+    model = Qwen2ForCausalLM(config).float().eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def rollout_config(**changes: Any) -> RolloutConfig:
+    """Settings of a test's server: fp32, eager, deadlines that a busy machine keeps."""
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_prompt_length": MAX_PROMPT,
+        "max_response_length": MAX_RESPONSE,
+        "max_num_seqs": 32,
+        "enforce_eager": True,
+        "bucket_mib": 1,
+        "start_timeout_s": 400.0,
+        "request_timeout_s": 120.0,
+        "update_timeout_s": 60.0,
+    }
+    return RolloutConfig(**settings | changes)
+
+
+def problems(count: int, length: int = 12) -> list[Problem]:
+    """Random prompts of `length` tokens that share no prefix."""
+    generator = torch.Generator().manual_seed(count)
+    prompts = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+    return [Problem(f"problem-{index}", "", prompt, "", "test") for index, prompt in enumerate(prompts)]
+
+
+def sampling(**changes: Any) -> Sampling:
+    """Plain sampling at temperature 1."""
+    settings: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "max_tokens": 24,
+        "stop_token_ids": [STOP_TOKEN],
+    }
+    return Sampling(**settings | changes)
+
+
+def forward_log_probs(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> torch.Tensor:
+    """transformers' own log-probs of a response: fp32 [response length]."""
+    tokens = torch.tensor([prompt + response.token_ids])
+    with torch.no_grad():
+        log_probs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return log_probs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
+
+
+def log_prob_error(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> float:
+    """Largest difference between the engine's log-probs of a response and transformers'."""
+    return float((forward_log_probs(model, prompt, response) - torch.tensor(response.log_probs)).abs().max())
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Polls; AssertionError naming `what` when it has not come after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether it runs: neither gone nor a zombie that nobody has waited for."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,200 @@
+"""Why: the trainer trusts the tokens, log-probs and versions that the client returns, and repeats a run by its seeds.
+
+Against a real vLLM server on the CPU. Does not cover log-probs after a weight update (tests/weights/test_transfer.py),
+nor bf16 or GPU kernels, whose log-probs differ from a direct forward by rounding.
+"""
+
+import copy
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout import client as client_module
+from megatron_fipo.rollout.access import TOKEN_VARIABLE
+from megatron_fipo.rollout.client import Progress, RolloutClient
+from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.samples import Group
+from tests.rollout.conftest import Rollout
+from tests.rollout.engines import (
+    MAX_PROMPT,
+    STOP_TOKEN,
+    forward_log_probs,
+    log_prob_error,
+    problems,
+    rollout_config,
+    sampling,
+)
+
+
+def _tokens(groups: list[Group]) -> list[list[list[int]]]:
+    return [[response.token_ids for response in group.responses] for group in groups]
+
+
+@pytest.mark.slow
+def test_log_probs_are_those_of_a_direct_forward(rollout: Rollout) -> None:
+    groups = rollout.client.generate(problems(6), 4, sampling(), seeds=range(6))
+    errors = [
+        log_prob_error(rollout.model, group.problem.token_ids, response)
+        for group in groups
+        for response in group.responses
+    ]
+    assert max(errors) < 1e-4
+    assert {response.weight_version for group in groups for response in group.responses} == {0}
+
+
+@pytest.mark.slow
+def test_the_same_seeds_give_the_same_tokens_and_others_do_not(rollout: Rollout) -> None:
+    # Enough prompt tokens that vLLM, left to itself, would cut prompts up, which kills a CPU engine with seeds.
+    asked = problems(70, length=40)
+    first = rollout.client.generate(asked, 2, sampling(), seeds=range(70))
+    again = rollout.client.generate(asked[::-1], 2, sampling(), seeds=range(69, -1, -1))
+    other = rollout.client.generate(asked, 2, sampling(), seeds=range(1, 71))
+    assert _tokens(first) == _tokens(again)[::-1]
+    assert _tokens(first) != _tokens(other)
+
+
+@pytest.mark.slow
+def test_samples_of_one_group_and_of_neighbouring_seeds_differ(rollout: Rollout) -> None:
+    same_prompt = problems(1) * 2
+    groups = rollout.client.generate(same_prompt, 4, sampling(), seeds=[5, 6])
+    sampled = [tuple(tokens) for group in _tokens(groups) for tokens in group]
+    assert len(set(sampled)) == 8
+
+
+@pytest.mark.slow
+def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
+    [group] = rollout.client.generate(problems(1), 2, sampling(temperature=0.0, top_p=1.0), seeds=[0])
+    first, second = group.responses
+    assert first.token_ids == second.token_ids
+    tokens = torch.tensor([group.problem.token_ids + first.token_ids])
+    with torch.no_grad():
+        best = rollout.model(tokens).logits[0, len(group.problem.token_ids) - 1 : -1].argmax(-1)
+    assert best.tolist() == first.token_ids
+    assert forward_log_probs(rollout.model, group.problem.token_ids, first).mean() < 0
+
+
+@pytest.mark.slow
+def test_a_response_ends_at_a_stop_token_kept_in_it_or_at_the_limit(rollout: Rollout) -> None:
+    groups = rollout.client.generate(problems(16), 4, sampling(), seeds=range(16))
+    responses = [response for group in groups for response in group.responses]
+    stopped = [response for response in responses if response.finish_reason == "stop"]
+    limited = [response for response in responses if response.finish_reason == "length"]
+    assert stopped and limited and len(stopped) + len(limited) == len(responses)
+    assert all(r.token_ids.index(STOP_TOKEN) == len(r.token_ids) - 1 for r in stopped)
+    assert all(len(r.token_ids) == 24 and STOP_TOKEN not in r.token_ids for r in limited)
+
+
+@pytest.mark.slow
+def test_groups_are_delivered_as_they_arrive_and_returned_in_order(rollout: Rollout) -> None:
+    arrived: list[Group] = []
+    shown: list[Progress] = []
+    asked = problems(40)
+    groups = rollout.client.generate(asked, 2, sampling(), range(40), arrived.append, shown.append)
+    assert [group.problem.id for group in groups] == [problem.id for problem in asked]
+    assert sorted(group.problem.id for group in arrived) == sorted(problem.id for problem in asked)
+    assert [progress.groups for progress in shown] == list(range(1, 41))
+    assert shown[-1].tokens == sum(len(r.token_ids) for group in groups for r in group.responses)
+    assert rollout.client.retries == 0
+
+
+@pytest.mark.slow
+def test_an_error_in_the_callback_is_the_callers(rollout: Rollout) -> None:
+    def fail(group: Group) -> None:
+        raise ZeroDivisionError(group.problem.id)
+
+    with pytest.raises(ZeroDivisionError):
+        rollout.client.generate(problems(4), 2, sampling(), range(4), fail)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_is_refused_by_name(rollout: Rollout) -> None:
+    with pytest.raises(RolloutError, match=f"problem-0 .* {MAX_PROMPT + 1} tokens; .*max_prompt_length={MAX_PROMPT}"):
+        rollout.client.generate(problems(1, length=MAX_PROMPT + 1), 2, sampling(), [0])
+
+
+@pytest.mark.slow
+def test_a_request_that_the_engine_refuses_is_reported_in_its_words(rollout: Rollout) -> None:
+    with pytest.raises(RolloutError, match=r"http://127.* refused a request with 400: .*max_tokens"):
+        rollout.client.generate(problems(1), 2, sampling(max_tokens=-3), [0])
+    assert rollout.client.retries == 0
+
+
+@pytest.mark.slow
+def test_a_failed_request_goes_to_another_server_and_is_counted(rollout: Rollout) -> None:
+    service = copy.copy(rollout.service)
+    # Nothing listens on port 9: a server on another machine that is away.
+    service.servers = [Server("http://127.0.0.1:9"), *service.servers]
+    with RolloutClient(service) as client:
+        groups = client.generate(problems(3), 2, sampling(), range(3))
+        assert 1 <= client.retries <= 3
+    assert _tokens(groups) == _tokens(rollout.client.generate(problems(3), 2, sampling(), range(3)))
+
+
+def test_a_request_that_fails_everywhere_ends_the_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(client_module, "RETRY_PAUSE_S", 0.01)
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+    config = rollout_config(addresses=["http://127.0.0.1:9"])
+    with (
+        RolloutClient(RolloutService(config, tmp_path, tmp_path, seed=0)) as client,
+        pytest.raises(RolloutError, match=r"failed 4 times: http://127.0.0.1:9: ConnectError"),
+    ):
+        client.generate(problems(1), 2, sampling(), [0])
+
+
+@pytest.mark.slow
+def test_a_deadline_names_the_problems_that_are_pending(rollout: Rollout) -> None:
+    service = copy.copy(rollout.service)
+    service.config = copy.copy(service.config)
+    service.config.request_timeout_s = 0.05
+    started = time.monotonic()
+    with (
+        RolloutClient(service) as client,
+        pytest.raises(RolloutError, match=r"request_timeout_s=0.05 s; \d+ requests are pending: problem-"),
+    ):
+        client.generate(problems(8), 4, sampling(), range(8))
+    assert time.monotonic() - started < 10
+    # The engine has dropped the abandoned requests and serves on.
+    assert len(rollout.client.generate(problems(1), 2, sampling(), [0])) == 1
+
+
+_GOOD = {
+    "index": 0,
+    "token_ids": [5, 2],
+    "logprobs": {"content": [{"token_id": 5, "logprob": -1.0}, {"token_id": 2, "logprob": -0.5}]},
+    "finish_reason": "stop",
+    "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+}
+
+
+def test_a_whole_answer_is_taken() -> None:
+    [response] = client_module._responses({"choices": [_GOOD]}, 1, 8, "here")
+    assert (response.token_ids, response.log_probs, response.weight_version) == ([5, 2], [-1.0, -0.5], 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"token_ids": []}, "has 0 tokens"),
+        ({"token_ids": [5, 2, 7]}, "log-probs that are not theirs"),
+        ({"logprobs": {"content": [{"token_id": 5, "logprob": -1.0}]}}, "2 tokens with 1 log-probs"),
+        (
+            {"logprobs": {"content": [{"token_id": 5, "logprob": math.nan}, {"token_id": 2, "logprob": 0.0}]}},
+            "not finite",
+        ),
+        ({"finish_reason": "abort"}, "'abort' instead of stop or length"),
+        ({"weight_versions": [{"version": "default"}]}, "should be an integer"),
+        ({"weight_versions": None}, "should be an integer"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_refused(change: dict, complaint: str) -> None:
+    with pytest.raises(RolloutError, match=complaint):
+        client_module._responses({"choices": [_GOOD | change]}, 1, 8, "here")
+
+
+def test_a_group_that_lacks_a_sample_is_refused() -> None:
+    with pytest.raises(RolloutError, match="1 responses came back, 2 were asked for"):
+        client_module._responses({"choices": [_GOOD]}, 2, 8, "here")
