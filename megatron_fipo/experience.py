@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
@@ -128,12 +129,17 @@ class Experience:
         return random.Random(f"{self.config.run.seed}:{purpose}:{index}").getrandbits(31)
 
 
-def training_sequences(groups: list[Group], algorithm: AlgorithmConfig) -> Sequences:
+def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_version: int) -> Sequences:
     """Groups as tensors, cut into mini-batches of whole groups, each response with its advantage.
 
     A response whose check failed is no wrong answer: it is left out, of the group's mean too.
     """
-    tokens, prompts, log_probs, advantages, sizes = [], [], [], [], []
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    prompts: list[int] = []
+    advantages: list[float] = []
+    fresh: list[bool] = []
+    sizes: list[int] = []
     for start in range(0, len(groups), algorithm.mini_batch_prompts):
         before = len(tokens)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
@@ -143,11 +149,12 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig) -> Seque
             tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
             prompts += [len(prompt)] * len(judged)
             log_probs += [torch.tensor(response.log_probs) for response, _ in judged]
+            fresh += [response.weight_version == weight_version for response, _ in judged]
             rewards = [judgement.reward for _, judgement in judged]
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(tokens) > before:
             sizes.append(len(tokens) - before)
-    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), sizes)
+    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), torch.tensor(fresh), sizes)
 
 
 def sampling_metrics(selection: Selection, sampled: list[Group]) -> dict[str, float]:

@@ -90,7 +90,7 @@ class Trainer:
         with self.console.phase("sample") as phase:
             if self.experience is not None:
                 selection, sampled = self.experience.collect(phase)
-                sequences = training_sequences(selection.groups, self.config.algorithm)
+                sequences = training_sequences(selection.groups, self.config.algorithm, self.step - 1)
                 metrics = sampling_metrics(selection, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
                 if selection.gave_up:
@@ -105,10 +105,10 @@ class Trainer:
         """All updates of a step, none if it has no sequences; their metrics together."""
         mini_batches = self.policy.plan(sequences)
         with self.console.phase("log-probs"):
-            self.policy.score(mini_batches)
+            agreement = self.policy.score(mini_batches)
         with self.console.phase("update"):
             updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
-        return _over_updates(updates)
+        return agreement | _over_updates(updates)
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
@@ -119,7 +119,8 @@ class Trainer:
         self.metrics.log_step(self.step, metrics)
         self.console.step_line(metrics | {"step": self.step})
         if metrics["updates_skipped"]:
-            self.console.warn(f"step {self.step}: {metrics['updates_skipped']:.0f} updates left out, gradient not finite")
+            left_out = int(metrics["updates_skipped"])
+            self.console.warn(f"step {self.step}: {left_out} updates left out, their gradients are not finite")
 
     def validate(self) -> None:
         """Accuracy and length on held-out problems."""

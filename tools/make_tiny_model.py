@@ -8,6 +8,7 @@ guesses, so that it answers in that style and has something to find. About 20 mi
 """
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -15,11 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_fipo.data.tokenizers import Tokenizer
     from megatron_fipo.policy.batches import MicroBatch, Sequences
     from megatron_fipo.policy.update import Policy
 
@@ -126,17 +129,25 @@ def learn(policy: "Policy", arguments: argparse.Namespace) -> None:
         return loss, tokens, {name: value.float() for name, value in counts.items()}
 
     tokenizer = load_tokenizer(policy.config.model.path)
-    rng = random.Random(arguments.seed)
+    rng, held_out = random.Random(arguments.seed), held_out_prompts()
     first = torch.distributed.get_rank() == 0
     for step in track(range(arguments.steps), "supervised training", disable=not first):
         styles = LEARNING_STYLES if step < LEARNING_SHARE * arguments.steps else FINAL_STYLES
-        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, arguments.batch))
+        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, held_out, arguments.batch))
         metrics = policy.update(mini_batch, cross_entropy)
         if first and (step % 100 == 99 or step == 0):
-            print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}  gradient norm {metrics['grad_norm']:.2f}", flush=True)
+            print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)
 
 
-def draw(tokenizer: "object", rng: random.Random, styles: tuple[float, ...], count: int) -> "Sequences":
+def held_out_prompts() -> set[str]:
+    """The validation problems, which the base model must not see either."""
+    lines = resolve_embedded("embedded:tiny_validation.jsonl").read_text().splitlines()
+    return {json.loads(line)["prompt"][0]["content"] for line in lines}
+
+
+def draw(
+    tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], held_out: set[str], count: int
+) -> "Sequences":
     """Solved random problems as one mini-batch."""
     import torch
 
@@ -144,10 +155,12 @@ def draw(tokenizer: "object", rng: random.Random, styles: tuple[float, ...], cou
     from megatron_fipo.policy.batches import Sequences
 
     prompts, rows = [], []
-    for _ in range(count):
+    while len(rows) < count:
         digits = problem(rng)
-        question = tokenizer.encode(prompt(digits))  # type: ignore[attr-defined]
-        worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles))  # type: ignore[attr-defined]
+        if prompt(digits) in held_out:
+            continue
+        question = tokenizer.encode(prompt(digits))
+        worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles))
         prompts.append(len(question))
         rows.append(torch.tensor([*worked, EOS_ID]))
     return Sequences(
@@ -155,6 +168,7 @@ def draw(tokenizer: "object", rng: random.Random, styles: tuple[float, ...], cou
         prompt_lengths=prompts,
         rollout_log_probs=[torch.zeros(len(row) - length) for row, length in zip(rows, prompts, strict=True)],
         advantages=torch.zeros(count),
+        fresh=torch.ones(count, dtype=torch.bool),
         mini_batch_sizes=[count],
     )
 

@@ -136,17 +136,28 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
     """
     token = LOSSES[config.loss_mode](inputs, config)
     losses = token.losses
-    mismatch = inputs.old_log_probs - inputs.rollout_log_probs
     if config.importance_sampling_cap is not None:
+        mismatch = inputs.old_log_probs - inputs.rollout_log_probs
         # Corrects for the engine's numerics; kept out of F, which would amplify a constant bias 47 times.
         losses = losses * mismatch.exp().clamp(max=config.importance_sampling_cap)
     loss_sum, normaliser = _aggregate(torch.where(token.mask, losses, 0.0), token.mask, inputs, config.loss_agg_mode)
-    means = token.means | {
-        "ppo_kl": (inputs.old_log_probs - inputs.log_probs).detach(),
-        "log_prob_diff": mismatch.abs(),
-    }
-    extremes = token.extremes | {"log_prob_diff": mismatch.abs()}
-    return loss_sum, normaliser, _statistics(token, means, extremes, inputs, loss_sum, normaliser)
+    means = token.means | {"ppo_kl": (inputs.old_log_probs - inputs.log_probs).detach()}
+    statistics = token_statistics(inputs.response_mask, means, token.extremes)
+    statistics |= {f"count/{name}": values.sum().float() for name, values in token.row_counts.items()}
+    statistics |= {"count/loss": loss_sum.detach().float(), "count/normaliser": normaliser.float()}
+    return loss_sum, normaliser, statistics
+
+
+@torch.no_grad()
+def token_statistics(
+    mask: Tensor, means: dict[str, Tensor], extremes: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Scalars that add up (`statistics.py`) of quantities a token; all [rows, tokens], over the tokens of the mask."""
+    found = {f"sum/{name}": torch.where(mask, values, 0.0).sum() for name, values in means.items()}
+    for name, values in (extremes or {}).items():
+        found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
+        found[f"max/{name}"] = torch.where(mask, values, -torch.inf).amax()
+    return {name: value.float() for name, value in (found | {"count/tokens": mask.sum()}).items()}
 
 
 def _log_ratio(inputs: LossInputs) -> Tensor:
@@ -163,22 +174,3 @@ def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, mode: str) -> t
     if mode == "seq-mean-token-mean":
         losses = losses / inputs.response_lengths.clamp(min=1)[:, None]
     return losses.sum(), sequences
-
-
-@torch.no_grad()
-def _statistics(
-    token: TokenLosses,
-    means: dict[str, Tensor],
-    extremes: dict[str, Tensor],
-    inputs: LossInputs,
-    loss_sum: Tensor,
-    normaliser: Tensor,
-) -> dict[str, Tensor]:
-    mask = inputs.response_mask
-    found = {f"sum/{name}": torch.where(mask, values, 0.0).sum() for name, values in means.items()}
-    for name, values in extremes.items():
-        found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
-        found[f"max/{name}"] = torch.where(mask, values, -torch.inf).amax()
-    found |= {f"count/{name}": values.sum() for name, values in token.row_counts.items()}
-    found |= {"count/tokens": mask.sum(), "count/loss": loss_sum, "count/normaliser": normaliser}
-    return {name: value.detach().float() for name, value in found.items()}

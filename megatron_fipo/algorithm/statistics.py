@@ -42,7 +42,7 @@ def metrics(scalars: dict[str, float]) -> dict[str, float]:
             reported[f"{what}_{kind}"] = value
         elif kind == "count" and what not in ("tokens", "loss", "normaliser"):
             reported[what] = value
-    if scalars["count/normaliser"] > 0:
+    if scalars.get("count/normaliser", 0) > 0:
         reported["loss"] = scalars["count/loss"] / scalars["count/normaliser"]
     square = reported.pop("influence_weights_square", None)
     if square is not None:

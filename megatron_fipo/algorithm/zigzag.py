@@ -1,6 +1,6 @@
 """The order in which context parallelism cuts a sequence, so that causal attention costs every rank the same.
 
-Rank r of C holds chunks r and 2C−1−r of the 2C that a sequence is cut into (as Megatron-Core and Transformer Engine do).
+Rank r of C holds chunks r and 2C−1−r of the 2C that a sequence is cut into, as in Megatron-Core and Transformer Engine.
 """
 
 import torch

@@ -26,6 +26,8 @@ class Sequences:
     """n × [response] fp32, by the engine."""
     advantages: Tensor
     """[n] fp32"""
+    fresh: Tensor
+    """[n] bool: sampled with the weights that the step starts from, and not carried over from an earlier step."""
     mini_batch_sizes: list[int]
     """Sequences of each update, in order; they add up to n."""
 
@@ -45,7 +47,7 @@ def share(sequences: Sequences | None) -> Sequences:
     )
     count, mini_batches = header.tolist()
     if count == 0:
-        return Sequences([], [], [], torch.empty(0), [])
+        return Sequences([], [], [], torch.empty(0), torch.empty(0, dtype=torch.bool), [])
     shape = None
     if sequences:
         shape = torch.tensor([*sequences.prompt_lengths, *sequences.lengths(), *sequences.mini_batch_sizes])
@@ -53,14 +55,17 @@ def share(sequences: Sequences | None) -> Sequences:
     prompts, lengths, sizes = (part.tolist() for part in shape.split([count, count, mini_batches]))
     responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
     tokens = _broadcast(torch.cat(sequences.token_ids) if sequences else None, sum(lengths))
-    floats = torch.cat([*sequences.rollout_log_probs, sequences.advantages]) if sequences else None
-    floats = _broadcast(floats, sum(responses) + count, torch.float32)
-    log_probs, advantages = floats.split([sum(responses), count])
+    floats = None
+    if sequences:
+        floats = torch.cat([*sequences.rollout_log_probs, sequences.advantages, sequences.fresh.float()])
+    floats = _broadcast(floats, sum(responses) + 2 * count, torch.float32)
+    log_probs, advantages, fresh = floats.split([sum(responses), count, count])
     return Sequences(
         token_ids=list(tokens.split(lengths)),
         prompt_lengths=prompts,
         rollout_log_probs=list(log_probs.split(responses)),
         advantages=advantages,
+        fresh=fresh.bool(),
         mini_batch_sizes=sizes,
     )
 
@@ -138,6 +143,8 @@ class MicroBatch:
     """[rows, 1] fp32"""
     response_lengths: Tensor
     """[rows] int64, of whole responses; 0 for a filler row."""
+    fresh: Tensor
+    """[rows, 1] bool, see Sequences."""
     old_log_probs: Tensor | None = None
     """[rows, local tokens] fp32; on the last pipeline stage, once `Policy.score` has run."""
 
@@ -163,6 +170,7 @@ def build_micro_batch(
     mask = torch.zeros(rows, width, dtype=torch.bool)
     log_probs = torch.zeros(rows, width)
     advantages, lengths = torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.int64)
+    fresh = torch.zeros(rows, 1, dtype=torch.bool)
     for row, index in enumerate(indices):
         ids, prompt = sequences.token_ids[index], sequences.prompt_lengths[index]
         tokens[row, : len(ids) - 1] = ids[:-1]
@@ -171,9 +179,10 @@ def build_micro_batch(
         log_probs[row, prompt - 1 : len(ids) - 1] = sequences.rollout_log_probs[index]
         advantages[row] = sequences.advantages[index]
         lengths[row] = len(ids) - prompt
+        fresh[row] = sequences.fresh[index]
     positions = torch.arange(width).expand(rows, width)
     if context_size > 1:
         mine = zigzag_positions(width // context_size, context_size, torch.device("cpu"))[context_rank]
         tokens, labels, mask, log_probs, positions = (t[:, mine] for t in (tokens, labels, mask, log_probs, positions))
-    moved = (t.contiguous().to(device) for t in (tokens, labels, positions, mask, log_probs, advantages, lengths))
-    return MicroBatch(*moved)
+    columns = (tokens, labels, positions, mask, log_probs, advantages, lengths, fresh)
+    return MicroBatch(*(column.contiguous().to(device) for column in columns))

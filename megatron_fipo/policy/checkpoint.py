@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Megatron-Core's distributed format, complete or not there at all, loadable under another layout.
+"""Checkpoints of a run: Megatron-Core's distributed format, complete or not there, loadable under another layout.
 
 A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule and trainer.json (the
 state of the loop: step, data order, carried-over groups). It is written under another name and renamed when all ranks
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.policy.update import Policy
@@ -84,7 +86,7 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     try:
         loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
         trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-    except (OSError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, ValueError, KeyError, CheckpointingException, CheckpointException) as error:
         raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
     for name, chunk in _named_chunks(policy):
         chunk.load_state_dict(loaded[name])

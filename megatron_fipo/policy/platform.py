@@ -120,7 +120,7 @@ def _redirect_tensor_methods() -> None:
             return found.replace("torch.", "torch.cuda.", 1)
         return found
 
-    torch.Tensor.type = type_as_cuda  # type: ignore[method-assign]
+    torch.Tensor.type = type_as_cuda  # type: ignore[method-assign,assignment]
 
 
 class Adam(torch.optim.Optimizer):
@@ -155,7 +155,7 @@ class Adam(torch.optim.Optimizer):
                 self._step_group(group, parameters)
 
     def _step_group(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_fipo.algorithm.losses import LossInputs, policy_loss
+from megatron_fipo.algorithm.losses import LossInputs, policy_loss, token_statistics
 from megatron_fipo.algorithm.statistics import combine, metrics, to_vector
 from megatron_fipo.config import Config
 from megatron_fipo.policy import platform
@@ -90,13 +90,23 @@ class Policy:
         return mini_batches
 
     @torch.no_grad()
-    def score(self, mini_batches: list[MiniBatch]) -> None:
-        """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights."""
+    def score(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
+        """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights.
+
+        Returns:
+            log_prob_diff_mean and _max: |log π_trainer − log π_engine| over the sampled tokens of fresh sequences, whose
+            engine had these very weights. The same on every rank; empty if there are none.
+        """
+        parts = []
         for mini_batch in mini_batches:
             found = self._run(mini_batch, self._collect_log_probs, forward_only=True, collect_non_loss_data=True)
             if found:
                 for micro_batch, log_probs in zip(mini_batch, found, strict=True):
                     micro_batch.old_log_probs = log_probs
+                    gap = {"log_prob_diff": (log_probs - micro_batch.rollout_log_probs).abs()}
+                    parts.append(token_statistics(micro_batch.response_mask & micro_batch.fresh, gap, gap))
+        reported = self._combine_over_ranks(parts) if mini_batches else {}
+        return {name: value for name, value in reported.items() if name.startswith("log_prob_diff")}
 
     def update(self, mini_batch: MiniBatch, loss: LossFunction | None = None) -> dict[str, float]:
         """One optimizer update.
@@ -220,7 +230,7 @@ def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
 
 def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Any:
     settings = config.optimizer
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -236,6 +246,12 @@ def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> A
         ),
         chunks,
     )
+    for part in optimizer.chained_optimizers:
+        # Moments from the start: a run whose first steps found nothing to train on can be saved too.
+        part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
+    return optimizer
 
 
 def _build_scheduler(config: Config, optimizer: Any, updates: int) -> OptimizerParamScheduler:

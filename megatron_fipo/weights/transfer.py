@@ -41,8 +41,10 @@ CANCEL_TIMEOUT_S = 5.0
 class WeightControl(Protocol):
     """vLLM's control plane over all servers at once; every call raises RolloutError when one of them fails."""
 
-    workers_of_server: list[int]
-    """Engine workers of each server, in the servers' order."""
+    @property
+    def workers_of_server(self) -> list[int]:
+        """Engine workers of each server, in the servers' order."""
+        ...
 
     async def pause(self, deadline: Deadline) -> None: ...
 

@@ -60,9 +60,7 @@ def test_long_rows_agree_with_the_recurrence() -> None:
         carry = values[:, t] + gamma * carry
         expected[:, t] = carry
     torch.testing.assert_close(credit.suffix_scan(values, gamma), expected, rtol=0, atol=1e-11)
-    torch.testing.assert_close(
-        credit.suffix_scan(values.float(), gamma).double(), expected, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(credit.suffix_scan(values.float(), gamma).double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

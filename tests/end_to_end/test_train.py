@@ -1,4 +1,4 @@
-"""Whole runs of the embedded default, real Megatron-Core and real vLLM: every layout, every algorithm, stops and resumes.
+"""Whole runs of the embedded default, real Megatron-Core and real vLLM: layouts, algorithms, stops and resumes.
 
 Why: each part is tested by itself; here is what only shows between them. Two facts tell most: the first update of a
 step is exactly on policy (the old log-probs were computed as the update computes them), and trainer and engine agree on

@@ -1,4 +1,4 @@
-"""What the ranks of test_layouts.py run: one update of the policy under a layout, and its gradients as the reference names them."""
+"""What the ranks of test_layouts.py run: one update under a layout, its gradients named as the reference names them."""
 
 from typing import Any
 
@@ -52,6 +52,7 @@ def read_sequences(path: str) -> Sequences:
         prompt_lengths=prompts,
         rollout_log_probs=list(data["old_log_probs"].split(responses)),
         advantages=data["advantages"],
+        fresh=torch.ones(len(lengths), dtype=torch.bool),
         mini_batch_sizes=[len(lengths)],
     )
 

@@ -38,6 +38,7 @@ def make_sequences() -> Sequences:
         prompt_lengths=[3, 2],
         rollout_log_probs=[torch.tensor([-0.1, -0.2, -0.3, -0.4]), torch.tensor([-0.5, -0.6])],
         advantages=torch.tensor([1.0, -1.0]),
+        fresh=torch.tensor([True, False]),
         mini_batch_sizes=[2],
     )
 
@@ -47,7 +48,8 @@ def test_rows_are_shifted_padded_and_masked() -> None:
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0, 0], [20, 21, 22, 0, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[11, 12, 13, 14, 15, 16, 0, 0], [21, 22, 23, 0, 0, 0, 0, 0]]
     assert batch.labels[batch.response_mask].tolist() == [13, 14, 15, 16, 22, 23]
-    assert batch.rollout_log_probs[batch.response_mask].tolist() == torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]).tolist()
+    engine = torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
+    assert torch.equal(batch.rollout_log_probs[batch.response_mask], engine)
     assert batch.response_lengths.tolist() == [4, 2]
 
 
