@@ -91,7 +91,9 @@ class RolloutClient:
         return self._runner.run(self._generate(problems, samples_per_prompt, sampling, seeds, call))
 
     def close(self) -> None:
-        """Closes the connections; the service stays."""
+        """Closes the connections; the service stays. May be called twice."""
+        if self._http.is_closed:
+            return
         self._runner.run(self._http.aclose())
         self._runner.close()
 

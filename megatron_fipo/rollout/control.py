@@ -41,7 +41,8 @@ class ControlPlane:
         await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
 
     async def start_weight_update(self, deadline: Deadline) -> None:
-        """Prepares the engines for buckets."""
+        """Prepares the engines for buckets, whatever an earlier trainer left them in."""
+        await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
         await self._call_all("/start_weight_update", deadline)
 
     async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None:

@@ -15,4 +15,10 @@ for plane, engine in ENGINES.items():
 
 
 class WorkerExtension:
-    """Adds nothing to vLLM's worker: naming it makes vLLM import this module where its workers are."""
+    """Mixed into vLLM's worker, which is also what makes vLLM import this module where its workers are."""
+
+    _weight_update_active: bool
+
+    def abandon_weight_update(self) -> None:
+        """Forgets an update that a trainer began and never finished, which vLLM would refuse to follow with another."""
+        self._weight_update_active = False

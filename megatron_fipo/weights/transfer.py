@@ -13,6 +13,7 @@ same RolloutError. An engine whose update failed holds unusable weights: the run
 """
 
 import asyncio
+import collections
 import contextlib
 import threading
 import time
@@ -166,9 +167,9 @@ class WeightTransfer:
         late = Deadline(self._timeout_s + VERDICT_SLACK_S)
         try:
             if self._plane is not None:
-                _lead_or_report(mailbox, self._stage, lambda: lead(mailbox, late))
-            for _ in stream:
-                pass
+                _run_or_report(mailbox, self._stage, lambda: lead(mailbox, late))
+            # What is left of the stream, so that no other rank waits in a gather for this one.
+            _run_or_report(mailbox, self._stage, lambda: collections.deque(stream, maxlen=0))
             verdict = mailbox.wait(VERDICT, late, f"rank 0's verdict on {what}")
         except BaseException:
             if conductor is not None:
@@ -303,10 +304,10 @@ class _Conductor(threading.Thread):
             work.cancel()
 
 
-def _lead_or_report(mailbox: Mailbox, stage: int, lead: Callable[[], None]) -> None:
-    """Runs a leader's part; a failure goes to rank 0, whose verdict raises it on every rank."""
+def _run_or_report(mailbox: Mailbox, stage: int, work: Callable[[], object]) -> None:
+    """Runs this rank's part; a failure goes to rank 0, whose verdict raises it on every rank."""
     try:
-        lead()
+        work()
     except SessionAborted:
         return
     except Exception as error:

@@ -14,8 +14,10 @@ from megatron_fipo.rollout.client import Sampling
 from megatron_fipo.samples import Problem, Response
 
 VOCABULARY = 96
+CACHED_PROMPT = 160
+"""Prompt tokens that a prefix cache holds some of: more than the 128 of one cache block of vLLM on a CPU."""
 STOP_TOKEN = 2
-MAX_PROMPT, MAX_RESPONSE = 48, 32
+MAX_PROMPT, MAX_RESPONSE = 192, 32
 
 
 def save_tiny_model(directory: Path, seed: int) -> Qwen2ForCausalLM:
@@ -28,7 +30,7 @@ def save_tiny_model(directory: Path, seed: int) -> Qwen2ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=STOP_TOKEN,

@@ -1,0 +1,356 @@
+"""Why: after an update the engines must sample from exactly the trainer's weights, and an update that fails must end on
+every rank, in bounded time, with the engine's own reason.
+
+Real vLLM engines on the CPU: one behind shared memory, two tensor-parallel workers behind gloo. Ranks of the trainer
+are threads that share a TCPStore, which is all that they share in a run. Does not cover NCCL (tests/gpu), nor the
+gathers that make full tensors of shards (test_reshard.py).
+"""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import Store, TCPStore
+from transformers import Qwen2ForCausalLM
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.client import RolloutClient
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.weights.buckets import Bucket, BucketLayout, cut_buckets, unpack
+from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.planes import SHARED_MEMORY, make_plane
+from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
+from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollout_config, sampling, save_tiny_model
+
+BUCKET_BYTES = 6 << 10
+"""Smaller than one layer, so that its tensors come in several buckets."""
+UPDATE_TIMEOUT_S = 20.0
+
+NamedTensors = list[tuple[str, Tensor]]
+
+
+# --- without an engine ------------------------------------------------------------------------------------------------
+
+
+def _named(*sizes: int) -> NamedTensors:
+    return [(f"tensor{index}", torch.full((size,), float(index))) for index, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "buckets"),
+    [((), []), ((1,), [1]), ((2, 2, 2), [2, 1]), ((100, 1), [1, 1]), ((1, 100, 1), [1, 1, 1]), ((4,), [1])],
+)
+def test_buckets_keep_order_and_size(sizes: tuple[int, ...], buckets: list[int]) -> None:
+    cut = list(cut_buckets(_named(*sizes), bucket_bytes=16))
+    assert [len(bucket.tensors) for bucket in cut] == buckets
+    assert [name for bucket in cut for name, _ in bucket.tensors] == [name for name, _ in _named(*sizes)]
+
+
+def test_packing_is_exact_for_mixed_types_and_shapes() -> None:
+    tensors = [
+        ("half", torch.randn(3, 5).bfloat16()),
+        ("strided", torch.randn(4, 6).t()),
+        ("empty", torch.zeros(0, 7)),
+        ("scalar", torch.tensor(3.5, dtype=torch.float64)),
+        ("eight", torch.randn(9).to(torch.float8_e4m3fn)),
+    ]
+    bucket = Bucket(tensors)
+    layout = BucketLayout(**bucket.layout().to_dict())
+    arrived = dict(unpack(bucket.pack(), layout))
+    for name, tensor in tensors:
+        assert arrived[name].dtype == tensor.dtype
+        assert torch.equal(arrived[name].float(), tensor.float()), name
+
+
+def test_a_layout_from_elsewhere_is_checked() -> None:
+    with pytest.raises(ValueError, match="2 names has 1 shapes"):
+        BucketLayout(["a", "b"], [[1]], ["float32"])
+    with pytest.raises(ValueError, match="'load' is no torch dtype"):
+        BucketLayout(["a"], [[1]], ["load"]).packed_bytes()
+
+
+def test_shared_memory_is_private_and_cleaned_up_at_start_and_end(tmp_path: Path) -> None:
+    config = rollout_config(weight_transfer="shared_memory")
+    plane = make_plane(config, 0, tmp_path)
+    directory = Path(plane.open(1)["directory"])
+    assert directory.parent == SHARED_MEMORY and directory.stat().st_mode & 0o777 == 0o700
+    path = Path(plane.send(Bucket(_named(4)))["path"])
+    assert path.is_file()
+    # A run that was killed here leaves the file; the next start of the same run removes it.
+    plane = make_plane(config, 0, tmp_path)
+    assert list(directory.iterdir()) == []
+    path = Path(plane.send(Bucket(_named(4)))["path"])
+    plane.sent()
+    assert not path.exists()
+    plane.close()
+    assert not directory.exists()
+
+
+# --- with engines -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """A trainer of two pipeline stages over one server: ranks 0 and 2 lead them, ranks 1 and 3 only gather."""
+
+    service: RolloutService
+    client: RolloutClient
+    models: list[Qwen2ForCausalLM]
+    run_dir: Path
+    ranks: list[WeightTransfer] = field(default_factory=list)
+    consumed: dict[int, int] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Makes every rank's part and connects them."""
+        config = self.service.config
+        # As the first process of a run hosts the store and the others visit it.
+        host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        stores: list[Store] = [host]
+        stores += [TCPStore("127.0.0.1", host.port, timeout=timedelta(seconds=30)) for _ in range(3)]
+        self.ranks = [
+            WeightTransfer(
+                make_plane(config, rank // 2, self.run_dir) if rank % 2 == 0 else None,
+                self.client.control if rank == 0 else None,
+                store,
+                stage=rank // 2,
+                num_stages=2,
+                bucket_bytes=BUCKET_BYTES,
+                timeout_s=config.update_timeout_s,
+                begin_timeout_s=30.0,
+            )
+            for rank, store in enumerate(stores)
+        ]
+        self.everywhere(lambda rank: rank.connect())
+
+    def everywhere(self, work: Callable[[WeightTransfer], object]) -> list[object]:
+        """What `work` returned, or raised, on each rank; raises rank 0's error if all ranks raised the same."""
+        outcomes: list[object] = [None] * len(self.ranks)
+
+        def run(index: int) -> None:
+            try:
+                outcomes[index] = work(self.ranks[index])
+            except Exception as error:
+                outcomes[index] = error
+
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(self.ranks))]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + self.service.config.update_timeout_s + 15
+        for thread in threads:
+            thread.join(timeout=max(0.0, end - time.monotonic()))
+        assert not any(thread.is_alive() for thread in threads), "a rank is still waiting after the deadline"
+        if isinstance(outcomes[0], Exception):
+            assert {str(outcome) for outcome in outcomes} == {str(outcomes[0])}, outcomes
+            raise outcomes[0]
+        return outcomes
+
+    def push(
+        self, model: Qwen2ForCausalLM, version: int, change: Callable[[NamedTensors], Iterable] = lambda named: named
+    ) -> TransferStats:
+        """Sends `model`'s tensors, the first half from stage 0; `change` may spoil what stage 1's leader sends."""
+        named = list(model.state_dict().items())
+        middle = len(named) // 2
+        parts = [named[:middle], named[:middle], change(named[middle:]), named[middle:]]
+        self.consumed = {}
+
+        def stream(index: int) -> Iterator[tuple[str, Tensor]]:
+            for pair in parts[index]:
+                self.consumed[index] = self.consumed.get(index, 0) + 1
+                yield pair
+
+        stats = self.everywhere(lambda rank: rank.push(stream(self.ranks.index(rank)), version))
+        assert all(stat == stats[0] for stat in stats)
+        assert isinstance(stats[0], TransferStats)
+        return stats[0]
+
+    def error_against(self, model: Qwen2ForCausalLM, version: int) -> float:
+        """Largest log-prob difference between what the engine now samples and `model`; checks the version."""
+        groups = self.client.generate(problems(4, length=CACHED_PROMPT), 2, sampling(), range(4))
+        assert {r.weight_version for group in groups for r in group.responses} == {version}
+        return max(log_prob_error(model, group.problem.token_ids, r) for group in groups for r in group.responses)
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """The server's engine processes whose title contains `name`."""
+        server = self.service.servers[0].process
+        assert server is not None
+        return [p for p in psutil.Process(server.pid).children(recursive=True) if name in " ".join(p.cmdline())]
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+        self.client.close()
+        self.service.close()
+
+
+def _config(plane: str, workers: int) -> RolloutConfig:
+    return rollout_config(weight_transfer=plane, tensor_parallel=workers, update_timeout_s=UPDATE_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trainer]]:
+    directory = tmp_path_factory.mktemp("transfer")
+    models = [save_tiny_model(directory / f"model{seed}", seed) for seed in range(2)]
+    services = {}
+    for plane, workers in (("shared_memory", 1), ("process_group", 2)):
+        services[plane] = RolloutService(_config(plane, workers), directory / "model0", directory / plane, seed=0)
+        services[plane].start()
+    made: dict[str, Trainer] = {}
+    try:
+        for plane, service in services.items():
+            service.wait_ready()
+            made[plane] = Trainer(service, RolloutClient(service), models, directory / plane)
+            made[plane].open()
+        yield made
+    finally:
+        for trainer in made.values():
+            trainer.close()
+        for service in services.values():
+            service.close()
+
+
+PLANES = pytest.mark.parametrize("plane", ["shared_memory", "process_group"])
+
+
+@pytest.mark.slow
+@PLANES
+def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer], plane: str) -> None:
+    trainer = trainers[plane]
+    old, new = trainer.models
+    assert trainer.error_against(old, version=0) < 1e-4
+    stats = trainer.push(new, version=1)
+    assert trainer.error_against(new, version=1) < 1e-4
+    assert trainer.error_against(old, version=1) > 0.5
+    named = new.state_dict()
+    assert (stats.tensors, stats.bytes) == (len(named), sum(tensor.nbytes for tensor in named.values()))
+    assert stats.buckets > 10
+    # Every rank of a stage has consumed its whole stream.
+    assert trainer.consumed[0] == trainer.consumed[1] and trainer.consumed[2] == trainer.consumed[3]
+    # Back again, in the same session objects, so that the tests below find the model they expect.
+    trainer.push(old, version=0)
+    assert trainer.error_against(old, version=0) < 1e-4
+    assert not list(SHARED_MEMORY.glob("megatron_fipo-*/*")) or plane == "process_group"
+
+
+@pytest.mark.slow
+def test_without_a_cache_reset_log_probs_are_stale(trainers: dict[str, Trainer]) -> None:
+    """The negative control of the reset in every update: an update without pause and reset, by hand."""
+    trainer = trainers["shared_memory"]
+    old, new = trainer.models
+    control = trainer.client.control
+    trainer.error_against(old, version=0)
+
+    async def update() -> None:
+        deadline = Deadline(UPDATE_TIMEOUT_S)
+        plane = make_plane(trainer.service.config, 7, trainer.run_dir)
+        await control.init_weight_transfer_engine([{**plane.open(1), "first_rank": 1}], deadline)
+        await control.start_weight_update(deadline)
+        await control.update_weights(plane.send(Bucket(list(new.state_dict().items()))), deadline)
+        await control.finish_weight_update(5, deadline)
+        plane.close()
+        assert await control.versions(deadline) == [5]
+
+    asyncio.run(update())
+    assert trainer.error_against(new, version=5) > 0.1
+    asyncio.run(control.reset_prefix_cache(Deadline(UPDATE_TIMEOUT_S)))
+    assert trainer.error_against(new, version=5) < 1e-4
+
+
+def _without_last(named: NamedTensors) -> NamedTensors:
+    return named[:-1]
+
+
+def _misnamed(named: NamedTensors) -> NamedTensors:
+    return [("model.layers.0.mlp.typo.weight", named[0][1]), *named[1:]]
+
+
+def _twice(named: NamedTensors) -> NamedTensors:
+    return [named[0], *named]
+
+
+def _misshapen(named: NamedTensors) -> NamedTensors:
+    return [(name, torch.cat([tensor, tensor])) for name, tensor in named]
+
+
+def _failing_gather(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    yield from named[:3]
+    raise RuntimeError("the gather broke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_without_last, "lacks 1 tensors of the checkpoint: "),
+        (_misnamed, "tensors that the checkpoint has not: model.layers.0.mlp.typo.weight"),
+        (_twice, "tensors twice: "),
+        (_misshapen, "update_weights answered 500"),
+        (_failing_gather, "pipeline stage 1: RuntimeError: the gather broke"),
+    ],
+)
+def test_a_spoilt_update_is_one_error_on_every_rank_and_a_good_one_repairs_it(
+    trainers: dict[str, Trainer], spoil: Callable[[NamedTensors], Iterable], reason: str
+) -> None:
+    trainer = trainers["shared_memory"]
+    with pytest.raises(RolloutError, match=r"weight update 6: .*") as raised:
+        trainer.push(trainer.models[0], 6, spoil)
+    assert reason in str(raised.value)
+    assert trainer.consumed[0] == trainer.consumed[1]
+    trainer.push(trainer.models[1], version=7)
+    assert trainer.error_against(trainer.models[1], version=7) < 1e-4
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: dict[str, Trainer]) -> None:
+    trainer = trainers["process_group"]
+    worker = trainer.processes("Worker")[0]
+
+    def stop_the_worker(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        for index, pair in enumerate(named):
+            # Buckets 0 to 5 of this stage are with the engine.
+            if index == 6:
+                worker.send_signal(signal.SIGSTOP)
+            yield pair
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(RolloutError, match=r"no answer to /update_weights from http://127.* within 20 s"):
+            trainer.push(trainer.models[1], 8, stop_the_worker)
+        assert UPDATE_TIMEOUT_S - 1 < time.monotonic() - started < UPDATE_TIMEOUT_S + 10
+        # Leaders drain their streams, so that the ranks that only gather are not left waiting in a gather.
+        assert trainer.consumed[2] == trainer.consumed[3]
+        closing = time.monotonic()
+        trainer.close()
+        assert time.monotonic() - closing < 25
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        if worker.is_running():
+            os.kill(worker.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_update_is_quoted_at_once(trainers: dict[str, Trainer]) -> None:
+    trainer = trainers["shared_memory"]
+    server = trainer.service.servers[0].process
+    assert server is not None
+
+    def kill_the_server(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        for index, pair in enumerate(named):
+            if index == 6:
+                server.kill()
+            yield pair
+
+    started = time.monotonic()
+    with pytest.raises(RolloutError, match=r"(?s)weight update 9: .*was ended by signal 9; .*the end of"):
+        trainer.push(trainer.models[1], 9, kill_the_server)
+    assert time.monotonic() - started < 10
