@@ -148,6 +148,7 @@ class _Watch:
             # The kernel merges the SIGCHLDs of ranks that end together, so look at least once a second.
             event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
             self._note_failures(event.si_pid if event is not None and event.si_signo == signal.SIGCHLD else None)
+            self._reap_orphans()
             if event is not None and event.si_signo != signal.SIGCHLD:
                 self._on_stop_signal(event.si_signo)
             if self._living() and self._grace_left() <= 0:
@@ -157,6 +158,15 @@ class _Watch:
 
     def _living(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.process.poll() is None]
+
+    def _reap_orphans(self) -> None:
+        """Take leave of ended grandchildren whose parent ended first; whoever waits for them would see zombies."""
+        ours = {rank.process.pid for rank in self.ranks}
+        for child in psutil.Process().children():
+            if child.pid not in ours and child not in self.older_children:
+                with contextlib.suppress(psutil.Error, ChildProcessError):
+                    if child.status() == psutil.STATUS_ZOMBIE:
+                        os.waitpid(child.pid, os.WNOHANG)
 
     def _grace_left(self) -> float:
         """Seconds until the ranks are killed; infinite while nobody asked them to stop."""

@@ -29,8 +29,8 @@ class CheckpointEngine(WeightTransferEngine):
         super().__init__(*args, **kwargs)
         self._expected = checkpoint_names(Path(self.model_config.model))
         # Checkpoints of models with tied embeddings may hold the output layer or leave it out.
-        tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        self._optional = {"lm_head.weight"} if tied else set()
+        self._tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
+        self._optional = {"lm_head.weight"} if self._tied else set()
         self._received: set[str] = set()
         self._unfinished = False
 
@@ -55,7 +55,18 @@ class CheckpointEngine(WeightTransferEngine):
         if missing := sorted(self._expected - self._received - self._optional):
             raise WeightError(f"the update lacks {len(missing)} tensors of the checkpoint: {_some(missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_output_layer()
         self._unfinished = False
+
+    def _refresh_tied_output_layer(self) -> None:
+        """Has a tied output layer look at its weights again.
+
+        It shares the embedding's tensor, and vLLM's reload reworks only the layer that a tensor was loaded into. The
+        CPU kernels multiply by a packed copy of the weights, which would stay the old one.
+        """
+        output_layer: Any = getattr(self.model, "lm_head", None)
+        if self._tied and self.device.type == "cpu" and output_layer is not None:
+            output_layer.quant_method.process_weights_after_loading(output_layer)
 
     def shutdown(self) -> None:
         """Nothing to release unless a plane says otherwise."""
