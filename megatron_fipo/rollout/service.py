@@ -34,6 +34,7 @@ STOP_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
 PROBE_EVERY_S = 0.2
 INITIAL_VERSION = 0
+SHARED_MEMORY = Path("/dev/shm")
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,8 @@ def _end_processes(processes: list[subprocess.Popen[bytes]]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(process.pid)
             trees += [root, *root.children(recursive=True)]
+    shared = _shared_files(trees)
+    for process in processes:
         if process.poll() is None:
             process.terminate()
     _, alive = psutil.wait_procs(trees, timeout=STOP_TIMEOUT_S)
@@ -232,3 +235,15 @@ def _end_processes(processes: list[subprocess.Popen[bytes]]) -> None:
     psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
     for process in processes:
         process.poll()
+    # A killed process leaves its segments, and memory in them is gone until somebody deletes them.
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_files(processes: list[psutil.Process]) -> set[Path]:
+    """The shared-memory segments that vLLM's processes have in use among themselves."""
+    files: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            files.update(Path(mapping.path) for mapping in process.memory_maps())
+    return {path for path in files if path.parent == SHARED_MEMORY}

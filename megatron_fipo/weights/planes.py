@@ -99,7 +99,8 @@ class SharedMemoryPlane:
 
     def __init__(self, stage: int, run_dir: Path):
         run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
-        self._directory = SHARED_MEMORY / f"megatron_fipo-{run}-stage{stage}"
+        self._stage, self._prefix = stage, f"megatron_fipo-{run}-stage"
+        self._directory = SHARED_MEMORY / f"{self._prefix}{stage}"
         self._index = 0
         self._file: Path | None = None
         self._make_directory()
@@ -141,7 +142,10 @@ class SharedMemoryPlane:
 
     def close(self) -> None:
         """Removes the directory and whatever is in it."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        # Leaders of other stages may have been killed when the run ended, and their directories are on this machine.
+        ours = SHARED_MEMORY.glob(f"{self._prefix}*") if self._stage == 0 else [self._directory]
+        for directory in ours:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def make_plane(rollout: RolloutConfig, stage: int, run_dir: Path) -> TransferPlane:

@@ -17,7 +17,7 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.server_log import ServerLog
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.service import RolloutService, _shared_files
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import problems, rollout_config, running, sampling, save_tiny_model, wait_until
 
@@ -25,7 +25,7 @@ from tests.rollout.engines import problems, rollout_config, running, sampling, s
 TRAINER = """
 import sys, time
 from pathlib import Path
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.service import RolloutService, _shared_files
 from tests.rollout.engines import rollout_config
 
 with RolloutService(rollout_config(), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as service:
@@ -61,9 +61,12 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     family = psutil.Process(trainer.pid).children(recursive=True)
     # The API server, its engine core, a worker: all are running before, or the test would prove nothing.
     assert len([process for process in family if running(process)]) >= 3
+    segments = _shared_files(family)
+    assert segments
     trainer.kill()
     trainer.wait()
     wait_until(lambda: not any(map(running, family)), 10, f"the end of {family}")
+    wait_until(lambda: not any(path.exists() for path in segments), 10, f"the removal of {segments}")
 
 
 @pytest.mark.slow

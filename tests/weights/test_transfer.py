@@ -26,7 +26,7 @@ from transformers import Qwen2ForCausalLM
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.service import RolloutService, _shared_files
 from megatron_fipo.weights.buckets import Bucket, BucketLayout, cut_buckets, unpack
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.planes import SHARED_MEMORY, make_plane
@@ -93,8 +93,9 @@ def test_shared_memory_is_private_and_cleaned_up_at_start_and_end(tmp_path: Path
     path = Path(plane.send(Bucket(_named(4)))["path"])
     plane.sent()
     assert not path.exists()
+    killed = Path(make_plane(config, 1, tmp_path).open(1)["directory"])
     plane.close()
-    assert not directory.exists()
+    assert not directory.exists() and not killed.exists()
 
 
 # --- with engines -----------------------------------------------------------------------------------------------------
@@ -329,10 +330,13 @@ def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: d
         assert UPDATE_TIMEOUT_S - 1 < time.monotonic() - started < UPDATE_TIMEOUT_S + 10
         # Leaders drain their streams, so that the ranks that only gather are not left waiting in a gather.
         assert trainer.consumed[2] == trainer.consumed[3]
+        segments = _shared_files(trainer.processes())
+        assert segments
         closing = time.monotonic()
         trainer.close()
         assert time.monotonic() - closing < 25
         assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+        assert not [path for path in segments if path.exists()]
     finally:
         if worker.is_running():
             os.kill(worker.pid, signal.SIGCONT)
