@@ -20,6 +20,7 @@ from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 
 SHARED_MEMORY = Path("/dev/shm")
+CLOSE_TIMEOUT_S = 5.0
 
 
 class TransferPlane(Protocol):
@@ -89,9 +90,12 @@ class ProcessGroupPlane:
         """Aborts the group; workers still waiting in a broadcast get an error."""
         self._listener.close()
         if self._group is not None:
-            # Ending a gloo group joins its threads, which may wait for a stopped peer until the group's own timeout.
-            threading.Thread(target=self._group.abort, name="close-transfer-group", daemon=True).start()
+            # Ending a gloo group joins its threads: at once as a rule, but for a stopped peer they wait until the group's
+            # own timeout. A process that exits while they run is aborted by the C++ runtime, so they get some seconds.
+            ending = threading.Thread(target=self._group.abort, name="close-transfer-group", daemon=True)
+            ending.start()
             self._group = None
+            ending.join(CLOSE_TIMEOUT_S)
 
 
 class SharedMemoryPlane:

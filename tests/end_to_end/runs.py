@@ -27,15 +27,18 @@ SMALL = (
 """The default with small batches. Without dynamic sampling every prompt is trained on, whatever its samples are."""
 
 
-def start(directory: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`python -m megatron_fipo.train` with the overrides, in its own session, output to directory/output.txt."""
+def start(directory: Path, *overrides: str, token: str = "") -> subprocess.Popen[str]:
+    """`python -m megatron_fipo.train` with the overrides, in its own session, output to directory/output.txt.
+
+    `token` is that of the servers in rollout.addresses, if there are any.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "megatron_fipo.train", f"run.directory={directory}", *overrides]
     with (directory / "output.txt").open("a") as output:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "FIPO_ROLLOUT_TOKEN": token},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -55,9 +58,9 @@ def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 3
     return output(directory)
 
 
-def run(directory: Path, *overrides: str, timeout_s: float = 300) -> str:
+def run(directory: Path, *overrides: str, token: str = "", timeout_s: float = 300) -> str:
     """A whole run that has to succeed; its output."""
-    return finish(start(directory, *overrides), directory, timeout_s)
+    return finish(start(directory, *overrides, token=token), directory, timeout_s)
 
 
 def end(process: subprocess.Popen[str]) -> None:

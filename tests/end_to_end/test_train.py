@@ -9,10 +9,14 @@ Not covered: learning (`make train` shows it; its figures are in the README), se
 
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.configure import load_config
+from megatron_fipo.rollout.service import RolloutService
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 
@@ -39,19 +43,35 @@ def check_rows(rows: list[dict[str, float]], steps: int) -> None:
         assert row["updates_skipped"] == 0
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+    """One server that already runs, which the runs adopt one after the other: a start costs as much as a run."""
+    config = load_config([*SMALL, "rollout.weight_transfer=process_group"]).rollout
+    directory = tmp_path_factory.mktemp("server")
+    with RolloutService(config, resolve_embedded("embedded:tiny"), directory, seed=0) as service:
+        service.start()
+        service.wait_ready()
+        yield service
+
+
+def run_on(server: RolloutService, directory: Path, *overrides: str) -> None:
+    address = f"rollout.addresses=[{server.servers[0].url}]"
+    plane = "rollout.weight_transfer=process_group"
+    token = server.headers["Authorization"].removeprefix("Bearer ")
+    runs.run(directory, *SMALL, "rollout.servers=0", address, plane, *overrides, token=token)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(layout: str, tmp_path: Path) -> None:
-    # Both transfer planes get their turn.
-    plane = "process_group" if layout in ("tp2-pp2", "dp2") else "shared_memory"
-    runs.run(tmp_path, *SMALL, *LAYOUTS[layout], f"rollout.weight_transfer={plane}")
+def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
+    run_on(server, tmp_path, *LAYOUTS[layout])
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
 @pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
-def test_other_algorithms_are_one_override(algorithm: str, tmp_path: Path) -> None:
-    runs.run(tmp_path, *SMALL, f"algorithm={algorithm}")
+def test_other_algorithms_are_one_override(algorithm: str, server: RolloutService, tmp_path: Path) -> None:
+    run_on(server, tmp_path, f"algorithm={algorithm}")
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]

@@ -1,0 +1,42 @@
+"""What the rank of test_smollm2.py runs: greedy continuations by the Megatron-Core policy, without a cache."""
+
+from megatron_fipo.config import Config, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_fipo.policy import platform
+
+platform.install()
+
+from megatron_fipo.policy.batches import Sequences  # noqa: E402
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
+
+
+def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The policy's most likely continuation of each prompt, token by token."""
+    import torch
+
+    platform.start_process_group(600)
+    config = Config(
+        model=ModelConfig(path=model_dir, dtype="float32"), parallel=ParallelConfig(), rollout=RolloutConfig()
+    )
+    start_model_parallel(config.parallel, 0)
+    policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
+    continued = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(tokens):
+            sequences = Sequences(
+                [torch.tensor([*ids, 0])],
+                [len(ids)],
+                [torch.zeros(1)],
+                torch.zeros(1),
+                torch.ones(1, dtype=torch.bool),
+                [1],
+            )
+            (mini_batch,) = policy.plan(sequences)
+            with torch.no_grad():
+                logits = policy.chunks[0](mini_batch[0].tokens, mini_batch[0].position_ids, None)
+            ids.append(int(logits[0, -1].argmax()))
+        continued.append(ids[len(prompt) :])
+    platform.stop_process_group()
+    return continued
