@@ -171,7 +171,7 @@ class AlgorithmConfig:
     samples_per_prompt: int = setting(16, "Responses sampled a prompt: the group.", minimum=2)
     mini_batch_prompts: int = setting(64, "Prompts an optimizer update; divides prompts_per_step.", minimum=1)
     generation_batch_prompts: int | None = setting(
-        None, "Prompts sampled at once while a step fills up; null means prompts_per_step.", minimum=1
+        None, "Prompts that dynamic sampling samples at once; null means prompts_per_step.", minimum=1
     )
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
     importance_sampling_cap: float | None = setting(

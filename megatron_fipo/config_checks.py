@@ -133,17 +133,17 @@ def _batches(config: Config) -> Iterator[str]:
     if batch is None:
         return
     filtering = algorithm.filter_groups
+    if not filtering.enable:
+        yield (
+            "algorithm.generation_batch_prompts: without dynamic sampling a step samples just its "
+            f"{algorithm.prompts_per_step} prompts, and this is not used"
+        )
+        return
     if batch * filtering.max_num_gen_batches < algorithm.prompts_per_step:
         raise ConfigError(
             "algorithm.generation_batch_prompts",
             f"{filtering.max_num_gen_batches} batches of {batch} can never fill a step of {algorithm.prompts_per_step}",
             f"at least {math.ceil(algorithm.prompts_per_step / filtering.max_num_gen_batches)}",
-        )
-    if not filtering.enable and batch > algorithm.prompts_per_step:
-        yield (
-            f"algorithm.generation_batch_prompts: without dynamic sampling all {batch} groups are kept, more than the "
-            f"{algorithm.prompts_per_step} of a step, and surplus={filtering.surplus} applies to the rest; "
-            "algorithm.generation_batch_prompts=null samples what a step needs"
         )
 
 

@@ -76,7 +76,9 @@ class Experience:
         sampling = self._sampling(rollout.temperature, rollout.top_p, rollout.top_k)
         sampled: list[Group] = []
         while self.sampling.needs_more():
-            wanted = algorithm.generation_batch_prompts or algorithm.prompts_per_step
+            wanted = algorithm.prompts_per_step
+            if algorithm.filter_groups.enable:
+                wanted = algorithm.generation_batch_prompts or wanted
             problems = [self.problems[index] for index in self.order.take(wanted)]
             seeds = [self._seed("train", self.drawn + offset) for offset in range(wanted)]
             self.drawn += wanted
