@@ -40,11 +40,14 @@ class Trainer:
             FipoError: the checkpoint, the model or the data cannot be used.
         """
         self.config, self.stack = config, stack
-        self.directory = Path(config.run.directory)
         self.model_dir = resolve_embedded(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
         start_model_parallel(config.parallel, config.run.seed)
+        # Under torchrun and srun each rank has read its own clock for the directory's name.
+        directory = [config.run.directory]
+        torch.distributed.broadcast_object_list(directory, src=0)
+        self.directory = Path(directory[0])
         self.first = torch.distributed.get_rank() == 0
         self.resume_from = self._checkpoint_to_resume()
         self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0

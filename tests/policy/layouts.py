@@ -35,7 +35,7 @@ ALGORITHM = AlgorithmConfig(
 
 def make_config(parallel: dict[str, Any], **model: Any) -> Config:
     return Config(
-        model=ModelConfig(dtype="float32", **model),
+        model=ModelConfig(**({"dtype": "float32"} | model)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
         algorithm=ALGORITHM,
         optimizer=OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0.0),
@@ -84,7 +84,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
     for micro_batch in mini_batch:
         micro_batch.old_log_probs = micro_batch.rollout_log_probs
     metrics = on_policy or policy.update(mini_batch)
-    expected = load_file(reference)
+    expected = {name: tensor.to(platform.device()) for name, tensor in load_file(reference).items()}
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
