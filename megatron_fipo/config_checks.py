@@ -25,7 +25,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     """Raise ConfigError where `config` cannot run; return a warning for each thing that is hardly meant.
 
     `world_size` is the number of ranks, where it is known. `local` also checks what must be on this machine: the
-    model directory, the problem files, the token of running servers.
+    model directory, the problem files, servers to sample from and their token.
     """
     _check_ranges(config)
     judges = (_layout, _precision, _batches, _algorithm, _sampling, _service, _data, _reward, _schedule)
@@ -33,6 +33,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     _check_world(config, world_size)
     if local:
         _check_data_files(config)
+        _check_servers(config)
         _check_token(config)
         _check_model(config)
     return warnings
@@ -210,12 +211,8 @@ def _service(config: Config) -> Iterator[str]:
             "the run would start servers beside those of rollout.addresses",
             "rollout.servers=0, or no addresses",
         )
-    if not rollout.servers and not rollout.addresses:
-        raise ConfigError(
-            "rollout.addresses",
-            "there is no server to sample from",
-            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
-        )
+    if not config.cluster.rollout_nodes:  # else the job that starts those nodes' servers gives their addresses
+        _check_servers(config)
     for address in rollout.addresses:
         if not _ADDRESS.fullmatch(address):
             raise ConfigError("rollout.addresses", f"{address!r} is no server's address", "http://HOST:PORT")
@@ -318,6 +315,15 @@ def _check_model(config: Config) -> None:
     if not (directory / "config.json").is_file():
         problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
         raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
+def _check_servers(config: Config) -> None:
+    if not config.rollout.servers and not config.rollout.addresses:
+        raise ConfigError(
+            "rollout.addresses",
+            "there is no server to sample from",
+            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
+        )
+
+
     try:
         architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         _check_architecture(config, directory, architecture)

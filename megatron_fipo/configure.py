@@ -26,8 +26,10 @@ _HYDRA_VERSION = "1.3"
 _TRACEBACKS = "HYDRA_FULL_ERROR"
 
 
-def run_with_config(main: Callable[[Config], Any]) -> None:
+def run_with_config(main: Callable[[Config], Any], *, local: bool = True) -> None:
     """Call `main` with the validated configuration that the command line describes.
+
+    Without `local`, what must be on this machine (model, problems, servers) is not looked for.
 
     Handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from `main`, ends the
     process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
@@ -36,7 +38,7 @@ def run_with_config(main: Callable[[Config], Any]) -> None:
     with_traceback = os.environ.get(_TRACEBACKS) == "1"
     try:
         config = _config_from_command_line()
-        for warning in check(config, world_size=_world_size()):
+        for warning in check(config, world_size=_world_size(), local=local):
             if _speaks_for_the_run():
                 print(f"warning: {warning}", file=sys.stderr)
         main(config)

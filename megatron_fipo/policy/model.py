@@ -120,16 +120,17 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def build_model(config: Config, geometry: Geometry) -> list[GPTModel]:
+def build_model(config: Config, geometry: Geometry, device: torch.device | None = None) -> list[GPTModel]:
     """This rank's pipeline chunks, weights uninitialised: `weights.reshard.load_into` fills them.
 
     Returns:
-        One model, or `parallel.virtual_pipeline` of them, on this rank's device.
+        One model, or `parallel.virtual_pipeline` of them, on `device` or else this rank's.
     """
     megatron = transformer_config(config, geometry)
     with_te = uses_transformer_engine(config.model)
     stages = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline else [None]
-    return [_build_chunk(config, geometry, megatron, with_te, stage).to(platform.device()) for stage in stages]
+    place = device or platform.device()
+    return [_build_chunk(config, geometry, megatron, with_te, stage).to(place) for stage in stages]
 
 
 def _build_chunk(
