@@ -77,15 +77,10 @@ def test_other_algorithms_are_one_override(algorithm: str, server: RolloutServic
     assert "influence_weights_mean" not in rows[0]
 
 
-def test_two_servers_of_two_workers(tmp_path: Path) -> None:
-    runs.run(
-        tmp_path,
-        *SMALL,
-        "rollout.servers=2",
-        "rollout.tensor_parallel=2",
-        "rollout.weight_transfer=process_group",
-        "rollout.bucket_mib=1",
-    )
+def test_two_servers(tmp_path: Path) -> None:
+    """Both are started by the run, and get every weight update in several buckets."""
+    plane = "rollout.weight_transfer=process_group"
+    runs.run(tmp_path, *SMALL, "rollout.servers=2", plane, "rollout.bucket_mib=1")
     check_rows(runs.rows(tmp_path), steps=2)
 
 
