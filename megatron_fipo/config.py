@@ -147,6 +147,16 @@ class FilterGroupsConfig:
     )
 
 
+LOSS_SETTINGS: dict[str, tuple[str, ...]] = {
+    "future_kl": ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "future_kl"),
+    "vanilla": ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
+    "gspo": ("clip_ratio_low", "clip_ratio_high"),
+    "cispo": ("clip_ratio_low", "clip_ratio_high"),
+    "sapo": ("tau_pos", "tau_neg"),
+}
+"""Each loss_mode and the settings that it alone decides about: those it reads have to be set, the others null."""
+
+
 @dataclass
 class AlgorithmConfig:
     """Loss, advantage and batch geometry."""
@@ -154,17 +164,33 @@ class AlgorithmConfig:
     name: str = setting("fipo", "Name for logs and plots.")
     loss_mode: str = setting(
         "future_kl",
-        "The policy loss, a function of megatron_fipo/algorithm/losses.py.",
-        choices=("future_kl", "vanilla"),
+        "The policy loss, a function of megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",
+        choices=tuple(LOSS_SETTINGS),
     )
     loss_agg_mode: str = setting(
         "token-mean",
-        "How token losses become one number over the mini-batch.",
-        choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"),
+        "How token losses become one number over the mini-batch. seq-mean-token-sum-norm (Dr. GRPO): the mean over "
+        "responses of their sums, each divided by loss_scale_factor.",
+        choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     )
-    clip_ratio_low: float = setting(0.2, "ε_low: the ratio is clipped below at 1 − ε_low.", minimum=0, maximum=1)
-    clip_ratio_high: float = setting(0.28, "ε_high: the ratio is clipped above at 1 + ε_high.", minimum=0)
-    clip_ratio_c: float = setting(10.0, "Dual-clip constant c for negative advantages.", above=1)
+    loss_scale_factor: float | None = setting(
+        None, "The constant length of seq-mean-token-sum-norm, in tokens; null with the other modes.", above=0
+    )
+    clip_ratio_low: float | None = setting(
+        0.2, "ε_low: the ratio is clipped below at 1 − ε_low. null where the loss does not clip.", minimum=0, maximum=1
+    )
+    clip_ratio_high: float | None = setting(
+        0.28, "ε_high: the ratio is clipped above at 1 + ε_high. null where the loss does not clip.", minimum=0
+    )
+    clip_ratio_c: float | None = setting(
+        10.0, "Dual-clip constant c for negative advantages. null where the loss has no dual clip.", above=1
+    )
+    tau_pos: float | None = setting(
+        None, "Temperature of SAPO's gate with a positive advantage; null for the other losses.", above=0
+    )
+    tau_neg: float | None = setting(
+        None, "Temperature of SAPO's gate with a negative or no advantage; null for the other losses.", above=0
+    )
     future_kl: FutureKLConfig | None = setting(None, "Settings of loss_mode=future_kl; null for the other losses.")
     norm_adv_by_std: bool = setting(True, "Divide the group advantage by the group's standard deviation.")
     prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1)
@@ -321,32 +347,6 @@ class TrackingConfig:
 
 
 @dataclass
-class Config:
-    """One run. Groups of conf/ fill the sections; an experiment picks the groups and overrides single keys."""
-
-    run: RunConfig = section(RunConfig)
-    model: ModelConfig = section(ModelConfig)
-    parallel: ParallelConfig = section(ParallelConfig)
-    algorithm: AlgorithmConfig = section(AlgorithmConfig)
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    rollout: RolloutConfig = section(RolloutConfig)
-    data: DataConfig = section(DataConfig)
-    reward: RewardConfig = section(RewardConfig)
-    validation: ValidationConfig = section(ValidationConfig)
-    checkpoint: CheckpointConfig = section(CheckpointConfig)
-    tracking: TrackingConfig = section(TrackingConfig)
-
-
-def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer ones first."""
-    for entry in fields(kind):
-        for nested in (entry.type, *get_args(entry.type)):
-            if is_dataclass(nested):
-                yield f"{prefix}{entry.name}", nested
-                yield from sections(nested, f"{prefix}{entry.name}.")
-
-
-@dataclass
 class ClusterConfig:
     """The nodes that a Slurm job asks for; one process a GPU. Runs on one machine do not read it."""
 
@@ -382,10 +382,36 @@ class HardwareConfig:
     bandwidth_efficiency: float = setting(0.7, "Share of each bandwidth that is reached.", above=0, maximum=1)
 
 
+@dataclass
+class Config:
+    """One run. Groups of conf/ fill the sections; an experiment picks the groups and overrides single keys."""
+
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    algorithm: AlgorithmConfig = section(AlgorithmConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    data: DataConfig = section(DataConfig)
+    reward: RewardConfig = section(RewardConfig)
+    validation: ValidationConfig = section(ValidationConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+    cluster: ClusterConfig = section(ClusterConfig)
+    hardware: HardwareConfig = section(HardwareConfig)
+
+
+def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer ones first."""
+    for entry in fields(kind):
+        for nested in (entry.type, *get_args(entry.type)):
+            if is_dataclass(nested):
+                yield f"{prefix}{entry.name}", nested
+                yield from sections(nested, f"{prefix}{entry.name}.")
+
+
 def every_setting() -> Iterator[tuple[str, Field]]:
     """Each key of the schema, such as "run.steps", with its dataclass field; sections themselves are left out."""
     nested = dict(sections())
     for name, kind in nested.items():
         yield from ((f"{name}.{entry.name}", entry) for entry in fields(kind) if f"{name}.{entry.name}" not in nested)
-    cluster: ClusterConfig = section(ClusterConfig)
-    hardware: HardwareConfig = section(HardwareConfig)

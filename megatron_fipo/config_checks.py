@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config, every_setting
 from megatron_fipo.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
@@ -150,15 +150,8 @@ def _batches(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
+    _check_loss_settings(algorithm)
     future_kl = algorithm.future_kl
-    if algorithm.loss_mode == "future_kl" and future_kl is None:
-        raise ConfigError("algorithm.future_kl", "is null, but loss_mode is future_kl", "algorithm=fipo sets both")
-    if algorithm.loss_mode != "future_kl" and future_kl is not None:
-        raise ConfigError(
-            "algorithm.future_kl",
-            f"is set, but loss_mode {algorithm.loss_mode} does not read it",
-            "algorithm.loss_mode=future_kl, or algorithm.future_kl=null",
-        )
     if future_kl is None:
         return
     if not future_kl.band_low <= 1 <= future_kl.band_high:
@@ -171,6 +164,30 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             "algorithm.mini_batch_prompts: with one update a step every ratio is 1 and so is every influence weight: "
             "this FIPO is DAPO; make mini_batch_prompts smaller than prompts_per_step"
+        )
+
+
+def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
+    """What a loss reads is set, and what it does not read is null."""
+    mode = algorithm.loss_mode
+    example = {"future_kl": "fipo", "vanilla": "dapo"}.get(mode, mode)
+    for name in sorted({name for names in LOSS_SETTINGS.values() for name in names}, key="future_kl".__ne__):
+        key, value, is_read = f"algorithm.{name}", getattr(algorithm, name), name in LOSS_SETTINGS[mode]
+        if is_read and value is None:
+            raise ConfigError(key, f"is null, but loss_mode {mode} reads it", f"algorithm={example} sets both")
+        if not is_read and value is not None:
+            readers = [other for other, names in LOSS_SETTINGS.items() if name in names]
+            raise ConfigError(
+                key,
+                f"is set, but loss_mode {mode} does not read it",
+                f"{key}=null, or algorithm.loss_mode={' or '.join(readers)}; algorithm={example} is a whole choice",
+            )
+    by_constant = algorithm.loss_agg_mode == "seq-mean-token-sum-norm"
+    if by_constant != (algorithm.loss_scale_factor is not None):
+        raise ConfigError(
+            "algorithm.loss_scale_factor",
+            f"is {algorithm.loss_scale_factor}, but loss_agg_mode is {algorithm.loss_agg_mode}",
+            "a length in tokens" if by_constant else "null, or algorithm.loss_agg_mode=seq-mean-token-sum-norm",
         )
 
 
@@ -298,6 +315,15 @@ def _check_data_files(config: Config) -> None:
                 )
 
 
+def _check_servers(config: Config) -> None:
+    if not config.rollout.servers and not config.rollout.addresses:
+        raise ConfigError(
+            "rollout.addresses",
+            "there is no server to sample from",
+            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
+        )
+
+
 def _check_token(config: Config) -> None:
     if config.rollout.addresses and not os.environ.get(ROLLOUT_TOKEN_VARIABLE):
         raise ConfigError(
@@ -315,15 +341,6 @@ def _check_model(config: Config) -> None:
     if not (directory / "config.json").is_file():
         problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
         raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
-def _check_servers(config: Config) -> None:
-    if not config.rollout.servers and not config.rollout.addresses:
-        raise ConfigError(
-            "rollout.addresses",
-            "there is no server to sample from",
-            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
-        )
-
-
     try:
         architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         _check_architecture(config, directory, architecture)

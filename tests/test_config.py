@@ -128,7 +128,7 @@ def test_recipes_have_the_published_figures() -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("algorithm", ["fipo", "dapo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["fipo", "dapo", "grpo", "dr_grpo", "gspo", "cispo", "sapo"])
 def test_an_algorithm_on_the_command_line_wins_over_the_experiment(experiment: str, algorithm: str) -> None:
     servers = [SERVER] if experiment.endswith(("7b", "32b")) else []
     config = load_config([f"algorithm={algorithm}", f"experiment={experiment}", *servers])
@@ -174,7 +174,7 @@ REFUSED = {
     "optimizer.lr=nan": ("optimizer.lr", "finite"),
     "rollout.top_p=1.5": ("rollout.top_p", "at most 1"),
     "model.dtype=float16": ("model.dtype", "bfloat16"),
-    "algorithm.loss_mode=gspo": ("algorithm.loss_mode", "vanilla"),
+    "algorithm.loss_mode=ppo": ("algorithm.loss_mode", "vanilla"),
     "parallel.virtual_pipeline=1": ("parallel.virtual_pipeline", "at least 2"),
     # Combinations.
     "parallel.virtual_pipeline=2 parallel.pipeline=1": ("parallel.virtual_pipeline", "parallel.pipeline=2"),
@@ -367,7 +367,10 @@ class TestCommandLine:
 
     def test_help_and_cfg_teach(self, tmp_path: Path) -> None:
         text = run_probe(tmp_path, "--help").stdout
-        assert all(word in text for word in (*EXPERIMENTS, "algorithm: dapo, fipo", "--cfg job", "configuration.md"))
+        assert all(
+            word in text
+            for word in (*EXPERIMENTS, "algorithm: cispo, dapo, dr_grpo, fipo", "--cfg job", "configuration.md")
+        )
         assert text.count("python -m megatron_fipo.train ") >= 5
         shown = run_probe(tmp_path, "experiment=fipo_32b", "--cfg", "job", "--package", "optimizer")
         assert (shown.returncode, "lr: 1.0e-06" in shown.stdout) == (0, True)

@@ -1,9 +1,9 @@
 """Policy losses behind one signature: tensors of one micro-batch in, a loss a token out.
 
-A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses` in `LOSSES`. What all losses share — truncated
-importance sampling against the engine, aggregation, statistics — is done once, in `policy_loss`. Nothing here knows
-how the model is laid out: a row may be cut over context-parallel ranks, and the few sums that need the whole row go
-through `LossInputs.context_group`.
+A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses` in `LOSSES`; docs/adding_a_loss.md adds one. What
+all losses share — truncated importance sampling against the engine, aggregation, statistics — is done once, in
+`policy_loss`. Nothing here knows how the model is laid out: a row may be cut over context-parallel ranks, and the few
+sums that need the whole row go through `LossInputs.over_row`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,10 @@ import torch.distributed
 from torch import Tensor
 
 from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
+from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
+
+_CHECKED = "config_checks refuses a loss without the settings that it reads"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class LossInputs:
 
     def over_row(self, values: Tensor) -> Tensor:
         """[rows, 1] sum of each row's values, over all the ranks that share it. Without gradient."""
-        total = values.detach().float().sum(dim=1, keepdim=True)
+        total = values.detach().to(torch.promote_types(values.dtype, torch.float32)).sum(dim=1, keepdim=True)
         if self.context_group is not None and self.context_group.size() > 1:
             torch.distributed.all_reduce(total, group=self.context_group)
         return total
@@ -60,33 +63,35 @@ class TokenLosses:
     """[rows] each: reported as the sum over all rows."""
 
 
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, config: AlgorithmConfig
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """PPO's clipped objective with decoupled bounds (DAPO) and the dual clip, as a loss.
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """PPO's clipped objective with decoupled bounds (DAPO), as a loss.
 
     Args:
         ratio: [rows, tokens] π/π_old with gradient.
         advantages: [rows, tokens] or [rows, 1], detached.
 
     Returns:
-        The loss a token; what to report of it; and where the dual clip holds, [rows, tokens] bool.
+        The loss a token, and where the clip holds, [rows, tokens] bool.
     """
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
-    pessimistic = torch.maximum(plain, clipped)
+    clipped = -advantages * ratio.clamp(*_ratio_bounds(config))
+    return torch.maximum(plain, clipped), clipped > plain
+
+
+def dual_clip(losses: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Keep a loss at or below −A c where A < 0: the losses, and where this holds, [rows, tokens] bool."""
+    assert config.clip_ratio_c is not None, _CHECKED
     bound = -advantages * config.clip_ratio_c
-    dual_clipped = (advantages < 0) & (pessimistic > bound)
-    losses = torch.where(dual_clipped, bound.expand_as(pessimistic), pessimistic)
-    reported = {"pg_clipfrac": (clipped > plain).float(), "pg_clipfrac_lower": dual_clipped.float()}
-    return losses, reported, dual_clipped
+    held = (advantages < 0) & (losses > bound)
+    return torch.where(held, bound.expand_as(losses), losses), held
 
 
 def vanilla(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """The clipped policy gradient of PPO, GRPO and DAPO; the configuration tells them apart."""
-    ratio = _log_ratio(inputs).exp()
-    losses, reported, _ = clipped_surrogate(ratio, inputs.advantages, config)
-    return TokenLosses(losses, inputs.response_mask, means=reported)
+    """The clipped policy gradient of PPO, GRPO, Dr. GRPO and DAPO; the configuration tells them apart."""
+    losses, clipped = clipped_surrogate(_log_ratio(inputs).exp(), inputs.advantages, config)
+    losses, dual_clipped = dual_clip(losses, inputs.advantages, config)
+    reported = {"pg_clipfrac": clipped.float(), "pg_clipfrac_lower": dual_clipped.float()}
+    return TokenLosses(losses, inputs.response_mask, reported)
 
 
 def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
@@ -95,7 +100,7 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
     Deviates from the released code in one thing: the caller's mean is one over the whole mini-batch, as in the paper.
     """
     settings = config.future_kl
-    assert settings is not None, "config_checks refuses loss_mode=future_kl without algorithm.future_kl"
+    assert settings is not None and config.clip_ratio_c is not None, _CHECKED
     log_ratio = _log_ratio(inputs)
     influence = influence_weights(
         log_ratio.detach(),
@@ -105,13 +110,17 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
         config.clip_ratio_c,
         inputs.context_group,
     )
-    losses, reported, dual_clipped = clipped_surrogate(log_ratio.exp(), inputs.advantages * influence.weights, config)
+    advantages = inputs.advantages * influence.weights
+    losses, clipped = clipped_surrogate(log_ratio.exp(), advantages, config)
+    losses, dual_clipped = dual_clip(losses, advantages, config)
     mask, row_counts = inputs.response_mask, {}
     if settings.drop_dual_clipped:
         dropped = inputs.over_row(dual_clipped & mask) > 1
         mask = mask & ~dropped
         row_counts["responses_dropped"] = dropped[:, 0].float()
-    reported |= {
+    reported = {
+        "pg_clipfrac": clipped.float(),
+        "pg_clipfrac_lower": dual_clipped.float(),
         "influence_weights": influence.weights,
         "influence_weights_square": influence.weights.square(),
         "influence_weights_raw": influence.raw,
@@ -122,7 +131,49 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
     return TokenLosses(losses, mask, reported, extremes, row_counts)
 
 
-LOSSES: dict[str, Callable[[LossInputs, AlgorithmConfig], TokenLosses]] = {"vanilla": vanilla, "future_kl": future_kl}
+def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
+    """GSPO (arXiv 2507.18071): one ratio a sequence, the geometric mean of its tokens', clipped as a whole.
+
+    In its token form, whose gradient is the same: the value is the sequence's, the gradient goes through each token's
+    own log-prob. So nothing has to cross ranks in the backward pass.
+    """
+    moved = torch.where(inputs.response_mask, inputs.log_probs - inputs.old_log_probs, 0.0)
+    mean = inputs.over_row(moved) / inputs.response_lengths.clamp(min=1)[:, None]
+    log_ratio = mean + inputs.log_probs - inputs.log_probs.detach()
+    ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
+    losses, clipped = clipped_surrogate(ratio, inputs.advantages, config)
+    return TokenLosses(losses, inputs.response_mask, {"pg_clipfrac": clipped.float()})
+
+
+def cispo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
+    """CISPO (MiniMax-M1, arXiv 2506.13585): −A · clip(ratio) · log π, the clipped ratio a constant.
+
+    No token loses its gradient: the clip only bounds its weight.
+    """
+    ratio = _log_ratio(inputs).detach().exp()
+    weight = ratio.clamp(*_ratio_bounds(config))
+    losses = -inputs.advantages * weight * inputs.log_probs
+    return TokenLosses(losses, inputs.response_mask, {"pg_clipfrac": (weight != ratio).float()})
+
+
+def sapo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
+    """SAPO (arXiv 2511.20347): a soft gate (4/τ) σ(τ (ratio − 1)) for ratio and clip, τ by the advantage's sign."""
+    assert config.tau_pos is not None and config.tau_neg is not None, _CHECKED
+    temperature = torch.full_like(inputs.advantages, config.tau_neg).masked_fill(inputs.advantages > 0, config.tau_pos)
+    open_share = torch.sigmoid(temperature * (_log_ratio(inputs).exp() - 1))
+    losses = -inputs.advantages * open_share * (4 / temperature)
+    # The slope against the ratio: 1 at ratio 1, falling to 0 on either side.
+    slope = (4 * open_share * (1 - open_share)).detach()
+    return TokenLosses(losses, inputs.response_mask, {"sapo_gate_slope": slope})
+
+
+LOSSES: dict[str, Callable[[LossInputs, AlgorithmConfig], TokenLosses]] = {
+    "vanilla": vanilla,
+    "future_kl": future_kl,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
+}
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -132,7 +183,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
 
     Returns:
         The loss sum (scalar with gradient), the normaliser (int32 scalar: tokens or sequences, by loss_agg_mode), and
-        named scalars: sum/…, min/…, max/… and count/… (`statistics.py` turns them into metrics).
+        named statistics, which `statistics.py` turns into metrics.
     """
     token = LOSSES[config.loss_mode](inputs, config)
     losses = token.losses
@@ -140,37 +191,35 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
         mismatch = inputs.old_log_probs - inputs.rollout_log_probs
         # Corrects for the engine's numerics; kept out of F, which would amplify a constant bias 47 times.
         losses = losses * mismatch.exp().clamp(max=config.importance_sampling_cap)
-    loss_sum, normaliser = _aggregate(torch.where(token.mask, losses, 0.0), token.mask, inputs, config.loss_agg_mode)
-    means = token.means | {"ppo_kl": (inputs.old_log_probs - inputs.log_probs).detach()}
+    loss_sum, normaliser = _aggregate(torch.where(token.mask, losses, 0.0), token.mask, inputs, config)
+    log_ratio = (inputs.log_probs - inputs.old_log_probs).detach()
+    means = token.means | {"ppo_kl": -log_ratio}
     statistics = token_statistics(inputs.response_mask, means, token.extremes)
+    statistics |= ratio_histograms(log_ratio, inputs.advantages, inputs.response_mask)
     statistics |= {f"count/{name}": values.sum().float() for name, values in token.row_counts.items()}
     statistics |= {"count/loss": loss_sum.detach().float(), "count/normaliser": normaliser.float()}
     return loss_sum, normaliser, statistics
-
-
-@torch.no_grad()
-def token_statistics(
-    mask: Tensor, means: dict[str, Tensor], extremes: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Scalars that add up (`statistics.py`) of quantities a token; all [rows, tokens], over the tokens of the mask."""
-    found = {f"sum/{name}": torch.where(mask, values, 0.0).sum() for name, values in means.items()}
-    for name, values in (extremes or {}).items():
-        found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
-        found[f"max/{name}"] = torch.where(mask, values, -torch.inf).amax()
-    return {name: value.float() for name, value in (found | {"count/tokens": mask.sum()}).items()}
 
 
 def _log_ratio(inputs: LossInputs) -> Tensor:
     return (inputs.log_probs - inputs.old_log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
-def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, mode: str) -> tuple[Tensor, Tensor]:
+def _ratio_bounds(config: AlgorithmConfig) -> tuple[float, float]:
+    assert config.clip_ratio_low is not None and config.clip_ratio_high is not None, _CHECKED
+    return 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
+
+
+def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the mini-batch's loss, this micro-batch's and rank's share of them."""
-    if mode == "token-mean":
+    if config.loss_agg_mode == "token-mean":
         return losses.sum(), mask.sum().to(torch.int32)
     sequences = (inputs.response_lengths > 0).sum().to(torch.int32)
     if inputs.context_group is not None and inputs.context_group.rank() > 0:
         sequences = torch.zeros_like(sequences)  # the ranks that share a row must count it once
-    if mode == "seq-mean-token-mean":
+    if config.loss_agg_mode == "seq-mean-token-mean":
         losses = losses / inputs.response_lengths.clamp(min=1)[:, None]
+    elif config.loss_agg_mode == "seq-mean-token-sum-norm":
+        assert config.loss_scale_factor is not None, _CHECKED
+        losses = losses / config.loss_scale_factor
     return losses.sum(), sequences

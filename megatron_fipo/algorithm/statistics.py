@@ -1,7 +1,8 @@
-"""Statistics that add up: named scalars of micro-batches and ranks become the metrics of one update.
+"""Statistics that add up: named tensors of micro-batches and ranks become the metrics of one update.
 
-The name says how a scalar combines. `sum/x` adds up and is reported as a mean over response tokens; `count/x` adds up
-and is reported as it is; `min/x` and `max/x` are the least and the greatest.
+The name says how a statistic combines. `sum/x` adds up and is reported as a mean over response tokens; `count/x` adds
+up and is reported as it is; `min/x` and `max/x` are the least and the greatest; `histogram/x` holds counts by bin,
+adds up, and is reported as quantiles. So all of it crosses the wire in one collective, and no layout changes it.
 """
 
 import math
@@ -9,29 +10,78 @@ import math
 import torch
 from torch import Tensor
 
+_QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
-def combine(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One set of scalars from several, all with the same names.
+# Bins of a log-ratio x are even in asinh(x / 1e-3): 1e-4 wide around 0, 10 % of |x| far out. An odd number of them, so
+# that an unchanged policy's log-ratio, 0, is a bin's centre and its quantiles are exactly 1.
+_BINS = 201
+_FINEST = 1e-3
+_LARGEST = 20.0
+_HALF_RANGE = math.asinh(_LARGEST / _FINEST)
+
+
+@torch.no_grad()
+def token_statistics(
+    mask: Tensor, means: dict[str, Tensor], extremes: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Scalars of quantities a token; all [rows, tokens], over the tokens of the mask."""
+    found = {f"sum/{name}": torch.where(mask, values, 0.0).sum() for name, values in means.items()}
+    for name, values in (extremes or {}).items():
+        found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
+        found[f"max/{name}"] = torch.where(mask, values, -torch.inf).amax()
+    return {name: value.float() for name, value in (found | {"count/tokens": mask.sum()}).items()}
+
+
+@torch.no_grad()
+def ratio_histograms(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Counts of the tokens' log-ratios by bin, for positive and for negative advantages.
 
     Args:
-        parts: a dictionary a micro-batch or a rank, of scalars.
+        log_ratio: [rows, tokens]
+        advantages: [rows, 1]
+        mask: [rows, tokens] bool
+
+    Returns:
+        `histogram/ratio_positive` and `histogram/ratio_negative`, [bins] fp32 each.
+    """
+    place = (torch.asinh(log_ratio.float() / _FINEST) / _HALF_RANGE).clamp(-1, 1)  # −1 … 1
+    bins = ((place + 1) / 2 * (_BINS - 1)).round().long()
+    counts = torch.zeros(2, _BINS, device=log_ratio.device)
+    # One pass for both signs; fp32 counts whole numbers exactly, so the order of additions does not matter.
+    index = bins + _BINS * (advantages < 0)
+    counts.view(-1).scatter_add_(0, index.flatten(), (mask & (advantages != 0)).float().flatten())
+    return {"histogram/ratio_positive": counts[0], "histogram/ratio_negative": counts[1]}
+
+
+def combine(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One set of statistics from several, all with the same names.
+
+    Args:
+        parts: a dictionary a micro-batch or a rank.
     """
     combined = {}
     for name in parts[0]:
         values = torch.stack([part[name] for part in parts])
         kind = name.partition("/")[0]
-        combined[name] = {"min": values.amin, "max": values.amax}.get(kind, values.sum)()
+        combined[name] = {"min": values.amin, "max": values.amax}.get(kind, values.sum)(dim=0)
     return combined
 
 
-def to_vector(scalars: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-    """Names in a fixed order and their values as one fp64 vector, to cross the wire in one collective."""
-    names = sorted(scalars)
-    return names, torch.stack([scalars[name].double() for name in names])
+def to_vector(statistics: dict[str, Tensor]) -> Tensor:
+    """All statistics in the order of their names as one fp64 vector, to cross the wire in one collective."""
+    return torch.cat([statistics[name].double().flatten() for name in sorted(statistics)])
 
 
-def metrics(scalars: dict[str, float]) -> dict[str, float]:
-    """Reported metrics of fully combined scalars; none of them is NaN on an empty mask, it is left out."""
+def from_vector(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `to_vector`, for statistics with the names and shapes of `like`."""
+    names = sorted(like)
+    parts = vector.split([like[name].numel() for name in names])
+    return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
+    """Reported metrics of fully combined statistics; none of them is NaN on an empty mask, it is left out."""
+    scalars = {name: value.item() for name, value in statistics.items() if value.dim() == 0}
     tokens = scalars["count/tokens"]
     reported = {"tokens_trained": tokens}
     for name, value in scalars.items():
@@ -42,6 +92,9 @@ def metrics(scalars: dict[str, float]) -> dict[str, float]:
             reported[f"{what}_{kind}"] = value
         elif kind == "count" and what not in ("tokens", "loss", "normaliser"):
             reported[what] = value
+    for name, counts in statistics.items():
+        if name.startswith("histogram/"):
+            reported |= _quantiles(name.removeprefix("histogram/"), counts)
     if scalars.get("count/normaliser", 0) > 0:
         reported["loss"] = scalars["count/loss"] / scalars["count/normaliser"]
     square = reported.pop("influence_weights_square", None)
@@ -49,3 +102,15 @@ def metrics(scalars: dict[str, float]) -> dict[str, float]:
         variance = square - reported["influence_weights_mean"] ** 2
         reported["influence_weights_std"] = math.sqrt(max(variance, 0.0))
     return reported
+
+
+def _quantiles(name: str, counts: Tensor) -> dict[str, float]:
+    """Ratios at the quantiles, each exp of the centre of the bin where the quantile's token lies; {} without tokens."""
+    below = counts.double().cumsum(0)
+    total = below[-1].item()
+    if total == 0:
+        return {}
+    wanted = torch.tensor([max(math.ceil(quantile * total), 1) for quantile in _QUANTILES], dtype=below.dtype)
+    places = torch.searchsorted(below, wanted.to(below.device)).double() / (_BINS - 1) * 2 - 1
+    ratios = (torch.sinh(places * _HALF_RANGE) * _FINEST).exp()
+    return {f"{name}_q{round(100 * q):02d}": ratio for q, ratio in zip(_QUANTILES, ratios.tolist(), strict=True)}

@@ -24,8 +24,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_fipo.algorithm.losses import LossInputs, policy_loss, token_statistics
-from megatron_fipo.algorithm.statistics import combine, metrics, to_vector
+from megatron_fipo.algorithm.losses import LossInputs, policy_loss
+from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, to_vector, token_statistics
 from megatron_fipo.config import Config
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import MicroBatch, Sequences, build_micro_batch, plan_micro_batches
@@ -198,12 +198,12 @@ class Policy:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         reported: list[Any] = [None]
         if parts:
-            names, vector = to_vector(combine(parts))
+            mine = combine(parts)
+            vector = to_vector(mine)
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             gathered = [torch.empty_like(vector) for _ in range(group.size())]
             torch.distributed.all_gather(gathered, vector, group=group)
-            rows = [dict(zip(names, row, strict=True)) for row in gathered]
-            reported = [metrics({name: value.item() for name, value in combine(rows).items()})]
+            reported = [metrics(combine([from_vector(row, mine) for row in torch.stack(gathered).cpu()]))]
         torch.distributed.broadcast_object_list(reported, src=last, group=pipeline)
         return reported[0]
 

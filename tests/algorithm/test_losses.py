@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.algorithm.losses import LossInputs, policy_loss
+from megatron_fipo.algorithm.losses import LOSSES, LossInputs, policy_loss
 from megatron_fipo.algorithm.statistics import combine, metrics
-from megatron_fipo.config import AlgorithmConfig, FutureKLConfig
+from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, FutureKLConfig
+from tests.algorithm.plain import PLAIN, plain_loss
 
 DAPO = AlgorithmConfig(loss_mode="vanilla")
 FIPO = AlgorithmConfig(future_kl=FutureKLConfig(band_low=0.8, safety_thresh=3.0))
@@ -39,47 +40,87 @@ def random_inputs(seed: int, rows: int = 4, tokens: int = 30, scale: float = 1.0
     )
 
 
-def plain_fipo(inputs: LossInputs, config: AlgorithmConfig) -> torch.Tensor:
-    """FIPO.md's section 1, one token at a time, differentiable."""
-    kl = config.future_kl
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in range(inputs.log_probs.shape[0]):
-        length, advantage = int(inputs.response_lengths[row]), float(inputs.advantages[row])
-        delta = [(inputs.log_probs[row, t] - inputs.old_log_probs[row, t]).clamp(-20, 20) for t in range(length)]
-        losses, dual_clipped = [], 0
-        for t in range(length):
-            weight = 1.0
-            if kl is not None:
-                gamma = 2 ** (-1 / kl.decay_rate)
-                future = sum(
-                    gamma ** (k - t) * float(delta[k]) for k in range(t, length) if float(delta[k]) <= math.log(10.0)
-                )
-                weight = min(max(math.exp(future), kl.band_low), kl.band_high)
-                if advantage < 0 and math.exp(float(delta[t])) > kl.safety_thresh:
-                    weight = min(max(weight, 0.8), 1.0)
-            ratio, weighted = delta[t].exp(), advantage * weight
-            loss = torch.maximum(-weighted * ratio, -weighted * ratio.clamp(0.8, 1.28))
-            if weighted < 0 and float(loss) > -weighted * 10.0:
-                loss, dual_clipped = torch.tensor(-weighted * 10.0, dtype=torch.float64), dual_clipped + 1
-            losses.append(loss)
-        if kl is None or not kl.drop_dual_clipped or dual_clipped <= 1:
-            total, count = total + sum(losses), count + length
-    return total / max(count, 1)
+def switches(draw: st.DrawFn) -> AlgorithmConfig:
+    """Any loss with any of its settings, those that clip much among them."""
+    mode = draw(st.sampled_from(sorted(LOSSES)))
+    read = {
+        "clip_ratio_low": st.sampled_from([0.0, 0.2, 1.0]),
+        "clip_ratio_high": st.sampled_from([0.0, 0.28, 4.0]),
+        "clip_ratio_c": st.sampled_from([1.5, 3.0, 10.0]),
+        "tau_pos": st.just(1.0),
+        "tau_neg": st.sampled_from([1.05, 3.0]),
+        "future_kl": st.builds(
+            FutureKLConfig,
+            decay_rate=st.sampled_from([0.5, 8.0, 32.0, 256.0]),
+            band_low=st.sampled_from([0.8, 1.0]),
+            safety_thresh=st.sampled_from([1.1, 3.0, 10.0]),
+            safety_rule=st.sampled_from(["clamp", "one"]),
+            participation_mask=st.booleans(),
+            drop_dual_clipped=st.booleans(),
+        ),
+    }
+    chosen = {name: draw(values) if name in LOSS_SETTINGS[mode] else None for name, values in read.items()}
+    aggregation = draw(
+        st.sampled_from(["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+    )
+    return AlgorithmConfig(
+        loss_mode=mode,
+        loss_agg_mode=aggregation,
+        loss_scale_factor=24.0 if aggregation == "seq-mean-token-sum-norm" else None,
+        # A correction a token of a ratio a sequence is defined for the token form alone, not for the form as printed.
+        importance_sampling_cap=draw(st.sampled_from([None, 0.9, 2.0])) if mode != "gspo" else None,
+        **chosen,
+    )
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.05, 1.0, 4.0]), fipo=st.booleans())
-def test_value_and_gradient_match_the_formula(seed: int, scale: float, fipo: bool) -> None:
-    config = FIPO if fipo else DAPO
-    inputs = random_inputs(seed, scale=scale)
+def check_against_the_formulas(config: AlgorithmConfig, inputs: LossInputs) -> None:
     loss_sum, normaliser, _ = policy_loss(inputs, config)
-    loss = loss_sum / max(int(normaliser), 1)
+    loss = loss_sum / normaliser.clamp(min=1)
     (gradient,) = torch.autograd.grad(loss, inputs.log_probs)
-    expected = plain_fipo(inputs, config)
+    expected = plain_loss(inputs, config)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    expected_gradient = torch.zeros_like(gradient)
     if expected.requires_grad:
         (expected_gradient,) = torch.autograd.grad(expected, inputs.log_probs)
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+CASES = {
+    "config": st.composite(switches)(),
+    "seed": st.integers(0, 10_000),
+    "scale": st.sampled_from([0.05, 1.0, 4.0, 30.0]),
+}
+
+
+@settings(deadline=None, max_examples=100)
+@given(**CASES)
+def test_value_and_gradient_match_the_formulas(config: AlgorithmConfig, seed: int, scale: float) -> None:
+    check_against_the_formulas(config, random_inputs(seed, scale=scale))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=3000)
+@given(**CASES)
+def test_value_and_gradient_match_the_formulas_over_thousands_of_cases(
+    config: AlgorithmConfig, seed: int, scale: float
+) -> None:
+    check_against_the_formulas(config, random_inputs(seed, scale=scale))
+
+
+@pytest.mark.parametrize("mode", sorted(LOSSES))
+def test_the_comparison_sees_a_fault(mode: str) -> None:
+    """Negative control: with a wrong bound, temperature or weight the formulas no longer agree."""
+    config = AlgorithmConfig(
+        loss_mode=mode, clip_ratio_high=0.0, tau_pos=1.0, tau_neg=1.05, future_kl=FutureKLConfig(band_low=0.8)
+    )
+    wrong = dataclasses.replace(config, clip_ratio_high=0.02, tau_pos=1.01)
+    inputs = random_inputs(7)
+    loss_sum, normaliser, _ = policy_loss(inputs, wrong)
+    assert abs(loss_sum / normaliser - plain_loss(inputs, config)) > 1e-6
+
+
+def test_every_loss_has_a_transcription_and_a_line_in_the_schema() -> None:
+    assert set(LOSSES) == set(LOSS_SETTINGS) == set(PLAIN)
 
 
 def test_band_of_one_is_dapo_bit_for_bit() -> None:
@@ -97,7 +138,7 @@ def test_band_of_one_is_dapo_bit_for_bit() -> None:
 def test_first_update_has_no_kl(config: AlgorithmConfig) -> None:
     inputs = random_inputs(2)
     on_policy = dataclasses.replace(inputs, log_probs=inputs.old_log_probs.clone().requires_grad_())
-    reported = metrics({name: value.item() for name, value in policy_loss(on_policy, config)[2].items()})
+    reported = metrics(policy_loss(on_policy, config)[2])
     assert reported["ppo_kl"] == 0.0
     assert reported["pg_clipfrac"] == 0.0
     if config is FIPO:
@@ -105,18 +146,31 @@ def test_first_update_has_no_kl(config: AlgorithmConfig) -> None:
         assert reported["influence_weights_std"] == 0.0
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_aggregation(mode: str) -> None:
     inputs = random_inputs(3, scale=0.01)
-    loss_sum, normaliser, _ = policy_loss(inputs, AlgorithmConfig(loss_mode="vanilla", loss_agg_mode=mode))
+    config = AlgorithmConfig(loss_mode="vanilla", loss_agg_mode=mode, loss_scale_factor=50.0)
+    loss_sum, normaliser, _ = policy_loss(inputs, config)
     token = -inputs.advantages * (inputs.log_probs - inputs.old_log_probs).exp()
     rows = (token * inputs.response_mask).sum(1)
     expected = {
         "token-mean": rows.sum() / inputs.response_mask.sum(),
         "seq-mean-token-sum": rows.mean(),
         "seq-mean-token-mean": (rows / inputs.response_lengths).mean(),
+        "seq-mean-token-sum-norm": rows.mean() / 50,
     }[mode]
     torch.testing.assert_close(loss_sum / normaliser, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_gradients_known_identities() -> None:
+    """On policy every loss has the plain policy gradient −A ∇log π, aggregation apart."""
+    inputs = random_inputs(8)
+    on_policy = dataclasses.replace(inputs, log_probs=inputs.old_log_probs.clone().requires_grad_())
+    expected = -inputs.advantages * inputs.response_mask
+    for mode in LOSSES:
+        config = AlgorithmConfig(loss_mode=mode, tau_pos=1.0, tau_neg=1.05, future_kl=FutureKLConfig())
+        (gradient,) = torch.autograd.grad(policy_loss(on_policy, config)[0], on_policy.log_probs)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12, msg=mode)
 
 
 def test_truncated_importance_sampling_scales_each_token() -> None:
@@ -149,5 +203,5 @@ def test_empty_mask_is_no_error() -> None:
     )
     loss_sum, normaliser, scalars = policy_loss(empty, FIPO)
     assert loss_sum.item() == 0 and normaliser.item() == 0
-    reported = metrics({name: value.item() for name, value in scalars.items()})
+    reported = metrics(scalars)
     assert all(math.isfinite(value) for value in reported.values())

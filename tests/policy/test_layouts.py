@@ -2,7 +2,7 @@
 
 Why: a wrong loss scale under context parallelism, an unmarked norm weight or a lost micro-batch all leave the loss
 looking right; only gradients show them. Two negative controls prove that the comparison would see such a fault. The
-reference shares no code with the policy but the token-by-token transcription of the formulas in test_losses.py.
+reference shares no code with the policy but the token-by-token transcription of the formulas in tests/algorithm/plain.py.
 
 Not covered: bf16 and FP8, Transformer Engine layers, packed sequences (tests/gpu).
 """
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_fipo.algorithm.losses import LossInputs
-from tests.algorithm.test_losses import plain_fipo
+from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
 from tests.policy.layouts import ALGORITHM
 
@@ -73,7 +73,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokens = [torch.randint(0, 75, (int(length),)) for length in lengths]
     advantages = torch.randn(len(tokens))
     inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages)
-    loss = plain_fipo(inputs, ALGORITHM)
+    loss = plain_loss(inputs, ALGORITHM)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, folder / "reference.safetensors")
