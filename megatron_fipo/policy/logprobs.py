@@ -11,7 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-_CHUNK_TOKENS = 1024
+# Elements of one fp32 chunk, 128 MiB: enough to keep a GPU busy, little beside the logits themselves.
+_CHUNK_ELEMENTS = 2**25
 
 
 def log_probs_and_entropy(
@@ -50,10 +51,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         local, held = _local_labels(labels, logits.shape[1], group)
         valid = min(logits.shape[1], vocab_size - (group.rank() if group else 0) * logits.shape[1])
-        maxima = torch.cat([chunk[:, :valid].amax(-1) for chunk in logits.split(_CHUNK_TOKENS)]).float() / temperature
+        maxima = torch.cat([logits[tokens, :valid].amax(-1) for tokens in _chunks(logits)]).float() / temperature
         _all_reduce(maxima, torch.distributed.ReduceOp.MAX, group)
         sums = torch.empty(3, labels.numel(), dtype=torch.float32, device=logits.device)
-        for tokens in _chunks(labels.numel()):
+        for tokens in _chunks(logits):
             shifted = _scaled(logits[tokens, :valid], temperature).sub_(maxima[tokens, None])
             target = shifted.gather(1, local[tokens, None])[:, 0]
             exponential = shifted.exp()
@@ -72,7 +73,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, local, held, normaliser = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
-        for tokens in _chunks(local.numel()):
+        for tokens in _chunks(logits):
             scale = (grad_log_probs[tokens] / ctx.temperature)[:, None]
             chunk = _scaled(logits[tokens, : ctx.valid], ctx.temperature).sub_(normaliser[tokens, None]).exp_()
             chunk.mul_(-scale)
@@ -86,8 +87,10 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return logits.to(torch.float32, copy=True).div_(temperature)
 
 
-def _chunks(tokens: int) -> list[slice]:
-    return [slice(start, min(start + _CHUNK_TOKENS, tokens)) for start in range(0, tokens, _CHUNK_TOKENS)]
+def _chunks(logits: Tensor) -> list[slice]:
+    tokens, width = logits.shape
+    step = max(1, _CHUNK_ELEMENTS // width)
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
 def _local_labels(labels: Tensor, width: int, group: torch.distributed.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What test_triton_scan.py starts: compares the interpreted kernel with the torch path, and prints the worst error last."""
+"""What test_triton_scan.py starts: compares the interpreted kernel with the torch path; the worst error comes last."""
 
 import torch
 

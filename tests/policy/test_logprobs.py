@@ -9,7 +9,7 @@ from megatron_fipo.policy import logprobs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_matches_log_softmax(dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 64 * 40)
     torch.manual_seed(0)
     logits = torch.randn(3, 50, 40).to(dtype).requires_grad_()
     labels, weights = torch.randint(0, 37, (3, 50)), torch.randn(3, 50)
