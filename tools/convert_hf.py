@@ -1,35 +1,64 @@
 """Convert a model between a Hugging Face directory and a Megatron-Core distributed checkpoint.
 
-    python tools/convert_hf.py to-hf runs/my-run/checkpoints/step-000100 my-model --model Qwen2.5-7B
-    python tools/convert_hf.py to-megatron Qwen2.5-7B my-checkpoint
+    python tools/convert_hf.py to-hf runs/my-run/checkpoints/step-000100 my-model --model Qwen2.5-7B --verify
+    python tools/convert_hf.py to-megatron Qwen2.5-7B my-checkpoint --dtype bfloat16
+    python tools/convert_hf.py plan Qwen2.5-7B --tensor 2 --pipeline 2 --servers 2 --server-tensor 2
 
 to-hf reads a checkpoint that any parallel layout wrote, a training run's too, and takes configuration and tokenizer
 from --model, the directory that the run started from. to-megatron writes the model alone, without optimizer state, for
-any layout to load. Values keep their type. Both run in one process on the CPU and hold the whole model in memory.
+any layout to load. plan writes nothing: it prints where each tensor comes from and goes to in a live weight update.
+
+Memory holds one parameter at a time, not the model. A conversion that fails leaves nothing behind. One that was killed
+is taken up where it stood by the same command; until it is done only a hidden directory beside the target exists.
 """
 
 import argparse
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
 from megatron_fipo.errors import FipoError, WeightError
 from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.weights.plan import format_transfers, plan_transfers
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.models.gpt import GPTModel
 
-EMBEDDING = "embedding.word_embeddings.weight"
+DTYPES = ("float32", "bfloat16", "float16")
+PROBE_SHAPE = (2, 16)
+PROBE_TOLERANCE = 1e-4
+"""Largest difference of fp32 logits, as a share of the largest logit (of 1 if that is smaller)."""
 
 
 def main() -> int:
-    """Parse the command line and convert; 0, or the exit code of the error."""
+    """Parse the command line and do it; 0, or the exit code of the error."""
+    arguments = parse_arguments()
+    warnings.simplefilter("ignore")  # deprecations inside libraries that a user cannot act on
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        if arguments.command == "plan":
+            print_plan(arguments)
+        else:
+            convert(arguments)
+    except FipoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="distributed checkpoint → Hugging Face directory")
@@ -37,124 +66,146 @@ def main() -> int:
     for command in (to_hf, to_megatron):
         command.add_argument("source", type=Path)
         command.add_argument("target", type=Path, help="a new directory, or an empty one")
-    to_hf.add_argument("--model", type=Path, required=True, help="directory with configuration and tokenizer")
+        command.add_argument("--dtype", choices=DTYPES, help="type of the weights written (default: the source's)")
+        command.add_argument(
+            "--verify",
+            nargs="?",
+            const="logits",
+            choices=("tensors", "logits"),
+            help="read the target back: tensors compares every bit with the source; logits, the default, also runs the "
+            "whole model in Megatron-Core and in transformers, and takes the memory of one in fp32",
+        )
+    to_hf.add_argument("--model", type=Path, help="directory with configuration and tokenizer (default: SOURCE)")
     to_hf.add_argument("--max-shard-mib", type=int, default=4096, help="largest file of weights, in MiB (default 4096)")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # deprecations inside Megatron-Core that a user cannot act on
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        start_single_process()
+    plan = commands.add_parser("plan", help="print where a live weight update takes each tensor")
+    plan.add_argument("model", type=Path, help="Hugging Face directory; its config.json is enough")
+    for name, default, text in (
+        ("tensor", 1, "the trainer's tensor-parallel size"),
+        ("pipeline", 1, "its pipeline-parallel size"),
+        ("virtual-pipeline", None, "its model chunks a stage"),
+        ("replicas", 1, "its data-parallel times its context-parallel size"),
+        ("servers", 1, "number of vLLM servers"),
+        ("server-tensor", 1, "their tensor-parallel size"),
+    ):
+        plan.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    plan.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the policy's type (default bfloat16)")
+    return parser.parse_args()
+
+
+def print_plan(arguments: argparse.Namespace) -> None:
+    """Every tensor of a live weight update: bytes, source ranks, destinations; then the sums by rank."""
+    transfers = plan_transfers(
+        read_architecture(arguments.model),
+        tensor_parallel_size=arguments.tensor,
+        pipeline_parallel_size=arguments.pipeline,
+        virtual_pipeline_parallel_size=arguments.virtual_pipeline,
+        replicas=arguments.replicas,
+        servers=arguments.servers,
+        server_tensor_parallel_size=arguments.server_tensor,
+        bytes_per_value=4 if arguments.dtype == "float32" else 2,
+    )
+    for line in format_transfers(transfers):
+        print(line)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Convert, verify if asked to, and say what was done."""
+    import torch
+
+    from megatron_fipo.weights import conversion
+
+    source, target = arguments.source, arguments.target
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    with progress_bar(f"{source.name} → {target.name}") as progress:
         if arguments.command == "to-hf":
-            convert_to_hf(arguments.source, arguments.target, arguments.model, arguments.max_shard_mib << 20)
+            model_dir = arguments.model or source
+            if not (model_dir / "config.json").exists():
+                raise WeightError(f"{model_dir} has no config.json; name the model's directory with --model")
+            shard_bytes = arguments.max_shard_mib << 20
+            done = conversion.to_huggingface(
+                source, target, model_dir, dtype=dtype, max_shard_bytes=shard_bytes, progress=progress
+            )
         else:
-            convert_to_megatron(arguments.source, arguments.target)
-    except FipoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{arguments.source} → {arguments.target}")
-    return 0
+            done = conversion.to_megatron(source, target, dtype=dtype, progress=progress)
+    if done.not_finite:
+        listing = "; ".join(f"{count} in {name}" for name, count in done.not_finite.items())
+        count = sum(done.not_finite.values())
+        logging.warning("%d NaN or infinite values were converted as they are: %s", count, listing)
+    earlier = f", {done.taken_up} bytes of them by an earlier call" if done.taken_up else ""
+    print(f"{source} → {target}: {done.tensors} tensors, {done.bytes} bytes{earlier}")
+    if arguments.verify:
+        checkpoint, directory = (source, target) if arguments.command == "to-hf" else (target, source)
+        verify(checkpoint, directory, dtype, with_logits=arguments.verify == "logits")
 
 
-def convert_to_hf(source: Path, target: Path, model_dir: Path, max_shard_bytes: int) -> None:
-    """Write the model of a distributed checkpoint as a Hugging Face directory."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
+def verify(checkpoint: Path, directory: Path, dtype: "torch.dtype | None", *, with_logits: bool) -> None:
+    """Compare what was written with its source; WeightError, naming the tensors, if they differ."""
+    from megatron_fipo.weights.conversion import differences
 
-    from megatron_fipo.weights.reshard import save_huggingface
-
-    geometry = read_architecture(model_dir)
-    try:
-        stored = dist_checkpointing.load_tensors_metadata(str(source))
-    except (CheckpointingException, OSError, ValueError) as error:
-        raise WeightError(f"{source} is not a distributed checkpoint, or is damaged: {error}") from error
-    if EMBEDDING not in stored:
-        raise WeightError(f"{source} holds no {EMBEDDING}: it is not a checkpoint of a language model")
-    model = build(geometry, stored[EMBEDDING].dtype)
-    check_checkpoint(stored, model.sharded_state_dict(), geometry, source)
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))
-    model.load_state_dict(loaded["model"])
-    save_huggingface([model], geometry, model_dir, target, max_shard_bytes)
+    if different := differences(checkpoint, directory, dtype):
+        raise WeightError(f"verification failed: {len(different)} tensors differ: {', '.join(different)}")
+    print("verified: every tensor is equal, bit for bit")
+    if with_logits:
+        difference, allowed = logits_difference(checkpoint, directory, dtype)
+        if not difference <= allowed:
+            raise WeightError(
+                f"verification failed: logits of a probe differ by {difference:.3g} ({allowed:.3g} allowed)"
+            )
+        print(f"verified: logits of Megatron-Core and transformers differ by {difference:.3g} at most, in fp32")
 
 
-def check_checkpoint(stored: dict[str, Any], wanted: dict[str, Any], geometry: Geometry, source: Path) -> None:
-    """Refuse, with a WeightError that names every tensor, a checkpoint of another model than the configuration's."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import apply_factories
+def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | None") -> tuple[float, float]:
+    """Largest difference of the logits of random tokens, and what is allowed.
 
-    apply_factories(wanted)
-    expected = {tensor.key: tensor for tensor in nested_values(wanted) if isinstance(tensor, ShardedTensor)}
-    groups = geometry.num_query_groups
-    # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was padded.
-    vocab_sizes = {geometry.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
-    problems = [f"{name}: missing" for name in expected if name not in stored]
-    for name, tensor in stored.items():
-        if name in expected:
-            shape, right = tuple(tensor.global_shape), tuple(expected[name].global_shape)
-            padded = expected[name].allow_shape_mismatch and shape[0] in vocab_sizes and shape[1:] == right[1:]
-            if shape != right and not padded:
-                problems.append(f"{name}: {shape} in the checkpoint, {right} by the configuration")
-        elif not name.startswith("optimizer."):
-            problems.append(f"{name}: left over, shape {tuple(tensor.global_shape)}")
-    if problems:
-        raise WeightError("\n  ".join([f"{source} is of another model:", *problems]))
+    transformers loads the directory and Megatron-Core the checkpoint, each by its own code, one after the other.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    geometry = read_architecture(directory)
+    tokens = torch.randint(geometry.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").float().eval()
+    with torch.no_grad():
+        expected = network(tokens).logits
+        del network
+        found = megatron_logits(checkpoint, geometry, tokens)[..., : geometry.vocab_size]
+    return float((found - expected).abs().max()), PROBE_TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
-def convert_to_megatron(source: Path, target: Path) -> None:
-    """Write the model of a Hugging Face directory as a distributed checkpoint, which appears complete or not at all."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_fipo.weights.huggingface import HuggingFaceReader
-    from megatron_fipo.weights.reshard import load_into
-
-    geometry = read_architecture(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightError(f"{target} exists and is not empty; choose a new directory")
-    with HuggingFaceReader(source) as reader:
-        dtypes = {info.dtype for info in reader.tensors.values()}
-    if len(dtypes) > 1:
-        raise WeightError(f"{source} mixes the types {', '.join(sorted(map(str, dtypes)))}; save it in one first")
-    model = build(geometry, dtypes.pop())
-    load_into([model], source, geometry)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(staging))
-        staging.chmod(0o755)
-        staging.rename(target)
-    except OSError as error:
-        raise WeightError(f"{target} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def start_single_process() -> None:
-    """Start Megatron-Core's parallel state for one process on the CPU."""
+def megatron_logits(checkpoint: Path, geometry: Geometry, tokens: "torch.Tensor") -> "torch.Tensor":
+    """fp32 logits [sequences, length, vocabulary] of the model in a checkpoint, loaded as a training run loads it."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from megatron_fipo.policy import platform
-    from megatron_fipo.policy.model import start_model_parallel
+    import torch
+    from megatron.core import dist_checkpointing
 
-    platform.start_process_group(timeout_s=600)
-    start_model_parallel(configuration().parallel, seed=0)
-
-
-def build(geometry: Geometry, dtype: "torch.dtype") -> "GPTModel":
-    """The whole model on this process, its weights not yet set."""
-    from megatron_fipo.policy.model import build_model
-
-    config = configuration()
-    config.model.dtype = str(dtype).removeprefix("torch.")
-    return build_model(config, geometry)[0]
-
-
-def configuration() -> Any:
-    """One process, the local layers: their checkpoints and Transformer Engine's have the same names."""
     from megatron_fipo.config import Config
+    from megatron_fipo.policy import platform
+    from megatron_fipo.policy.model import build_model, start_model_parallel
 
     config = Config()
-    config.model.layers = "local"
-    return config
+    config.model.layers, config.model.dtype = "local", "float32"
+    platform.start_process_group(timeout_s=600)
+    try:
+        start_model_parallel(config.parallel, seed=0)
+        model = build_model(config, geometry)[0].eval()
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
+        model.load_state_dict(loaded["model"])
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model(tokens, positions, None)
+    finally:
+        platform.stop_process_group()
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; what is yielded moves it, given the bytes done and all bytes."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

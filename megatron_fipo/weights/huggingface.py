@@ -1,24 +1,24 @@
-"""Hugging Face model directories on disk: read tensor by tensor, written whole or not at all."""
+"""Hugging Face model directories on disk, read tensor by tensor; `huggingface_writer` writes them."""
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.errors import WeightError
+from megatron_fipo.weights.architectures import Geometry, Parameter
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
-CARRIED_NAMES = {"LICENSE", "NOTICE", "USE_POLICY"}
+SAFETENSORS_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+"""The types a weight may have, in the format's own order."""
+
+UNUSED = (".rotary_emb.inv_freq",)
+"""Endings of tensors that old checkpoints hold and no model reads."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,15 @@ class HuggingFaceReader:
         """The named tensor, whole, on CPU."""
         return self._files[self._location[name]].get_tensor(name)
 
+    def detached_tensor(self, name: str) -> Tensor:
+        """Like `tensor`, over a mapping of its own: its pages leave memory with the tensor, not with the reader."""
+        path = self.directory / self._location[name]
+        try:
+            with safe_open(path, framework="pt", device="cpu") as handle:
+                return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightError(f"{path}: {name} cannot be read: {error}") from None
+
     def _read_index(self) -> dict[str, str]:
         path = self.directory / INDEX
         if not path.exists():
@@ -104,106 +113,30 @@ class HuggingFaceReader:
             self.tensors[name] = TensorInfo(name, tuple(part.get_shape()), _torch_dtype(path, name, part.get_dtype()))
 
 
-class HuggingFaceWriter:
-    """Writes a model directory: safetensors shards of at most `max_shard_bytes` (a larger tensor is one alone), index.
-
-    Configuration and tokenizer files come along from `source_dir`. All is written beside `target_dir`, which appears
-    by one rename in `close`; without `close` nothing appears, and leaving the context removes what was written. Use as
-    a context manager. Raises WeightError when `target_dir` exists and is not empty.
-    """
-
-    def __init__(self, source_dir: str | Path, target_dir: str | Path, max_shard_bytes: int = 4 << 30):
-        self.source, self.target = Path(source_dir), Path(target_dir)
-        self.max_shard_bytes = max_shard_bytes
-        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise WeightError(f"{self.target} exists and is not empty; choose a new directory")
-        self._staging = Path()
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-        self._dtypes: dict[torch.dtype, int] = {}
-
-    def __enter__(self) -> "HuggingFaceWriter":
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, copied to CPU memory until its shard is full."""
-        size = tensor.numel() * tensor.dtype.itemsize
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
-        self._dtypes[tensor.dtype] = self._dtypes.get(tensor.dtype, 0) + tensor.numel()
-
-    def close(self) -> None:
-        """Write the last shard, the index and the carried files, and put the directory in its place."""
-        self._flush()
-        weight_map = {}
-        count = len(self._shards)
-        for number, names in enumerate(self._shards, start=1):
-            file_name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._shard_path(number).rename(self._staging / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        if count > 1:
-            _write_json(
-                self._staging / INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+def directory_problems(reader: HuggingFaceReader, table: dict[str, Parameter], geometry: Geometry) -> list[str]:
+    """What of the directory does not fit the table: every tensor missing, left over or of a wrong shape."""
+    expected = {name: shape for entry in table.values() for name, shape in zip(entry.names, entry.shapes, strict=True)}
+    problems = [
+        f"{name}: missing from {reader.directory}; expected shape {shape}"
+        for name, shape in expected.items()
+        if name not in reader.tensors
+    ]
+    for name, info in reader.tensors.items():
+        if name in expected:
+            if info.shape != expected[name]:
+                problems.append(f"{name}: {info.shape} in {reader.directory}, {expected[name]} by its config.json")
+        elif name == "lm_head.weight" and geometry.tied_embeddings:
+            embedding = "model.embed_tokens.weight"
+            if embedding in reader.tensors and not torch.equal(reader.tensor(name), reader.tensor(embedding)):
+                problems.append(f"{name}: differs from {embedding}, which config.json says is the same tensor")
+        elif not name.endswith(UNUSED):
+            problems.append(
+                f"{name}: left over in {reader.directory}, shape {info.shape}; {geometry.architecture} has no such"
             )
-        self._carry_files()
-        self._staging.chmod(0o755)
-        _sync(self._staging)
-        self._staging.rename(self.target)
-        _sync(self.target.parent)
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        self._shards.append(list(self._pending))
-        path = self._shard_path(len(self._shards))
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)
-        _sync(path)
-        self._pending = {}
-        self._pending_bytes = 0
-
-    def _shard_path(self, number: int) -> Path:
-        return self._staging / f"shard-{number:05d}.safetensors"
-
-    def _carry_files(self) -> None:
-        for path in sorted(self.source.iterdir()):
-            carried = path.suffix in CARRIED_SUFFIXES or path.name in CARRIED_NAMES
-            if carried and path.is_file() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, self._staging / path.name)
-                _sync(self._staging / path.name)
-        config_path = self._staging / "config.json"
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        dtype = str(max(self._dtypes, key=lambda dtype: self._dtypes[dtype])).removeprefix("torch.")
-        # Loaders read the type from here: with the source's bfloat16, float32 weights would be rounded in silence.
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-        _write_json(config_path, config)
+    return problems
 
 
 def _torch_dtype(path: Path, name: str, safetensors_dtype: str) -> torch.dtype:
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if safetensors_dtype not in dtypes:
-        raise WeightError(f"{path}: {name} has type {safetensors_dtype}; supported: {', '.join(dtypes)}")
-    return dtypes[safetensors_dtype]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if safetensors_dtype not in SAFETENSORS_TYPES:
+        raise WeightError(f"{path}: {name} has type {safetensors_dtype}; supported: {', '.join(SAFETENSORS_TYPES)}")
+    return SAFETENSORS_TYPES[safetensors_dtype]

@@ -90,8 +90,9 @@ class ProcessGroupPlane:
         """Aborts the group; workers still waiting in a broadcast get an error."""
         self._listener.close()
         if self._group is not None:
-            # Ending a gloo group joins its threads: at once as a rule, but for a stopped peer they wait until the group's
-            # own timeout. A process that exits while they run is aborted by the C++ runtime, so they get some seconds.
+            # Ending a gloo group joins its threads: at once as a rule, but for a stopped peer they wait until the
+            # group's own timeout. A process that exits while they run is aborted by the C++ runtime, so they get some
+            # seconds.
             ending = threading.Thread(target=self._group.abort, name="close-transfer-group", daemon=True)
             ending.start()
             self._group = None

@@ -25,13 +25,11 @@ from megatron_fipo.weights.architectures import (
     check_tensor_parallel,
     parameters,
 )
-from megatron_fipo.weights.huggingface import HuggingFaceReader, HuggingFaceWriter, TensorInfo
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo, directory_problems
+from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 
 logger = logging.getLogger(__name__)
-
-UNUSED = (".rotary_emb.inv_freq",)
-"""Endings of tensors that old checkpoints hold and no model reads."""
 
 
 def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry: Geometry) -> None:
@@ -50,7 +48,7 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry
     reader = None
     try:
         reader = HuggingFaceReader(model_dir)
-        problems += _directory_problems(reader, table, geometry)
+        problems += directory_problems(reader, table, geometry)
     except WeightError as error:
         problems.append(str(error))
     _raise_together(problems, device)
@@ -92,7 +90,7 @@ def save_huggingface(
     geometry: Geometry,
     source_dir: str | Path,
     target_dir: str | Path,
-    max_shard_bytes: int = 4 << 30,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write the model as a Hugging Face directory, from rank 0; the stages send theirs in order, one tensor at a time.
 
@@ -108,7 +106,12 @@ def save_huggingface(
     writer = None
     if dist.get_rank() == 0:
         try:
-            writer = HuggingFaceWriter(source_dir, target_dir, max_shard_bytes)
+            infos = [
+                TensorInfo(name, tuple(shape), getattr(torch, dtype))
+                for rank in stages
+                for name, shape, dtype in listings[rank]
+            ]
+            writer = HuggingFaceWriter(source_dir, target_dir, infos, max_shard_bytes)
         except WeightError as error:
             problems.append(str(error))
     _raise_together(problems, device)
@@ -147,7 +150,7 @@ def _write(writer: HuggingFaceWriter, tensors: Iterator[tuple[str, Tensor]]) -> 
             for name, tensor in tensors:
                 writer.add(name, tensor)
             writer.close()
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, WeightError) as error:
         for _ in tensors:  # the other stages are still sending, and would wait for ever
             pass
         return [f"{writer.target} could not be written: {error}"]
@@ -198,29 +201,6 @@ def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: dict[str, P
             shape = tuple(parameter.shape)
             problems.append(
                 f"{name}: {shape} in the Megatron model, {expected} by config.json at tensor-parallel size {size}"
-            )
-    return problems
-
-
-def _directory_problems(reader: HuggingFaceReader, table: dict[str, Parameter], geometry: Geometry) -> list[str]:
-    """What of the directory does not fit the table."""
-    expected = {name: shape for entry in table.values() for name, shape in zip(entry.names, entry.shapes, strict=True)}
-    problems = [
-        f"{name}: missing from {reader.directory}; expected shape {shape}"
-        for name, shape in expected.items()
-        if name not in reader.tensors
-    ]
-    for name, info in reader.tensors.items():
-        if name in expected:
-            if info.shape != expected[name]:
-                problems.append(f"{name}: {info.shape} in {reader.directory}, {expected[name]} by its config.json")
-        elif name == "lm_head.weight" and geometry.tied_embeddings:
-            embedding = "model.embed_tokens.weight"
-            if embedding in reader.tensors and not torch.equal(reader.tensor(name), reader.tensor(embedding)):
-                problems.append(f"{name}: differs from {embedding}, which config.json says is the same tensor")
-        elif not name.endswith(UNUSED):
-            problems.append(
-                f"{name}: left over in {reader.directory}, shape {info.shape}; {geometry.architecture} has no such"
             )
     return problems
 

@@ -26,7 +26,8 @@ from megatron_fipo.weights.architectures import (
     parameters,
     read_architecture,
 )
-from megatron_fipo.weights.huggingface import HuggingFaceReader, HuggingFaceWriter
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
@@ -229,7 +230,8 @@ def write(tmp_path: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int
     (source / "config.json").write_text('{"torch_dtype": "float16"}')
     (source / "tokenizer.model").write_bytes(b"\0model")
     (source / "model.safetensors.index.json").write_text("{}")
-    with HuggingFaceWriter(source, tmp_path / "target", max_shard_bytes) as writer:
+    infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    with HuggingFaceWriter(source, tmp_path / "target", infos, max_shard_bytes) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.close()
@@ -250,7 +252,8 @@ def test_written_shards_read_back(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_directory_does_not_appear(tmp_path: Path) -> None:
-    with HuggingFaceWriter(tmp_path, tmp_path / "target", 1) as writer:
+    infos = [TensorInfo(name, (2,), torch.float32) for name in "ab"]
+    with HuggingFaceWriter(tmp_path, tmp_path / "target", infos, 1) as writer:
         writer.add("a", torch.zeros(2))
         writer.add("b", torch.zeros(2))
     assert not list(tmp_path.iterdir())

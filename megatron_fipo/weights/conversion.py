@@ -1,0 +1,249 @@
+"""Hugging Face directory ↔ distributed checkpoint, a parameter at a time: no model is built, Megatron-Core not needed.
+
+Both ways go by the architecture's table. Names and shapes are checked, both ways round, before anything is written; the
+target appears complete or not at all, and the same call takes up a conversion that was killed.
+"""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.errors import WeightError
+from megatron_fipo.weights.architectures import LAYER_PREFIX, Geometry, Parameter, parameters, read_architecture
+from megatron_fipo.weights.distributed_checkpoint import (
+    OPTIMIZER_PREFIX,
+    CheckpointReader,
+    CheckpointWriter,
+    stored_place,
+)
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo, directory_problems
+from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
+from megatron_fipo.weights.layouts import cut, merge
+
+Progress = Callable[[int, int], None]
+"""Told the bytes of weights that are done, and those of the whole model."""
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote."""
+
+    tensors: int
+    bytes: int
+    taken_up: int
+    """Bytes that an earlier process had written already."""
+    not_finite: dict[str, int]
+    """Number of NaN and infinite values by tensor, for those that have any."""
+
+
+def to_huggingface(
+    source: Path,
+    target: Path,
+    model_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Write the model of a distributed checkpoint, of any layout, as a Hugging Face directory.
+
+    Configuration and tokenizer come from `model_dir`. Raises WeightError, naming every tensor that does not fit.
+    """
+    geometry = read_architecture(model_dir)
+    reader = CheckpointReader(source)
+    table = exported_parameters(geometry)
+    _raise(checkpoint_problems(reader, table, geometry), source)
+    infos = [
+        TensorInfo(name, shape, dtype or reader.tensors[stored_place(entry)[0]].dtype)
+        for entry in table
+        for name, shape in zip(entry.names, entry.shapes, strict=True)
+    ]
+    recipe = {"to": "hf", "from": _fingerprint(source), "model": _fingerprint(model_dir), "dtype": str(dtype)}
+    sizes = {info.name: info.nbytes for info in infos}
+    total, taken_up, done = sum(sizes.values()), 0, 0
+    with (
+        _writing(target),
+        HuggingFaceWriter(model_dir, target, infos, max_shard_bytes, recipe | {"shard": max_shard_bytes}) as writer,
+    ):
+        taken_up = sum(size for name, size in sizes.items() if writer.is_written(name))
+        _check_space(target, total - taken_up)
+        for entry in table:
+            if not all(map(writer.is_written, entry.names)):
+                for name, tensor in zip(entry.names, read_exported(reader, entry), strict=True):
+                    if not writer.is_written(name):
+                        tensor = tensor if dtype is None else tensor.to(dtype)
+                        writer.add(name, tensor, count_not_finite(tensor))
+            done += sum(sizes[name] for name in entry.names)
+            progress(done, total)
+        counts = writer.records
+        writer.close()
+    return Converted(len(infos), total, taken_up, {name: count for name, count in counts.items() if count})
+
+
+def to_megatron(
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Write the model of a Hugging Face directory as a distributed checkpoint, for any layout to load.
+
+    Configuration and tokenizer come along. Raises WeightError, naming every tensor that does not fit.
+    """
+    geometry = read_architecture(source)
+    table = exported_parameters(geometry)
+    with HuggingFaceReader(source) as reader:
+        _raise(directory_problems(reader, {entry.megatron: entry for entry in table}, geometry), source)
+        stored_dtype = dtype or _only_dtype(reader, source)
+    recipe = {"to": "megatron", "from": _fingerprint(source), "dtype": str(dtype)}
+    groups = _groups(table)
+    sizes = [sum(map(math.prod, _all_shapes(group))) * stored_dtype.itemsize for group in groups]
+    total, done = sum(sizes), 0
+    with _writing(target), CheckpointWriter(source, target, geometry, recipe) as writer:
+        taken_up = sum(size for index, size in enumerate(sizes) if writer.is_written(index))
+        _check_space(target, total - taken_up)
+        for index, group in enumerate(groups):
+            if not writer.is_written(index):
+                counts: dict[str, int] = {}
+                values = _read_group(reader, group, stored_dtype, counts)
+                writer.write(index, group, values, lambda counts=counts: counts)
+            done += sizes[index]
+            progress(done, total)
+        not_finite = {name: count for counts in writer.records.values() for name, count in counts.items() if count}
+        writer.close()
+    return Converted(sum(len(entry.names) for entry in table), total, taken_up, not_finite)
+
+
+def exported_parameters(geometry: Geometry) -> list[Parameter]:
+    """The parameters whose tensors a Hugging Face directory holds: all but a tied output layer."""
+    return [entry for entry in parameters(geometry).values() if entry.exported]
+
+
+def read_exported(reader: CheckpointReader, entry: Parameter) -> list[Tensor]:
+    """The Hugging Face tensors of one parameter of a checkpoint, in the order of its names."""
+    return merge(entry, [reader.read(*stored_place(entry))])
+
+
+def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = None) -> list[str]:
+    """Names of the tensors whose bits differ between a distributed checkpoint and a Hugging Face directory.
+
+    `dtype` is what the one was cast to when the other was made of it.
+    """
+    found = []
+    source = CheckpointReader(checkpoint)
+    with HuggingFaceReader(directory) as reader:
+        for entry in exported_parameters(read_architecture(directory)):
+            for name, tensor in zip(entry.names, read_exported(source, entry), strict=True):
+                other = reader.detached_tensor(name)
+                if not _same_bits(tensor.to(dtype or tensor.dtype), other.to(dtype or other.dtype)):
+                    found.append(name)
+    return found
+
+
+def checkpoint_problems(reader: CheckpointReader, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
+    """What of the checkpoint does not fit: every tensor missing, left over or of a wrong shape, with both shapes."""
+    expected: dict[str, tuple[int, ...]] = {}
+    padded: set[str] = set()
+    for entry in table:
+        key, layer = stored_place(entry)
+        expected[key] = (*(() if layer is None else (geometry.num_layers,)), *entry.local_shape(1))
+        padded |= {key} if entry.padded else set()
+    groups = geometry.num_query_groups
+    # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was padded.
+    vocab_sizes = {geometry.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
+    problems = [
+        f"{key}: missing, shape {shape} is expected" for key, shape in expected.items() if key not in reader.tensors
+    ]
+    for key, info in reader.tensors.items():
+        if key in expected:
+            right = expected[key]
+            padding = key in padded and info.shape[0] in vocab_sizes and info.shape[1:] == right[1:]
+            if info.shape != right and not padding:
+                problems.append(f"{key}: {info.shape} in the checkpoint, {right} by the configuration")
+        elif not key.startswith(OPTIMIZER_PREFIX):
+            problems.append(f"{key}: left over, shape {info.shape}")
+    return problems
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """Number of NaN and infinite values, found in pieces, so that no second tensor of its size is made."""
+    return sum(int(piece.isfinite().logical_not().sum()) for piece in tensor.reshape(-1).split(_CHUNK))
+
+
+def _read_group(
+    reader: HuggingFaceReader, group: Iterable[Parameter], dtype: torch.dtype, counts: dict[str, int]
+) -> Iterator[Tensor]:
+    for entry in group:
+        tensors = [reader.detached_tensor(name) for name in entry.names]
+        counts |= {name: count_not_finite(tensor) for name, tensor in zip(entry.names, tensors, strict=True)}
+        joined = cut(entry, tensors, 0, 1).to(dtype)
+        del tensors
+        yield joined
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal type, shape and bits: NaN equals itself, and 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _groups(table: Iterable[Parameter]) -> list[list[Parameter]]:
+    """What goes into one file: each layer, and each parameter outside layers."""
+    groups: dict[str, list[Parameter]] = {}
+    for entry in table:
+        name = entry.megatron
+        if name.startswith(LAYER_PREFIX):
+            name = name.removeprefix(LAYER_PREFIX).split(".", 1)[0]
+        groups.setdefault(name, []).append(entry)
+    return list(groups.values())
+
+
+def _all_shapes(group: Iterable[Parameter]) -> list[tuple[int, ...]]:
+    return [shape for entry in group for shape in entry.shapes]
+
+
+def _only_dtype(reader: HuggingFaceReader, source: Path) -> torch.dtype:
+    dtypes = {info.dtype for info in reader.tensors.values()}
+    if len(dtypes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise WeightError(f"{source} mixes the types {names}; choose one with --dtype")
+    return dtypes.pop()
+
+
+def _raise(problems: list[str], source: Path) -> None:
+    if problems:
+        raise WeightError("\n  ".join([f"{source} does not fit its configuration:", *problems]))
+
+
+def _fingerprint(directory: Path) -> list[Any]:
+    """What tells whether a source is still the same: its path, and its files' names, sizes and times."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [str(directory.resolve()), states]
+
+
+def _check_space(target: Path, wanted: int) -> None:
+    """Better before hours of work than after."""
+    free = shutil.disk_usage(target.resolve().parent).free
+    if free < wanted:
+        raise WeightError(f"{target} takes {wanted / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free there")
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns what the file system says into a WeightError that names the target."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter when a write of its own fails
+        raise WeightError(f"{target} could not be written: {error}") from error

@@ -1,0 +1,252 @@
+"""Megatron-Core's distributed checkpoints on disk (its torch_dist format), read and written a parameter at a time.
+
+Megatron-Core itself loads and saves a model as a whole. Here are the same files without a model: metadata that says in
+which chunks of which file a tensor lies, torch.save'd chunks, metadata.json and common.pt. Layers are stacked: layer i
+of a parameter is row i of one tensor of the whole model, under Transformer Engine's name for the norms.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_fipo.errors import WeightError
+from megatron_fipo.weights.architectures import FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
+from megatron_fipo.weights.huggingface import TensorInfo
+from megatron_fipo.weights.huggingface_writer import carry_files
+from megatron_fipo.weights.staging import Staging, sync
+
+METADATA = ".metadata"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+FORMAT |= {"common_backend_version": 1}
+OPTIMIZER_PREFIX = "optimizer."
+_STORED_NORMS = {local: fused for fused, local in FUSED_NORMS.items()}
+
+
+def stored_place(parameter: Parameter) -> tuple[str, int | None]:
+    """The parameter's key in a checkpoint, and its layer's row there; None outside layers."""
+    if not parameter.megatron.startswith(LAYER_PREFIX):
+        return parameter.megatron, None
+    layer, inner = parameter.megatron.removeprefix(LAYER_PREFIX).split(".", 1)
+    return LAYER_PREFIX + _STORED_NORMS.get(inner, inner), int(layer)
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint that any layout wrote. Values are read on demand.
+
+    Raises WeightError, naming the file, for a directory that is no such checkpoint, or a damaged one.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            found = json.loads((directory / "metadata.json").read_text())
+            with (directory / METADATA).open("rb") as file:
+                self._metadata: Metadata = _MetadataUnpickler(file).load()
+        except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise WeightError(f"{directory} is not a distributed checkpoint, or is damaged: {error}") from None
+        if found.get("sharded_backend") != FORMAT["sharded_backend"]:
+            raise WeightError(f"{directory} is in the format {found.get('sharded_backend')}; torch_dist can be read")
+        self.tensors = {
+            key: TensorInfo(key, tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, layer: int | None) -> Tensor:
+        """The tensor of `key`, or its row `layer`, whole and on CPU."""
+        info = self.tensors[key]
+        shape = info.shape if layer is None else info.shape[1:]
+        whole: Tensor | None = None
+        count = 0
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        for chunk in entry.chunks:
+            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+                continue
+            part = self._read_chunk(MetadataIndex(key, chunk.offsets))
+            if layer is not None:
+                part = part[layer - offsets[0]]
+                offsets, sizes = offsets[1:], sizes[1:]
+            if tuple(part.shape) == shape:
+                return part
+            if whole is None:
+                whole = torch.empty(shape, dtype=info.dtype)
+            place = whole
+            for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+                place = place.narrow(dimension, offset, size)
+            place.copy_(part)
+            count += part.numel()
+        if whole is None or count != whole.numel():
+            raise WeightError(f"{self.directory}: {key} has {count} of {math.prod(shape)} values in its chunks")
+        return whole
+
+    def _read_chunk(self, index: MetadataIndex) -> Tensor:
+        place = self._metadata.storage_data[index]
+        path = self.directory / place.relative_path
+        if path.parent != self.directory:
+            raise WeightError(f"{self.directory} names a file outside itself: {place.relative_path}")
+        try:
+            with path.open("rb") as file:
+                view: Any = _FileView(file, place.offset, place.length)
+                return torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise WeightError(f"{path} is missing, although {METADATA} names it") from None
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise WeightError(f"{path} is damaged or cut short, at {index.fqn}: {error}") from None
+
+
+class CheckpointWriter:
+    """Writes a checkpoint of a model's weights alone, one file a group of parameters, resumable after each.
+
+    `target` appears in `close`; see `Staging` for what is left otherwise, and for `recipe`. Configuration and tokenizer
+    come along from `source_dir`. A context manager. Raises WeightError when `target` exists and is not empty, OSError
+    when it cannot be written.
+    """
+
+    def __init__(self, source_dir: Path, target: Path, geometry: Geometry, recipe: dict[str, Any]):
+        self._source, self._geometry = source_dir, geometry
+        self._staging = Staging(target, recipe)
+
+    def __enter__(self) -> "CheckpointWriter":
+        self._staging.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._staging.__exit__(*exception)
+
+    @property
+    def records(self) -> dict[str, Any]:
+        """What `write` was given with each group, by an earlier process too."""
+        return {name: content["record"] for name, content in self._staging.finished.items()}
+
+    def is_written(self, group: int) -> bool:
+        """Whether the group is in the checkpoint, by an earlier process perhaps."""
+        return _file_name(group) in self._staging.finished
+
+    def write(self, group: int, parameters: Sequence[Parameter], values: Any, record: Any) -> None:
+        """Write a file of some parameters. `values` is an iterator of their whole tensors, taken one at a time.
+
+        `record` is called at the end and gives something JSON-ready to keep with the group.
+        """
+        name, entries = _file_name(group), []
+        with self._staging.unfinished(name).open("wb") as file:
+            for parameter in parameters:
+                key, layer = stored_place(parameter)
+                tensor = next(values)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                row = tensor if layer is None else tensor[None]
+                entries.append([key, layer, list(row.shape), dtype, *_append(file, row)])
+                del tensor, row
+                if layer is not None and ".linear_" in key and key.endswith(".weight"):
+                    # Every Megatron-Core linear layer looks for extra state, and a layer without FP8 has stored None.
+                    extra = f"{key.removesuffix('weight')}_extra_state/shard_{layer}_{self._geometry.num_layers}"
+                    entries.append([extra, None, None, None, *_append(file, [None])])
+        self._staging.finish(name, {"entries": entries, "record": record()})
+
+    def close(self) -> None:
+        """Write the metadata and the carried files, and put the directory in its place."""
+        directory = self._staging.directory
+        metadata, dtype = self._collect()
+        carry_files(self._source, directory, dtype)
+        torch.save({}, directory / "common.pt")
+        (directory / METADATA).write_bytes(pickle.dumps(metadata))
+        (directory / "metadata.json").write_text(json.dumps(FORMAT))
+        for name in ("common.pt", METADATA, "metadata.json"):
+            sync(directory / name)
+        self._staging.commit()
+
+    def _collect(self) -> tuple[Metadata, torch.dtype]:
+        tensors: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for name in sorted(self._staging.finished):
+            for key, layer, shape, dtype, offset, length in self._staging.finished[name]["entries"]:
+                place = _StorageInfo(name, offset, length)
+                if shape is None:
+                    tensors[key] = BytesStorageMetadata()
+                    places[MetadataIndex(key)] = place
+                    continue
+                whole = shape if layer is None else [self._geometry.num_layers, *shape[1:]]
+                start = torch.Size([layer or 0, *[0] * (len(shape) - 1)])
+                if key not in tensors:
+                    properties = TensorProperties(dtype=getattr(torch, dtype))
+                    tensors[key] = TensorStorageMetadata(properties, torch.Size(whole), [])
+                tensors[key].chunks.append(ChunkStorageMetadata(start, torch.Size(shape)))
+                places[MetadataIndex(key, start)] = place
+        dtype = next(entry.properties.dtype for entry in tensors.values() if isinstance(entry, TensorStorageMetadata))
+        return Metadata(tensors, storage_data=places), dtype
+
+
+def _file_name(group: int) -> str:
+    return f"__0_{group}.distcp"
+
+
+def _append(file: Any, value: Any) -> tuple[int, int]:
+    """Where and how long `value` lies in the file, whose end it is written to."""
+    start = file.tell()
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()  # torch.save would write all of the storage that a view is of
+    torch.save(value, file)
+    return start, file.tell() - start
+
+
+class _FileView(io.RawIOBase):
+    """A stretch of a file as a file, to read one chunk without a copy of its bytes."""
+
+    def __init__(self, file: Any, start: int, length: int):
+        super().__init__()
+        self._file, self._start, self._length = file, start, length
+        file.seek(0, os.SEEK_END)
+        if file.tell() < start + length:
+            raise EOFError(f"{start + length} bytes are expected, {file.tell()} are there")
+        file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell()) - self._start
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._length}[whence]
+        self._file.seek(self._start + base + offset)
+        return self.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self._length - self.tell(), 0)]
+        return int(self._file.readinto(view))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads torch's checkpoint metadata and nothing else: a pickle may otherwise run whatever it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        ours = module in ("torch", "torch.serialization") or module.startswith("torch.distributed.checkpoint.")
+        if "." not in name and (ours or (module, name) in _PLAIN_TYPES):
+            found = super().find_class(module, name)
+            if isinstance(found, type | torch.dtype | torch.layout) or name == "_get_layout":
+                return found
+        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which no metadata needs")
+
+
+_PLAIN_TYPES = {("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("io", "BytesIO")}
