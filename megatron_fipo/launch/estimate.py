@@ -1,0 +1,121 @@
+"""One layout's memory and time, and what to change where it does not fit: what preflight and planner print."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
+from megatron_fipo.launch.timing import StepTime, step_time
+from megatron_fipo.weights.architectures import Geometry
+
+
+@dataclass
+class Estimate:
+    """What a run under one layout needs."""
+
+    world_size: int
+    data_parallel_size: int
+    stages: list[StageMemory]
+    time: StepTime
+    usable_bytes: int
+    """A GPU's memory without what the hardware section reserves."""
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that decides whether the run fits."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage's peak is within the usable memory."""
+        return self.fullest.total <= self.usable_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form. Bytes and seconds."""
+        stages = [asdict(stage) | {"total": stage.total} for stage in self.stages]
+        return (
+            asdict(self)
+            | {"stages": stages, "time": asdict(self.time) | {"total": self.time.total}}
+            | {
+                "fullest_stage": self.fullest.stage,
+                "fits": self.fits,
+            }
+        )
+
+
+def trainer_world_size(config: Config) -> int:
+    """Trainer processes: by the layout where it has a data-parallel size, else a GPU each of the trainer nodes."""
+    parallel = config.parallel
+    if parallel.data is not None:
+        return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
+    return config.cluster.trainer_nodes * config.cluster.gpus_per_node
+
+
+def estimate(config: Config, geometry: Geometry) -> Estimate:
+    """Memory and time of a run. Raises ConfigError for a layout that does not divide the ranks or the model."""
+    parallel = config.parallel
+    world_size = trainer_world_size(config)
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % replica:
+        raise ConfigError(
+            "parallel",
+            f"{world_size} trainer GPUs do not divide by the {replica} of one replica",
+            "another layout, cluster.trainer_nodes or cluster.gpus_per_node",
+        )
+    data = world_size // replica
+    hardware = config.hardware
+    return Estimate(
+        world_size=world_size,
+        data_parallel_size=data,
+        stages=stage_memory(config, geometry, data),
+        time=step_time(config, geometry, data),
+        usable_bytes=int((hardware.memory_gib - hardware.reserved_gib) * GIB),
+    )
+
+
+def remedies(config: Config, geometry: Geometry) -> list[str]:
+    """Single changes after which the run fits, the cheapest first, each with the memory and step time it leads to."""
+    found = []
+    for text, changed in _changes(config):
+        try:
+            result = estimate(changed, geometry)
+        except ConfigError:
+            continue
+        if result.fits:
+            peak = result.fullest.total / GIB
+            found.append((result.time.total, f"{text}: peak {peak:.1f} GiB, step {result.time.total:.0f} s"))
+    return [text for _, text in sorted(found)]
+
+
+def _changes(config: Config) -> Iterator[tuple[str, Config]]:
+    parallel = config.parallel
+    options: list[tuple[str, str, Any]] = [
+        ("parallel", "micro_batch_tokens", longest_sequence(config)),
+        ("model", "recompute", "full"),
+        ("parallel", "context", parallel.context * 2),
+        ("parallel", "pipeline", parallel.pipeline * 2),
+        ("parallel", "tensor", parallel.tensor * 2),
+        ("cluster", "trainer_nodes", config.cluster.trainer_nodes * 2),
+    ]
+    for section, name, value in options:
+        if section == "parallel" and name == "micro_batch_tokens" and value >= parallel.micro_batch_tokens:
+            continue
+        changed = copy.deepcopy(config)
+        setattr(getattr(changed, section), name, value)
+        if name == "tensor":
+            changed.parallel.sequence = True
+        yield f"{section}.{name}={value}", changed
+
+
+def geometry_directory(model_path: str) -> tuple[Path, bool]:
+    """Where to read the model's config.json, and whether it is this package's copy, since the model is not here."""
+    directory = resolve_embedded(model_path)
+    shipped = resolve_embedded(f"embedded:{Path(model_path).name}")
+    if not (directory / "config.json").is_file() and (shipped / "config.json").is_file():
+        return shipped, True
+    return directory, False

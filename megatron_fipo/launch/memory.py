@@ -1,0 +1,158 @@
+"""Bytes that each rank of a pipeline stage needs, worked out from the configuration and the model's geometry.
+
+Tensors are counted as Megatron-Core's code keeps them; tests compare the counts with bytes really allocated. Peak
+memory is in an update or in a weight update, whichever is larger: they do not overlap.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from megatron_fipo.config import Config
+from megatron_fipo.weights.architectures import Geometry, parameters
+from megatron_fipo.weights.plan import parameters_per_rank, plan
+
+GIB = 1 << 30
+_LOG_PROB_CHUNK = 1024
+"""Tokens whose logits exist in fp32 at once (policy/logprobs.py), in about three copies."""
+
+
+@dataclass
+class StageMemory:
+    """Bytes on each rank of one pipeline stage."""
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for backward, with as many micro-batches in flight as the schedule has, each as full as it may be."""
+    logits: int
+    """Logits, their gradient and the fp32 pieces of the log-probs; last stage only."""
+    refit: int
+    """A bucket of a weight update, its packed copy and the tensor being gathered."""
+
+    @property
+    def total(self) -> int:
+        """The peak: what is always there, and the larger of an update's and a weight update's needs."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations + self.logits, self.refit)
+
+
+def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) -> list[StageMemory]:
+    """Memory of every pipeline stage, under the layout of `config.parallel`. Raises ConfigError if it cannot be."""
+    parallel = config.parallel
+    counts = _parameters_per_rank(geometry, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    width = _width(config)
+    stages = []
+    for stage in range(parallel.pipeline):
+        count = counts[stage]
+        stages.append(
+            StageMemory(
+                stage=stage,
+                parameters=count,
+                weights=count * width,
+                gradients=count * 4,  # reduced in fp32
+                optimizer=_optimizer_bytes(config, count, data_parallel_size),
+                activations=_activation_bytes(config, geometry, stage, data_parallel_size),
+                logits=_logits_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0,
+                refit=_refit_bytes(config, geometry),
+            )
+        )
+    return stages
+
+
+# Cached, because the planner asks again for every layout.
+@functools.cache
+def _parameters_per_rank(geometry: Geometry, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
+    return parameters_per_rank(plan(geometry, tensor, pipeline, chunks))
+
+
+@functools.cache
+def model_sizes(geometry: Geometry) -> tuple[int, int]:
+    """Parameters of the whole model, a tied output layer not counted twice, and those of its largest tensor."""
+    exported = (entry for entry in parameters(geometry).values() if entry.exported)
+    sizes = [math.prod(shape) for entry in exported for shape in entry.shapes]
+    return sum(sizes), max(sizes)
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest sequence that a run can sample."""
+    return config.rollout.max_prompt_length + config.rollout.max_response_length
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Most tokens of a micro-batch on one rank: the budget, or its part of a longer sequence."""
+    return max(config.parallel.micro_batch_tokens, math.ceil(longest_sequence(config) / config.parallel.context))
+
+
+def micro_batches(config: Config, data_parallel_size: int, length: float) -> int:
+    """Micro-batches of one update on each rank, for sequences of `length` tokens."""
+    sequences = math.ceil(
+        config.algorithm.mini_batch_prompts * config.algorithm.samples_per_prompt / data_parallel_size
+    )
+    together = max(1, int(config.parallel.micro_batch_tokens * config.parallel.context // length))
+    count = math.ceil(sequences / together)
+    multiple = config.parallel.pipeline if config.parallel.virtual_pipeline else 1
+    return math.ceil(count / multiple) * multiple
+
+
+def layer_bytes_per_token(config: Config, geometry: Geometry) -> float:
+    """What one layer keeps for backward, a token of the rank's part of a sequence, without recomputation."""
+    width, tensor = _width(config), config.parallel.tensor
+    query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
+    # The local norm is made of plain operations: input and normalised input in fp32, and output. Transformer Engine's
+    # keeps input and output.
+    norm = (8 + width if config.model.layers == "local" else 2 * width) * geometry.hidden_size
+    # Rotated query and attention output; the joint projection, which value is a view of; rotated key; normalisers.
+    attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * geometry.num_attention_heads
+    # Gate and up as one tensor, the activated gate, up and an offset of zero, and their product.
+    feed_forward = 5 * geometry.ffn_hidden_size * width
+    return 2 * norm / _sequence_cut(config) + (attention + feed_forward) / tensor
+
+
+def _width(config: Config) -> int:
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def _sequence_cut(config: Config) -> int:
+    """Ranks that share the tokens outside attention and feed-forward."""
+    return config.parallel.tensor if config.parallel.sequence else 1
+
+
+def _optimizer_bytes(config: Config, count: int, data_parallel_size: int) -> int:
+    """Two fp32 moments, and the fp32 copy that bfloat16 weights are rounded from."""
+    a_parameter = 12 if _width(config) == 2 else 8
+    shards = data_parallel_size * config.parallel.context if config.parallel.distributed_optimizer else 1
+    return math.ceil(count / shards) * a_parameter
+
+
+def _activation_bytes(config: Config, geometry: Geometry, stage: int, data_parallel_size: int) -> int:
+    parallel = config.parallel
+    pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
+    count = micro_batches(config, data_parallel_size, longest_sequence(config))
+    if chunks == 1:
+        in_flight = min(pipeline - stage, count)
+    else:
+        in_flight = min(2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1, count * chunks)
+    layers = geometry.num_layers // (pipeline * chunks)
+    layer = layer_bytes_per_token(config, geometry)
+    boundary = geometry.hidden_size * _width(config) / _sequence_cut(config)
+    if config.model.recompute == "full":
+        # Each layer's input, and all of the one layer that is being recomputed.
+        a_token = in_flight * layers * boundary + layer
+    else:
+        a_token = in_flight * (layers * layer + boundary)
+    return math.ceil(a_token * micro_batch_tokens(config))
+
+
+def _logits_bytes(config: Config, geometry: Geometry) -> int:
+    local_vocab = geometry.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
+    tokens = micro_batch_tokens(config)
+    return 2 * tokens * local_vocab * _width(config) + 3 * min(tokens, _LOG_PROB_CHUNK) * local_vocab * 4
+
+
+def _refit_bytes(config: Config, geometry: Geometry) -> int:
+    largest_bytes = model_sizes(geometry)[1] * _width(config)
+    bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
+    return 2 * bucket + largest_bytes

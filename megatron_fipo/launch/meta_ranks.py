@@ -1,0 +1,97 @@
+"""Builds the real Megatron-Core model of each pipeline stage of a run on one CPU, without memory for a single weight.
+
+A fake process group of the run's full size stands in for the other ranks, and tensors are on the meta device, so what
+`policy/model.py` builds on a cluster's rank is built here, parameter for parameter.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.model import build_model
+from megatron_fipo.weights.architectures import Geometry
+from megatron_fipo.weights.huggingface import TensorInfo
+from megatron_fipo.weights.reshard import exported_tensors
+
+_META = torch.device("meta")
+
+
+@dataclass
+class BuiltStage:
+    """What each rank of one pipeline stage holds; its ranks are alike, since every cut is into equal parts."""
+
+    stage: int
+    rank: int
+    """The global rank that was built."""
+    parameters: int
+    weight_bytes: int
+    layers: int
+    exported: list[TensorInfo]
+    """Hugging Face names, whole shapes and types of what the stage sends to the rollout service."""
+
+
+def build_stages(config: Config, geometry: Geometry, world_size: int) -> list[BuiltStage]:
+    """Build one rank of each pipeline stage of a run of `world_size` ranks, one after the other.
+
+    The layers are Megatron-Core's local ones, whose parameters are as many as Transformer Engine's. No process group
+    may be joined in this process.
+    """
+    platform.install()
+    config = copy.deepcopy(config)
+    config.model.layers, config.model.fp8 = "local", "off"
+    ranks_of_stage = world_size // config.parallel.pipeline
+    return [
+        _build(config, geometry, stage, stage * ranks_of_stage, world_size) for stage in range(config.parallel.pipeline)
+    ]
+
+
+def _build(config: Config, geometry: Geometry, stage: int, rank: int, world_size: int) -> BuiltStage:
+    with _fake_rank(config.parallel, rank, world_size), _allocating_nothing():
+        chunks = build_model(config, geometry, _META)
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        return BuiltStage(
+            stage=stage,
+            rank=rank,
+            parameters=sum(parameter.numel() for parameter in parameters),
+            weight_bytes=sum(parameter.nbytes for parameter in parameters),
+            layers=sum(len(chunk.decoder.layers) for chunk in chunks),
+            exported=exported_tensors(chunks, geometry),
+        )
+
+
+@contextlib.contextmanager
+def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
+    """Megatron-Core's parallel state as rank `rank` has it; collectives do nothing."""
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=False,  # those would wait for the other ranks
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _allocating_nothing() -> Iterator[None]:
+    """Have tensors made on the meta device, those too that Megatron-Core places on the current CUDA device."""
+    current_device = torch.cuda.current_device
+    torch.cuda.current_device = lambda: _META  # type: ignore[assignment,return-value]
+    try:
+        with _META:
+            yield
+    finally:
+        torch.cuda.current_device = current_device

@@ -1,0 +1,146 @@
+"""Seconds of a training step by phase, from arithmetic and the hardware's published rates.
+
+An estimate to compare layouts with and to size a job by, not a measurement: what real layers reach of the peaks is two
+numbers of the `hardware` section, to be replaced by measured ones. Responses are taken to be half as long as they may
+be, which is where the published FIPO run ends (10,970 of 20,480 tokens).
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_fipo.config import Config
+from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batches, model_sizes
+from megatron_fipo.weights.architectures import Geometry
+
+_MEAN_SHARE = 0.5
+"""Mean length as a share of the longest."""
+_KEPT_SHARE = 0.5
+"""Groups that dynamic sampling keeps: those whose samples differ in accuracy."""
+_ENGINE_OVERHEAD_S = 0.004
+"""Of one decoding step of vLLM: launches, sampling, scheduling."""
+
+
+@dataclass
+class StepTime:
+    """Seconds of one step, validation and checkpoints apart."""
+
+    sample: float
+    log_probs: float
+    update: float
+    weights: float
+    bubble: float
+    """Share of an update in which a stage waits for others."""
+    micro_batches: int
+    """Of one update on each rank."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step: the phases follow each other."""
+        return self.sample + self.log_probs + self.update + self.weights
+
+
+def step_time(config: Config, geometry: Geometry, data_parallel_size: int) -> StepTime:
+    """Estimate a step of the run on `config.hardware` and `config.cluster`."""
+    algorithm, parallel = config.algorithm, config.parallel
+    mean = _MEAN_SHARE * longest_sequence(config)
+    count = micro_batches(config, data_parallel_size, mean)
+    bubble_share = (parallel.pipeline - 1) / (count * (parallel.virtual_pipeline or 1))
+    tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * mean
+    forward = _forward_s(config, geometry, tokens, data_parallel_size, mean)
+    passes = 4 if config.model.recompute == "full" else 3
+    updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
+    return StepTime(
+        sample=_sample_s(config, geometry),
+        log_probs=forward * (1 + bubble_share),
+        update=passes * forward * (1 + bubble_share) + updates * _reduce_s(config, geometry, data_parallel_size),
+        weights=weight_sync_s(config, geometry),
+        bubble=bubble_share / (1 + bubble_share),
+        micro_batches=count,
+    )
+
+
+def model_bytes(config: Config, geometry: Geometry) -> int:
+    """Bytes of the whole model as it travels to the rollout service."""
+    return model_sizes(geometry)[0] * (2 if config.model.dtype == "bfloat16" else 4)
+
+
+def weight_sync_s(config: Config, geometry: Geometry) -> float:
+    """One stage's leader after the other sends all tensors, gathered within its node, to every engine at once."""
+    size, hardware = model_bytes(config, geometry), config.hardware
+    gather = size / (hardware.node_gb_s * 1e9) if config.parallel.tensor > 1 else 0.0
+    return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency
+
+
+def _forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_size: int, mean: float) -> float:
+    """Seconds of a forward pass over all sequences of a step, without bubble."""
+    parallel, hardware = config.parallel, config.hardware
+    ranks = parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size
+    peak = hardware.bf16_tflops if config.model.fp8 == "off" else hardware.fp8_tflops
+    weights = model_sizes(geometry)[0]
+    # Causal attention looks back over half the sequence, twice: scores and values.
+    attention = 2 * geometry.num_layers * geometry.dimension("query") * mean
+    compute = tokens * (2 * weights + attention) / (ranks * peak * 1e12 * hardware.compute_efficiency)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    layers = geometry.num_layers / parallel.pipeline
+    tokens_of_rank = tokens / (data_parallel_size * parallel.context)
+    # Two all-reduces a layer, or the all-gathers and reduce-scatters that they are made of.
+    sent = 4 * tokens_of_rank * layers * geometry.hidden_size * width * (parallel.tensor - 1) / parallel.tensor
+    inside = hardware.node_gb_s if parallel.tensor <= config.cluster.gpus_per_node else hardware.network_gb_s
+    gathered = 2 * tokens_of_rank * layers * geometry.dimension("key_value") * width / parallel.tensor
+    gathered *= parallel.context - 1
+    across = parallel.tensor * parallel.context <= config.cluster.gpus_per_node
+    context_gb_s = hardware.node_gb_s if across else hardware.network_gb_s
+    communication = sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)
+    return compute + communication / hardware.bandwidth_efficiency
+
+
+def _reduce_s(config: Config, geometry: Geometry, data_parallel_size: int) -> float:
+    """Seconds of one update's gradient reduction (fp32) and gathering of new weights, over the network."""
+    parallel, hardware = config.parallel, config.hardware
+    replicas = data_parallel_size * parallel.context
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    held = model_sizes(geometry)[0] / (parallel.tensor * parallel.pipeline)
+    sent = held * (4 + width) * (replicas - 1) / replicas
+    return sent / (hardware.network_gb_s * 1e9 * hardware.bandwidth_efficiency)
+
+
+def rollout_servers(config: Config) -> int:
+    """vLLM servers of the run: as many as fit on the rollout nodes, or those that it starts itself."""
+    if config.cluster.rollout_nodes:
+        return config.cluster.rollout_nodes * max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel)
+    return max(1, config.rollout.servers or len(config.rollout.addresses))
+
+
+def _sampled_prompts(config: Config) -> float:
+    """Prompts sampled a step, on average. A surplus that is carried over is not sampled again."""
+    algorithm = config.algorithm
+    if not algorithm.filter_groups.enable:
+        return algorithm.prompts_per_step
+    needed = algorithm.prompts_per_step / _KEPT_SHARE
+    if algorithm.filter_groups.surplus == "carry":
+        return needed
+    batch = algorithm.generation_batch_prompts or algorithm.prompts_per_step
+    return math.ceil(needed / batch) * batch
+
+
+def _sample_s(config: Config, geometry: Geometry) -> float:
+    """Seconds of a step's generation: each decoding step reads the weights once and every sequence's cache."""
+    algorithm, rollout, hardware = config.algorithm, config.rollout, config.hardware
+    prompts = _sampled_prompts(config)
+    mean_response = _MEAN_SHARE * rollout.max_response_length
+    sequences = prompts * algorithm.samples_per_prompt / rollout_servers(config)
+    width = 2 if rollout.dtype == "bfloat16" else 4
+    token_bytes = 2 * geometry.num_layers * geometry.dimension("key_value") * width / rollout.tensor_parallel
+    weights = model_bytes(config, geometry) / rollout.tensor_parallel
+    free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
+    at_once = max(1.0, min(rollout.max_num_seqs, sequences, free / (token_bytes * longest_sequence(config) / 2)))
+    bandwidth = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
+
+    def decode_s(batch: float) -> float:
+        flops = 2 * weights / width * batch / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency)
+        return max((weights + batch * token_bytes * mean_response / 2) / bandwidth, flops) + _ENGINE_OVERHEAD_S
+
+    full = sequences * mean_response / at_once * decode_s(at_once)
+    # At the end a few of the longest responses are left, alone in their batch.
+    tail = (rollout.max_response_length - mean_response) * decode_s(max(1.0, at_once / 16))
+    return full + tail

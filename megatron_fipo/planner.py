@@ -1,0 +1,136 @@
+"""The fastest layouts that fit, ranked: `python -m megatron_fipo.planner experiment=fipo_32b hardware=h200`.
+
+Tries every layout of the configured number of nodes (cluster.trainer_nodes + cluster.rollout_nodes), estimates memory
+and time as preflight does, and prints the best with what limits each, and the fastest of those that do not fit.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fipo.config import Config
+from megatron_fipo.configure import run_with_config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory
+from megatron_fipo.launch.memory import GIB
+from megatron_fipo.weights.architectures import Geometry, read_architecture
+
+_SHOWN = 10
+_SHOWN_TOO_LARGE = 3
+
+
+@dataclass
+class Layout:
+    """One way to spread the run over its nodes."""
+
+    config: Config
+    estimate: Estimate
+
+    def overrides(self) -> str:
+        """The command line that chooses it."""
+        parallel = self.config.parallel
+        chunks = "null" if parallel.virtual_pipeline is None else parallel.virtual_pipeline
+        return (
+            f"parallel.tensor={parallel.tensor} parallel.sequence={str(parallel.sequence).lower()} "
+            f"parallel.pipeline={parallel.pipeline} parallel.virtual_pipeline={chunks} "
+            f"parallel.context={parallel.context} model.recompute={self.config.model.recompute} "
+            f"cluster.trainer_nodes={self.config.cluster.trainer_nodes} "
+            f"cluster.rollout_nodes={self.config.cluster.rollout_nodes}"
+        )
+
+    def reason(self) -> str:
+        """What its time goes into, or by how much it is too large."""
+        time, full = self.estimate.time, self.estimate.fullest
+        if not self.estimate.fits:
+            over = (full.total - self.estimate.usable_bytes) / GIB
+            sizes = {
+                name: getattr(full, name) for name in ("activations", "optimizer", "gradients", "weights", "logits")
+            }
+            most = max(sizes, key=sizes.__getitem__)
+            return f"stage {full.stage} is {over:.1f} GiB too large, mostly {most}"
+        phases = {"sampling": time.sample, "updates": time.update, "log-probs": time.log_probs, "weights": time.weights}
+        longest = max(phases, key=phases.__getitem__)
+        text = f"{phases[longest] / time.total:.0%} {longest}"
+        if time.bubble > 0.1:
+            text += f", bubble {time.bubble:.0%}"
+        if self.config.model.recompute == "full":
+            text += ", recomputes every layer"
+        return text
+
+
+def layouts(config: Config, geometry: Geometry) -> list[Layout]:
+    """Every layout that divides model and nodes, those that fit first, fastest first."""
+    found = []
+    for candidate in _candidates(config):
+        try:
+            found.append(Layout(candidate, estimate(candidate, geometry)))
+        except ConfigError:
+            continue
+    return sorted(found, key=lambda layout: (not layout.estimate.fits, layout.estimate.time.total))
+
+
+def _candidates(config: Config) -> Iterator[Config]:
+    cluster = config.cluster
+    nodes = cluster.trainer_nodes + cluster.rollout_nodes
+    splits = [(n, nodes - n) for n in range(1, nodes)] if cluster.rollout_nodes else [(cluster.trainer_nodes, 0)]
+    powers = [1, 2, 4, 8, 16]
+    for (trainer, rollout), tensor, pipeline, chunks, context, recompute in itertools.product(
+        splits, powers, powers, (None, 2, 4), (1, 2, 4), ("selective", "full")
+    ):
+        # Tensor parallelism over the network is never worth it, and chunks need stages.
+        if tensor > cluster.gpus_per_node or (chunks and pipeline == 1):
+            continue
+        candidate = copy.deepcopy(config)
+        candidate.cluster.trainer_nodes, candidate.cluster.rollout_nodes = trainer, rollout
+        candidate.parallel.tensor, candidate.parallel.sequence = tensor, tensor > 1
+        candidate.parallel.pipeline, candidate.parallel.virtual_pipeline = pipeline, chunks
+        candidate.parallel.context, candidate.parallel.data = context, None
+        candidate.model.recompute = recompute
+        yield candidate
+
+
+def main(config: Config) -> None:
+    """Rank the layouts and print them."""
+    directory, _ = geometry_directory(config.model.path)
+    ranked = layouts(config, read_architecture(directory))
+    fitting = [layout for layout in ranked if layout.estimate.fits]
+    too_large = [layout for layout in ranked if not layout.estimate.fits]
+    console = Console(width=160)
+    console.print(
+        f"{config.run.name} on {config.cluster.trainer_nodes + config.cluster.rollout_nodes} nodes of "
+        f"{config.cluster.gpus_per_node} × {config.hardware.name}: {len(fitting)} of {len(ranked)} layouts fit"
+    )
+    if fitting:
+        console.print(_table("The fastest that fit", fitting[:_SHOWN]))
+        console.print(f"the first as overrides:\n  {fitting[0].overrides()}", soft_wrap=True)
+    if too_large:
+        console.print(_table("The fastest of those that do not fit", too_large[:_SHOWN_TOO_LARGE]))
+    if not fitting:
+        raise ConfigError("cluster", "no layout of these nodes fits", "more nodes, or GPUs with more memory")
+
+
+def _table(title: str, chosen: list[Layout]) -> Table:
+    table = Table(title=title)
+    for name in ("step s", "peak GiB", "TP", "PP", "VPP", "CP", "DP", "recompute", "trainer + rollout nodes"):
+        table.add_column(name, justify="right")
+    table.add_column("why")
+    for layout in chosen:
+        parallel, cluster = layout.config.parallel, layout.config.cluster
+        table.add_row(
+            f"{layout.estimate.time.total:.0f}",
+            f"{layout.estimate.fullest.total / GIB:.1f}",
+            *(str(n) for n in (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or "-", parallel.context)),
+            str(layout.estimate.data_parallel_size),
+            layout.config.model.recompute,
+            f"{cluster.trainer_nodes} + {cluster.rollout_nodes}",
+            layout.reason(),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    run_with_config(main, local=False)

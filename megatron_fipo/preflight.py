@@ -1,0 +1,186 @@
+"""What a run will need, before it starts: `python -m megatron_fipo.preflight experiment=fipo_32b hardware=h200`.
+
+On one CPU, without the model's weights and without a GPU, this builds one rank of every pipeline stage as the run will
+build it, compares its parameters and its Hugging Face names with the weight plan and with transformers' own model, and
+estimates memory and time. Prints tables, writes preflight.json into the run's directory, and exits with 3 where the run
+does not fit.
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_fipo.config import Config
+from megatron_fipo.config_checks import check
+from megatron_fipo.configure import run_with_config
+from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, remedies, trainer_world_size
+from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
+from megatron_fipo.launch.timing import model_bytes, rollout_servers
+from megatron_fipo.tracking.files import write_json_atomically
+from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.weights.plan import parameters_per_rank, plan
+
+if TYPE_CHECKING:
+    from megatron_fipo.launch.meta_ranks import BuiltStage
+
+DOES_NOT_FIT = 3
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "refit", "total")
+
+
+def main(config: Config) -> None:
+    """Check, estimate, print, write preflight.json; SystemExit with DOES_NOT_FIT if the memory is too small."""
+    warnings.simplefilter("ignore")  # libraries on what else could be installed
+    check(config, world_size=trainer_world_size(config), local=False)
+    directory, is_copy = geometry_directory(config.model.path)
+    geometry = read_architecture(directory)
+    result = estimate(config, geometry)
+    counted = verify_weights(config, geometry, directory, result.world_size)
+    changes = [] if result.fits else remedies(config, geometry)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if is_copy:
+        console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
+    _print(console, config, geometry, result, counted, changes)
+    report = result.to_dict() | {
+        "experiment": config.run.name,
+        "hardware": dataclasses.asdict(config.hardware),
+        "cluster": dataclasses.asdict(config.cluster),
+        "parallel": dataclasses.asdict(config.parallel),
+        "weights": counted,
+        "remedies": changes,
+    }
+    path = Path(config.run.directory) / "preflight.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path, report)
+    console.print(f"written to {path}", soft_wrap=True)
+    if not result.fits:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_size: int) -> dict[str, Any]:
+    """Build every stage and hold the weight plan against it, tensor by tensor, and against transformers' model.
+
+    Returns:
+        Numbers of the comparison: parameters of the model and of a rank of each stage, Hugging Face tensors.
+
+    Raises:
+        WeightError: the plan is no bijection with Hugging Face's names, or a stage holds other parameters than planned.
+    """
+    # First, since building a policy's ranks turns this process into a trainer's, where tensors are made otherwise.
+    expected = _transformers_shapes(model_dir)
+    from megatron_fipo.launch.meta_ranks import build_stages
+
+    parallel = config.parallel
+    built = build_stages(config, geometry, world_size)
+    planned = parameters_per_rank(plan(geometry, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline))
+    problems = [
+        f"pipeline stage {stage.stage} holds {stage.parameters} parameters, planned are {planned[stage.stage]}"
+        for stage in built
+        if stage.parameters != planned[stage.stage]
+    ]
+    problems += _name_problems(built, expected)
+    if problems:
+        raise WeightError("\n  ".join(["the weights do not fit the model:", *problems]))
+    return {
+        "parameters": model_sizes(geometry)[0],
+        "huggingface_tensors": len(expected),
+        "stages": [{"stage": stage.stage, "rank": stage.rank, "parameters": stage.parameters} for stage in built],
+    }
+
+
+def _transformers_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters as transformers, which knows nothing of our tables, builds it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.from_pretrained(model_dir)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except (OSError, ValueError) as error:
+        raise FipoError(f"transformers cannot build the model of {model_dir}: {error}") from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _name_problems(built: "list[BuiltStage]", expected: dict[str, tuple[int, ...]]) -> list[str]:
+    problems, found = [], {}
+    for stage in built:
+        for tensor in stage.exported:
+            if tensor.name in found:
+                problems.append(f"{tensor.name}: sent by two pipeline stages")
+            found[tensor.name] = tensor.shape
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            sent, wanted = found.get(name, "nothing"), expected.get(name, "nothing")
+            problems.append(f"{name}: {sent} is sent, {wanted} in transformers")
+    return problems
+
+
+def _print(
+    console: Console, config: Config, geometry: Geometry, result: Estimate, counted: dict[str, Any], changes: list[str]
+) -> None:
+    parallel, cluster = config.parallel, config.cluster
+    layout = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}"
+    if parallel.virtual_pipeline:
+        layout += f" ({parallel.virtual_pipeline} chunks a stage)"
+    layout += f" × context {parallel.context} × data {result.data_parallel_size}"
+    console.print(
+        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters, {layout} = {result.world_size} trainer "
+        f"GPUs ({config.hardware.name}), {rollout_servers(config)} rollout servers on {cluster.rollout_nodes} nodes"
+    )
+    console.print(
+        f"weights: {counted['huggingface_tensors']} Hugging Face tensors, each sent by exactly one pipeline stage; "
+        f"names and shapes as transformers has them"
+    )
+    console.print(_memory_table(config, result, counted))
+    verdict = "fits" if result.fits else "DOES NOT FIT"
+    left = (result.usable_bytes - result.fullest.total) / GIB
+    console.print(
+        f"{verdict}: stage {result.fullest.stage} is the fullest, {result.fullest.total / GIB:.1f} of "
+        f"{result.usable_bytes / GIB:.1f} GiB ({config.hardware.memory_gib:g} less {config.hardware.reserved_gib:g} "
+        f"reserved), {left:.1f} GiB left",
+    )
+    for change in changes:
+        console.print(f"  would fit with {change}")
+    if not result.fits and not changes:
+        console.print("  no single change makes it fit; python -m megatron_fipo.planner looks at all layouts")
+    console.print(_time_table(config, geometry, result))
+
+
+def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> Table:
+    title = (
+        f"GiB a rank; a micro-batch of {micro_batch_tokens(config)} tokens, the longest sequence has "
+        f"{longest_sequence(config)}"
+    )
+    table = Table(title=title)
+    for name in ("stage", "rank", "parameters", *_COLUMNS):
+        table.add_column(name, justify="right")
+    for stage, built in zip(result.stages, counted["stages"], strict=True):
+        sizes = [f"{getattr(stage, name) / GIB:.2f}" for name in _COLUMNS]
+        table.add_row(str(stage.stage), str(built["rank"]), f"{stage.parameters:,}", *sizes)
+    return table
+
+
+def _time_table(config: Config, geometry: Geometry, result: Estimate) -> Table:
+    time = result.time
+    table = Table(title="Estimated seconds of a step, responses half as long as they may be")
+    for name in ("sample", "log-probs", "update", "weights", "step"):
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.1f}" for value in (time.sample, time.log_probs, time.update, time.weights, time.total)))
+    size = model_bytes(config, geometry) / GIB
+    table.caption = (
+        f"{time.micro_batches} micro-batches an update, pipeline bubble {time.bubble:.1%}; "
+        f"a weight update moves {size:.1f} GiB to each server"
+    )
+    return table
+
+
+if __name__ == "__main__":
+    run_with_config(main, local=False)

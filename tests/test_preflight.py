@@ -1,0 +1,113 @@
+"""Preflight and planner as a user runs them: numbers worked out by hand, refusals, limits of time and memory.
+
+Why: they decide what is started on a cluster. tests/launch/test_memory.py compares the memory with real allocations.
+Not covered: how near the estimated seconds come to a cluster's.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.configure import load_config
+from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
+from megatron_fipo.launch.memory import GIB
+from megatron_fipo.planner import layouts
+from megatron_fipo.weights.architectures import Geometry, read_architecture
+
+ROOT = Path(__file__).resolve().parent.parent
+QWEN_32B = 32_763_876_352
+"""Parameters of Qwen2.5-32B: 2 × 152064 × 5120 for the vocabulary, 64 layers of 487,653,376, one norm."""
+
+
+def run(module: str, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"megatron_fipo.{module}", f"run.directory={directory}", *overrides]
+    return subprocess.run(
+        command, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def geometry() -> Geometry:
+    directory, is_copy = geometry_directory("models/Qwen2.5-32B")
+    assert is_copy
+    return read_architecture(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hardware", ["h100", "h200"])
+def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
+    before = time.monotonic()
+    ended = run("preflight", tmp_path, "experiment=fipo_32b", f"hardware={hardware}")
+    seconds = time.monotonic() - before
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "preflight.json").read_text())
+    assert report["weights"]["parameters"] == QWEN_32B
+    assert report["weights"]["huggingface_tensors"] == 3 + 64 * 12
+    built = [stage["parameters"] for stage in report["weights"]["stages"]]
+    assert built == [1_072_674_816, 975_353_856, 975_353_856, 1_072_679_936]
+    assert (report["world_size"], report["data_parallel_size"], report["fullest_stage"]) == (64, 2, 0)
+    first = report["stages"][0]
+    assert (first["weights"], first["gradients"], first["optimizer"]) == (built[0] * 2, built[0] * 4, built[0] * 6)
+    assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
+    assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20, "in KiB: 2 GiB"
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    ended = run("preflight", tmp_path, "experiment=fipo_32b", "parallel.micro_batch_tokens=65536")
+    assert ended.returncode == 3
+    assert "DOES NOT FIT" in ended.stdout and "would fit with model.recompute=full" in ended.stdout
+    assert not json.loads((tmp_path / "preflight.json").read_text())["fits"]
+
+
+@pytest.mark.slow
+def test_a_bad_override_is_refused(tmp_path: Path) -> None:
+    ended = run("preflight", tmp_path, "experiment=fipo_32b", "parallel.tensor=3")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "parallel" in ended.stderr
+
+
+@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
+@pytest.mark.parametrize("hardware", ["h100", "h200", "b200"])
+def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
+    config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
+    assert estimate(config, read_architecture(geometry_directory(config.model.path)[0])).fits
+
+
+def test_interleaving_halves_the_bubble_and_costs_activations(geometry: Geometry) -> None:
+    plain = estimate(load_config(["experiment=fipo_32b"]), geometry)
+    interleaved = estimate(load_config(["experiment=fipo_32b", "parallel.virtual_pipeline=2"]), geometry)
+    count = plain.time.micro_batches
+    assert plain.time.bubble == pytest.approx(3 / (count + 3))
+    assert interleaved.time.bubble == pytest.approx(1.5 / (count + 1.5))
+    # 11 chunks of 8 layers in flight on the first stage, against 4 of 16.
+    assert interleaved.stages[0].activations / plain.stages[0].activations == pytest.approx(11 / 8, rel=0.01)
+
+
+def test_remedies_do_fit(geometry: Geometry) -> None:
+    config = load_config(["experiment=fipo_32b", "hardware.memory_gib=40"])
+    assert not estimate(config, geometry).fits
+    assert any(text.startswith("model.recompute=full: peak") for text in remedies(config, geometry))
+    config.hardware.memory_gib = 6
+    assert remedies(config, geometry) == []
+
+
+def test_planner_ranks_what_fits_by_time(geometry: Geometry) -> None:
+    ranked = layouts(load_config(["experiment=fipo_32b"]), geometry)
+    fitting = [layout for layout in ranked if layout.estimate.fits]
+    assert 0 < len(fitting) < len(ranked)
+    assert ranked[: len(fitting)] == fitting
+    times = [layout.estimate.time.total for layout in fitting]
+    assert times == sorted(times)
+    assert all(layout.estimate.fullest.total <= 74.6 * GIB for layout in fitting)
+    chosen = load_config(["experiment=fipo_32b", *fitting[0].overrides().split()])
+    assert estimate(chosen, geometry).time == fitting[0].estimate.time, "the printed overrides give that layout"
+    assert "too large, mostly" in ranked[-1].reason()
