@@ -99,12 +99,12 @@ def test_value_and_gradient_match_the_formulas(config: AlgorithmConfig, seed: in
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=3000)
+@settings(deadline=None, max_examples=2000)
 @given(**CASES)
 def test_value_and_gradient_match_the_formulas_over_thousands_of_cases(
     config: AlgorithmConfig, seed: int, scale: float
 ) -> None:
-    check_against_the_formulas(config, random_inputs(seed, scale=scale))
+    check_against_the_formulas(config, random_inputs(seed, rows=3, tokens=12, scale=scale))
 
 
 @pytest.mark.parametrize("mode", sorted(LOSSES))

@@ -1,0 +1,195 @@
+"""Weights on this machine: a live update's bytes and seconds by plane, and the memory of a conversion.
+
+    python -m benchmarks.weights
+
+A synthetic model of the size of Qwen2.5-0.5B in bfloat16 goes to a real vLLM server over each plane, beside a copy of
+the same bytes in memory; then 2 GB of weights are converted both ways. Results are in benchmarks/README.md.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.rollout.control import ControlPlane
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.weights.architectures import parameters, read_architecture
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
+from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
+from megatron_fipo.weights.plan import plan_transfers
+from megatron_fipo.weights.transfer import open_transfer
+
+HALF_A_BILLION: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+TWO_GIGABYTES = HALF_A_BILLION | {"hidden_size": 1792, "num_hidden_layers": 20, "vocab_size": 75968}
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
+"""Trainer's tensor and pipeline size, tensor size of the server."""
+UPDATES = 4
+
+
+def main() -> None:
+    """Measure everything and print the tables in Markdown."""
+    print(machine())
+    with tempfile.TemporaryDirectory(prefix="weights-") as name:
+        directory = Path(name)
+        _bytes_table(directory)
+        model = write_synthetic(HALF_A_BILLION, directory / "half")
+        _seconds_table(model, directory)
+        large = write_synthetic(TWO_GIGABYTES, directory / "large")
+        _memory_table(large, directory)
+
+
+def write_synthetic(config: dict[str, Any], target: Path) -> Path:
+    """A model directory with random weights, made a tensor at a time."""
+    source = target.with_suffix(".source")
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    infos = [
+        TensorInfo(name, shape, torch.bfloat16)
+        for entry in parameters(read_architecture(source)).values()
+        if entry.exported
+        for name, shape in zip(entry.names, entry.shapes, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    with HuggingFaceWriter(source, target, infos) as writer:
+        for info in infos:
+            writer.add(info.name, torch.empty(info.shape).normal_(0, 0.02, generator=generator).bfloat16())
+        writer.close()
+    return target
+
+
+def _print_head(title: str, *columns: str) -> None:
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+
+def _print_row(*values: str) -> None:
+    print(f"| {' | '.join(values)} |", flush=True)
+
+
+def _bytes_table(directory: Path) -> None:
+    """Megabytes of one update by rank. The least: shards go straight from their holders to the workers using them."""
+    _print_head(
+        "Megabytes of one weight update, 0.5 B parameters in bfloat16; in brackets the least possible.",
+        *("trainer", "server", "a rank gathers", "a leader sends", "a worker receives"),
+    )
+    (directory / "config.json").write_text(json.dumps(HALF_A_BILLION))
+    geometry = read_architecture(directory)
+    for tensor, pipeline, server in LAYOUTS:
+        transfers = plan_transfers(
+            geometry,
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=pipeline,
+            server_tensor_parallel_size=server,
+        )
+        sent: dict[int, int] = {}
+        gathered: dict[int, int] = {}
+        for transfer in transfers:
+            sent[transfer.sources[0]] = sent.get(transfer.sources[0], 0) + transfer.nbytes
+            for rank in transfer.sources:
+                part = transfer.nbytes - transfer.nbytes // len(transfer.sources)
+                gathered[rank] = gathered.get(rank, 0) + part
+        total = sum(transfer.nbytes for transfer in transfers)
+        needed = sum(transfer.needed for transfer in transfers)
+        pairs = ((max(gathered.values()), 0), (max(sent.values()), total // (tensor * pipeline)), (total, needed))
+        cells = (f"{moved / 1e6:.0f} ({least / 1e6:.0f})" for moved, least in pairs)
+        _print_row(f"TP{tensor} PP{pipeline}", f"TP{server}", *cells)
+
+
+def _seconds_table(model: Path, directory: Path) -> None:
+    with HuggingFaceReader(model) as reader:
+        tensors = [(name, reader.tensor(name).clone()) for name in reader.tensors]
+    total = sum(tensor.nbytes for _, tensor in tensors)
+    copy_s = _seconds_of_copy(tensors)
+    _print_head(
+        f"Seconds of one weight update of {total / 1e6:.0f} MB to one server, median of {UPDATES}.",
+        *("plane", "update", "with checksums", "copy of the same bytes", "update / copy"),
+    )
+    for plane in ("process_group", "shared_memory"):
+        update_s, checked_s = _seconds_of_updates(plane, model, directory, tensors)
+        row = (update_s, checked_s, copy_s, update_s / copy_s)
+        _print_row(plane, *(f"{value:.2f}" for value in row))
+
+
+def _seconds_of_copy(tensors: list[tuple[str, Tensor]]) -> float:
+    """One pass of memory copies into buffers that have been touched before."""
+    buffers = [tensor.clone() for _, tensor in tensors]
+    started = time.perf_counter()
+    for buffer, (_, tensor) in zip(buffers, tensors, strict=True):
+        buffer.copy_(tensor)
+    return time.perf_counter() - started
+
+
+def _seconds_of_updates(
+    plane: str, model: Path, directory: Path, tensors: list[tuple[str, Tensor]]
+) -> tuple[float, float]:
+    """Median seconds of an update without and with checksums."""
+    config = RolloutConfig(
+        weight_transfer=plane,
+        max_prompt_length=64,
+        max_response_length=64,
+        max_num_seqs=4,
+        enforce_eager=True,
+        checksum_every=2,
+    )
+    run_dir = directory / plane
+    with RolloutService(config, model, run_dir, seed=0) as service:
+        service.start()
+        service.wait_ready()
+        transfer = open_transfer(config, ControlPlane(service), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
+        try:
+            transfer.connect()
+            transfer.push(tensors, version=1)  # the first one touches fresh memory everywhere
+            versions = range(2, 2 + 2 * UPDATES)
+            seconds = {version: transfer.push(tensors, version).seconds for version in versions}
+        finally:
+            transfer.close()
+    return tuple(  # type: ignore[return-value]
+        float(torch.tensor([seconds[version] for version in versions if version % 2 == rest]).median())
+        for rest in (1, 0)
+    )
+
+
+def _memory_table(model: Path, directory: Path) -> None:
+    size = (model / "model.safetensors").stat().st_size
+    _print_head(f"Converting {size / 1e9:.2f} GB.", "direction", "peak memory, MB", "seconds")
+    for command, source, target in (("to-megatron", model, "megatron"), ("to-hf", directory / "megatron", "back")):
+        # The kernel's figure is the largest over all children so far, so that each conversion has a parent of its own.
+        code = f"from benchmarks.weights import run_and_print_peak as run; run({command!r}, {str(source)!r}, "
+        code += f"{str(directory / target)!r})"
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        _print_row(command, result.stdout.strip(), f"{time.perf_counter() - started:.0f}")
+
+
+def run_and_print_peak(*arguments: str) -> None:
+    """Convert in a child process and print its peak resident memory in MB."""
+    command = [sys.executable, "tools/convert_hf.py", *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 // 10**6)
+
+
+if __name__ == "__main__":
+    main()
