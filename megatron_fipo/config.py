@@ -263,6 +263,12 @@ class RolloutConfig:
     start_timeout_s: float = setting(900.0, "Longest start of a server, in seconds.", above=0)
     request_timeout_s: float = setting(3600.0, "Longest generation of one group, in seconds.", above=0)
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", above=0)
+    checksum_every: int = setting(
+        10,
+        "Compare a checksum of each tensor as sent and as received in the first weight update and in every so many "
+        "steps' ones; a difference ends the run. 0 is never.",
+        minimum=0,
+    )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_fipo.errors import WeightError
-from megatron_fipo.weights.buckets import BucketLayout, unpack
+from megatron_fipo.weights.buckets import BucketLayout, checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
 
 
@@ -71,8 +71,13 @@ class CheckpointEngine(WeightTransferEngine):
     def shutdown(self) -> None:
         """Nothing to release unless a plane says otherwise."""
 
-    def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
+    def _load(self, tensors: list[tuple[str, Tensor]], checksums: dict[str, int] | None) -> None:
         names = [name for name, _ in tensors]
+        if checksums is not None:
+            # Of what has arrived, under the name it is loaded by: afterwards vLLM has fused, cut and packed it.
+            differing = [name for name, tensor in tensors if checksums.get(name) != checksum(tensor)]
+            if differing:
+                raise WeightError(f"tensors arrived with another checksum than they were sent with: {_some(differing)}")
         if unknown := sorted(set(names) - self._expected - self._optional):
             raise WeightError(f"the update has tensors that the checkpoint has not: {_some(unknown)}")
         if twice := sorted(self._received.intersection(names)):
@@ -103,6 +108,7 @@ class ProcessGroupUpdate(WeightTransferUpdateInfo):
     names: list[str]
     shapes: list[list[int]]
     dtypes: list[str]
+    checksums: dict[str, int] | None = None
 
 
 class ProcessGroupEngine(CheckpointEngine):
@@ -140,7 +146,7 @@ class ProcessGroupEngine(CheckpointEngine):
         layout = BucketLayout(update_info.names, update_info.shapes, update_info.dtypes)
         buffer = torch.empty(layout.packed_bytes(), dtype=torch.uint8, device=self.device)
         self._groups[update_info.stage].broadcast(buffer).wait()
-        self._load(list(unpack(buffer, layout)))
+        self._load(list(unpack(buffer, layout)), update_info.checksums)
 
     def shutdown(self) -> None:
         """Leaves all groups."""
@@ -166,6 +172,7 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
 
     path: str
     names: list[str]
+    checksums: dict[str, int] | None = None
 
 
 class SharedMemoryEngine(CheckpointEngine):
@@ -194,7 +201,7 @@ class SharedMemoryEngine(CheckpointEngine):
         if path.parent not in self._directories:
             raise WeightError(f"{path} is in no directory that this engine was told of")
         with safe_open(path, framework="pt", device="cpu") as file:
-            self._load([(name, file.get_tensor(name)) for name in update_info.names])
+            self._load([(name, file.get_tensor(name)) for name in update_info.names], update_info.checksums)
 
 
 def checkpoint_names(model_dir: Path) -> set[str]:

@@ -69,6 +69,8 @@ class TransferStats:
     tensors: int
     bytes: int
     buckets: int
+    checked: int
+    """Tensors whose checksums every engine worker has found to be the trainer's."""
     seconds: float
 
 
@@ -96,6 +98,7 @@ def open_transfer(
         bucket_bytes=rollout.bucket_mib << 20,
         timeout_s=rollout.update_timeout_s,
         begin_timeout_s=rollout.start_timeout_s + rollout.update_timeout_s,
+        checksum_every=rollout.checksum_every,
     )
 
 
@@ -113,12 +116,17 @@ class WeightTransfer:
         bucket_bytes: int,
         timeout_s: float,
         begin_timeout_s: float,
+        checksum_every: int = 0,
     ):
-        """`timeout_s` is for a session from when rank 0 begins it, `begin_timeout_s` for the other ranks until then."""
+        """`timeout_s` is for a session from when rank 0 begins it, `begin_timeout_s` for the other ranks until then.
+
+        Versions that are multiples of `checksum_every` are sent with checksums; 0 is never.
+        """
         self._plane, self._control, self._store = plane, control, store
         self._stage, self._num_stages = stage, num_stages
         self._bucket_bytes = bucket_bytes
         self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
+        self._checksum_every = checksum_every
         self._sessions = 0
 
     def connect(self) -> None:
@@ -129,13 +137,15 @@ class WeightTransfer:
         """Sends this rank's stream of (Hugging Face name, full tensor) to all engines as weight version `version`.
 
         Streams of ranks that lead no stage are consumed and not sent. Afterwards the engines' prefix caches are empty
-        and responses carry `version`. Raises RolloutError on every rank, and consumes every stream even then.
+        and responses carry `version`. Raises RolloutError on every rank, and consumes every stream even then; for a
+        tensor that arrived with another checksum it names the tensor.
         """
         stream = iter(tensors)
+        check = self._checksum_every > 0 and version % self._checksum_every == 0
         stats = self._run_session(
             f"weight update {version}",
             lambda mailbox, deadline: self._conduct_push(mailbox, deadline, version),
-            lambda mailbox, deadline: self._lead_push(mailbox, deadline, stream),
+            lambda mailbox, deadline: self._lead_push(mailbox, deadline, stream, check),
             stream,
         )
         return TransferStats(**stats)
@@ -202,7 +212,7 @@ class WeightTransfer:
         started = time.monotonic()
         await self._control.pause(deadline)
         await self._control.start_weight_update(deadline)
-        totals = {"tensors": 0, "bytes": 0, "buckets": 0}
+        totals = _no_totals()
         for stage in range(self._num_stages):
             for key, value in (await self._conduct_stage(mailbox, deadline, stage)).items():
                 totals[key] += value
@@ -235,15 +245,21 @@ class WeightTransfer:
         _run_abandonable(self._plane.join, mailbox, deadline)
         mailbox.post(f"joined/{self._stage}", {})
 
-    def _lead_push(self, mailbox: Mailbox, deadline: Deadline, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _lead_push(
+        self, mailbox: Mailbox, deadline: Deadline, tensors: Iterable[tuple[str, Tensor]], check: bool
+    ) -> None:
         assert self._plane is not None
-        totals = {"tensors": 0, "bytes": 0, "buckets": 0}
+        totals = _no_totals()
         # Before the first bucket the stage's turn, before any other the engines' receipt for the last one.
         cue, what = f"turn/{self._stage}", "the turn of this pipeline stage"
         for bucket in cut_buckets(tensors, self._bucket_bytes):
             self._await_cue(mailbox, deadline, cue, what, first=totals["buckets"] == 0)
             index = totals["buckets"]
-            mailbox.post(f"bucket/{self._stage}/{index}", self._plane.send(bucket))
+            message = self._plane.send(bucket)
+            if check:
+                message["checksums"] = bucket.checksums()
+                totals["checked"] += len(bucket.tensors)
+            mailbox.post(f"bucket/{self._stage}/{index}", message)
             cue, what = f"received/{self._stage}/{index}", f"the engines to take bucket {index}"
             totals["buckets"] += 1
             totals["tensors"] += len(bucket.tensors)
@@ -302,6 +318,10 @@ class _Conductor(threading.Thread):
             return work.result()
         finally:
             work.cancel()
+
+
+def _no_totals() -> dict[str, int]:
+    return {"tensors": 0, "bytes": 0, "buckets": 0, "checked": 0}
 
 
 def _run_or_report(mailbox: Mailbox, stage: int, work: Callable[[], object]) -> None:

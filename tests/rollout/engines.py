@@ -20,7 +20,7 @@ STOP_TOKEN = 2
 MAX_PROMPT, MAX_RESPONSE = 192, 32
 
 
-def save_tiny_model(directory: Path, seed: int) -> Qwen2ForCausalLM:
+def save_tiny_model(directory: Path, seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
     """A random fp32 Qwen2 of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -31,7 +31,7 @@ def save_tiny_model(directory: Path, seed: int) -> Qwen2ForCausalLM:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=STOP_TOKEN,
         # Wide enough that two models disagree by whole nats.

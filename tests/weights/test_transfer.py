@@ -7,6 +7,7 @@ gathers that make full tensors of shards (test_reshard.py).
 """
 
 import asyncio
+import copy
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,7 +29,7 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService, _shared_files
-from megatron_fipo.weights.buckets import Bucket, BucketLayout, cut_buckets, unpack
+from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.planes import SHARED_MEMORY, make_plane
 from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
@@ -36,66 +38,9 @@ from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollo
 BUCKET_BYTES = 6 << 10
 """Smaller than one layer, so that its tensors come in several buckets."""
 UPDATE_TIMEOUT_S = 20.0
+CHECKSUM_EVERY = 10
 
 NamedTensors = list[tuple[str, Tensor]]
-
-
-# --- without an engine ------------------------------------------------------------------------------------------------
-
-
-def _named(*sizes: int) -> NamedTensors:
-    return [(f"tensor{index}", torch.full((size,), float(index))) for index, size in enumerate(sizes)]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "buckets"),
-    [((), []), ((1,), [1]), ((2, 2, 2), [2, 1]), ((100, 1), [1, 1]), ((1, 100, 1), [1, 1, 1]), ((4,), [1])],
-)
-def test_buckets_keep_order_and_size(sizes: tuple[int, ...], buckets: list[int]) -> None:
-    cut = list(cut_buckets(_named(*sizes), bucket_bytes=16))
-    assert [len(bucket.tensors) for bucket in cut] == buckets
-    assert [name for bucket in cut for name, _ in bucket.tensors] == [name for name, _ in _named(*sizes)]
-
-
-def test_packing_is_exact_for_mixed_types_and_shapes() -> None:
-    tensors = [
-        ("half", torch.randn(3, 5).bfloat16()),
-        ("strided", torch.randn(4, 6).t()),
-        ("empty", torch.zeros(0, 7)),
-        ("scalar", torch.tensor(3.5, dtype=torch.float64)),
-        ("eight", torch.randn(9).to(torch.float8_e4m3fn)),
-    ]
-    bucket = Bucket(tensors)
-    layout = BucketLayout(**bucket.layout().to_dict())
-    arrived = dict(unpack(bucket.pack(), layout))
-    for name, tensor in tensors:
-        assert arrived[name].dtype == tensor.dtype
-        assert torch.equal(arrived[name].float(), tensor.float()), name
-
-
-def test_a_layout_from_elsewhere_is_checked() -> None:
-    with pytest.raises(ValueError, match="2 names has 1 shapes"):
-        BucketLayout(["a", "b"], [[1]], ["float32"])
-    with pytest.raises(ValueError, match="'load' is no torch dtype"):
-        BucketLayout(["a"], [[1]], ["load"]).packed_bytes()
-
-
-def test_shared_memory_is_private_and_cleaned_up_at_start_and_end(tmp_path: Path) -> None:
-    config = rollout_config(weight_transfer="shared_memory")
-    plane = make_plane(config, 0, tmp_path)
-    directory = Path(plane.open(1)["directory"])
-    assert directory.parent == SHARED_MEMORY and directory.stat().st_mode & 0o777 == 0o700
-    path = Path(plane.send(Bucket(_named(4)))["path"])
-    assert path.is_file()
-    # A run that was killed here leaves the file; the next start of the same run removes it.
-    plane = make_plane(config, 0, tmp_path)
-    assert list(directory.iterdir()) == []
-    path = Path(plane.send(Bucket(_named(4)))["path"])
-    plane.sent()
-    assert not path.exists()
-    killed = Path(make_plane(config, 1, tmp_path).open(1)["directory"])
-    plane.close()
-    assert not directory.exists() and not killed.exists()
 
 
 # --- with engines -----------------------------------------------------------------------------------------------------
@@ -129,6 +74,7 @@ class Trainer:
                 bucket_bytes=BUCKET_BYTES,
                 timeout_s=config.update_timeout_s,
                 begin_timeout_s=30.0,
+                checksum_every=CHECKSUM_EVERY,
             )
             for rank, store in enumerate(stores)
         ]
@@ -160,7 +106,7 @@ class Trainer:
         self, model: Qwen2ForCausalLM, version: int, change: Callable[[NamedTensors], Iterable] = lambda named: named
     ) -> TransferStats:
         """Sends `model`'s tensors, the first half from stage 0; `change` may spoil what stage 1's leader sends."""
-        named = list(model.state_dict().items())
+        named = exported(model)
         middle = len(named) // 2
         parts = [named[:middle], named[:middle], change(named[middle:]), named[middle:]]
         self.consumed = {}
@@ -194,6 +140,12 @@ class Trainer:
         self.service.close()
 
 
+def exported(model: Qwen2ForCausalLM) -> NamedTensors:
+    """What the trainer sends of a model: without the output layer if that is the embedding."""
+    tied = model.config.tie_word_embeddings
+    return [(name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")]
+
+
 def _config(plane: str, workers: int) -> RolloutConfig:
     return rollout_config(weight_transfer=plane, tensor_parallel=workers, update_timeout_s=UPDATE_TIMEOUT_S)
 
@@ -201,16 +153,17 @@ def _config(plane: str, workers: int) -> RolloutConfig:
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trainer]]:
     directory = tmp_path_factory.mktemp("transfer")
-    models = [save_tiny_model(directory / f"model{seed}", seed) for seed in range(2)]
-    services = {}
-    for plane, workers in (("shared_memory", 1), ("process_group", 2)):
-        services[plane] = RolloutService(_config(plane, workers), directory / "model0", directory / plane, seed=0)
+    services, models = {}, {}
+    # The output layer of a tied model is the embedding, and yet a layer that has to be told of an update by itself.
+    for plane, workers, tied in (("shared_memory", 1, True), ("process_group", 2, False)):
+        models[plane] = [save_tiny_model(directory / f"{plane}{seed}", seed, tied=tied) for seed in range(2)]
+        services[plane] = RolloutService(_config(plane, workers), directory / f"{plane}0", directory / plane, seed=0)
         services[plane].start()
     made: dict[str, Trainer] = {}
     try:
         for plane, service in services.items():
             service.wait_ready()
-            made[plane] = Trainer(service, RolloutClient(service), models, directory / plane)
+            made[plane] = Trainer(service, RolloutClient(service), models[plane], directory / plane)
             made[plane].open()
         yield made
     finally:
@@ -232,15 +185,61 @@ def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer
     stats = trainer.push(new, version=1)
     assert trainer.error_against(new, version=1) < 1e-4
     assert trainer.error_against(old, version=1) > 0.5
-    named = new.state_dict()
+    named = dict(exported(new))
     assert (stats.tensors, stats.bytes) == (len(named), sum(tensor.nbytes for tensor in named.values()))
-    assert stats.buckets > 10
+    assert stats.buckets > 10 and stats.checked == 0
     # Every rank of a stage has consumed its whole stream.
     assert trainer.consumed[0] == trainer.consumed[1] and trainer.consumed[2] == trainer.consumed[3]
     # Back again, in the same session objects, so that the tests below find the model they expect.
-    trainer.push(old, version=0)
+    stats = trainer.push(old, version=0)
+    assert stats.checked == stats.tensors, "version 0 is a multiple of CHECKSUM_EVERY"
     assert trainer.error_against(old, version=0) < 1e-4
     assert not list(SHARED_MEMORY.glob("megatron_fipo-*/*")) or plane == "process_group"
+
+
+@pytest.mark.slow
+def test_a_tied_output_layer_is_updated_with_its_embedding(trainers: dict[str, Trainer]) -> None:
+    trainer = trainers["shared_memory"]
+    old, new = trainer.models
+    assert old.config.tie_word_embeddings
+    # The negative control: what the engine would be if its output layer stayed the old one.
+    stale = copy.deepcopy(new)
+    stale.lm_head.weight = old.lm_head.weight
+    trainer.push(new, version=1)
+    assert trainer.error_against(new, version=1) < 1e-4
+    assert trainer.error_against(stale, version=1) > 0.5
+    trainer.push(old, version=0)
+
+
+@pytest.mark.slow
+def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
+    trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainers["shared_memory"]
+    leader = trainer.ranks[2]._plane
+    assert leader is not None
+    sends: list[str] = []
+    send = leader.send
+
+    def flip_a_bit(bucket: Bucket) -> dict[str, Any]:
+        tensors = [(name, tensor.clone()) for name, tensor in bucket.tensors]
+        if not sends:
+            tensors[-1][1].view(-1)[3:4].view(torch.int32)[0] ^= 1
+        sends.append(tensors[-1][0])
+        return send(Bucket(tensors))
+
+    monkeypatch.setattr(leader, "send", flip_a_bit)
+    with pytest.raises(
+        RolloutError, match=r"weight update 20: .*another checksum than they were sent with: "
+    ) as raised:
+        trainer.push(trainer.models[0], version=20)
+    assert str(raised.value).split("sent with: ")[1].startswith(sends[0])
+    # The negative control: without checksums nobody notices.
+    sends.clear()
+    assert trainer.push(trainer.models[0], version=21).checked == 0
+    monkeypatch.undo()
+    assert trainer.push(trainer.models[0], version=0).checked > 0
+    assert trainer.error_against(trainer.models[0], version=0) < 1e-4
 
 
 @pytest.mark.slow
@@ -256,7 +255,7 @@ def test_without_a_cache_reset_log_probs_are_stale(trainers: dict[str, Trainer])
         plane = make_plane(trainer.service.config, 7, trainer.run_dir)
         await control.init_weight_transfer_engine([{**plane.open(1), "first_rank": 1}], deadline)
         await control.start_weight_update(deadline)
-        await control.update_weights(plane.send(Bucket(list(new.state_dict().items()))), deadline)
+        await control.update_weights(plane.send(Bucket(exported(new))), deadline)
         await control.finish_weight_update(5, deadline)
         plane.close()
         assert await control.versions(deadline) == [5]
