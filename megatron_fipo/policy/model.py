@@ -83,7 +83,9 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        perform_initialization=False,
+        # The values are overwritten, but only here are parameters marked as cut by tensor parallelism, and without the
+        # mark the gradient norm counts one rank's part of them.
+        perform_initialization=True,
         # One exact token mean over data and context parallelism and micro-batches.
         calculate_per_token_loss=True,
         # Micro-batches differ in length. The dispatcher is for experts, but its default refuses that even here.

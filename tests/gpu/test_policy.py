@@ -20,7 +20,7 @@ def worst_error(case: dict[str, Any], **layout: Any) -> float:  # noqa: F811
         {
             "model_dir": str(folder / "model"),
             "batch": str(folder / "batch.safetensors"),
-            "reference": str(folder / "reference.safetensors"),
+            "folder": str(folder),
             "layouts": [layout],
         },
         timeout=300,

@@ -1,5 +1,6 @@
 """What the ranks of test_layouts.py run: one update under a layout, its gradients named as the reference names them."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ ALGORITHM = AlgorithmConfig(
     future_kl=FutureKLConfig(band_low=0.8, safety_thresh=1.05, decay_rate=4.0),
 )
 
+# A large eps: the first step of Adam is the gradient's sign otherwise, and so is the rounding of a zero gradient.
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip_grad=1.0, eps=1e-2)
+UNCLIPPED = dataclasses.replace(OPTIMIZER, clip_grad=0.0)
 
-def make_config(parallel: dict[str, Any], **model: Any) -> Config:
+
+def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, **model: Any) -> Config:
     return Config(
         model=ModelConfig(**({"dtype": "float32"} | model)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
         algorithm=ALGORITHM,
-        optimizer=OptimizerConfig(lr=1e-3, warmup_updates=0, clip_grad=0.0),
+        optimizer=optimizer,
         rollout=RolloutConfig(temperature=1.0),
     )
 
@@ -57,16 +62,20 @@ def read_sequences(path: str) -> Sequences:
     )
 
 
-def one_update(model_dir: str, batch: str, reference: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Under each layout in turn: score, one update; worst relative gradient error and the metrics, on this rank."""
+def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Under each layout in turn: score, one update; the worst relative error and the metrics, on this rank.
+
+    What is compared are gradients, before clipping, or (compare=updated) the parameters after clipping and one step.
+    """
     platform.start_process_group(60)
     results = []
     for layout in layouts:
         settings = dict(layout)
         sabotage, model = settings.pop("sabotage", None), settings.pop("model", {})
-        config = make_config(settings, **model)
+        compare = settings.pop("compare", "reference")
+        config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, **model)
         start_model_parallel(config.parallel, 0)
-        results.append(_run(config, model_dir, batch, reference, sabotage))
+        results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage))
         parallel_state.destroy_model_parallel()
     platform.stop_process_group()
     return results
@@ -85,10 +94,11 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
         micro_batch.old_log_probs = micro_batch.rollout_log_probs
     metrics = on_policy or policy.update(mini_batch)
     expected = {name: tensor.to(platform.device()) for name, tensor in load_file(reference).items()}
-    with torch.no_grad():
-        for chunk in policy.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
+    if config.optimizer is UNCLIPPED:
+        with torch.no_grad():
+            for chunk in policy.chunks:
+                for parameter in chunk.parameters():
+                    parameter.copy_(parameter.main_grad)
     scale = 1.01 if sabotage == "normaliser" else 1.0
     errors = {
         name: ((gradient * scale - expected[name]).norm() / expected[name].norm()).item()

@@ -1,8 +1,9 @@
 """One FIPO update under every layout against plain transformers on one process: the loss and every gradient.
 
 Why: a wrong loss scale under context parallelism, an unmarked norm weight or a lost micro-batch all leave the loss
-looking right; only gradients show them. Two negative controls prove that the comparison would see such a fault. The
-reference shares no code with the policy but the token-by-token transcription of the formulas in tests/algorithm/plain.py.
+looking right; only gradients show them. Gradient norm, clipping and one Adam step are compared too: a norm that counts
+one tensor-parallel rank alone leaves every gradient right. Two negative controls prove that the comparison would see
+such a fault. The reference shares no code with the policy; its loss is the formulas token by token (algorithm/plain.py).
 
 Not covered: bf16 and FP8, Transformer Engine layers, packed sequences (tests/gpu).
 """
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
-from tests.policy.layouts import ALGORITHM
+from tests.policy.layouts import ALGORITHM, OPTIMIZER
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,9 @@ TWO = [
     {"context": 2},
     {"data": 2},
     {"pipeline": 2, "sabotage": "on_policy"},
+    {"data": 2, "distributed_optimizer": True, "compare": "updated"},
+    {"tensor": 2, "distributed_optimizer": True, "compare": "updated"},
+    {"pipeline": 2, "compare": "updated"},
 ]
 FOUR = [
     {"tensor": 2, "pipeline": 2},
@@ -86,7 +90,20 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "old_log_probs": old.float(),
     }
     save_file(batch, folder / "batch.safetensors")
-    return {"folder": folder, "loss": loss.item()}
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad).item()
+    assert grad_norm > OPTIMIZER.clip_grad, "the clipping has to have something to do"
+    _adam(model).step()
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "updated.safetensors")
+    return {"folder": folder, "loss": loss.item(), "grad_norm": grad_norm}
+
+
+def _adam(model: Any) -> torch.optim.AdamW:
+    """torch's own, set as OPTIMIZER says: no decay of biases and norms."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps)
 
 
 def _reference_inputs(
@@ -111,7 +128,7 @@ def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]])
         {
             "model_dir": str(folder / "model"),
             "batch": str(folder / "batch.safetensors"),
-            "reference": str(folder / "reference.safetensors"),
+            "folder": str(folder),
             "layouts": layouts,
         },
     )
@@ -127,6 +144,7 @@ def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]])
             assert worst["worst"] < 1e-5, f"{layout}: {worst['where']} is off by {worst['worst']}"
             for result in results:
                 assert result["metrics"]["loss"] == pytest.approx(case["loss"], rel=1e-5), layout
+                assert result["metrics"]["grad_norm"] == pytest.approx(case["grad_norm"], rel=1e-5), layout
                 assert result["metrics"] == results[0]["metrics"], "every rank reports the same"
 
 
