@@ -3,7 +3,7 @@
 Why: a wrong loss scale under context parallelism, an unmarked norm weight or a lost micro-batch all leave the loss
 looking right; only gradients show them. Gradient norm, clipping and one Adam step are compared too: a norm that counts
 one tensor-parallel rank alone leaves every gradient right. Two negative controls prove that the comparison would see
-such a fault. The reference shares no code with the policy; its loss is the formulas token by token (algorithm/plain.py).
+such a fault. The reference shares no code with it; its loss is the formulas, token by token (algorithm/plain.py).
 
 Not covered: bf16 and FP8, Transformer Engine layers, packed sequences (tests/gpu).
 """
