@@ -72,7 +72,7 @@ class TransferGroup:
         scoped = PrefixStore("megatron_fipo", store)
         self._group: Any
         if backend == "gloo":
-            options = ProcessGroupGloo._Options()
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             options._devices = [ProcessGroupGloo.create_device(hostname=address)]
             options._timeout = timeout
             self._group = ProcessGroupGloo(scoped, rank, world_size, options)
