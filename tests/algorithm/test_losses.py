@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_fipo.algorithm.losses import LOSSES, LossInputs, policy_loss
 from megatron_fipo.algorithm.statistics import combine, metrics
+from megatron_fipo.algorithm.zigzag import zigzag_positions
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, FutureKLConfig
 from tests.algorithm.plain import PLAIN, plain_loss
 
@@ -192,6 +193,40 @@ def test_parts_add_up_to_the_whole() -> None:
     halves = combine([policy_loss(rows(slice(0, 2)), FIPO)[2], policy_loss(rows(slice(2, 4)), FIPO)[2]])
     for name, value in whole.items():
         torch.testing.assert_close(halves[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_a_sequence_ratio_is_the_same_when_context_parallelism_cuts_the_row(
+    aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank sees its tokens and the whole row's sum, and all of them give the whole row's loss and gradient."""
+    whole = random_inputs(9, tokens=32)
+    config = AlgorithmConfig(loss_mode="gspo", loss_agg_mode=aggregation, clip_ratio_c=None)
+    moved = torch.where(whole.response_mask, (whole.log_probs - whole.old_log_probs).detach(), 0.0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(moved.sum(1, keepdim=True)))
+
+    class Group:
+        """Stands for a process group of which this test is every member in turn."""
+
+        def __init__(self, rank: int):
+            self._rank = rank
+
+        def rank(self) -> int:
+            return self._rank
+
+        def size(self) -> int:
+            return 2
+
+    by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask")
+    parts = []
+    for rank, columns in enumerate(zigzag_positions(16, 2, torch.device("cpu"))):
+        cut = {name: getattr(whole, name)[:, columns] for name in by_token}
+        parts.append(policy_loss(dataclasses.replace(whole, **cut, context_group=Group(rank)), config))
+    loss_sum, normaliser, _ = policy_loss(whole, config)
+    torch.testing.assert_close(parts[0][0] + parts[1][0], loss_sum, rtol=1e-12, atol=1e-12)
+    assert parts[0][1] + parts[1][1] == normaliser
+    gradients = [torch.autograd.grad(loss, whole.log_probs)[0] for loss in (parts[0][0] + parts[1][0], loss_sum)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_empty_mask_is_no_error() -> None:
