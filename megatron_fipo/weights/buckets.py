@@ -79,21 +79,25 @@ class Bucket:
 def checksum(tensor: Tensor) -> int:
     """A number that depends on every bit of the values and on their order, alike on CPU and GPU.
 
-    Σ (2i + 1) · (word i + 1) modulo 2^64 over 16-bit words (bytes where the size is odd). A single changed word always
-    shows, since odd factors lose nothing modulo 2^64. It guards against faults, not against forgery.
+    Σ (2i + 1) · (word i + 1) modulo 2^64 over words of 8 bytes, and over the single bytes of what is left. A single
+    changed word always shows, since odd factors lose nothing modulo 2^64. It guards against faults, not forgery.
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = flat.view(torch.int16) if flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0 else flat
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // 8 * 8
+    pieces = [*flat[:whole].view(torch.int64).split(_CHECKSUM_WORDS), flat[whole:].to(torch.int64)]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHECKSUM_WORDS):
-        piece = words[start : start + _CHECKSUM_WORDS].to(torch.int64)
-        factors = torch.arange(start, start + piece.numel(), dtype=torch.int64, device=tensor.device)
-        total += (piece.add_(1)).mul_(factors.mul_(2).add_(1)).sum()
+    start = 0
+    for piece in pieces:
+        factors = torch.arange(2 * start + 1, 2 * (start + piece.numel()) + 1, 2, device=tensor.device)
+        total += (piece + 1).mul_(factors).sum()
+        start += piece.numel()
     return int(total)
 
 
-_CHECKSUM_WORDS = 1 << 20
-"""At once: what bounds the memory that a checksum takes beside the tensor."""
+_CHECKSUM_WORDS = 1 << 18
+"""At once: what bounds the memory that a checksum takes beside the tensor, and keeps it in a cache."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

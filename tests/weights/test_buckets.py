@@ -58,6 +58,9 @@ def test_a_checksum_depends_on_every_bit_and_on_the_order() -> None:
                 flipped.view(torch.uint8)[word * tensor.itemsize + bit // 8] ^= 1 << bit % 8
                 assert checksum(flipped) != sum_
         assert checksum(tensor.flip(0)) != sum_ and checksum(tensor[:-1]) != sum_
+    # Where the bytes lie does not matter: a view that is not aligned, a piece of a packed buffer.
+    padded = torch.cat([torch.zeros(1, dtype=torch.uint8), torch.arange(100, dtype=torch.uint8)])
+    assert checksum(padded[1:]) == checksum(torch.arange(100, dtype=torch.uint8))
     assert checksum(torch.zeros(4)) != checksum(torch.zeros(6))
     assert checksum(torch.randn(3 << 20)) not in (0, 1), "more than one piece"
 
