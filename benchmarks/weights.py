@@ -44,7 +44,7 @@ HALF_A_BILLION: dict[str, Any] = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
-TWO_GIGABYTES = HALF_A_BILLION | {"hidden_size": 1792, "num_hidden_layers": 20, "vocab_size": 75968}
+TWO_GIGABYTES = HALF_A_BILLION | {"hidden_size": 1792, "num_hidden_layers": 27, "vocab_size": 75968}
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
 """Trainer's tensor and pipeline size, tensor size of the server."""
 UPDATES = 4
