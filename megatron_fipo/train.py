@@ -16,6 +16,9 @@ from megatron_fipo.configure import run_with_config
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch
 from megatron_fipo.launch.processes import die_with_parent, terminate_on_sigterm
 
+STOPPED = 75
+"""Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
+
 
 def main(config: Config) -> None:
     """Start the run's processes, or be one of them."""
@@ -50,8 +53,11 @@ def train(run: Any) -> None:
         run.log_step(sampled | updated, time.monotonic() - started)
         if run.is_due(run.config.validation.every):
             run.validate()
-        if run.is_due(run.config.checkpoint.every):
+        stops = run.step < run.config.run.steps and run.asked_to_stop()
+        if stops or run.is_due(run.config.checkpoint.every):
             run.save()
+        if stops:
+            sys.exit(STOPPED)
     run.finish()
 
 

@@ -29,6 +29,8 @@ from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.transfer import open_transfer
 
+STOP_FILE = "stop"
+
 
 class Trainer:
     """One run on this rank."""
@@ -141,6 +143,19 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps is due after this one; after the last step it always is."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
+
+    def asked_to_stop(self) -> bool:
+        """Whether somebody has put a file named stop into the run's directory, which this removes.
+
+        A file and not a signal: a job's signals reach servers and verifiers too, which would end on them.
+        """
+        asked = torch.zeros(1, dtype=torch.int64)
+        if self.first and (self.directory / STOP_FILE).exists():
+            (self.directory / STOP_FILE).unlink()
+            self.console.note(f"stopping after step {self.step}, as {self.directory / STOP_FILE} asks for")
+            asked += 1
+        torch.distributed.broadcast(asked, src=0)
+        return bool(asked.item())
 
     def save(self) -> None:
         """Write a checkpoint of the policy and of the loop."""

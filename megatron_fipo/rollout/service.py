@@ -80,7 +80,8 @@ class RolloutService:
                 )
             self.servers = [Server(address.rstrip("/")) for address in config.addresses]
         else:
-            self._token = secrets.token_urlsafe(32)
+            # Given where others, such as the trainer on another node, have to know it.
+            self._token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
             self.servers = []
 
     @property

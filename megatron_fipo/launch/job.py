@@ -1,0 +1,42 @@
+"""What a Slurm job has to know of its run, as shell assignments: `python -m megatron_fipo.launch.job experiment=…`.
+
+Judges the configuration as the trainer on its nodes will, so that a mistake ends the job before a node is used.
+"""
+
+import copy
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_fipo.config import Config
+from megatron_fipo.config_checks import ROLLOUT_TOKEN_VARIABLE, check
+from megatron_fipo.configure import run_with_config
+
+_LATER = "http://rollout-node:8000"
+
+
+def main(config: Config) -> None:
+    """Check the configuration and print the job's numbers."""
+    cluster = config.cluster
+    complete = copy.deepcopy(config)
+    if cluster.rollout_nodes:
+        # The addresses and the token that the job will give.
+        complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
+        os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
+    for warning in check(complete, world_size=cluster.trainer_nodes * cluster.gpus_per_node):
+        print(f"warning: {warning}", file=sys.stderr)
+    facts = {
+        "trainer_nodes": cluster.trainer_nodes,
+        "rollout_nodes": cluster.rollout_nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "max_retries": cluster.max_retries,
+        "start_timeout_s": int(config.rollout.start_timeout_s),
+        "run_directory": Path(config.run.directory).resolve(),
+    }
+    for name, value in facts.items():
+        print(f"{name}={shlex.quote(str(value))}")
+
+
+if __name__ == "__main__":
+    run_with_config(main, local=False)

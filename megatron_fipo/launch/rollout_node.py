@@ -1,0 +1,56 @@
+"""The vLLM servers of one rollout node of a Slurm job: `srun python -m megatron_fipo.launch.rollout_node OVERRIDES`.
+
+Starts as many servers as the node's GPUs allow, on the node's own address, guarded by the token in the environment.
+When they answer, their addresses appear in FIPO_ADDRESSES/<node>; when one of them dies, this ends with its log.
+"""
+
+import dataclasses
+import os
+import socket
+import time
+from pathlib import Path
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config
+from megatron_fipo.config_checks import ROLLOUT_TOKEN_VARIABLE
+from megatron_fipo.configure import run_with_config
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.launch.processes import terminate_on_sigterm
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.tracking.files import write_atomically
+
+_LOOK_EVERY_S = 1.0
+
+
+def main(config: Config) -> None:
+    """Run the node's servers until one dies (RolloutError) or SIGTERM."""
+    if not os.environ.get(ROLLOUT_TOKEN_VARIABLE):
+        raise RolloutError(f"{ROLLOUT_TOKEN_VARIABLE} is not set: the trainer would not know the servers' token")
+    terminate_on_sigterm()
+    node = os.environ["SLURMD_NODENAME"]
+    # The whole node is theirs: no GPU is a trainer's.
+    os.environ["LOCAL_WORLD_SIZE"] = "0"
+    settings = dataclasses.replace(
+        config.rollout,
+        addresses=[],
+        servers=max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel),
+        host=str(socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)[0][4][0]),
+    )
+    service = RolloutService(
+        settings,
+        resolve_embedded(config.model.path),
+        Path(config.run.directory) / "rollout" / node,
+        config.run.seed,
+        config.model.max_position_embeddings,
+    )
+    with service:
+        service.start()
+        service.wait_ready()
+        write_atomically(Path(os.environ["FIPO_ADDRESSES"]) / node, ",".join(s.url for s in service.servers))
+        while True:
+            service.check()
+            time.sleep(_LOOK_EVERY_S)
+
+
+if __name__ == "__main__":
+    run_with_config(main, local=False)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A model between Hugging Face and a distributed checkpoint, on one node's CPU: the arguments of tools/convert_hf.py.
+#
+#   sbatch --account=… --partition=… slurm/convert.sh to-hf runs/R/checkpoints/step-000100 TARGET --model MODEL
+#SBATCH --job-name=convert
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --mem=0
+#SBATCH --output=%x-%j.out
+
+FIPO_ROOT=${FIPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+# shellcheck source=slurm/lib/launch.sh
+. "$FIPO_ROOT/slurm/lib/launch.sh" || exit 1
+site_values
+cd "$FIPO_ROOT" || exit 1
+# shellcheck disable=SC2154 # set by site_values
+step --ntasks=1 "$python" tools/convert_hf.py "$@"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The DAPO baseline of FIPO 32B.
+#
+#   sbatch --account=… --partition=… slurm/dapo_32b.sh [OVERRIDE...]     from the checkout
+#   slurm/dapo_32b.sh [OVERRIDE...]            checks the overrides first and asks for as many nodes as they want
+#
+# Nodes: cluster.trainer_nodes + cluster.rollout_nodes. Site values and everything else: docs/cluster.md.
+#SBATCH --job-name=dapo_32b
+#SBATCH --nodes=16
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@900
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# Slurm runs a copy of this file: the checkout is where sbatch was called, or FIPO_ROOT.
+FIPO_ROOT=${FIPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+# shellcheck source=slurm/lib/launch.sh
+. "$FIPO_ROOT/slurm/lib/launch.sh" || exit 1
+launch_run dapo_32b "$@"

@@ -1,0 +1,234 @@
+# The one launch library of slurm/*.sh. Sourced, with bash.
+#
+# Site values come from sbatch's command line, from the environment, or from one file (FIPO_SITE, or slurm/site.sh):
+#   FIPO_PYTHON             the interpreter, on every node            (.venv/bin/python of the checkout)
+#   FIPO_CONTAINER_IMAGE    image for pyxis' srun options             (none: no container)
+#   FIPO_CONTAINER_MOUNTS   its mounts beside the checkout            (none)
+#   FIPO_NETWORK_INTERFACE  interface of NCCL's and gloo's sockets    (their own choice)
+#   FIPO_SBATCH_OPTIONS     of sbatch, when the script is called and not given to sbatch: --account=… --partition=…
+# shellcheck shell=bash
+
+set -uo pipefail
+
+say() { printf '%s slurm: %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+die() {
+  say "$2"
+  exit "$1"
+}
+
+site_values() {
+  local site=${FIPO_SITE:-$FIPO_ROOT/slurm/site.sh}
+  # shellcheck source=/dev/null
+  if [ -e "$site" ]; then . "$site"; elif [ -n "${FIPO_SITE:-}" ]; then die 2 "FIPO_SITE=$site does not exist"; fi
+  python=${FIPO_PYTHON:-$FIPO_ROOT/.venv/bin/python}
+  container=()
+  if [ -n "${FIPO_CONTAINER_IMAGE:-}" ]; then
+    local mounts=$FIPO_ROOT:$FIPO_ROOT${FIPO_CONTAINER_MOUNTS:+,$FIPO_CONTAINER_MOUNTS}
+    container=("--container-image=$FIPO_CONTAINER_IMAGE" "--container-mounts=$mounts" "--container-workdir=$FIPO_ROOT")
+  fi
+  if [ -n "${FIPO_NETWORK_INTERFACE:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$FIPO_NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$FIPO_NETWORK_INTERFACE
+  fi
+  export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+}
+
+# What launch/job.py prints.
+trainer_nodes=0 rollout_nodes=0 gpus_per_node=0 max_retries=0 start_timeout_s=0 run_directory=
+
+# Judge the overrides, and learn how many nodes of which kind they want.
+read_job() {
+  local facts
+  facts=$("$python" -m megatron_fipo.launch.job "$@") || exit $?
+  eval "$facts"
+}
+
+# All tasks of a step end when one fails; a step of this job never waits for another's resources.
+step() { srun --overlap --kill-on-bad-exit=1 "${container[@]}" "$@"; }
+
+# Wait for a background process to its end, whatever signals the traps have taken meanwhile. Returns its status.
+wait_for() {
+  local status
+  while :; do
+    wait "$1"
+    status=$?
+    if [ "$status" -le 128 ] || ! kill -0 "$1" 2>/dev/null; then return "$status"; fi
+  done
+}
+
+join() {
+  local IFS=,
+  printf '%s' "$*"
+}
+
+newest_checkpoint() {
+  find "$run_directory/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
+}
+
+# Count starts in a row that found no newer checkpoint than the one before; give up above cluster.max_retries.
+count_attempt() {
+  local last='' count=0 now
+  now=$(newest_checkpoint)
+  if [ -e "$run_directory/attempts" ]; then read -r count last <"$run_directory/attempts"; fi
+  if [ -e "$run_directory/attempts" ] && [ "$last" = "$now" ]; then count=$((count + 1)); else count=0; fi
+  printf '%s %s\n' "$count" "$now" >"$run_directory/attempts.new"
+  mv "$run_directory/attempts.new" "$run_directory/attempts"
+  if [ "$count" -gt "$max_retries" ]; then
+    die 1 "giving up: $count restarts without a new checkpoint (newest: ${now:-none}; cluster.max_retries=$max_retries)"
+  fi
+}
+
+# Sets good_nodes to the nodes that can be used.
+check_nodes() {
+  local facts=$run_directory/nodes list
+  rm -rf "$facts"
+  mkdir -p "$facts"
+  srun --overlap --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "${container[@]}" \
+    "$python" -m megatron_fipo.launch.node_check look "$facts" || say "some nodes failed their check"
+  list=$("$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
+  mapfile -t good_nodes <<<"$list"
+  local needed=$((trainer_nodes + rollout_nodes))
+  if [ "${#good_nodes[@]}" -lt "$needed" ] || [ -z "${good_nodes[0]}" ]; then
+    die 1 "$needed nodes are needed, and ${#nodes[@]} were given, of which these are good: ${good_nodes[*]}"
+  fi
+  # The warnings left out are about addresses without a name.
+  TORCH_CPP_LOG_LEVEL=ERROR step --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
+    --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 60 ||
+    die 1 "the nodes cannot add numbers up together; the first message above names the node"
+}
+
+start_servers() {
+  addresses=$run_directory/addresses
+  rm -rf "$addresses"
+  mkdir -p "$addresses"
+  FIPO_ADDRESSES=$addresses step --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
+    --nodelist="$(join "${good_nodes[@]:trainer_nodes:rollout_nodes}")" --label \
+    --output="$run_directory/logs/rollout-%N.log" \
+    "$python" -m megatron_fipo.launch.rollout_node "$@" 2>"$run_directory/logs/rollout.err" &
+  servers=$!
+  local deadline=$((SECONDS + start_timeout_s + 60))
+  until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "$rollout_nodes" ]; do
+    if ! kill -0 "$servers" 2>/dev/null; then
+      first_failure rollout
+      return 1
+    fi
+    if [ "$SECONDS" -gt "$deadline" ]; then
+      say "the servers of some rollout nodes did not answer in time; those that do: $(ls "$addresses")"
+      return 1
+    fi
+    sleep 0.5
+  done
+}
+
+stop_servers() {
+  if [ -n "$servers" ]; then
+    kill -TERM "$servers" 2>/dev/null
+    wait_for "$servers"
+    servers=
+  fi
+}
+
+# Show the last lines of the task that srun saw fail first.
+first_failure() {
+  local what=$1 line node task log
+  line=$(grep -m 1 -E 'srun: error: [^:]+: tasks? [0-9]' "$run_directory/logs/$what.err")
+  node=$(sed -E 's/.*error: ([^:]+): tasks?.*/\1/' <<<"$line")
+  task=$(sed -E 's/.*: tasks? ([0-9]+).*/\1/' <<<"$line")
+  log=$run_directory/logs/$what-$node.log
+  if [ -z "$line" ] || [ ! -e "$log" ]; then
+    say "the $what step failed: $(tail -n 3 "$run_directory/logs/$what.err" 2>/dev/null)"
+    return
+  fi
+  say "$what task $task on $node failed first; the end of $log:"
+  grep -E "^ *$task: " "$log" | tail -n 30 >&2
+}
+
+# One start of servers and trainer. Returns the trainer's status.
+attempt() {
+  local given=() trainer status
+  check_nodes
+  printf '%s\n' "${good_nodes[@]}" >"$run_directory/nodes.txt"
+  servers=
+  if [ "$rollout_nodes" -gt 0 ]; then
+    start_servers "$@" || {
+      stop_servers
+      return 1
+    }
+    given=(rollout.servers=0 "rollout.addresses=[$(cat "$addresses"/* | sed 's#http#,http#g; s#,,#,#g; s#^,##')]")
+  fi
+  if [ -n "$stopping" ]; then
+    stop_servers
+    return 75
+  fi
+  step --nodes="$trainer_nodes" --ntasks=$((trainer_nodes * gpus_per_node)) --ntasks-per-node="$gpus_per_node" \
+    --nodelist="$(join "${good_nodes[@]:0:trainer_nodes}")" --label --output="$run_directory/logs/trainer-%N.log" \
+    "$python" -m megatron_fipo.train "$@" "${given[@]}" 2>"$run_directory/logs/trainer.err" &
+  trainer=$!
+  tail -q -n 0 -F --pid="$trainer" "$run_directory/logs/trainer-${good_nodes[0]}.log" 2>/dev/null |
+    sed -u -n 's/^ *0: //p' &
+  wait_for "$trainer"
+  status=$?
+  if [ "$status" -ne 0 ] && [ -z "$stopping" ]; then
+    if [ -n "$servers" ] && ! kill -0 "$servers" 2>/dev/null; then first_failure rollout; fi
+    first_failure trainer
+  fi
+  stop_servers
+  return "$status"
+}
+
+prepare_directory() {
+  mkdir -p "$run_directory/logs"
+  rm -f "$run_directory/stop"
+  (
+    umask 077
+    [ -s "$run_directory/rollout.token" ] ||
+      "$python" -c 'import secrets; print(secrets.token_urlsafe(32))' >"$run_directory/rollout.token"
+  )
+  FIPO_ROLLOUT_TOKEN=$(cat "$run_directory/rollout.token")
+  export FIPO_ROLLOUT_TOKEN
+  {
+    printf 'job %s, start %s, %s\n' "$SLURM_JOB_ID" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$(date -Is)"
+    printf 'commit %s\n' "$(git -C "$FIPO_ROOT" describe --always --dirty --abbrev=40 2>/dev/null || echo unknown)"
+    printf 'nodes %s\noverrides %s\n' "$SLURM_JOB_NODELIST" "$*"
+  } >>"$run_directory/job.txt"
+}
+
+# Called by the user and not by sbatch: check the overrides here, then submit with the number of nodes they want.
+submit() {
+  local script=$1
+  shift
+  read_job "$@"
+  # shellcheck disable=SC2086 # several options
+  exec sbatch --nodes=$((trainer_nodes + rollout_nodes)) ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
+}
+
+# launch_run EXPERIMENT [OVERRIDE...]: the whole job. An experiment among the overrides replaces the script's own.
+launch_run() {
+  local experiment=$1 script status
+  shift
+  script=$(readlink -f "$0")
+  export FIPO_ROOT
+  site_values
+  cd "$FIPO_ROOT" || exit 1
+  case " $*" in *" experiment="*) ;; *) set -- "experiment=$experiment" "$@" ;; esac
+  if [ -z "${SLURM_JOB_ID:-}" ]; then submit "$script" "$@"; fi
+  # A requeued job has its number again, and so finds its directory.
+  set -- "run.directory=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
+  read_job "$@"
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  prepare_directory "$@"
+  stopping=
+  trap 'stopping=1; say "asked to stop: the step in progress is finished and saved"; : >"$run_directory/stop"' USR1
+  while :; do
+    count_attempt
+    attempt "$@"
+    status=$?
+    if [ -n "$stopping" ] && [ "$status" -ne 0 ]; then
+      say "saved $(newest_checkpoint); job $SLURM_JOB_ID goes back into the queue and resumes there"
+      scontrol requeue "$SLURM_JOB_ID" && sleep 300
+      exit 75
+    fi
+    # 0: done; 2: a configuration that no retry makes right; 75: somebody put the stop file there.
+    case $status in 0 | 2 | 75) exit "$status" ;; esac
+    say "the run ended with status $status and starts again from its newest checkpoint: $(newest_checkpoint)"
+  done
+}
