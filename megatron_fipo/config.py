@@ -265,8 +265,8 @@ class RolloutConfig:
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", above=0)
     checksum_every: int = setting(
         10,
-        "Compare a checksum of each tensor as sent and as received in the first weight update and in every so many "
-        "steps' ones; a difference ends the run. 0 is never.",
+        "Compare a checksum of each tensor as sent and as received in weight updates whose step is a multiple of "
+        "this, step 0 included; a difference ends the run. 0 is never.",
         minimum=0,
     )
 
