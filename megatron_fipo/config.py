@@ -5,32 +5,10 @@ beside the default, so that validation (`config_checks.py`), `--help` and docs/c
 """
 
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, get_args
 
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A configuration field with its documentation and its range.
-
-    `minimum` and `maximum` are inclusive, `above` is exclusive. A default of None means the key may be left out.
-    """
-    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(kind: type) -> Any:
-    """A nested group of fields with that group's own defaults."""
-    return field(default_factory=kind)
+from megatron_fipo.settings import section, setting
 
 
 @dataclass
@@ -49,9 +27,7 @@ class RunConfig:
         "never: refuse a directory that already holds a run.",
         choices=("auto", "never"),
     )
-    collective_timeout_s: float = setting(
-        3600.0, "Longest wait of one process for the others, rollouts included, in seconds.", above=0
-    )
+    collective_timeout_s: float = setting(3600.0, "Longest wait for other ranks, rollouts included, in s.", above=0)
 
 
 @dataclass

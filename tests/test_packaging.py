@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "yaml": "pyyaml"}
 # The engine is one of two packages, which the extras cpu and cuda choose between; both bring torch's own companions.
 ENGINE = {"vllm"}
+# A dependency of torch's CUDA builds, imported only where there is CUDA.
+WITH_CUDA = {"triton"}
 # Their CUDA builds break transformers beside a CPU torch; torch itself is installed by name.
 TORCH_FAMILY = {"torch", "torchaudio", "torchcodec", "torchvision"}
 WITHOUT_DEPENDENCIES = {"xgrammar"}
@@ -67,7 +69,7 @@ def imported(folder: str) -> Iterator[tuple[str, Path]]:
 @pytest.mark.parametrize(("folder", "extras"), [("megatron_fipo", []), ("tests", ["dev"]), ("tools", ["dev"])])
 def test_every_import_is_declared(declared: dict[str, Any], folder: str, extras: list[str]) -> None:
     requirements = [*declared["install_requires"], *(r for extra in extras for r in declared["extras_require"][extra])]
-    known = {distribution(requirement) for requirement in requirements} | ENGINE | {"setuptools"}
+    known = {distribution(requirement) for requirement in requirements} | ENGINE | WITH_CUDA | {"setuptools"}
     own = {"megatron_fipo", "tests", "tools"} | set(sys.stdlib_module_names)
     missing = {
         f"{name} in {path.relative_to(ROOT)}"

@@ -94,8 +94,8 @@ class Policy:
         """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights.
 
         Returns:
-            log_prob_diff_mean and _max: |log π_trainer − log π_engine| over the sampled tokens of fresh sequences, whose
-            engine had these very weights. The same on every rank; empty if there are none.
+            log_prob_diff_mean and _max: |log π_trainer − log π_engine| over the sampled tokens of fresh sequences,
+            whose engine had these very weights. The same on every rank; empty if there are none.
         """
         parts = []
         for mini_batch in mini_batches:
