@@ -45,27 +45,32 @@ class Cluster:
 
     def __init__(self, nodes: int):
         self.names = [f"node{number}" for number in range(1, nodes + 1)]
-        # Not pytest's directory: a socket's path is short.
-        self.directory = Path(tempfile.mkdtemp(prefix="slurm-"))
+        # One place, where what a killed test left is found; not pytest's, since a socket's path is short.
+        self.directory = Path(tempfile.gettempdir(), "fipo-slurm")
         self.environment = _environment() | {"SLURM_CONF": str(self.directory / "slurm.conf")}
         self._pid_files = [f"slurmd.{name}.pid" for name in self.names] + ["slurmctld.pid", "munged.pid"]
 
     def __enter__(self) -> "Cluster":
+        self._take_down()
         try:
             self._write_configuration()
             self._network_up()
             self._start()
             wait_until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.names), 60)
         except BaseException:
-            self.__exit__()
+            self._take_down()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(subprocess.SubprocessError):
-            for job in self.run("squeue", "-h", "-o", "%A").split():
-                self.run("scancel", job)
-            wait_until(lambda: not self.run("squeue", "-h"), 20)
+        self._take_down()
+
+    def _take_down(self) -> None:
+        if (self.directory / "slurmctld.pid").exists():
+            with contextlib.suppress(subprocess.SubprocessError, AssertionError):
+                for job in self.run("squeue", "-h", "-o", "%A").split():
+                    self.run("scancel", job)
+                wait_until(lambda: not self.run("squeue", "-h"), 20)
         for name in self._pid_files:
             self._stop_daemon(self.directory / name)
         for name in self.names:
@@ -95,7 +100,7 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         directory = self.directory
-        directory.chmod(0o755)
+        directory.mkdir()
         (directory / "state").mkdir(mode=0o700)
         for index in range(_GPUS):
             (directory / f"gpu{index}").symlink_to("/dev/null")
@@ -184,6 +189,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         if not pid_file.exists():
             return
         pid = int(pid_file.read_text())
+        command = Path(f"/proc/{pid}/cmdline")
+        if not command.exists() or str(self.directory) not in command.read_text():
+            return  # the number is somebody else's by now
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(AssertionError):

@@ -84,7 +84,7 @@ def test_requeued_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, 
     def told() -> str:
         return f"{cluster.state(job)}\n{output(tmp_path)[-4000:]}\n{cluster.log()}"
 
-    wait_until(lambda: len(steps(run)) >= 2, 200, told)
+    wait_until(lambda: len(steps(run)) >= 2, 250, told)
     token = run / "rollout.token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert token.read_text().strip() not in output(tmp_path) + (run / "job.txt").read_text()
@@ -96,7 +96,7 @@ def test_requeued_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, 
     used = (run / "nodes.txt").read_text().split()
     cluster.run("scontrol", "update", f"nodename={used[0]}", "state=down", "reason=test")
     cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
-    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 300, told)
+    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 250, told)
     assert cluster.state(job) == "COMPLETED", told()
     assert steps(run) == list(range(1, STEPS + 1)), "a step was lost or repeated"
     assert f"resumed from {run}/checkpoints/step-{saved:06d}" in output(tmp_path)
