@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fipo.config import Config, ParallelConfig
@@ -79,6 +80,7 @@ def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator
             context_parallel_size=parallel.context,
             create_gloo_process_groups=False,  # those would wait for the other ranks
         )
+        model_parallel_cuda_manual_seed(1)  # of the initialisation, which draws nothing on the meta device
         yield
     finally:
         parallel_state.destroy_model_parallel()
