@@ -1,12 +1,13 @@
 """Starts training runs as a user does, and reads what they wrote."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,24 @@ def start(directory: Path, *overrides: str, token: str = "") -> subprocess.Popen
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
         )
+
+
+def _heed_ctrl_c() -> None:
+    """A test run started in the background ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A run that is killed at the end if it is still there, so that a failed test leaves nothing running."""
+    process = start(directory, *overrides)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            end(process)
 
 
 def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 300) -> str:

@@ -90,9 +90,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.run(whole, *settings)
 
-    process = runs.start(broken, *settings)
-    runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
-    runs.end(process)
+    with runs.started(broken, *settings):
+        runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
     output = runs.run(broken, *settings)
@@ -108,22 +107,22 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    process = runs.start(tmp_path, *SMALL, "run.steps=1000")
-    runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    with runs.started(tmp_path, *SMALL, "run.steps=1000") as process:
+        runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 128 + signal.SIGINT
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
     assert "Traceback" not in runs.output(tmp_path)
 
 
 def test_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""
-    process = runs.start(tmp_path, *SMALL, "run.steps=1000")
-    runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
-    servers = [p for p in runs.processes_of(tmp_path) if "megatron_fipo.rollout.server" in " ".join(p.cmdline())]
-    for server in servers:
-        server.kill()
-    assert process.wait(timeout=90) != 0
+    with runs.started(tmp_path, *SMALL, "run.steps=1000") as process:
+        runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        for member in runs.processes_of(tmp_path):
+            if "megatron_fipo.rollout.server" in " ".join(member.cmdline()):
+                member.kill()
+        assert process.wait(timeout=90) != 0
     assert "the vLLM server at http://127.0.0.1" in runs.output(tmp_path)
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
 
