@@ -45,13 +45,7 @@ def start(directory: Path, *overrides: str, token: str = "") -> subprocess.Popen
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            preexec_fn=_heed_ctrl_c,
         )
-
-
-def _heed_ctrl_c() -> None:
-    """A test run started in the background ignores SIGINT, and its children would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Credit and log-probs on CUDA against the CPU, which tests/algorithm and tests/policy hold against the formulas."""
 
+import pytest
 import torch
 
 from megatron_fipo.algorithm.credit import suffix_scan
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
+
+pytestmark = pytest.mark.gpu
 
 
 def test_suffix_scan() -> None:

@@ -11,6 +11,8 @@ import torch
 from tests.distributed import run_ranks
 from tests.policy.test_layouts import case  # noqa: F401  the fixture
 
+pytestmark = pytest.mark.gpu
+
 
 def worst_error(case: dict[str, Any], **layout: Any) -> float:  # noqa: F811
     folder = case["folder"]
