@@ -20,10 +20,10 @@ from megatron_fipo.config import Config
 from megatron_fipo.config_checks import check
 from megatron_fipo.configure import run_with_config
 from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, remedies, trainer_world_size
 from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
 from megatron_fipo.launch.timing import model_bytes, rollout_servers
-from megatron_fipo.tracking.files import write_json_atomically
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 

@@ -14,11 +14,12 @@ here is a function of its seed. To make the files again:
 import argparse
 import io
 import json
-import os
 import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+
+from megatron_fipo.files import write_atomically
 
 CHARACTERS = "\n0123456789+=.:; ?ACSacenrskhTotlw"
 """Every character of the task's texts; the tokenizer has one token for each."""
@@ -71,8 +72,9 @@ def write_problems(directory: Path, seed: int = 0) -> None:
         distinct.setdefault(prompt(digits), answer(digits))
     rows = [_row(text, truth) for text, truth in distinct.items()]
     # The first problems drawn have the distribution of `problem`; later ones miss the short sums that ran out.
-    _write(directory / "tiny_validation.jsonl", "".join(rows[:VALIDATION_SIZE]).encode())
-    _write(directory / "tiny_train.jsonl", "".join(rows[VALIDATION_SIZE:]).encode())
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "tiny_validation.jsonl", "".join(rows[:VALIDATION_SIZE]).encode())
+    write_atomically(directory / "tiny_train.jsonl", "".join(rows[VALIDATION_SIZE:]).encode())
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -106,10 +108,11 @@ def write_tokenizer(directory: Path) -> None:
         user_defined_symbols=given,
         minloglevel=2,
     )
-    _write(directory / "tokenizer.model", model.getvalue())
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "tokenizer.model", model.getvalue())
     special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     settings = {"add_bos_token": True, "add_eos_token": False, **special}
-    _write(directory / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_atomically(directory / "tokenizer_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def _row(text: str, truth: str) -> str:
@@ -119,16 +122,6 @@ def _row(text: str, truth: str) -> str:
         "reward_model": {"ground_truth": truth},
     }
     return json.dumps(row, separators=(",", ":")) + "\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def main() -> None:

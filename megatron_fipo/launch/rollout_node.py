@@ -15,9 +15,9 @@ from megatron_fipo.config import Config
 from megatron_fipo.config_checks import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.configure import run_with_config
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.files import write_atomically
 from megatron_fipo.launch.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
-from megatron_fipo.tracking.files import write_atomically
 
 _LOOK_EVERY_S = 1.0
 

@@ -6,7 +6,6 @@ are done, so a directory of that name is complete by construction and there is n
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
+from megatron_fipo.files import sync, write_json_atomically
 from megatron_fipo.policy.update import Policy
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
@@ -63,10 +63,10 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
     dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
     torch.distributed.barrier()
     if first:
-        _write_durably(partial / _TRAINER_STATE, json.dumps(trainer_state))
+        write_json_atomically(partial / _TRAINER_STATE, trainer_state)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _sync_directory(directory)
+        sync(directory)
         if keep:
             for old in _complete(directory)[:-keep]:
                 shutil.rmtree(old)
@@ -107,18 +107,3 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     state["optimizer"] = policy.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
     state["scheduler"] = policy.scheduler.state_dict()
     return state
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_fipo.files import write_atomically
 from megatron_fipo.samples import Group
-from megatron_fipo.tracking.files import write_atomically
 
 _PER_GROUP = 4
 _RULE = "=" * 100

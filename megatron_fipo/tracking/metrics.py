@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_fipo.config import TrackingConfig
 from megatron_fipo.errors import DataError
-from megatron_fipo.tracking.files import write_atomically
+from megatron_fipo.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"

@@ -7,8 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from megatron_fipo.files import write_atomically
 from megatron_fipo.tracking.console_table import duration
-from megatron_fipo.tracking.files import write_atomically
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
 from megatron_fipo.tracking.plots import PANELS, draw
 

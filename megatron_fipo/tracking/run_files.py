@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_fipo.config import Config
-from megatron_fipo.tracking.files import write_atomically, write_json_atomically
+from megatron_fipo.files import write_atomically, write_json_atomically
 
 _PACKAGES = (
     "megatron-fipo",

@@ -27,10 +27,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_fipo.errors import WeightError
+from megatron_fipo.files import sync
 from megatron_fipo.weights.architectures import FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
-from megatron_fipo.weights.staging import Staging, sync
+from megatron_fipo.weights.staging import Staging
 
 METADATA = ".metadata"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import WeightError
+from megatron_fipo.files import sync, write_json_atomically
 from megatron_fipo.weights.huggingface import INDEX, SAFETENSORS_TYPES, SINGLE, TensorInfo
-from megatron_fipo.weights.staging import Staging, sync, write_json
+from megatron_fipo.weights.staging import Staging
 
 CARRIED_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".md"}
 CARRIED_NAMES = {"LICENSE", "NOTICE", "USE_POLICY"}
@@ -107,7 +108,7 @@ class HuggingFaceWriter:
         if len(self._shards) > 1:
             weight_map = {name: shard.file_name for name, shard in self._shard_of.items()}
             total = sum(info.nbytes for info in self._info.values())
-            write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json_atomically(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         carry_files(self.source, directory, _main_dtype(self._info.values()))
         self._staging.commit()
 
@@ -121,7 +122,7 @@ def carry_files(source: Path, directory: Path, dtype: torch.dtype) -> None:
             sync(directory / path.name)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    write_json(directory / "config.json", config)
+    write_json_atomically(directory / "config.json", config)
 
 
 _NOT_CARRIED = {"metadata.json", "trainer.json"}

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from megatron_fipo.errors import WeightError
+from megatron_fipo.files import sync
 
 JOURNAL, LOCK = "journal.jsonl", "lock"
 
@@ -102,18 +103,3 @@ class Staging:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` durably, indented."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Have the file or directory on storage before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

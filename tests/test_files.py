@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_fipo.tracking.files import write_atomically, write_json_atomically
+from megatron_fipo.files import write_atomically, write_json_atomically
 
 
 def test_replaces_whole_files(tmp_path):
