@@ -123,7 +123,7 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def build_model(config: Config, geometry: Geometry, device: torch.device | None = None) -> list[GPTModel]:
-    """This rank's pipeline chunks, weights uninitialised: `weights.reshard.load_into` fills them.
+    """This rank's pipeline chunks with random weights; `weights.reshard.load_into` fills them.
 
     Returns:
         One model, or `parallel.virtual_pipeline` of them, on `device` or else this rank's.
