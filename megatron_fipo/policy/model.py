@@ -20,8 +20,6 @@ from megatron_fipo.policy import platform
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention
 from megatron_fipo.weights.architectures import Geometry
 
-_FP8_RECIPES = {"delayed": "delayed", "tensorwise": "tensorwise", "blockwise": "blockwise", "mxfp8": "mxfp8"}
-
 
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Create Megatron-Core's process groups for the layout, over the process group that is already joined."""
@@ -107,7 +105,7 @@ def _schedule_settings(parallel: ParallelConfig) -> dict[str, Any]:
 def _precision_settings(model: ModelConfig) -> dict[str, Any]:
     if model.fp8 == "off":
         return {}
-    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": _FP8_RECIPES[model.fp8]}
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": model.fp8}
     if model.fp8 != "delayed":
         # The first and last layers are the most sensitive; delayed scaling cannot tell layers apart.
         settings |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}

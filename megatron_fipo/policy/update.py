@@ -124,7 +124,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
-        parts = self._run(mini_batch, partial(self._loss, loss or self._policy_loss), forward_only=False)
+        parts = self._run(mini_batch, loss or self._policy_loss, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         sound = math.isfinite(grad_norm)
@@ -169,11 +169,6 @@ class Policy:
 
     def _collect_log_probs(self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
         return self.log_probs(micro_batch, logits)[0]
-
-    @staticmethod
-    def _loss(loss: LossFunction, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss_sum, normaliser, statistics = loss(micro_batch, logits)
-        return loss_sum, normaliser.clone(), statistics  # the schedule adds up the normaliser in place
 
     def _policy_loss(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         log_probs, entropy = self.log_probs(micro_batch, logits)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_fipo.algorithm import credit
 from megatron_fipo.algorithm.zigzag import zigzag_positions
 from megatron_fipo.config import FutureKLConfig
+from tests.algorithm.groups import GroupInTurn
 
 C = 10.0
 LONGEST = 20_480
@@ -118,26 +119,14 @@ def test_context_parallel_carry(ranks: int, monkeypatch: pytest.MonkeyPatch) -> 
         for r in range(ranks)
     ]
 
-    class Group:
-        """Stands for a process group of which this test is every member in turn."""
-
-        def __init__(self, rank: int):
-            self._rank = rank
-
-        def rank(self) -> int:
-            return self._rank
-
-        def size(self) -> int:
-            return ranks
-
-    def all_gather(target: list[torch.Tensor], mine: torch.Tensor, group: Group) -> None:
+    def all_gather(target: list[torch.Tensor], mine: torch.Tensor, group: GroupInTurn) -> None:
         torch.testing.assert_close(mine, heads[group.rank()])
         for slot, head in zip(target, heads, strict=True):
             slot.copy_(head)
 
     monkeypatch.setattr(credit.torch.distributed, "all_gather", all_gather)
     for rank in range(ranks):
-        local = credit.future_kl(values[:, positions[rank]], 32.0, Group(rank))  # type: ignore[arg-type]
+        local = credit.future_kl(values[:, positions[rank]], 32.0, GroupInTurn(rank, ranks))  # type: ignore[arg-type]
         torch.testing.assert_close(local, whole[:, positions[rank]], rtol=1e-12, atol=1e-12)
 
 

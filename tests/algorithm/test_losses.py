@@ -16,6 +16,7 @@ from megatron_fipo.algorithm.losses import LOSSES, LossInputs, policy_loss
 from megatron_fipo.algorithm.statistics import combine, metrics
 from megatron_fipo.algorithm.zigzag import zigzag_positions
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, FutureKLConfig
+from tests.algorithm.groups import GroupInTurn
 from tests.algorithm.plain import PLAIN, plain_loss
 
 DAPO = AlgorithmConfig(loss_mode="vanilla")
@@ -205,23 +206,11 @@ def test_a_sequence_ratio_is_the_same_when_context_parallelism_cuts_the_row(
     moved = torch.where(whole.response_mask, (whole.log_probs - whole.old_log_probs).detach(), 0.0)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(moved.sum(1, keepdim=True)))
 
-    class Group:
-        """Stands for a process group of which this test is every member in turn."""
-
-        def __init__(self, rank: int):
-            self._rank = rank
-
-        def rank(self) -> int:
-            return self._rank
-
-        def size(self) -> int:
-            return 2
-
     by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask")
     parts = []
     for rank, columns in enumerate(zigzag_positions(16, 2, torch.device("cpu"))):
         cut = {name: getattr(whole, name)[:, columns] for name in by_token}
-        parts.append(policy_loss(dataclasses.replace(whole, **cut, context_group=Group(rank)), config))
+        parts.append(policy_loss(dataclasses.replace(whole, **cut, context_group=GroupInTurn(rank, 2)), config))
     loss_sum, normaliser, _ = policy_loss(whole, config)
     torch.testing.assert_close(parts[0][0] + parts[1][0], loss_sum, rtol=1e-12, atol=1e-12)
     assert parts[0][1] + parts[1][1] == normaliser
