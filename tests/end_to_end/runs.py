@@ -105,6 +105,14 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float) -> Non
         time.sleep(0.1)
 
 
+def kill_servers_of(directory: Path) -> None:
+    """SIGKILL to every vLLM process of the run; the end of one may end others before their turn."""
+    for process in processes_of(directory):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, which has no command line, is one of these
+            if "megatron_fipo.rollout.server" in " ".join(process.cmdline()):
+                process.kill()
+
+
 def processes_of(directory: Path) -> list[psutil.Process]:
     """Processes, at any depth, that belong to the run in `directory`: its ranks name it, its servers log to it."""
     found = []

@@ -119,9 +119,7 @@ def test_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""
     with runs.started(tmp_path, *SMALL, "run.steps=1000") as process:
         runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
-        for member in runs.processes_of(tmp_path):
-            if "megatron_fipo.rollout.server" in " ".join(member.cmdline()):
-                member.kill()
+        runs.kill_servers_of(tmp_path)
         assert process.wait(timeout=90) != 0
     assert "the vLLM server at http://127.0.0.1" in runs.output(tmp_path)
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
