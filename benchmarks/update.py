@@ -16,7 +16,7 @@ from benchmarks.measure import machine, once, seconds
 from megatron_fipo.algorithm.losses import LossInputs, policy_loss
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, FutureKLConfig
-from megatron_fipo.configure import load_config
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import Sequences
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fipo.config import Config
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory
 from megatron_fipo.launch.memory import GIB

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fipo.config import Config
-from megatron_fipo.config_checks import check
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import FipoError, WeightError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, remedies, trainer_world_size

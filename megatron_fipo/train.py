@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch
 from megatron_fipo.launch.processes import die_with_parent, terminate_on_sigterm
 

@@ -17,8 +17,8 @@ import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, every_setting
-from megatron_fipo.config_checks import check
-from megatron_fipo.configure import configuration_directory, load_config
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.configure import configuration_directory, load_config
 from megatron_fipo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ SERVER = "rollout.addresses=[http://10.0.0.1:8000]"
 # An entry point that does nothing but say that it was reached, and what has been imported by then.
 PROBE = """
 import sys
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import FipoError
 
 def main(config):

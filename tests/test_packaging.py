@@ -128,7 +128,7 @@ def test_the_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     assert not any(name.startswith(("tests/", "conf/", "tools/")) for name in shipped)
 
     script = (
-        "from megatron_fipo.configure import load_config, configuration_directory;"
+        "from megatron_fipo.config.configure import load_config, configuration_directory;"
         "print(load_config(['experiment=dapo_32b']).algorithm.name, configuration_directory())"
     )
     ended = subprocess.run(

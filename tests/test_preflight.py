@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.configure import load_config
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
 from megatron_fipo.launch.memory import GIB
 from megatron_fipo.planner import layouts

@@ -13,14 +13,14 @@ from types import NoneType
 from typing import Any, get_args
 
 from megatron_fipo.config import every_setting, sections
-from megatron_fipo.configure import configuration_directory, configuration_groups
+from megatron_fipo.config.configure import configuration_directory, configuration_groups
 
 _OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
 _HEADER = """\
 # Configuration
 
-<!-- Written by tools/reference.py from megatron_fipo/config.py and conf/: change those, then `make format`. -->
+<!-- Written by tools/reference.py from megatron_fipo/config/ and conf/: change those, then `make format`. -->
 
 A run is one choice from each group of `conf/` plus an **experiment**, which chooses from the other groups and sets the
 sizes. Precedence, weakest first: the schema's defaults, the groups' files, the experiment's own lines, single keys on

@@ -17,7 +17,7 @@ from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
 from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
 
-_CHECKED = "config_checks refuses a loss without the settings that it reads"
+_CHECKED = "config/checks.py refuses a loss without the settings that it reads"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.config_checks import ROLLOUT_TOKEN_VARIABLE, check
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
+from megatron_fipo.config.configure import run_with_config
 
 _LATER = "http://rollout-node:8000"
 

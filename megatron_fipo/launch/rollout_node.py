@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.config_checks import ROLLOUT_TOKEN_VARIABLE
-from megatron_fipo.configure import run_with_config
+from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
+from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.launch.processes import terminate_on_sigterm

@@ -20,8 +20,8 @@ import sys, torch
 import megatron_fipo
 from megatron_fipo.algorithm.losses import policy_loss
 from megatron_fipo.algorithm.statistics import metrics
-from megatron_fipo.config_checks import check
-from megatron_fipo.configure import load_config
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.configure import load_config
 from tests.algorithm import plain
 from tests.algorithm.test_losses import random_inputs
 
@@ -57,7 +57,7 @@ def test_the_worked_example_runs(tmp_path: Path) -> None:
     losses = tmp_path / "megatron_fipo" / "algorithm" / "losses.py"
     insert(losses, "LOSSES: dict", function + "\n\n")
     insert(losses, '    "sapo": sapo,\n', registered)
-    insert(tmp_path / "megatron_fipo" / "config.py", '    "sapo": (', settings)
+    insert(tmp_path / "megatron_fipo" / "config" / "algorithm.py", '    "sapo": (', settings)
     (tmp_path / "conf" / "algorithm" / "spo.yaml").write_text(configuration)
     plain = tmp_path / "tests" / "algorithm" / "plain.py"
     insert(plain, "PLAIN: dict", transcription + "\n\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.configure import load_config
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL

@@ -7,7 +7,7 @@ import torch
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.configure import load_config
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 

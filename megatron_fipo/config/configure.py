@@ -1,4 +1,4 @@
-"""From the command line to a validated Config: Hydra composes, the schema types, `config_checks` judges.
+"""From the command line to a validated Config: Hydra composes, the schema types, `checks` judges.
 
 Imports neither torch nor megatron, so that a mistake on the command line is answered at once.
 """
@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fipo.config import Config, every_setting
-from megatron_fipo.config_checks import check
-from megatron_fipo.config_errors import below_null_section, readable, unknown_key
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.errors import below_null_section, readable, unknown_key
 from megatron_fipo.errors import ConfigError, FipoError
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -62,7 +62,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 
 def configuration_directory() -> Path:
     """Where conf/ is: inside the package when installed, beside it in a source checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parent / "conf")
     for directory in candidates:
         if (directory / "config.yaml").is_file():

@@ -1,0 +1,89 @@
+"""The schema of a run: documented, validated dataclasses. Imports neither torch nor megatron.
+
+Every key of `conf/` is a field in one of this package's sections, and every field says what it means, its unit and its
+range; `setting` keeps that beside the default, so that validation (`checks.py`), `--help` and docs/configuration.md all
+read one source.
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any, get_args
+
+from megatron_fipo.config.algorithm import (
+    LOSS_SETTINGS,
+    AlgorithmConfig,
+    FilterGroupsConfig,
+    FutureKLConfig,
+    OptimizerConfig,
+)
+from megatron_fipo.config.cluster import ClusterConfig, HardwareConfig
+from megatron_fipo.config.loop import (
+    CheckpointConfig,
+    DataConfig,
+    OverlongBufferConfig,
+    RewardConfig,
+    RunConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
+from megatron_fipo.config.policy import ModelConfig, ParallelConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.settings import section
+
+__all__ = [
+    "LOSS_SETTINGS",
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "FilterGroupsConfig",
+    "FutureKLConfig",
+    "HardwareConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OverlongBufferConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "ValidationConfig",
+    "every_setting",
+    "sections",
+]
+
+
+@dataclass
+class Config:
+    """One run. Groups of conf/ fill the sections; an experiment picks the groups and overrides single keys."""
+
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    algorithm: AlgorithmConfig = section(AlgorithmConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    data: DataConfig = section(DataConfig)
+    reward: RewardConfig = section(RewardConfig)
+    validation: ValidationConfig = section(ValidationConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+    cluster: ClusterConfig = section(ClusterConfig)
+    hardware: HardwareConfig = section(HardwareConfig)
+
+
+def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer ones first."""
+    for entry in fields(kind):
+        for nested in (entry.type, *get_args(entry.type)):
+            if is_dataclass(nested):
+                yield f"{prefix}{entry.name}", nested
+                yield from sections(nested, f"{prefix}{entry.name}.")
+
+
+def every_setting() -> Iterator[tuple[str, Field]]:
+    """Each key of the schema, such as "run.steps", with its dataclass field; sections themselves are left out."""
+    nested = dict(sections())
+    for name, kind in nested.items():
+        yield from ((f"{name}.{entry.name}", entry) for entry in fields(kind) if f"{name}.{entry.name}" not in nested)

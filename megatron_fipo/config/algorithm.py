@@ -1,0 +1,122 @@
+"""Sections of the schema: loss, credit, batch geometry and optimizer."""
+
+from dataclasses import dataclass
+
+from megatron_fipo.config.settings import section, setting
+
+
+@dataclass
+class FutureKLConfig:
+    """The influence weight f_t of FIPO (paper, equations 6 to 9; docs/algorithm.md)."""
+
+    decay_rate: float = setting(32.0, "Half-life τ of the discount in tokens: γ = 2^(−1/τ).", above=0)
+    band_low: float = setting(
+        1.0, "Lower bound of the influence weight (1.0 in the 32B run, 0.8 in the 7B run).", minimum=0
+    )
+    band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0)
+    safety_thresh: float = setting(
+        10.0, "With a negative advantage, a token ratio above this holds the weight down.", above=0
+    )
+    safety_rule: str = setting(
+        "clamp",
+        "What holding down means. clamp: into [0.8, 1.0], as in the released code; one: exactly 1, as in the paper.",
+        choices=("clamp", "one"),
+    )
+    participation_mask: bool = setting(
+        True, "Leave tokens with ratio above clip_ratio_c out of the sum (false: ablation)."
+    )
+    drop_dual_clipped: bool = setting(
+        True, "Leave out a response with more than one dual-clipped token, as the released code does."
+    )
+
+
+@dataclass
+class FilterGroupsConfig:
+    """Dynamic sampling: train only on prompts whose samples differ in accuracy."""
+
+    enable: bool = setting(True, "Drop groups whose samples are all right or all wrong, and sample more prompts.")
+    max_num_gen_batches: int = setting(
+        10, "Generation batches a step at most; then the step trains on what it has, with a warning.", minimum=1
+    )
+    surplus: str = setting(
+        "carry",
+        "Groups beyond the batch: carry them to the next step, or drop them, as the released code does. Both count.",
+        choices=("carry", "drop"),
+    )
+
+
+LOSS_SETTINGS: dict[str, tuple[str, ...]] = {
+    "future_kl": ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "future_kl"),
+    "vanilla": ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"),
+    "gspo": ("clip_ratio_low", "clip_ratio_high"),
+    "cispo": ("clip_ratio_low", "clip_ratio_high"),
+    "sapo": ("tau_pos", "tau_neg"),
+}
+"""Each loss_mode and the settings that it alone decides about: those it reads have to be set, the others null."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """Loss, advantage and batch geometry."""
+
+    name: str = setting("fipo", "Name for logs and plots.")
+    loss_mode: str = setting(
+        "future_kl",
+        "The policy loss, a function of megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",
+        choices=tuple(LOSS_SETTINGS),
+    )
+    loss_agg_mode: str = setting(
+        "token-mean",
+        "How token losses become one number over the mini-batch. seq-mean-token-sum-norm (Dr. GRPO): the mean over "
+        "responses of their sums, each divided by loss_scale_factor.",
+        choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
+    )
+    loss_scale_factor: float | None = setting(
+        None, "The constant length of seq-mean-token-sum-norm, in tokens; null with the other modes.", above=0
+    )
+    clip_ratio_low: float | None = setting(
+        0.2, "ε_low: the ratio is clipped below at 1 − ε_low. null where the loss does not clip.", minimum=0, maximum=1
+    )
+    clip_ratio_high: float | None = setting(
+        0.28, "ε_high: the ratio is clipped above at 1 + ε_high. null where the loss does not clip.", minimum=0
+    )
+    clip_ratio_c: float | None = setting(
+        10.0, "Dual-clip constant c for negative advantages. null where the loss has no dual clip.", above=1
+    )
+    tau_pos: float | None = setting(
+        None, "Temperature of SAPO's gate with a positive advantage; null for the other losses.", above=0
+    )
+    tau_neg: float | None = setting(
+        None, "Temperature of SAPO's gate with a negative or no advantage; null for the other losses.", above=0
+    )
+    future_kl: FutureKLConfig | None = setting(None, "Settings of loss_mode=future_kl; null for the other losses.")
+    norm_adv_by_std: bool = setting(True, "Divide the group advantage by the group's standard deviation.")
+    prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1)
+    samples_per_prompt: int = setting(16, "Responses sampled a prompt: the group.", minimum=2)
+    mini_batch_prompts: int = setting(64, "Prompts an optimizer update; divides prompts_per_step.", minimum=1)
+    generation_batch_prompts: int | None = setting(
+        None, "Prompts that dynamic sampling samples at once; null means prompts_per_step.", minimum=1
+    )
+    filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
+    importance_sampling_cap: float | None = setting(
+        None,
+        "Truncated importance sampling: weigh each token by min(π_trainer_old / π_engine, cap). null is off.",
+        above=0,
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam with Megatron-Core's schedule, weight decay and clipping."""
+
+    lr: float = setting(1e-6, "Peak learning rate.", above=0)
+    schedule: str = setting(
+        "constant", "Decay after warm-up, over run.steps.", choices=("constant", "linear", "cosine")
+    )
+    min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0)
+    warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from zero.", minimum=0)
+    weight_decay: float = setting(0.1, "Decoupled weight decay; biases and norms have none.", minimum=0)
+    clip_grad: float = setting(1.0, "Largest global gradient norm; 0 is no clipping.", minimum=0)
+    beta1: float = setting(0.9, "Adam's first-moment decay.", minimum=0, maximum=1)
+    beta2: float = setting(0.999, "Adam's second-moment decay.", minimum=0, maximum=1)
+    eps: float = setting(1e-8, "Adam's denominator constant.", above=0)

@@ -1,0 +1,98 @@
+"""Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
+
+
+def check_here(config: Config) -> None:
+    """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
+    _check_data_files(config)
+    _check_token(config)
+    _check_model(config)
+
+
+def _check_data_files(config: Config) -> None:
+    if config.data.source != "files":
+        return
+    validation = config.data.validation if config.validation.every else []
+    for key, paths in (("data.train", config.data.train), ("data.validation", validation)):
+        for path in paths:
+            if not resolve_embedded(path).is_file():
+                raise ConfigError(
+                    key, f"{path} is no file here", "a parquet or JSONL file, or data.source=hub for a dataset name"
+                )
+
+
+def _check_token(config: Config) -> None:
+    if config.rollout.addresses and not os.environ.get(ROLLOUT_TOKEN_VARIABLE):
+        raise ConfigError(
+            "rollout.addresses",
+            f"the environment variable {ROLLOUT_TOKEN_VARIABLE} is not set",
+            "export the token that the servers were started with",
+        )
+
+
+def _check_model(config: Config) -> None:
+    path = config.model.path
+    if not path:
+        raise ConfigError("model.path", "is empty", "a Hugging Face model directory, or embedded:tiny")
+    directory = resolve_embedded(path)
+    if not (directory / "config.json").is_file():
+        problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
+        raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
+    try:
+        architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        _check_architecture(config, directory, architecture)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "model.path", f"{directory / 'config.json'} is not JSON: {error}", "a Hugging Face config.json"
+        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "model.path",
+            f"{directory / 'config.json'} lacks or garbles {error}",
+            "the config.json of a causal language model",
+        ) from None
+
+
+def _check_architecture(config: Config, directory: Path, architecture: dict[str, Any]) -> None:
+    names = architecture["architectures"]
+    if not set(names) & set(SUPPORTED_ARCHITECTURES):
+        raise ConfigError(
+            "model.path", f"{directory} is a {', '.join(names)}", f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    parallel = config.parallel
+    heads = architecture["num_attention_heads"]
+    groups = architecture.get("num_key_value_heads") or heads
+    layers = architecture["num_hidden_layers"]
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    for key, size, count, name in (
+        ("parallel.tensor", parallel.tensor, heads, "attention heads"),
+        ("parallel.tensor", parallel.tensor, groups, "key-value heads"),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel, heads, "attention heads"),
+        ("parallel.virtual_pipeline" if parallel.virtual_pipeline else "parallel.pipeline", chunks, layers, "layers"),
+    ):
+        if count % size:
+            divisors = [str(n) for n in range(1, count + 1) if count % n == 0]
+            what = f"{parallel.pipeline} stages of {parallel.virtual_pipeline} chunks" if "virtual" in key else size
+            raise ConfigError(
+                key, f"{what} does not divide the model's {count} {name}", f"divisors: {', '.join(divisors)}"
+            )
+    context = config.model.max_position_embeddings or architecture["max_position_embeddings"]
+    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
+    if longest > context:
+        raise ConfigError(
+            "rollout.max_response_length",
+            f"prompt {config.rollout.max_prompt_length} + response {config.rollout.max_response_length} tokens"
+            f" exceed the model's context of {context}",
+            f"at most {max(context - config.rollout.max_prompt_length, 0)}, or model.max_position_embeddings={longest}",
+        )

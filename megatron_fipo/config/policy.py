@@ -1,0 +1,58 @@
+"""Sections of the schema: the model and how it is laid out over processes."""
+
+from dataclasses import dataclass
+
+from megatron_fipo.config.settings import setting
+
+
+@dataclass
+class ModelConfig:
+    """The policy's architecture comes from a Hugging Face directory; these say how to build and run it."""
+
+    path: str = setting(
+        "",
+        "Hugging Face model directory (config.json, safetensors, tokenizer), or embedded:tiny, which ships with this.",
+    )
+    dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
+    layers: str = setting(
+        "auto",
+        "Megatron-Core layer specification. auto: transformer_engine with CUDA, local without.",
+        choices=("auto", "local", "transformer_engine"),
+    )
+    fp8: str = setting(
+        "off",
+        "FP8 recipe of the Transformer Engine layers (Hopper: delayed, tensorwise, blockwise; Blackwell: also mxfp8).",
+        choices=("off", "delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    recompute: str = setting(
+        "none",
+        "Activation recomputation. selective: attention only; full: every layer.",
+        choices=("none", "selective", "full"),
+    )
+    max_position_embeddings: int | None = setting(
+        None, "Context length in tokens; null keeps the model's own. The 7B recipe raises it to 32768.", minimum=1
+    )
+
+
+@dataclass
+class ParallelConfig:
+    """How the policy is laid out over processes, one a GPU."""
+
+    tensor: int = setting(1, "Tensor-parallel size; divides attention heads and key-value groups.", minimum=1)
+    pipeline: int = setting(1, "Pipeline-parallel size: number of stages.", minimum=1)
+    virtual_pipeline: int | None = setting(
+        None, "Model chunks a pipeline stage (interleaved schedule); null is the plain 1F1B schedule.", minimum=2
+    )
+    context: int = setting(1, "Context-parallel size: a sequence is cut over this many ranks.", minimum=1)
+    data: int | None = setting(
+        None,
+        "Data-parallel size. null: whatever the processes started give; 1 when the run starts them itself.",
+        minimum=1,
+    )
+    sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
+    distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
+    micro_batch_tokens: int = setting(
+        16384,
+        "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",
+        minimum=1,
+    )

@@ -1,0 +1,52 @@
+"""Section of the schema: the vLLM service."""
+
+from dataclasses import dataclass
+
+from megatron_fipo.config.settings import setting
+
+
+@dataclass
+class RolloutConfig:
+    """The vLLM service: servers of our own, or addresses of ones that already run, and how they sample."""
+
+    servers: int = setting(1, "vLLM servers that the run starts on this machine; 0 with rollout.addresses.", minimum=0)
+    addresses: list[str] = setting(
+        [], "http://host:port of servers that already run. Their token is read from FIPO_ROLLOUT_TOKEN."
+    )
+    host: str = setting("127.0.0.1", "Address that started servers bind to.")
+    tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1)
+    dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
+    max_prompt_length: int = setting(
+        2048, "Longest prompt in tokens; data.overlong_prompts says what becomes of longer.", minimum=1
+    )
+    max_response_length: int = setting(20480, "Longest response in tokens.", minimum=1)
+    temperature: float = setting(1.0, "Sampling temperature in training.", above=0)
+    top_p: float = setting(1.0, "Nucleus of training samples.", above=0, maximum=1)
+    top_k: int = setting(-1, "Top-k of training samples; -1 is off.", minimum=-1)
+    logprobs_mode: str = setting(
+        "raw_logprobs",
+        "What the engine reports. raw_logprobs: log_softmax(logits); processed_logprobs: after temperature and top-p.",
+        choices=("raw_logprobs", "processed_logprobs"),
+    )
+    max_num_seqs: int = setting(256, "Sequences that one server runs at once.", minimum=1)
+    gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory for one server.", above=0, maximum=1)
+    cpu_kv_cache_gib: int = setting(1, "KV cache of a server on CPU, in GiB.", minimum=1)
+    cpu_threads: int = setting(1, "Compute threads of a server on CPU.", minimum=1)
+    enforce_eager: bool = setting(False, "Run the engine without CUDA graphs or compilation.")
+    weight_transfer: str = setting(
+        "process_group",
+        "Plane of the weights. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, one machine.",
+        choices=("process_group", "shared_memory"),
+    )
+    bucket_mib: int = setting(
+        512, "Size of one bucket of a weight update, in MiB; a larger tensor is a bucket alone.", minimum=1
+    )
+    start_timeout_s: float = setting(900.0, "Longest start of a server, in seconds.", above=0)
+    request_timeout_s: float = setting(3600.0, "Longest generation of one group, in seconds.", above=0)
+    update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", above=0)
+    checksum_every: int = setting(
+        10,
+        "Compare a checksum of each tensor as sent and as received in weight updates whose step is a multiple of "
+        "this, step 0 included; a difference ends the run. 0 is never.",
+        minimum=0,
+    )
