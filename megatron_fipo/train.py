@@ -13,11 +13,8 @@ from typing import Any
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import run_with_config
-from megatron_fipo.launch.local import adopt_environment, already_launched, launch
+from megatron_fipo.launch.local import STOPPED, adopt_environment, already_launched, launch
 from megatron_fipo.launch.processes import die_with_parent, terminate_on_sigterm
-
-STOPPED = 75
-"""Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
 
 
 def main(config: Config) -> None:

@@ -23,6 +23,8 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.launch.processes import die_with_parent, kill_descendants, no_descendant_left
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
 
+STOPPED = 75
+"""Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 30
 _KILL_TIMEOUT_S = 10.0
@@ -48,7 +50,8 @@ def launch(
     `command` defaults to the current command line with run.directory fixed, so that all ranks use one directory. Rank 0
     writes to the terminal, rank N to logs/rank-N.log of the run. When one fails, the others get SIGTERM and, `grace_s`
     seconds later, SIGKILL; the status is that of the rank that failed first (128 + n for signal n). SIGINT, SIGTERM and
-    SIGHUP are passed on in the same way, and the status is then 128 + n; a second Ctrl-C kills at once.
+    SIGHUP are passed on in the same way, and the status is then 128 + n; a second Ctrl-C kills at once. STOPPED means
+    that the ranks saved the run and ended because they were asked to.
     """
     directory = Path(run_directory).resolve()
     watched = {s for s in _STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
@@ -56,7 +59,7 @@ def launch(
     try:
         with no_descendant_left() as older_children:
             ranks = _start(world_size, directory, list(command or train_command(directory)), mask)
-            return _Watch(ranks, watched, older_children, grace_s).run()
+            return _Watch(ranks, directory, watched, older_children, grace_s).run()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -136,9 +139,15 @@ class _Watch:
     """Waits for the ranks' ends; stops all of them when one fails or a signal asks for it."""
 
     def __init__(
-        self, ranks: list[_Rank], watched: Set[int], older_children: set[psutil.Process], grace_s: float
+        self,
+        ranks: list[_Rank],
+        directory: Path,
+        watched: Set[int],
+        older_children: set[psutil.Process],
+        grace_s: float,
     ) -> None:
-        self.ranks, self.watched, self.older_children, self.grace_s = ranks, watched, older_children, grace_s
+        self.ranks, self.directory = ranks, directory
+        self.watched, self.older_children, self.grace_s = watched, older_children, grace_s
         self.first_failure: _Rank | None = None
         self.stop_signal: int | None = None
         self.stopping_since: float | None = None
@@ -176,7 +185,7 @@ class _Watch:
 
     def _note_failures(self, ended_pid: int | None) -> None:
         """Remember who failed first, and stop the others. `ended_pid` is the first child to end since the last look."""
-        failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0)]
+        failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, STOPPED)]
         if not failed or self.stopping_since is not None:
             return
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
@@ -209,7 +218,10 @@ class _Watch:
     def _report(self) -> int:
         failure = self.first_failure
         if failure is None and self.stop_signal is None:
-            return 0
+            if all(rank.process.returncode == 0 for rank in self.ranks):
+                return 0
+            _say(f"stopped and saved; the same command with run.directory={self.directory} goes on from there")
+            return STOPPED
         if sys.stderr.isatty():
             # A rank that was killed could not take its progress bar down: show the cursor again.
             _write("\033[?25h")

@@ -144,6 +144,33 @@ os._exit(1)
 
 
 @starts_processes
+def test_a_run_that_was_asked_to_stop_is_no_failure_and_ends_in_peace(start, tmp_path):
+    """The ranks end one after the other, and the last, which still closes its servers, gets no SIGTERM."""
+    script = """
+started()
+if rank == 0:
+    time.sleep(1)
+    (directory / "clean").write_text("done")
+sys.exit(75)
+"""
+    status, _, errors = start(2, script).finish()
+    assert status == 75
+    assert errors == f"launch: stopped and saved; the same command with run.directory={tmp_path} goes on from there\n"
+    assert (tmp_path / "clean").exists()
+
+
+@starts_processes
+def test_a_failure_while_stopping_is_a_failure(start):
+    script = """
+if rank == 0: sys.exit(75)
+time.sleep(0.2)
+sys.exit(9)
+"""
+    status, _, errors = start(2, script).finish()
+    assert status == 9 and "rank 1 of 2 failed first (exit status 9)" in errors
+
+
+@starts_processes
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_time(start):
     script = """
 if rank == 0:
