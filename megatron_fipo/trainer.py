@@ -18,8 +18,8 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.experience import Experience, sampling_metrics, training_sequences
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.batches import Sequences, share
-from megatron_fipo.policy.model import start_model_parallel
-from megatron_fipo.policy.update import Policy
+from megatron_fipo.policy.model import describe, start_model_parallel
+from megatron_fipo.policy.update import Policy, gather_parameters
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
@@ -45,6 +45,7 @@ class Trainer:
         self.model_dir = resolve_embedded(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
+        implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
         # Under torchrun and srun each rank has read its own clock for the directory's name.
         directory = [config.run.directory]
@@ -54,6 +55,7 @@ class Trainer:
         self.resume_from = self._checkpoint_to_resume()
         self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
+        self.console.note(implementation)
         self.experience: Experience | None = None
         self.metrics: MetricsWriter | None = None
         if self.first:
@@ -113,6 +115,7 @@ class Trainer:
             agreement = self.policy.score(mini_batches)
         with self.console.phase("update"):
             updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
+            gather_parameters(self.policy.chunks)
         return agreement | _over_updates(updates)
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:

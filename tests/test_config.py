@@ -181,6 +181,16 @@ REFUSED = {
     "parallel.sequence=true": ("parallel.sequence", "parallel.tensor=2"),
     "model.fp8=delayed": ("model.fp8", "model.dtype=bfloat16"),
     "model.fp8=delayed model.dtype=bfloat16 model.layers=local": ("model.fp8", "model.layers=auto"),
+    "model.fp8_parameter_gather=true": ("model.fp8_parameter_gather", "an FP8 recipe"),
+    "model.fp8_parameter_gather=true model.dtype=bfloat16 model.fp8=mxfp8": (
+        "model.fp8_parameter_gather",
+        "model.fp8=tensorwise",
+    ),
+    "model.fp8_parameter_gather=true model.dtype=bfloat16 model.fp8=tensorwise parallel.distributed_optimizer=false": (
+        "model.fp8_parameter_gather",
+        "parallel.distributed_optimizer=true",
+    ),
+    "parallel.overlap_param_gather=true": ("parallel.overlap_param_gather", "parallel.overlap_grad_reduce=true"),
     "algorithm.mini_batch_prompts=12": ("algorithm.mini_batch_prompts", "such as 4"),
     "algorithm.generation_batch_prompts=3": ("algorithm.generation_batch_prompts", "at least 4"),
     "algorithm.loss_mode=vanilla": ("algorithm.future_kl", "algorithm.future_kl=null"),

@@ -73,6 +73,13 @@ def _layout(config: Config) -> Iterator[str]:
             "works inside a tensor-parallel group",
             "parallel.tensor=2 or more, or parallel.sequence=false",
         )
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather",
+            "gathers what the distributed optimizer has updated, after an overlapped reduction",
+            "parallel.distributed_optimizer=true parallel.overlap_grad_reduce=true, or "
+            "parallel.overlap_param_gather=false",
+        )
     yield from ()
 
 
@@ -108,10 +115,33 @@ def _precision(config: Config) -> Iterator[str]:
         )
     if model.fp8 != "off" and model.dtype != "bfloat16":
         raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
+    if model.fp8_parameter_gather:
+        _check_parameter_gather(config)
+    if model.fp8 == "delayed":
+        yield (
+            "model.fp8: delayed scaling rounds by what earlier batches held: the first step's log-probs are taken "
+            "before there was any, and no step's first ratio is exactly 1; tensorwise rounds by the batch at hand"
+        )
     if config.rollout.dtype != model.dtype:
         yield (
             f"rollout.dtype: {config.rollout.dtype} differs from model.dtype {model.dtype}: "
             "the engine's log-probs will differ from the trainer's by rounding"
+        )
+
+
+def _check_parameter_gather(config: Config) -> None:
+    key, model = "model.fp8_parameter_gather", config.model
+    if model.fp8 == "off":
+        raise ConfigError(key, "there are no FP8 weights with model.fp8=off", "an FP8 recipe, or false")
+    if model.fp8 == "mxfp8":
+        raise ConfigError(
+            key,
+            "mxfp8 weights, which are stored once by rows and once by columns, are not gathered in FP8",
+            f"{key}=false, or model.fp8=tensorwise",
+        )
+    if not config.parallel.distributed_optimizer:
+        raise ConfigError(
+            key, "is the distributed optimizer's gather", f"parallel.distributed_optimizer=true, or {key}=false"
         )
 
 

@@ -21,8 +21,15 @@ class ModelConfig:
     )
     fp8: str = setting(
         "off",
-        "FP8 recipe of the Transformer Engine layers (Hopper: delayed, tensorwise, blockwise; Blackwell: also mxfp8).",
+        "FP8 recipe of the Transformer Engine layers' matrix products (Ada: delayed, tensorwise; Hopper: blockwise "
+        "too; Blackwell: delayed, tensorwise, mxfp8). The first and last layer stay in bfloat16, but for delayed, "
+        "which cannot. See docs/gpu.md.",
         choices=("off", "delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_parameter_gather: bool = setting(
+        False,
+        "Keep the layers' weights in FP8 alone and gather them so over data-parallel ranks; the optimizer's are fp32 "
+        "either way. Needs parallel.distributed_optimizer; not for mxfp8.",
     )
     recompute: str = setting(
         "none",
@@ -51,6 +58,14 @@ class ParallelConfig:
     )
     sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
     distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
+    overlap_grad_reduce: bool = setting(
+        False, "Reduce gradients over data-parallel ranks in buckets while the backward pass of the others runs."
+    )
+    overlap_param_gather: bool = setting(
+        False,
+        "Gather updated weights over data-parallel ranks while the next update's forward pass runs. Needs "
+        "distributed_optimizer and overlap_grad_reduce.",
+    )
     micro_batch_tokens: int = setting(
         16384,
         "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",

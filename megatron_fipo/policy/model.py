@@ -13,11 +13,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_te_version
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention
+from megatron_fipo.policy.precision import check_recipe, check_widths, precision_settings, this_machine
 from megatron_fipo.weights.architectures import Geometry
 
 
@@ -37,7 +39,8 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers are Transformer Engine's.
 
     Raises:
-        ConfigError: they are asked for and not installed, or FP8 is asked for without them.
+        ConfigError: they are asked for and not installed, or FP8 is asked for without them, or with a recipe that this
+            GPU, this Transformer Engine or this CUDA lacks.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -48,12 +51,33 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
         )
     if model.fp8 != "off" and not wanted:
         raise ConfigError("model.fp8", "needs Transformer Engine layers on CUDA", "set model.fp8=off here")
+    if model.fp8 != "off":
+        check_recipe(model.fp8, this_machine())
     return wanted
 
 
+def describe(model: ModelConfig) -> str:
+    """One line of what the policy computes with here: layers, attention, precision, optimizer.
+
+    Raises:
+        ConfigError: as `uses_transformer_engine` does.
+    """
+    if uses_transformer_engine(model):
+        layers = f"Transformer Engine {get_te_version()}, which picks the attention kernel (NVTE_DEBUG=1 shows it)"
+    else:
+        layers = "Megatron-Core's local ones, attention by torch's scaled_dot_product_attention"
+    precision = model.dtype if model.fp8 == "off" else f"{model.dtype} with FP8 {model.fp8}"
+    return f"layers: {layers}; precision: {precision}; optimizer: {platform.adam_name()}"
+
+
 def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
-    """Megatron-Core's configuration of the model, its parallel layout and its precision."""
+    """Megatron-Core's configuration of the model, its parallel layout and its precision.
+
+    Raises:
+        ConfigError: the FP8 recipe cannot multiply matrices of this model's widths.
+    """
     model, parallel = config.model, config.parallel
+    check_widths(config, geometry)
     dtype = getattr(torch, model.dtype)
     return TransformerConfig(
         num_layers=geometry.num_layers,
@@ -90,7 +114,7 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         **_schedule_settings(parallel),
-        **_precision_settings(model),
+        **precision_settings(model),
         **_recompute_settings(model),
     )
 
@@ -100,16 +124,6 @@ def _schedule_settings(parallel: ParallelConfig) -> dict[str, Any]:
         return {}
     # Batched sends of the interleaved schedule mix up their messages under gloo, in silence.
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-
-
-def _precision_settings(model: ModelConfig) -> dict[str, Any]:
-    if model.fp8 == "off":
-        return {}
-    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": model.fp8}
-    if model.fp8 != "delayed":
-        # The first and last layers are the most sensitive; delayed scaling cannot tell layers apart.
-        settings |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
-    return settings
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The one place that knows CPU + gloo from CUDA + NCCL.
 
 Megatron-Core 0.16.1 names `torch.cuda` in many places that have nothing to do with a GPU: a device for a buffer, a
-random state, a synchronisation before a send. `install` points those names at the CPU where there is no CUDA, and
-does nothing where there is. It holds no logic of training: remove this file on a GPU machine and nothing changes.
+random state, a synchronisation before a send. `install` points those names at the CPU where there is no CUDA. It holds
+no logic of training; on a GPU machine all it does is to stand in for a fused Adam where none is installed.
 
 The redirects are process-wide, so they belong in trainer processes alone; the vLLM servers are processes of their own.
 """
 
 import functools
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -33,20 +34,23 @@ def device() -> torch.device:
 
 
 def install() -> None:
-    """Point Megatron-Core's uses of `torch.cuda` at the CPU. Idempotent; a no-op with CUDA.
+    """Point Megatron-Core's uses of `torch.cuda` at the CPU, unless there is CUDA. Idempotent.
+
+    Everywhere, `Adam` takes the place that Transformer Engine's or apex's fused one leaves empty.
 
     Raises:
         RuntimeError: a name to redirect is gone, which means another torch or Megatron-Core than the pinned one.
     """
     global _installed
-    if has_cuda() or _installed:
+    if _installed:
         return
-    _check_names_exist()
-    _redirect_device_queries()
-    _redirect_random_state()
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    _redirect_tensor_methods()
+    if not has_cuda():
+        _check_names_exist()
+        _redirect_device_queries()
+        _redirect_random_state()
+        for name in _FACTORIES:
+            setattr(torch, name, _on_cpu(getattr(torch, name)))
+        _redirect_tensor_methods()
     _install_adam()
     _installed = True
 
@@ -187,6 +191,24 @@ def _install_adam() -> None:
     distributed_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def adam_name() -> str:
+    """Whose Adam the optimizer is: Transformer Engine's, apex's or the one here."""
+    import megatron.core.optimizer as megatron_optimizer
+
+    adam = megatron_optimizer.Adam
+    origin = {"transformer_engine": "Transformer Engine's", "apex": "apex's"}.get(adam.__module__.partition(".")[0])
+    return (
+        f"{origin} {adam.__name__}" if origin else "Adam in plain torch"
+    )
+
+
+def release_memory() -> None:
+    """Hand back to the GPU what torch keeps cached, for another process on it. Nothing on a CPU."""
+    if has_cuda():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def start_process_group(timeout_s: float) -> None:
     """Join the trainer's process group (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment).
 
@@ -195,6 +217,9 @@ def start_process_group(timeout_s: float) -> None:
     """
     install()
     if has_cuda():
+        # Kernels of a layer and its communication start in the order in which they are issued, as tensor parallelism
+        # counts on; read when the device is first used.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # gloo beside NCCL: object and CPU-tensor collectives, and Megatron-Core's checkpoints, need it.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s))

@@ -31,6 +31,7 @@ from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import MicroBatch, Sequences, build_micro_batch, plan_micro_batches
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.model import build_model
+from megatron_fipo.policy.precision import optimizer_settings
 from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.reshard import load_into
 
@@ -208,9 +209,13 @@ def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
     megatron = chunks[0].config
     if megatron.bf16:
         chunks = [Float16Module(megatron, chunk) for chunk in chunks]
+    parallel, quantized = config.parallel, config.model.fp8_parameter_gather
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=quantized,
         # A gradient that is not finite is found by its norm, and the update left out rather than the run ended.
         check_for_nan_in_grad=False,
     )
@@ -218,9 +223,24 @@ def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
         DistributedDataParallel(megatron, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
+    if parallel.overlap_grad_reduce:
+        # The schedule holds reductions back by these until the last micro-batch.
+        hold_back = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = hold_back if len(hold_back) > 1 else hold_back[0]
+    if not quantized:  # else they cannot be broadcast; they come from the same files on every rank
+        for chunk in wrapped:
+            chunk.broadcast_params()
     return wrapped
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Complete the weights after the last of several updates, where the next forward pass would gather them.
+
+    Collective over data-parallel ranks. Whoever reads the weights otherwise than by a forward pass needs it first.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Any:
@@ -238,6 +258,8 @@ def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> A
             bf16=chunks[0].config.bf16,
             params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+            **optimizer_settings(config.model),
         ),
         chunks,
     )

@@ -23,7 +23,7 @@ platform.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
-from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
 from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 
@@ -93,6 +93,8 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
     for micro_batch in mini_batch:
         micro_batch.old_log_probs = micro_batch.rollout_log_probs
     metrics = on_policy or policy.update(mini_batch)
+    if sabotage != "stale":
+        gather_parameters(policy.chunks)
     expected = {name: tensor.to(platform.device()) for name, tensor in load_file(reference).items()}
     if config.optimizer is UNCLIPPED:
         with torch.no_grad():

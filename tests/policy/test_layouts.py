@@ -28,6 +28,7 @@ ONE = [
     {"model": {"recompute": "full"}},
     {"sabotage": "normaliser"},
 ]
+OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 TWO = [
     {"tensor": 2},
     {"tensor": 2, "sequence": True},
@@ -36,8 +37,11 @@ TWO = [
     {"pipeline": 2, "virtual_pipeline": 2},
     {"context": 2},
     {"data": 2},
+    {"data": 2, "overlap_grad_reduce": True},
     {"pipeline": 2, "sabotage": "on_policy"},
     {"data": 2, "distributed_optimizer": True, "compare": "updated"},
+    {**OVERLAPPED, "compare": "updated"},
+    {**OVERLAPPED, "compare": "updated", "sabotage": "stale"},
     {"tensor": 2, "distributed_optimizer": True, "compare": "updated"},
     {"pipeline": 2, "compare": "updated"},
 ]
