@@ -172,7 +172,7 @@ class Trainer:
             }
         with self.console.phase("checkpoint"):
             directory = self.directory / "checkpoints"
-            checkpoint.save(self.policy, directory, self.step, state, self.config.checkpoint.keep)
+            checkpoint.save(self.policy, directory, self.step, state, self.config.checkpoint.keep, self.model_dir)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""

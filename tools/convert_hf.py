@@ -1,12 +1,12 @@
 """Convert a model between a Hugging Face directory and a Megatron-Core distributed checkpoint.
 
-    python tools/convert_hf.py to-hf runs/my-run/checkpoints/step-000100 my-model --model Qwen2.5-7B --verify
+    python tools/convert_hf.py to-hf runs/my-run/checkpoints/step-000100 my-model --verify
     python tools/convert_hf.py to-megatron Qwen2.5-7B my-checkpoint --dtype bfloat16
     python tools/convert_hf.py plan Qwen2.5-7B --tensor 2 --pipeline 2 --servers 2 --server-tensor 2
 
-to-hf reads a checkpoint that any parallel layout wrote, a training run's too, and takes configuration and tokenizer
-from --model, the directory that the run started from. to-megatron writes the model alone, without optimizer state, for
-any layout to load. plan writes nothing: it prints where each tensor comes from and goes to in a live weight update.
+to-hf reads a checkpoint that any parallel layout wrote, a training run's too. to-megatron writes the model alone,
+without optimizer state, for any layout to load: model.path=my-checkpoint starts a run from it. plan writes nothing: it
+prints where each tensor comes from and goes to in a live weight update.
 
 Memory holds one parameter at a time, not the model. A conversion that fails leaves nothing behind. One that was killed
 is taken up where it stood by the same command; until it is done only a hidden directory beside the target exists.

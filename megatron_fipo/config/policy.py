@@ -11,7 +11,8 @@ class ModelConfig:
 
     path: str = setting(
         "",
-        "Hugging Face model directory (config.json, safetensors, tokenizer), or embedded:tiny, which ships with this.",
+        "Hugging Face model directory (config.json, safetensors, tokenizer), a distributed checkpoint with config.json "
+        "and tokenizer beside it, whose optimizer state is passed over, or embedded:tiny, which ships with this.",
     )
     dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
     layers: str = setting(

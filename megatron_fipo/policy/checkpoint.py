@@ -1,8 +1,9 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or not there, loadable under another layout.
 
-A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule and trainer.json (the
-state of the loop: step, data order, carried-over groups). It is written under another name and renamed when all ranks
-are done, so a directory of that name is complete by construction and there is no tracker file to go stale.
+A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json (the
+state of the loop: step, data order, carried-over groups), and the configuration and tokenizer files that make it a
+model by itself. It is written under another name and renamed when all ranks are done, so a directory of that name is
+complete by construction and there is no tracker file to go stale.
 """
 
 import json
@@ -15,15 +16,20 @@ import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.files import sync, write_json_atomically
+from megatron_fipo.policy import platform
 from megatron_fipo.policy.update import Policy
+from megatron_fipo.weights.huggingface_writer import carry_files
+from megatron_fipo.weights.reshard import gather_texts
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _TRAINER_STATE = "trainer.json"
+_EXTRA_STATE = "_extra_state"
 # Optimizer state by parameter and not by rank, so that it loads under another layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -41,7 +47,7 @@ def _complete(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
 
 
-def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, Any], keep: int) -> Path:
+def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, Any], keep: int, model_dir: Path) -> Path:
     """Write a checkpoint; every rank calls this together.
 
     Args:
@@ -49,6 +55,7 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
         step: training steps done.
         trainer_state: JSON-ready state of the loop; rank 0's is written.
         keep: newest checkpoints to leave there; 0 leaves all.
+        model_dir: where configuration and tokenizer are copied from.
 
     Returns:
         The complete checkpoint.
@@ -63,6 +70,7 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
     dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
     torch.distributed.barrier()
     if first:
+        carry_files(model_dir, partial, policy.megatron_config.params_dtype)
         write_json_atomically(partial / _TRAINER_STATE, trainer_state)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -84,16 +92,32 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         FipoError: the checkpoint does not fit this model or is damaged.
     """
     try:
-        loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(checkpoint))
+        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
+        loaded, _, absent = dist_checkpointing.load(
+            _sharded_state(policy, is_loading=True), str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED
+        )
         trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
     except (OSError, ValueError, KeyError, CheckpointingException, CheckpointException) as error:
         raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
+    _raise_if_lost(checkpoint, absent)
     for name, chunk in _named_chunks(policy):
-        chunk.load_state_dict(loaded[name])
+        unmatched = chunk.load_state_dict(loaded[name], strict=False)
+        _raise_if_lost(checkpoint, {*unmatched.missing_keys, *unmatched.unexpected_keys})
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return trainer_state
+
+
+def _raise_if_lost(checkpoint: Path, keys: set[str]) -> None:
+    """FipoError on every rank if any rank lacks one of `keys`, extra state aside.
+
+    Transformer Engine keeps FP8 scales there, its norms an empty one in some versions; layers without start without.
+    """
+    mine = json.dumps(sorted(key for key in keys if not key.endswith(_EXTRA_STATE)))
+    lost = {key for text in gather_texts(mine, platform.device()) for key in json.loads(text)}
+    if lost:
+        raise FipoError(f"{checkpoint}: cannot be resumed from: it lacks {', '.join(sorted(lost))}")
 
 
 def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:

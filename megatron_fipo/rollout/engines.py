@@ -5,7 +5,6 @@ each update start_weight_update, update_weights for each bucket, finish_weight_u
 reload keeps what has arrived, so the tensors of one layer may come in different buckets.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_fipo.errors import WeightError
+from megatron_fipo.weights.architectures import parameters, read_architecture
 from megatron_fipo.weights.buckets import BucketLayout, checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
 
@@ -27,7 +27,9 @@ class CheckpointEngine(WeightTransferEngine):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._expected = checkpoint_names(Path(self.model_config.model))
+        # By the table and not by files: a directory whose weights are for the trainer alone has none for vLLM.
+        table = parameters(read_architecture(self.model_config.model))
+        self._expected = {name for entry in table.values() for name in entry.names}
         # Checkpoints of models with tied embeddings may hold the output layer or leave it out.
         self._tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
         self._optional = {"lm_head.weight"} if self._tied else set()
@@ -51,9 +53,9 @@ class CheckpointEngine(WeightTransferEngine):
             torch.cuda.synchronize(self.device)
 
     def finish_weight_update(self) -> None:
-        """Puts the new weights into service. WeightError, naming them, if tensors of the checkpoint did not come."""
+        """Puts the new weights into service. WeightError, naming them, if tensors of the model did not come."""
         if missing := sorted(self._expected - self._received - self._optional):
-            raise WeightError(f"the update lacks {len(missing)} tensors of the checkpoint: {_some(missing)}")
+            raise WeightError(f"the update lacks {len(missing)} tensors of the model: {_some(missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         self._refresh_tied_output_layer()
         self._unfinished = False
@@ -79,7 +81,7 @@ class CheckpointEngine(WeightTransferEngine):
             if differing:
                 raise WeightError(f"tensors arrived with another checksum than they were sent with: {_some(differing)}")
         if unknown := sorted(set(names) - self._expected - self._optional):
-            raise WeightError(f"the update has tensors that the checkpoint has not: {_some(unknown)}")
+            raise WeightError(f"the update has tensors that the model has not: {_some(unknown)}")
         if twice := sorted(self._received.intersection(names)):
             raise WeightError(f"the update has tensors twice: {_some(twice)}")
         self._received.update(names)
@@ -202,20 +204,6 @@ class SharedMemoryEngine(CheckpointEngine):
             raise WeightError(f"{path} is in no directory that this engine was told of")
         with safe_open(path, framework="pt", device="cpu") as file:
             self._load([(name, file.get_tensor(name)) for name in update_info.names], update_info.checksums)
-
-
-def checkpoint_names(model_dir: Path) -> set[str]:
-    """Names of all tensors in the directory's safetensors files: what an update has to bring. WeightError if none."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text())["weight_map"])
-    names: set[str] = set()
-    for path in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    if not names:
-        raise WeightError(f"{model_dir} has no safetensors files, so that no weight update could be checked against it")
-    return names
 
 
 def _some(names: list[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 import megatron_fipo
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.weights.distributed_checkpoint import is_checkpoint
 
 CPU_BATCHED_TOKENS = 8192
 """Prompt tokens that a CPU server processes at once; vLLM's default there, 2048, cuts up small batches already."""
@@ -44,6 +45,9 @@ def server_arguments(
         f"--seed={seed}",
         f"--weight-transfer-config={json.dumps({'backend': config.weight_transfer})}",
     ]
+    if is_checkpoint(model_dir):
+        # Weights that vLLM cannot read: it starts with made-up ones, and a run pushes the trainer's before it samples.
+        arguments.append("--load-format=dummy")
     if torch.cuda.is_available():
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
     else:

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_fipo.errors import ConfigError
 
 LAYER_PREFIX = "decoder.layers."
+EMBEDDING = "embedding.word_embeddings.weight"
 
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -283,7 +284,7 @@ def _layer(
 
 
 _EMBEDDING_SOURCE = Source("model.embed_tokens.weight", ("vocabulary", "hidden"))
-_EMBEDDING = Rule("embedding.word_embeddings.weight", (_EMBEDDING_SOURCE,), cut=0)
+_EMBEDDING = Rule(EMBEDDING, (_EMBEDDING_SOURCE,), cut=0)
 _TIED_OUTPUT = Rule("output_layer.weight", (_EMBEDDING_SOURCE,), cut=0)
 _OUTPUT = Rule("output_layer.weight", (Source("lm_head.weight", ("vocabulary", "hidden")),), cut=0)
 _FINAL_NORM = Rule("decoder.final_layernorm.weight", (Source("model.norm.weight", ("hidden",)),), cut=None)

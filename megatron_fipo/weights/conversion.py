@@ -17,15 +17,10 @@ from torch import Tensor
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.architectures import LAYER_PREFIX, Geometry, Parameter, parameters, read_architecture
-from megatron_fipo.weights.distributed_checkpoint import (
-    OPTIMIZER_PREFIX,
-    CheckpointReader,
-    CheckpointWriter,
-    stored_place,
-)
-from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo, directory_problems
+from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, CheckpointWriter, stored_place
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
-from megatron_fipo.weights.layouts import cut, merge
+from megatron_fipo.weights.layouts import cut
 
 Progress = Callable[[int, int], None]
 """Told the bytes of weights that are done, and those of the whole model."""
@@ -61,7 +56,7 @@ def to_huggingface(
     geometry = read_architecture(model_dir)
     reader = CheckpointReader(source)
     table = exported_parameters(geometry)
-    _raise(checkpoint_problems(reader, table, geometry), source)
+    _raise(reader.problems(table, geometry), source)
     infos = [
         TensorInfo(name, shape, dtype or reader.tensors[stored_place(entry)[0]].dtype)
         for entry in table
@@ -78,7 +73,7 @@ def to_huggingface(
         _check_space(target, total - taken_up)
         for entry in table:
             if not all(map(writer.is_written, entry.names)):
-                for name, tensor in zip(entry.names, read_exported(reader, entry), strict=True):
+                for name, tensor in zip(entry.names, reader.sources(entry), strict=True):
                     if not writer.is_written(name):
                         tensor = tensor if dtype is None else tensor.to(dtype)
                         writer.add(name, tensor, count_not_finite(tensor))
@@ -103,7 +98,7 @@ def to_megatron(
     geometry = read_architecture(source)
     table = exported_parameters(geometry)
     with HuggingFaceReader(source) as reader:
-        _raise(directory_problems(reader, {entry.megatron: entry for entry in table}, geometry), source)
+        _raise(reader.problems(table, geometry), source)
         stored_dtype = dtype or _only_dtype(reader, source)
     recipe = {"to": "megatron", "from": _fingerprint(source), "dtype": str(dtype)}
     groups = _groups(table)
@@ -129,11 +124,6 @@ def exported_parameters(geometry: Geometry) -> list[Parameter]:
     return [entry for entry in parameters(geometry).values() if entry.exported]
 
 
-def read_exported(reader: CheckpointReader, entry: Parameter) -> list[Tensor]:
-    """The Hugging Face tensors of one parameter of a checkpoint, in the order of its names."""
-    return merge(entry, [reader.read(*stored_place(entry))])
-
-
 def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Names of the tensors whose bits differ between a distributed checkpoint and a Hugging Face directory.
 
@@ -143,36 +133,11 @@ def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = N
     source = CheckpointReader(checkpoint)
     with HuggingFaceReader(directory) as reader:
         for entry in exported_parameters(read_architecture(directory)):
-            for name, tensor in zip(entry.names, read_exported(source, entry), strict=True):
+            for name, tensor in zip(entry.names, source.sources(entry), strict=True):
                 other = reader.detached_tensor(name)
                 if not _same_bits(tensor.to(dtype or tensor.dtype), other.to(dtype or other.dtype)):
                     found.append(name)
     return found
-
-
-def checkpoint_problems(reader: CheckpointReader, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
-    """What of the checkpoint does not fit: every tensor missing, left over or of a wrong shape, with both shapes."""
-    expected: dict[str, tuple[int, ...]] = {}
-    padded: set[str] = set()
-    for entry in table:
-        key, layer = stored_place(entry)
-        expected[key] = (*(() if layer is None else (geometry.num_layers,)), *entry.local_shape(1))
-        padded |= {key} if entry.padded else set()
-    groups = geometry.num_query_groups
-    # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was padded.
-    vocab_sizes = {geometry.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
-    problems = [
-        f"{key}: missing, shape {shape} is expected" for key, shape in expected.items() if key not in reader.tensors
-    ]
-    for key, info in reader.tensors.items():
-        if key in expected:
-            right = expected[key]
-            padding = key in padded and info.shape[0] in vocab_sizes and info.shape[1:] == right[1:]
-            if info.shape != right and not padding:
-                problems.append(f"{key}: {info.shape} in the checkpoint, {right} by the configuration")
-        elif not key.startswith(OPTIMIZER_PREFIX):
-            problems.append(f"{key}: left over, shape {info.shape}")
-    return problems
 
 
 def count_not_finite(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
-from megatron_fipo.weights.architectures import FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
+from megatron_fipo.weights.architectures import EMBEDDING, FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
+from megatron_fipo.weights.layouts import merge
 from megatron_fipo.weights.staging import Staging
 
 METADATA = ".metadata"
@@ -42,16 +43,24 @@ _STORED_NORMS = {local: fused for fused, local in FUSED_NORMS.items()}
 
 def stored_place(parameter: Parameter) -> tuple[str, int | None]:
     """The parameter's key in a checkpoint, and its layer's row there; None outside layers."""
+    if not parameter.exported:
+        return EMBEDDING, None  # the output layer of tied embeddings is stored once, as the embedding
     if not parameter.megatron.startswith(LAYER_PREFIX):
         return parameter.megatron, None
     layer, inner = parameter.megatron.removeprefix(LAYER_PREFIX).split(".", 1)
     return LAYER_PREFIX + _STORED_NORMS.get(inner, inner), int(layer)
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether the weights in `directory` are a distributed checkpoint's, and not Hugging Face's."""
+    return (directory / METADATA).is_file()
+
+
 class CheckpointReader:
     """The tensors of a checkpoint that any layout wrote. Values are read on demand.
 
-    Raises WeightError, naming the file, for a directory that is no such checkpoint, or a damaged one.
+    Raises WeightError, naming the file, for a directory that is no such checkpoint, or a damaged one. A context
+    manager like `HuggingFaceReader`, though it keeps nothing open.
     """
 
     def __init__(self, directory: Path):
@@ -69,6 +78,41 @@ class CheckpointReader:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def sources(self, parameter: Parameter) -> list[Tensor]:
+        """The Hugging Face tensors of one parameter, whole, in the order of its names."""
+        return merge(parameter, [self.read(*stored_place(parameter))])
+
+    def problems(self, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
+        """What does not fit the table: every tensor missing, left over or of a wrong shape, with both shapes."""
+        expected: dict[str, tuple[int, ...]] = {}
+        padded: set[str] = set()
+        for entry in table:
+            key, layer = stored_place(entry)
+            expected[key] = (*(() if layer is None else (geometry.num_layers,)), *entry.local_shape(1))
+            padded |= {key} if entry.padded else set()
+        groups = geometry.num_query_groups
+        # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was
+        # padded.
+        vocab_sizes = {geometry.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
+        problems = [
+            f"{key}: missing, shape {shape} is expected" for key, shape in expected.items() if key not in self.tensors
+        ]
+        for key, info in self.tensors.items():
+            if key in expected:
+                right = expected[key]
+                padding = key in padded and info.shape[0] in vocab_sizes and info.shape[1:] == right[1:]
+                if info.shape != right and not padding:
+                    problems.append(f"{key}: {info.shape} in the checkpoint, {right} by the configuration")
+            elif not key.startswith(OPTIMIZER_PREFIX):
+                problems.append(f"{key}: left over, shape {info.shape}")
+        return problems
 
     def read(self, key: str, layer: int | None) -> Tensor:
         """The tensor of `key`, or its row `layer`, whole and on CPU."""

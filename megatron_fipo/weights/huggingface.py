@@ -1,6 +1,7 @@
 """Hugging Face model directories on disk, read tensor by tensor; `huggingface_writer` writes them."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,32 @@ class HuggingFaceReader:
             handle.__exit__(None, None, None)
         self._files.clear()
 
+    def sources(self, parameter: Parameter) -> list[Any]:
+        """Slices of the tensors of one parameter, in the order of its names; see `slice`."""
+        return [self.slice(name) for name in parameter.names]
+
+    def problems(self, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
+        """What does not fit the table: every tensor missing, left over or of a wrong shape."""
+        expected = {name: shape for entry in table for name, shape in zip(entry.names, entry.shapes, strict=True)}
+        problems = [
+            f"{name}: missing from {self.directory}; expected shape {shape}"
+            for name, shape in expected.items()
+            if name not in self.tensors
+        ]
+        for name, info in self.tensors.items():
+            if name in expected:
+                if info.shape != expected[name]:
+                    problems.append(f"{name}: {info.shape} in {self.directory}, {expected[name]} by its config.json")
+            elif name == "lm_head.weight" and geometry.tied_embeddings:
+                embedding = "model.embed_tokens.weight"
+                if embedding in self.tensors and not torch.equal(self.tensor(name), self.tensor(embedding)):
+                    problems.append(f"{name}: differs from {embedding}, which config.json says is the same tensor")
+            elif not name.endswith(UNUSED):
+                problems.append(
+                    f"{name}: left over in {self.directory}, shape {info.shape}; {geometry.architecture} has no such"
+                )
+        return problems
+
     def slice(self, name: str) -> Any:
         """The named tensor as something to index like a tensor; each indexing reads just that part from the file."""
         return self._files[self._location[name]].get_slice(name)
@@ -111,29 +138,6 @@ class HuggingFaceReader:
             self._location[name] = file_name
             part = handle.get_slice(name)
             self.tensors[name] = TensorInfo(name, tuple(part.get_shape()), _torch_dtype(path, name, part.get_dtype()))
-
-
-def directory_problems(reader: HuggingFaceReader, table: dict[str, Parameter], geometry: Geometry) -> list[str]:
-    """What of the directory does not fit the table: every tensor missing, left over or of a wrong shape."""
-    expected = {name: shape for entry in table.values() for name, shape in zip(entry.names, entry.shapes, strict=True)}
-    problems = [
-        f"{name}: missing from {reader.directory}; expected shape {shape}"
-        for name, shape in expected.items()
-        if name not in reader.tensors
-    ]
-    for name, info in reader.tensors.items():
-        if name in expected:
-            if info.shape != expected[name]:
-                problems.append(f"{name}: {info.shape} in {reader.directory}, {expected[name]} by its config.json")
-        elif name == "lm_head.weight" and geometry.tied_embeddings:
-            embedding = "model.embed_tokens.weight"
-            if embedding in reader.tensors and not torch.equal(reader.tensor(name), reader.tensor(embedding)):
-                problems.append(f"{name}: differs from {embedding}, which config.json says is the same tensor")
-        elif not name.endswith(UNUSED):
-            problems.append(
-                f"{name}: left over in {reader.directory}, shape {info.shape}; {geometry.architecture} has no such"
-            )
-    return problems
 
 
 def _torch_dtype(path: Path, name: str, safetensors_dtype: str) -> torch.dtype:

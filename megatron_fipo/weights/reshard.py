@@ -25,7 +25,8 @@ from megatron_fipo.weights.architectures import (
     check_tensor_parallel,
     parameters,
 )
-from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo, directory_problems
+from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, is_checkpoint
+from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 
@@ -33,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry: Geometry) -> None:
-    """Fill this rank's parameters from a Hugging Face directory; each rank reads just its own part of each tensor.
+    """Fill this rank's parameters from a Hugging Face directory or from the model of a distributed checkpoint.
 
+    Of the first each rank reads just its own part of each tensor, of the second one whole parameter at a time.
     `model_chunks` are this stage's GPTModels, bare or wrapped, of any floating type. Call it before the optimizer is
     built, which takes its master copy from the parameters. Raises WeightError on every rank, naming every tensor that
     is missing, left over or of a wrong shape on either side. NaN and infinite values are loaded, counted and warned
@@ -45,10 +47,11 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry
     held = list(_held(model_chunks))
     device = held[0][1].device
     problems = _model_problems(held, table)
-    reader = None
+    reader: HuggingFaceReader | CheckpointReader | None = None
     try:
-        reader = HuggingFaceReader(model_dir)
-        problems += directory_problems(reader, table, geometry)
+        directory = Path(model_dir)
+        reader = CheckpointReader(directory) if is_checkpoint(directory) else HuggingFaceReader(directory)
+        problems += reader.problems([entry for entry in table.values() if entry.exported], geometry)
     except WeightError as error:
         problems.append(str(error))
     _raise_together(problems, device)
@@ -244,7 +247,7 @@ def _raise_together(problems: Sequence[str], device: torch.device) -> None:
 def _copy(
     held: Sequence[tuple[str, nn.Parameter]],
     table: dict[str, Parameter],
-    reader: HuggingFaceReader,
+    reader: HuggingFaceReader | CheckpointReader,
     device: torch.device,
 ) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -254,8 +257,8 @@ def _copy(
     for name, parameter in held:
         entry = table[name]
         try:
-            shard = cut(entry, [reader.slice(source) for source in entry.names], rank, size)
-        except (SafetensorError, OSError) as error:
+            shard = cut(entry, reader.sources(entry), rank, size)
+        except (SafetensorError, OSError, WeightError) as error:
             problems.append(f"{', '.join(entry.names)}: cannot be read from {reader.directory}: {error}")
             continue
         parameter.copy_(shard)

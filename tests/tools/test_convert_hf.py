@@ -35,7 +35,7 @@ def test_a_training_checkpoint_becomes_the_model_it_came_from(tmp_path: Path) ->
     model, target = write_model(TIED, tmp_path), tmp_path / "converted"
     arguments = {"model_dir": str(model), "directory": str(tmp_path / "checkpoints"), "tensor": 2, "pipeline": 2}
     saved = run_ranks("tests.tools.ranks:save_training_checkpoint", 4, arguments, timeout=120)[0]
-    result = convert("to-hf", saved, target, "--model", model, "--verify")
+    result = convert("to-hf", saved, target, "--verify")
     assert result.returncode == 0, result.stderr
     assert "every tensor is equal, bit for bit" in result.stdout and "logits of Megatron-Core" in result.stdout
     assert (target / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()

@@ -24,8 +24,13 @@ Layout = tuple[int, int, int | None]
 """Tensor, pipeline and virtual pipeline size."""
 
 
-def round_trips(model_dirs: list[str], layouts: list[Layout], target: str) -> dict[str, dict[str, Any]]:
-    """Load and save every model under every layout that fits; per model and layout what was seen on this rank."""
+def round_trips(
+    model_dirs: list[str], checkpoints: dict[str, str], layouts: list[Layout], target: str
+) -> dict[str, dict[str, Any]]:
+    """Load and save every model under every layout that fits; per model and layout what was seen on this rank.
+
+    `checkpoints` has, by model, what to-megatron made of it.
+    """
     platform.start_process_group(60)
     seen: dict[str, dict[str, Any]] = {}
     for layout in layouts:
@@ -42,6 +47,7 @@ def round_trips(model_dirs: list[str], layouts: list[Layout], target: str) -> di
                 "planned": _as_planned(chunks, geometry, layout),
                 "announced": _as_announced(chunks, geometry),
                 "logits": _logits_error(chunks, model_dir),
+                "unlike checkpoint": _differing(chunks, _loaded(config, geometry, Path(checkpoints[model_dir.name]))),
             }
             reshard.save_huggingface(_wrapped(chunks, config), geometry, model_dir, Path(target, name), 40_000)
         parallel_state.destroy_model_parallel()
@@ -122,6 +128,17 @@ def _config(layout: Layout) -> Config:
     config.model.dtype = "float32"
     config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline = layout
     return config
+
+
+def _differing(ours: list[Any], others: list[Any]) -> list[str]:
+    """Names of the parameters that differ in any bit between chunks of one shape."""
+    pairs = zip(ours, others, strict=True)
+    named = [
+        (name, value, dict(other.named_parameters())[name])
+        for one, other in pairs
+        for name, value in one.named_parameters()
+    ]
+    return [name for name, value, found in named if not torch.equal(value, found)]
 
 
 def _loaded(config: Config, geometry: Geometry, model_dir: Path) -> list[Any]:

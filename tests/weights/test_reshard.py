@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_fipo.weights.conversion import to_megatron
 from tests.distributed import run_ranks
 from tests.weights.models import SMALL_MODELS, write_model
 
@@ -39,7 +40,16 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_round_trip_is_exact_and_logits_are_those_of_transformers(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    arguments = {"model_dirs": list(map(str, model_dirs.values())), "layouts": LAYOUTS, "target": str(tmp_path)}
+    checkpoints = {name: str(tmp_path / "checkpoints" / name) for name in model_dirs}
+    (tmp_path / "checkpoints").mkdir()
+    for name, model_dir in model_dirs.items():
+        to_megatron(model_dir, Path(checkpoints[name]))
+    arguments: dict[str, Any] = {
+        "model_dirs": list(map(str, model_dirs.values())),
+        "layouts": LAYOUTS,
+        "target": str(tmp_path),
+    }
+    arguments["checkpoints"] = checkpoints
     by_rank = run_ranks("tests.weights.ranks:round_trips", 4, arguments, timeout=240)
     runs = by_rank[0]
     assert len(runs) == len(LAYOUTS) * len(SMALL_MODELS) - 1, (
@@ -48,6 +58,7 @@ def test_round_trip_is_exact_and_logits_are_those_of_transformers(model_dirs: di
     for run in runs:
         seen = [rank[run] for rank in by_rank]
         assert all(rank["planned"] and rank["announced"] for rank in seen), run
+        assert not any(rank["unlike checkpoint"] for rank in seen), run
         errors = [rank["logits"] for rank in seen if rank["logits"] is not None]
         assert errors and max(errors) < (0.5 if "bfloat16" in run else 1e-4), run
         source = model_dirs[next(name for name in model_dirs if run.startswith(name + "-"))]

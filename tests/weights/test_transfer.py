@@ -28,7 +28,8 @@ from transformers import Qwen2ForCausalLM
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService, _shared_files
+from megatron_fipo.rollout.server_process import shared_files
+from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.planes import SHARED_MEMORY, make_plane
@@ -78,7 +79,6 @@ class Trainer:
             )
             for rank, store in enumerate(stores)
         ]
-        self.everywhere(lambda rank: rank.connect())
 
     def everywhere(self, work: Callable[[WeightTransfer], object]) -> list[object]:
         """What `work` returned, or raised, on each rank; raises rank 0's error if all ranks raised the same."""
@@ -291,8 +291,8 @@ def _failing_gather(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (_without_last, "lacks 1 tensors of the checkpoint: "),
-        (_misnamed, "tensors that the checkpoint has not: model.layers.0.mlp.typo.weight"),
+        (_without_last, "lacks 1 tensors of the model: "),
+        (_misnamed, "tensors that the model has not: model.layers.0.mlp.typo.weight"),
         (_twice, "tensors twice: "),
         (_misshapen, "update_weights answered 500"),
         (_failing_gather, "pipeline stage 1: RuntimeError: the gather broke"),
@@ -329,7 +329,7 @@ def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: d
         assert UPDATE_TIMEOUT_S - 1 < time.monotonic() - started < UPDATE_TIMEOUT_S + 10
         # Leaders drain their streams, so that the ranks that only gather are not left waiting in a gather.
         assert trainer.consumed[2] == trainer.consumed[3]
-        segments = _shared_files(trainer.processes())
+        segments = shared_files(trainer.processes())
         assert segments
         closing = time.monotonic()
         trainer.close()

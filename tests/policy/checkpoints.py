@@ -1,0 +1,90 @@
+"""What the ranks of test_checkpoint.py run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy import platform
+
+platform.install()
+
+from megatron_fipo.policy import checkpoint, model  # noqa: E402
+from megatron_fipo.policy.attention import RMSNorm  # noqa: E402
+from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
+
+STATE = {"step": 3}
+
+
+class NormWithExtraState(RMSNorm):
+    """A norm that keeps extra state, as those of newer versions of Transformer Engine do."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([1, 2, 3], dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        assert state.tolist() == [1, 2, 3]
+
+
+def save_and_load(model_dir: str, directory: str) -> dict[str, Any]:
+    """Save from layers with and without extra state in the norms, and load each with the other kind and its own."""
+    platform.start_process_group(60)
+    seen: dict[str, Any] = {}
+    model.start_model_parallel(Config().parallel, seed=0)
+    for kind in (RMSNorm, NormWithExtraState):
+        saved = _save(_policy(model_dir, kind), model_dir, Path(directory, kind.__name__))
+        seen[kind.__name__] = str(saved)
+        for other in (RMSNorm, NormWithExtraState):
+            policy = _policy(model_dir, other)
+            for value in _values(policy).values():
+                value.fill_(torch.nan)
+            state = checkpoint.load(policy, saved)
+            assert state == STATE
+            seen[f"{kind.__name__} to {other.__name__}"] = _differing(policy, _policy(model_dir, kind))
+    seen["other model"] = _refusal(model_dir, Path(seen["RMSNorm"]))
+    platform.stop_process_group()
+    return seen
+
+
+def _policy(model_dir: str, norm: type[torch.nn.Module]) -> Policy:
+    config = Config()
+    config.model.dtype = "bfloat16"
+    model.RMSNorm = norm  # type: ignore[misc, assignment]
+    policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
+    model.RMSNorm = RMSNorm  # type: ignore[misc]
+    return policy
+
+
+def _save(policy: Policy, model_dir: str, directory: Path) -> Path:
+    return checkpoint.save(policy, directory, step=3, trainer_state=STATE, keep=0, model_dir=Path(model_dir))
+
+
+def _values(policy: Policy) -> dict[str, torch.Tensor]:
+    """Parameters, their fp32 master copies and the moments."""
+    values = {name: value.detach() for name, value in policy.chunks[0].named_parameters()}
+    for part in policy.optimizer.chained_optimizers:
+        for index, (master, moments) in enumerate(part.optimizer.state.items()):
+            values[f"master {index}"] = master.detach()
+            values |= {f"{name} {index}": moments[name] for name in ("exp_avg", "exp_avg_sq")}
+    return values
+
+
+def _differing(policy: Policy, other: Policy) -> list[str]:
+    expected = _values(other)
+    found = _values(policy)
+    assert len(found) > 60 and found.keys() == expected.keys()
+    return [name for name, value in found.items() if not torch.equal(value, expected[name])]
+
+
+def _refusal(model_dir: str, saved: Path) -> str:
+    """What a model with an output layer of its own says to a checkpoint without one."""
+    policy = _policy(model_dir, RMSNorm)
+    policy.chunks[0].module.module.extra_layer = torch.nn.Linear(2, 2)
+    try:
+        checkpoint.load(policy, saved)
+    except FipoError as error:
+        return str(error)
+    return ""
