@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure import device, machine, once, peak_bytes, seconds
 from megatron_fipo.algorithm.credit import future_kl
+from megatron_fipo.algorithm.sequences import SequenceLayout
 
 DECAY_RATE = 32.0
 CHUNK = 128
@@ -48,7 +49,7 @@ def main() -> None:
         parts = SAMPLED if tokens > 65_536 else 1
 
         def ours(values: Tensor = values) -> Tensor:
-            return future_kl(values, DECAY_RATE)
+            return future_kl(values, DECAY_RATE, SequenceLayout())
 
         def theirs(values: Tensor = values, parts: int = parts) -> Tensor:
             return chunked_matmul(values, DECAY_RATE, parts)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.config import FutureKLConfig
 
 LOG_RATIO_CLAMP = 20.0
@@ -20,44 +21,50 @@ LOG_RATIO_CLAMP = 20.0
 _BLOCK = 64
 
 
-def suffix_scan(values: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of each position and all after it: F_t = values_t + γ F_{t+1}.
+def suffix_scan(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
+    """Discounted sum of each position and all after it in its stretch: F_t = values_t + γ F_{t+1}.
 
-    Blocks of 64 are summed by one triangular matrix product; the blocks' heads are the same problem again with
-    γ^64, 64 times shorter, so the whole is O(T) work in O(log T) steps. On CUDA fp32 goes through one kernel instead.
+    On CUDA fp32 goes through one kernel (triton_scan.py); this path is its reference.
 
     Args:
-        values: [rows, tokens], floating point.
+        values: [tokens], floating point: stretches one after another.
         gamma: discount in [0, 1].
+        lengths: [stretches] int64, at least 1 each; they add up to `tokens`.
 
     Returns:
-        [rows, tokens], same type.
+        [tokens], same type.
     """
     if values.is_cuda and values.dtype == torch.float32:
         from megatron_fipo.algorithm.triton_scan import suffix_scan_on_cuda  # triton is only there with CUDA
 
-        return suffix_scan_on_cuda(values, gamma)
-    rows, tokens = values.shape
+        return suffix_scan_on_cuda(values, gamma, lengths)
+    decay = torch.full_like(values, gamma)
+    decay[lengths.cumsum(0) - 1] = 0.0  # nothing comes over the end of a stretch
+    return _recurrence(values, decay)
+
+
+def _recurrence(values: Tensor, decay: Tensor) -> Tensor:
+    """x_t = values_t + decay_t x_{t+1}, [tokens] each.
+
+    Blocks of 64 go through 64 steps side by side; the blocks' heads are the same problem again, 64 times shorter. So
+    the whole is O(T) work in O(log T) rounds.
+    """
+    tokens = values.numel()
     if tokens == 0:
         return values.clone()
     blocks = -(-tokens // _BLOCK)
-    padded = torch.nn.functional.pad(values, (0, blocks * _BLOCK - tokens)).view(rows, blocks, _BLOCK)
-    position = torch.arange(_BLOCK, device=values.device)
-    distance = position[:, None] - position[None, :]  # later minus earlier
-    discount = _powers(gamma, distance.clamp(min=0), values.dtype).masked_fill(distance < 0, 0.0)
-    sums = padded @ discount
+    padding = (0, blocks * _BLOCK - tokens)
+    sums, decays = (torch.nn.functional.pad(t, padding).view(blocks, _BLOCK).t().contiguous() for t in (values, decay))
+    for position in reversed(range(_BLOCK - 1)):
+        sums[position].addcmul_(decays[position], sums[position + 1])
+        decays[position].mul_(decays[position + 1])  # from here on: the decay up to the block's end
     if blocks > 1:
-        heads = suffix_scan(sums[:, :, 0], gamma**_BLOCK)
-        after = torch.nn.functional.pad(heads[:, 1:], (0, 1))
-        sums = sums + after[:, :, None] * _powers(gamma, _BLOCK - position, values.dtype)
-    return sums.reshape(rows, blocks * _BLOCK)[:, :tokens]
+        after = torch.nn.functional.pad(_recurrence(sums[0], decays[0])[1:], (0, 1))
+        sums.addcmul_(decays, after)
+    return sums.t().reshape(-1)[:tokens]
 
 
-def _powers(gamma: float, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.pow(torch.tensor(gamma, dtype=torch.float64, device=exponents.device), exponents).to(dtype)
-
-
-def future_kl(values: Tensor, decay_rate: float, context_group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+def future_kl(values: Tensor, decay_rate: float, layout: SequenceLayout) -> Tensor:
     """F_t of each token, over whole sequences even when context parallelism cuts them.
 
     With C context-parallel ranks, rank r holds chunks r and 2C−1−r of each sequence (zigzag order). Each chunk is
@@ -65,30 +72,47 @@ def future_kl(values: Tensor, decay_rate: float, context_group: torch.distribute
     and rank cross the wire, and nothing in the backward pass.
 
     Args:
-        values: [rows, local tokens], M·Δ, zero where the response mask is. One sequence a row, right-padded.
+        values: [rows, tokens], M·Δ, zero where the response mask is.
         decay_rate: half-life τ in tokens; γ = 2^(−1/τ).
-        context_group: the ranks that share the sequences, or None.
+        layout: where the sequences lie.
 
     Returns:
-        [rows, local tokens], same type.
+        [rows, tokens], same type.
     """
     gamma = 2.0 ** (-1.0 / decay_rate)
-    size = 1 if context_group is None else context_group.size()
-    if size == 1:
-        return suffix_scan(values, gamma)
-    assert context_group is not None
-    rank = context_group.rank()
-    rows, local_tokens = values.shape
-    length = local_tokens // 2
-    scanned = suffix_scan(values.reshape(rows * 2, length), gamma).view(rows, 2, length)
-    gathered = [torch.empty(rows, 2, dtype=values.dtype, device=values.device) for _ in range(size)]
-    torch.distributed.all_gather(gathered, scanned[:, :, 0].contiguous(), group=context_group)
-    by_rank = torch.stack(gathered, dim=1)  # [rows, ranks, 2]
+    lengths = layout.local_lengths(values)
+    if layout.context_size == 1:
+        return suffix_scan(values.flatten(), gamma, lengths).view_as(values)
+    chunk_lengths = (lengths // 2).repeat_interleave(2)
+    scanned = suffix_scan(values.flatten(), gamma, chunk_lengths)
+    ends = chunk_lengths.cumsum(0)
+    heads = scanned[ends - chunk_lengths].view(-1, 2)
+    carry = _carry(heads, _powers(gamma, lengths // 2, values.dtype), layout).flatten()
+    chunk = torch.arange(carry.numel(), device=values.device).repeat_interleave(
+        chunk_lengths, output_size=values.numel()
+    )
+    to_end = ends[chunk] - torch.arange(values.numel(), device=values.device)
+    return (scanned + carry[chunk] * _powers(gamma, to_end, values.dtype)).view_as(values)
+
+
+def _carry(heads: Tensor, decay: Tensor, layout: SequenceLayout) -> Tensor:
+    """F just behind each of this rank's chunks, [sequences, 2], from their heads [sequences, 2] on all ranks.
+
+    `decay` is that over one chunk, [sequences].
+    """
+    size, rank = layout.context_size, layout.context_rank
+    gathered = [torch.empty_like(heads) for _ in range(size)]
+    torch.distributed.all_gather(gathered, heads, group=layout.context_group)
+    by_rank = torch.stack(gathered, dim=1)  # [sequences, ranks, 2]
     in_order = torch.cat([by_rank[:, :, 0], by_rank[:, :, 1].flip(1)], dim=1)  # chunk 0 … 2C−1
-    carry = torch.nn.functional.pad(suffix_scan(in_order, gamma**length)[:, 1:], (0, 1))
-    mine = carry[:, [rank, 2 * size - 1 - rank]]
-    to_end = _powers(gamma, length - torch.arange(length, device=values.device), values.dtype)
-    return (scanned + mine[:, :, None] * to_end).view(rows, local_tokens)
+    behind = torch.zeros_like(in_order)
+    for chunk in reversed(range(2 * size - 1)):
+        behind[:, chunk] = in_order[:, chunk + 1] + decay * behind[:, chunk + 1]
+    return behind[:, [rank, 2 * size - 1 - rank]]
+
+
+def _powers(gamma: float, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.pow(torch.tensor(gamma, dtype=torch.float64, device=exponents.device), exponents).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -108,23 +132,23 @@ def influence_weights(
     advantages: Tensor,
     settings: FutureKLConfig,
     clip_ratio_c: float,
-    context_group: torch.distributed.ProcessGroup | None = None,
+    layout: SequenceLayout,
 ) -> Influence:
     """f_t = clip(exp(F_t), band), held down where a negative advantage meets a high ratio.
 
     Args:
         log_ratio: [rows, tokens] Δ, already clamped.
         response_mask: [rows, tokens] bool, true on response tokens.
-        advantages: [rows, tokens] or [rows, 1].
+        advantages: [rows, tokens], or what spreads to it.
         settings: decay rate, band, safety rule and participation mask.
         clip_ratio_c: c, the ratio above which a token takes no part in the sum.
-        context_group: the ranks that share the sequences, or None.
+        layout: where the sequences lie.
     """
     takes_part = response_mask
     if settings.participation_mask:
         threshold = torch.log(torch.tensor(clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device))
         takes_part = response_mask & (log_ratio <= threshold)
-    raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, context_group).exp()
+    raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()
     weights = raw.clamp(settings.band_low, settings.band_high)
     unsafe = (advantages < 0) & (log_ratio.exp() > settings.safety_thresh)
     held_down = weights.clamp(0.8, 1.0) if settings.safety_rule == "clamp" else torch.ones_like(weights)

@@ -2,18 +2,18 @@
 
 A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses` in `LOSSES`; docs/adding_a_loss.md adds one. What
 all losses share — truncated importance sampling against the engine, aggregation, statistics — is done once, in
-`policy_loss`. Nothing here knows how the model is laid out: a row may be cut over context-parallel ranks, and the few
-sums that need the whole row go through `LossInputs.over_row`.
+`policy_loss`. Nothing here knows how the model is laid out: sequences may be padded or packed, and cut over
+context-parallel ranks; the few sums over a whole sequence go through `LossInputs.layout`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
+from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
 
@@ -22,7 +22,7 @@ _CHECKED = "config/checks.py refuses a loss without the settings that it reads"
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch as the loss sees it. A row is one sequence; all are fp32 unless said otherwise."""
+    """One micro-batch as the loss sees it; all are fp32 unless said otherwise."""
 
     log_probs: Tensor
     """[rows, tokens], of the policy being trained; carries the gradient."""
@@ -31,20 +31,15 @@ class LossInputs:
     rollout_log_probs: Tensor
     """[rows, tokens], of the engine that sampled."""
     advantages: Tensor
-    """[rows, 1]"""
+    """[rows, tokens], or what spreads to it: one value a sequence."""
     response_mask: Tensor
     """[rows, tokens] bool: the token belongs to the response."""
     response_lengths: Tensor
-    """[rows] int64, tokens of the whole response, over all context-parallel ranks; 0 for a filler row."""
-    context_group: torch.distributed.ProcessGroup | None = None
-    """The ranks that share the rows, or None."""
-
-    def over_row(self, values: Tensor) -> Tensor:
-        """[rows, 1] sum of each row's values, over all the ranks that share it. Without gradient."""
-        total = values.detach().to(torch.promote_types(values.dtype, torch.float32)).sum(dim=1, keepdim=True)
-        if self.context_group is not None and self.context_group.size() > 1:
-            torch.distributed.all_reduce(total, group=self.context_group)
-        return total
+    """[sequences] int64, tokens of the whole response, over all context-parallel ranks; 0 for a filler."""
+    reference_log_probs: Tensor | None = None
+    """[rows, tokens], of the policy that training started from; None without reference_kl_coef."""
+    layout: SequenceLayout = field(default_factory=SequenceLayout)
+    """Where the sequences lie; a row each unless said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,8 @@ class TokenLosses:
     """[rows, tokens] each: reported as the mean over all response tokens."""
     extremes: dict[str, Tensor] = field(default_factory=dict)
     """[rows, tokens] each: reported as the least and greatest over all response tokens."""
-    row_counts: dict[str, Tensor] = field(default_factory=dict)
-    """[rows] each: reported as the sum over all rows."""
+    sequence_counts: dict[str, Tensor] = field(default_factory=dict)
+    """[sequences] each, alike on all ranks that share them: reported as the sum over all sequences."""
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -108,16 +103,16 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
         inputs.advantages,
         settings,
         config.clip_ratio_c,
-        inputs.context_group,
+        inputs.layout,
     )
     advantages = inputs.advantages * influence.weights
     losses, clipped = clipped_surrogate(log_ratio.exp(), advantages, config)
     losses, dual_clipped = dual_clip(losses, advantages, config)
-    mask, row_counts = inputs.response_mask, {}
+    mask, sequence_counts = inputs.response_mask, {}
     if settings.drop_dual_clipped:
-        dropped = inputs.over_row(dual_clipped & mask) > 1
-        mask = mask & ~dropped
-        row_counts["responses_dropped"] = dropped[:, 0].float()
+        dropped = inputs.layout.total(dual_clipped & mask) > 1
+        mask = mask & ~inputs.layout.spread(dropped, mask)
+        sequence_counts["responses_dropped"] = dropped
     reported = {
         "pg_clipfrac": clipped.float(),
         "pg_clipfrac_lower": dual_clipped.float(),
@@ -128,7 +123,7 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
         "influence_clipfrac_high": (influence.raw > settings.band_high).float(),
     }
     extremes = {"influence_weights": influence.weights, "influence_weights_raw": influence.raw}
-    return TokenLosses(losses, mask, reported, extremes, row_counts)
+    return TokenLosses(losses, mask, reported, extremes, sequence_counts)
 
 
 def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
@@ -138,8 +133,8 @@ def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
     own log-prob. So nothing has to cross ranks in the backward pass.
     """
     moved = torch.where(inputs.response_mask, inputs.log_probs - inputs.old_log_probs, 0.0)
-    mean = inputs.over_row(moved) / inputs.response_lengths.clamp(min=1)[:, None]
-    log_ratio = mean + inputs.log_probs - inputs.log_probs.detach()
+    mean = inputs.layout.total(moved) / inputs.response_lengths.clamp(min=1)
+    log_ratio = inputs.layout.spread(mean, moved) + inputs.log_probs - inputs.log_probs.detach()
     ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     losses, clipped = clipped_surrogate(ratio, inputs.advantages, config)
     return TokenLosses(losses, inputs.response_mask, {"pg_clipfrac": clipped.float()})
@@ -186,19 +181,41 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
         named statistics, which `statistics.py` turns into metrics.
     """
     token = LOSSES[config.loss_mode](inputs, config)
-    losses = token.losses
+    losses, means = token.losses, dict(token.means)
     if config.importance_sampling_cap is not None:
         mismatch = inputs.old_log_probs - inputs.rollout_log_probs
         # Corrects for the engine's numerics; kept out of F, which would amplify a constant bias 47 times.
         losses = losses * mismatch.exp().clamp(max=config.importance_sampling_cap)
+    if config.reference_kl_coef > 0:
+        divergence = reference_kl(inputs, config.reference_kl_estimator)
+        losses = losses + config.reference_kl_coef * divergence
+        means["reference_kl"] = divergence.detach()
     loss_sum, normaliser = _aggregate(torch.where(token.mask, losses, 0.0), token.mask, inputs, config)
     log_ratio = (inputs.log_probs - inputs.old_log_probs).detach()
-    means = token.means | {"ppo_kl": -log_ratio}
-    statistics = token_statistics(inputs.response_mask, means, token.extremes)
+    statistics = token_statistics(inputs.response_mask, means | {"ppo_kl": -log_ratio}, token.extremes)
     statistics |= ratio_histograms(log_ratio, inputs.advantages, inputs.response_mask)
-    statistics |= {f"count/{name}": values.sum().float() for name, values in token.row_counts.items()}
+    statistics |= {
+        f"count/{name}": values.sum().float() * _counts_sequences(inputs)
+        for name, values in token.sequence_counts.items()
+    }
     statistics |= {"count/loss": loss_sum.detach().float(), "count/normaliser": normaliser.float()}
     return loss_sum, normaliser, statistics
+
+
+def reference_kl(inputs: LossInputs, estimator: str) -> Tensor:
+    """Estimates of KL(π || π_reference) a token, [rows, tokens] with gradient, from the sampled token alone.
+
+    With d = log π_reference − log π (Schulman, "Approximating KL divergence"): k1 = −d, unbiased; k2 = d²/2, whose
+    gradient is that of the KL; k3 = exp(d) − 1 − d, unbiased and never negative, the one of GRPO (arXiv 2402.03300).
+    """
+    assert inputs.reference_log_probs is not None, "Policy.score gives them where algorithm.reference_kl_coef asks"
+    distance = (inputs.reference_log_probs - inputs.log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    estimates = {
+        "k1": lambda: -distance,
+        "k2": lambda: distance.square() / 2,
+        "k3": lambda: distance.expm1() - distance,
+    }
+    return estimates[estimator]()
 
 
 def _log_ratio(inputs: LossInputs) -> Tensor:
@@ -214,12 +231,15 @@ def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, config: Algorit
     """Numerator and denominator of the mini-batch's loss, this micro-batch's and rank's share of them."""
     if config.loss_agg_mode == "token-mean":
         return losses.sum(), mask.sum().to(torch.int32)
-    sequences = (inputs.response_lengths > 0).sum().to(torch.int32)
-    if inputs.context_group is not None and inputs.context_group.rank() > 0:
-        sequences = torch.zeros_like(sequences)  # the ranks that share a row must count it once
+    sequences = (inputs.response_lengths > 0).sum().to(torch.int32) * _counts_sequences(inputs)
     if config.loss_agg_mode == "seq-mean-token-mean":
-        losses = losses / inputs.response_lengths.clamp(min=1)[:, None]
+        losses = losses / inputs.layout.spread(inputs.response_lengths.clamp(min=1), losses)
     elif config.loss_agg_mode == "seq-mean-token-sum-norm":
         assert config.loss_scale_factor is not None, _CHECKED
         losses = losses / config.loss_scale_factor
     return losses.sum(), sequences
+
+
+def _counts_sequences(inputs: LossInputs) -> int:
+    """1 on the one of the ranks that share the sequences that counts them, 0 on the others."""
+    return int(inputs.layout.context_rank == 0)

@@ -1,8 +1,8 @@
-"""The suffix scan of credit.py as one CUDA kernel: a program a row, a block of 1024 tokens at a time, last block first.
+"""The suffix scan of credit.py as one CUDA kernel: a program a stretch, 1024 tokens at a time, the last ones first.
 
-Within a block the scan is a parallel one (log₂ 1024 = 10 steps); between blocks one carry stays in a register. So a row
-is read once and written once. The torch path of `credit.suffix_scan` is the reference. Triton comes with torch for
-CUDA, and nothing else imports this module.
+Within a block the scan is a parallel one (log₂ 1024 = 10 steps); between blocks one carry stays in a register. So a
+token is read once and written once. The torch path of `credit.suffix_scan` is the reference. Triton comes with torch
+for CUDA, and nothing else imports this module.
 """
 
 import torch
@@ -13,21 +13,21 @@ from torch import Tensor
 BLOCK = 1024
 
 
-def suffix_scan_on_cuda(values: Tensor, gamma: float) -> Tensor:
-    """F_t = values_t + γ F_{t+1} of each row.
+def suffix_scan_on_cuda(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
+    """F_t = values_t + γ F_{t+1} within each stretch; see `credit.suffix_scan`.
 
     Args:
-        values: [rows, tokens] fp32.
+        values: [tokens] fp32, stretches one after another.
         gamma: discount in [0, 1].
+        lengths: [stretches] int64.
 
     Returns:
-        [rows, tokens] fp32.
+        [tokens] fp32.
     """
     values = values.contiguous()
     sums = torch.empty_like(values)
-    rows, tokens = values.shape
     if values.numel():
-        _suffix_scan_kernel[(rows,)](values, sums, gamma, tokens, BLOCK=BLOCK)
+        _suffix_scan_kernel[(lengths.numel(),)](values, sums, lengths.cumsum(0), lengths, gamma, BLOCK=BLOCK)
     return sums
 
 
@@ -38,16 +38,18 @@ def _combine(later_decay, later_sum, decay, total):
 
 
 @triton.jit
-def _suffix_scan_kernel(values, sums, gamma, tokens, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * tokens
+def _suffix_scan_kernel(values, sums, ends, lengths, gamma, BLOCK: tl.constexpr):
+    end = tl.load(ends + tl.program_id(0))
+    length = tl.load(lengths + tl.program_id(0))
     position = tl.arange(0, BLOCK)
-    blocks = tl.cdiv(tokens, BLOCK)
+    blocks = tl.cdiv(length, BLOCK)
     carry = tl.full([], 0.0, tl.float32)
     for behind in range(blocks):
         token = (blocks - 1 - behind) * BLOCK + position
-        value = tl.load(values + row + token, mask=token < tokens, other=0.0)
+        place = end - length + token
+        value = tl.load(values + place, mask=token < length, other=0.0)
         decay = tl.full([BLOCK], 1.0, tl.float32) * gamma
         decay_to_end, total = tl.associative_scan((decay, value), 0, _combine, reverse=True)
         total += decay_to_end * carry
-        tl.store(sums + row + token, total, mask=token < tokens)
+        tl.store(sums + place, total, mask=token < length)
         carry = tl.sum(tl.where(position == 0, total, 0.0), 0)

@@ -103,6 +103,18 @@ class AlgorithmConfig:
         "Truncated importance sampling: weigh each token by min(π_trainer_old / π_engine, cap). null is off.",
         above=0,
     )
+    reference_kl_coef: float = setting(
+        0.0,
+        "β: adds β · KL(π ‖ π_start) to the loss of each token. 0 is off; else each trainer process keeps two copies "
+        "of its weights in the host's memory, and scoring takes twice as long.",
+        minimum=0,
+    )
+    reference_kl_estimator: str = setting(
+        "k3",
+        "Estimate of that KL from one token, with d = log π_start − log π. k1: −d; k2: d²/2; k3: exp(d) − 1 − d, "
+        "GRPO's.",
+        choices=("k1", "k2", "k3"),
+    )
 
 
 @dataclass

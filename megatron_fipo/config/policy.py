@@ -67,6 +67,11 @@ class ParallelConfig:
         "Gather updated weights over data-parallel ranks while the next update's forward pass runs. Needs "
         "distributed_optimizer and overlap_grad_reduce.",
     )
+    packing: bool | None = setting(
+        None,
+        "Micro-batches of sequences back to back without padding; false: rows padded to one length. null: packed with "
+        "Transformer Engine layers, padded with local ones, whose attention takes packed sequences one by one.",
+    )
     micro_batch_tokens: int = setting(
         16384,
         "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",

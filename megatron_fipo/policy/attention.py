@@ -1,14 +1,16 @@
 """Core attention and norm for Megatron-Core's local layers, on torch's own kernels: the CPU, and a GPU without TE.
 
-Megatron-Core's local attention refuses context parallelism and materialises the full score matrix. This one is
-torch's scaled_dot_product_attention; with context parallelism keys and values are gathered over the group and the
-causal mask follows the zigzag order in which each rank holds chunks r and 2C−1−r of every sequence.
+Megatron-Core's local attention refuses context parallelism and packed sequences and materialises the full score
+matrix. This one is torch's scaled_dot_product_attention; with context parallelism keys and values are gathered over the
+group and the causal mask follows the zigzag order in which each rank holds chunks r and 2C−1−r of every sequence.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -19,7 +21,7 @@ from megatron_fipo.algorithm.zigzag import zigzag_positions
 
 
 class TorchAttention(MegatronModule):
-    """Causal grouped-query attention over right-padded rows; padding behind a causal mask needs no mask of its own."""
+    """Causal grouped-query attention; padding behind a sequence's end needs no mask of its own."""
 
     def __init__(
         self,
@@ -36,22 +38,46 @@ class TorchAttention(MegatronModule):
         self.context_group = groups.cp
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
         """Attention of one micro-batch.
 
         Args:
-            query, key, value: [local tokens, rows, heads or key-value groups, head size].
+            query, key, value: [local tokens, rows, heads or key-value groups, head size]; packed ones without rows.
+            packed_seq_params: where packed sequences begin and end; None where each row is one sequence.
 
         Returns:
-            [local tokens, rows, heads × head size].
+            [local tokens, rows, heads × head size], one row if packed.
         """
-        tokens, rows = query.shape[:2]
-        mask = None
-        if self.context_group.size() > 1:
+        ranks = self.context_group.size()
+        if ranks > 1:
             width = key.shape[-1]
             # The backward of this gather is the reduce-scatter that key and value gradients need.
             both = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.context_group)
             key, value = both.split([width, value.shape[-1]], -1)
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        # One by one: torch has no kernel for packed sequences on a CPU, and a mask of them all would be quadratic.
+        key, value = (tensor.unflatten(0, (ranks, -1)) for tensor in (key, value))
+        offsets = (packed_seq_params.cu_seqlens_q // ranks).tolist()
+        parts = []
+        for start, end in pairwise(offsets):
+            keys, values = (tensor[:, start:end].flatten(0, 1).unsqueeze(1) for tensor in (key, value))
+            parts.append(self._attend(query[start:end].unsqueeze(1), keys, values))
+        return torch.cat(parts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of [tokens, rows, heads, head size], a row a sequence; keys and values of all context-parallel ranks."""
+        tokens, rows = query.shape[:2]
+        mask = None
+        if self.context_group.size() > 1:
             positions = zigzag_positions(tokens, self.context_group.size(), query.device)
             mask = positions[self.context_group.rank()][:, None] >= positions.flatten()[None, :]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))

@@ -1,12 +1,7 @@
-"""From sampled sequences to the micro-batches of every rank.
+"""A step's sequences on every rank, and the tensors of one micro-batch made from some of them."""
 
-All ranks hold the step's sequences and compute the same plan from their lengths, so nothing needs to be told. A
-sequence lies whole in one micro-batch (context parallelism then cuts its tokens over ranks), and the plan is made once
-a step: old log-probs and updates run over the very same micro-batches, or the first ratio would not be 1.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed
@@ -77,112 +72,115 @@ def _broadcast(tensor: Tensor | None, size: int, dtype: torch.dtype = torch.int6
     return held
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], data_parallel_size: int, token_budget: int, multiple_of: int = 1
-) -> list[list[list[int]]]:
-    """Which sequences of one mini-batch go where: a list of micro-batches for each data-parallel rank.
-
-    Sequences are dealt to ranks longest first, each to the rank with the fewest tokens; within a rank they are sorted
-    by length and cut where the padded size would pass the budget. Every rank gets the same number of micro-batches, a
-    multiple of `multiple_of` (the interleaved schedule wants one of the pipeline size); where there are fewer
-    sequences than that, a micro-batch is empty.
-
-    Args:
-        lengths: tokens of each sequence.
-        data_parallel_size: ranks to deal to.
-        token_budget: most tokens of a micro-batch, padding included; a longer sequence is alone in one.
-    """
-    ranks: list[list[int]] = [[] for _ in range(data_parallel_size)]
-    loads = [0] * data_parallel_size
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = loads.index(min(loads))
-        ranks[rank].append(index)
-        loads[rank] += lengths[index]
-    micro_batches = [_cut(indices, lengths, token_budget) for indices in ranks]
-    count = max(1, max(len(rank) for rank in micro_batches))
-    count = -(-count // multiple_of) * multiple_of
-    return [_split_to(rank, count) for rank in micro_batches]
-
-
-def _cut(indices: list[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Longest first, so that the first of a micro-batch is as long as its padding makes all of it."""
-    micro_batches: list[list[int]] = []
-    for index in indices:
-        if micro_batches and (len(micro_batches[-1]) + 1) * lengths[micro_batches[-1][0]] <= token_budget:
-            micro_batches[-1].append(index)
-        else:
-            micro_batches.append([index])
-    return micro_batches
-
-
-def _split_to(micro_batches: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the fullest micro-batch until there are `count`, then fill up with empty ones."""
-    result = [list(micro_batch) for micro_batch in micro_batches]
-    while len(result) < count and any(len(micro_batch) > 1 for micro_batch in result):
-        fullest = max(range(len(result)), key=lambda i: len(result[i]))
-        middle = len(result[fullest]) // 2
-        result[fullest : fullest + 1] = [result[fullest][:middle], result[fullest][middle:]]
-    return result + [[] for _ in range(count - len(result))]
-
-
 @dataclass
 class MicroBatch:
-    """The rows that one rank's pipeline works on at once: this context-parallel rank's part of them."""
+    """What one rank's pipeline works on at once: this context-parallel rank's part of some sequences.
+
+    Padded: a row each. Packed: one row, in which they lie one after another.
+    """
 
     tokens: Tensor
-    """[rows, local tokens] int64, right-padded with 0."""
+    """[rows, local tokens] int64, 0 behind a sequence's end."""
     labels: Tensor
     """[rows, local tokens] int64: the next token, whose log-prob the position predicts."""
     position_ids: Tensor
-    """[rows, local tokens] int64"""
+    """[rows, local tokens] int64, from 0 in each sequence."""
     response_mask: Tensor
     """[rows, local tokens] bool: the label is a response token."""
     rollout_log_probs: Tensor
     """[rows, local tokens] fp32, 0 outside the mask."""
     advantages: Tensor
-    """[rows, 1] fp32"""
-    response_lengths: Tensor
-    """[rows] int64, of whole responses; 0 for a filler row."""
+    """[rows, local tokens] fp32, the sequence's at each of its tokens."""
     fresh: Tensor
-    """[rows, 1] bool, see Sequences."""
+    """[rows, local tokens] bool, see Sequences."""
+    response_lengths: Tensor
+    """[sequences] int64, of whole responses; 0 for a filler."""
+    offsets: Tensor | None = None
+    """[sequences + 1] int32: packed, where each sequence begins and the last ends, in tokens of all context-parallel
+    ranks together. None: padded."""
+    local_lengths: Tensor | None = None
+    """[sequences] int64: packed, this rank's tokens of each sequence, padding included. None: padded."""
+    longest: int = 0
+    """Tokens of the longest sequence, padding included, on all context-parallel ranks together."""
     old_log_probs: Tensor | None = None
     """[rows, local tokens] fp32; on the last pipeline stage, once `Policy.score` has run."""
+    reference_log_probs: Tensor | None = None
+    """[rows, local tokens] fp32; likewise, where the loss has a KL term."""
 
 
-def build_micro_batch(
-    sequences: Sequences,
-    indices: list[int],
-    context_rank: int,
-    context_size: int,
-    pad_multiple: int,
-    device: torch.device,
-) -> MicroBatch:
-    """Pad, shift and cut the given sequences.
+@dataclass(frozen=True)
+class Cut:
+    """How micro-batches are laid out and cut over ranks; the same for all of a run but for the rank."""
+
+    packed: bool
+    pad_multiple: int
+    """Tokens of a row are padded to a multiple of this, in all context-parallel ranks together."""
+    context_rank: int
+    context_size: int
+
+    def slots(self, lengths: list[int]) -> list[int]:
+        """Tokens that sequences of the given numbers of predicted tokens take up in one micro-batch, padding included.
+
+        Packed sequences are padded to what the chunks of context parallelism divide, the last one to `pad_multiple`.
+        """
+        if not self.packed:
+            return [_round_up(max(lengths), self.pad_multiple)] * len(lengths)
+        slots = [_round_up(length, 2 * self.context_size if self.context_size > 1 else 1) for length in lengths]
+        slots[-1] += -sum(slots) % self.pad_multiple
+        return slots
+
+
+def build_micro_batch(sequences: Sequences, indices: list[int], cut: Cut, device: torch.device) -> MicroBatch:
+    """Shift the given sequences, lay them out, and take this rank's part.
 
     Args:
-        indices: positions in `sequences`; none gives one filler row that counts for nothing.
-        pad_multiple: row lengths are rounded up to a multiple of this (context and sequence parallelism cut evenly).
+        indices: positions in `sequences`; none gives a filler that counts for nothing.
     """
-    rows = max(1, len(indices))
-    longest = max((len(sequences.token_ids[i]) for i in indices), default=2) - 1
-    width = -(-longest // pad_multiple) * pad_multiple
-    tokens, labels = torch.zeros(2, rows, width, dtype=torch.int64)
-    mask = torch.zeros(rows, width, dtype=torch.bool)
-    log_probs = torch.zeros(rows, width)
-    advantages, lengths = torch.zeros(rows, 1), torch.zeros(rows, dtype=torch.int64)
-    fresh = torch.zeros(rows, 1, dtype=torch.bool)
-    for row, index in enumerate(indices):
-        ids, prompt = sequences.token_ids[index], sequences.prompt_lengths[index]
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        labels[row, : len(ids) - 1] = ids[1:]
-        mask[row, prompt - 1 : len(ids) - 1] = True
-        log_probs[row, prompt - 1 : len(ids) - 1] = sequences.rollout_log_probs[index]
-        advantages[row] = sequences.advantages[index]
-        lengths[row] = len(ids) - prompt
-        fresh[row] = sequences.fresh[index]
-    positions = torch.arange(width).expand(rows, width)
-    if context_size > 1:
-        mine = zigzag_positions(width // context_size, context_size, torch.device("cpu"))[context_rank]
-        tokens, labels, mask, log_probs, positions = (t[:, mine] for t in (tokens, labels, mask, log_probs, positions))
-    columns = (tokens, labels, positions, mask, log_probs, advantages, lengths, fresh)
-    return MicroBatch(*(column.contiguous().to(device) for column in columns))
+    slots = cut.slots([len(sequences.token_ids[index]) - 1 for index in indices] or [1])
+    tokens, labels, positions = torch.zeros(3, sum(slots), dtype=torch.int64)
+    mask, fresh = torch.zeros(2, sum(slots), dtype=torch.bool)
+    log_probs, advantages = torch.zeros(2, sum(slots))
+    response_lengths = torch.zeros(len(slots), dtype=torch.int64)
+    held, start = [], 0
+    for place, slot in enumerate(slots):
+        positions[start : start + slot] = torch.arange(slot)
+        held.append(start + _held_positions(slot, cut))
+        if indices:
+            index = indices[place]
+            ids, prompt = sequences.token_ids[index], sequences.prompt_lengths[index]
+            end, response = start + len(ids) - 1, slice(start + prompt - 1, start + len(ids) - 1)
+            tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
+            mask[response], log_probs[response] = True, sequences.rollout_log_probs[index]
+            advantages[start : start + slot] = sequences.advantages[index]
+            fresh[start : start + slot] = sequences.fresh[index]
+            response_lengths[place] = len(ids) - prompt
+        start += slot
+    chosen, rows = torch.cat(held), 1 if cut.packed else len(slots)
+
+    def part(column: Tensor) -> Tensor:
+        return column[chosen].view(rows, -1).to(device)
+
+    return MicroBatch(
+        tokens=part(tokens),
+        labels=part(labels),
+        position_ids=part(positions),
+        response_mask=part(mask),
+        rollout_log_probs=part(log_probs),
+        advantages=part(advantages),
+        fresh=part(fresh),
+        response_lengths=response_lengths.to(device),
+        offsets=torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device) if cut.packed else None,
+        local_lengths=torch.tensor(slots, device=device) // cut.context_size if cut.packed else None,
+        longest=max(slots),
+    )
+
+
+def _held_positions(slot: int, cut: Cut) -> Tensor:
+    """Positions of a sequence that this context-parallel rank holds."""
+    if cut.context_size == 1:
+        return torch.arange(slot)
+    return zigzag_positions(slot // cut.context_size, cut.context_size, torch.device("cpu"))[cut.context_rank]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

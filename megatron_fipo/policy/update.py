@@ -20,18 +20,22 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_fipo.algorithm.losses import LossInputs, policy_loss
+from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, to_vector, token_statistics
 from megatron_fipo.config import Config
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import MicroBatch, Sequences, build_micro_batch, plan_micro_batches
+from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
-from megatron_fipo.policy.model import build_model
+from megatron_fipo.policy.model import build_model, uses_transformer_engine
+from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
 from megatron_fipo.policy.precision import optimizer_settings
+from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.reshard import load_into
 
@@ -56,6 +60,8 @@ class Policy:
         load_into(chunks, model_dir, geometry)
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
+        self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
+        self.cut = _cut(config)
         self.optimizer = _build_optimizer(config, self.chunks)
         self.scheduler = _build_scheduler(config, self.optimizer, updates)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
@@ -64,29 +70,26 @@ class Policy:
 
     def plan(self, sequences: Sequences) -> list[MiniBatch]:
         """This rank's micro-batches of each update of a step."""
-        parallel = self.config.parallel
-        pad_multiple = (parallel.tensor if parallel.sequence else 1) * (
-            2 * parallel.context if parallel.context > 1 else 1
-        )
-        build = partial(
-            build_micro_batch,
-            sequences,
-            context_rank=parallel_state.get_context_parallel_rank(),
-            context_size=parallel.context,
-            pad_multiple=pad_multiple,
-            device=platform.device(),
-        )
-        lengths, mini_batches, start = sequences.lengths(), [], 0
+        parallel, cut = self.config.parallel, self.cut
+        tokens = [cut.slots([length - 1])[0] for length in sequences.lengths()]
+        mini_batches, start = [], 0
         for size in sequences.mini_batch_sizes:
             ranks = plan_micro_batches(
-                lengths[start : start + size],
+                tokens[start : start + size],
                 parallel_state.get_data_parallel_world_size(),
                 # A sequence's tokens are spread over the context-parallel ranks.
                 parallel.micro_batch_tokens * parallel.context,
-                parallel.pipeline if parallel.virtual_pipeline else 1,
+                packed=cut.packed,
+                multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
+                attention_cost=attention_cost(self.geometry),
             )
             mine = ranks[parallel_state.get_data_parallel_rank()]
-            mini_batches.append([build([start + index for index in indices]) for indices in mine])
+            mini_batches.append(
+                [
+                    build_micro_batch(sequences, [start + index for index in indices], cut, platform.device())
+                    for indices in mine
+                ]
+            )
             start += size
         return mini_batches
 
@@ -94,18 +97,21 @@ class Policy:
     def score(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights.
 
+        And `reference_log_probs` from those that training started from, where the loss has a KL term.
+
         Returns:
             log_prob_diff_mean and _max: |log π_trainer − log π_engine| over the sampled tokens of fresh sequences,
             whose engine had these very weights. The same on every rank; empty if there are none.
         """
         parts = []
-        for mini_batch in mini_batches:
-            found = self._run(mini_batch, self._collect_log_probs, forward_only=True, collect_non_loss_data=True)
-            if found:
-                for micro_batch, log_probs in zip(mini_batch, found, strict=True):
-                    micro_batch.old_log_probs = log_probs
-                    gap = {"log_prob_diff": (log_probs - micro_batch.rollout_log_probs).abs()}
-                    parts.append(token_statistics(micro_batch.response_mask & micro_batch.fresh, gap, gap))
+        for micro_batch, log_probs in self._scored(mini_batches):
+            micro_batch.old_log_probs = log_probs
+            gap = {"log_prob_diff": (log_probs - micro_batch.rollout_log_probs).abs()}
+            parts.append(token_statistics(micro_batch.response_mask & micro_batch.fresh, gap, gap))
+        if self.reference is not None:
+            with self.reference.in_place():
+                for micro_batch, log_probs in self._scored(mini_batches):
+                    micro_batch.reference_log_probs = log_probs
         reported = self._combine_over_ranks(parts) if mini_batches else {}
         return {name: value for name, value in reported.items() if name.startswith("log_prob_diff")}
 
@@ -142,7 +148,13 @@ class Policy:
         def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             micro_batch = next(micro_batches)
             keep_dtype = {"fp32_output": False} if self.megatron_config.bf16 else {}
-            logits = model(micro_batch.tokens, micro_batch.position_ids, None, **keep_dtype)
+            logits = model(
+                micro_batch.tokens,
+                micro_batch.position_ids,
+                None,
+                packed_seq_params=_packed_seq_params(micro_batch),
+                **keep_dtype,
+            )
             return logits, partial(loss_function, micro_batch)
 
         iterators = [iter(mini_batch) for _ in self.chunks]
@@ -157,6 +169,13 @@ class Policy:
             micro_batch_size=mini_batch[0].tokens.shape[0],
             **schedule,
         )
+
+    def _scored(self, mini_batches: list[MiniBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each micro-batch with its log-probs under the weights in place; none but on the last pipeline stage."""
+        for mini_batch in mini_batches:
+            found = self._run(mini_batch, self._collect_log_probs, forward_only=True, collect_non_loss_data=True)
+            if found:
+                yield from zip(mini_batch, found, strict=True)
 
     def log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of the micro-batch's labels and the entropy, [rows, local tokens] fp32 each."""
@@ -181,7 +200,8 @@ class Policy:
             advantages=micro_batch.advantages,
             response_mask=micro_batch.response_mask,
             response_lengths=micro_batch.response_lengths,
-            context_group=parallel_state.get_context_parallel_group(),
+            reference_log_probs=micro_batch.reference_log_probs,
+            layout=SequenceLayout(micro_batch.local_lengths, parallel_state.get_context_parallel_group()),
         )
         loss_sum, normaliser, statistics = policy_loss(inputs, self.config.algorithm)
         statistics["sum/entropy"] = torch.where(micro_batch.response_mask, entropy, 0.0).sum()
@@ -202,6 +222,32 @@ class Policy:
             reported = [metrics(combine([from_vector(row, mine) for row in torch.stack(gathered).cpu()]))]
         torch.distributed.broadcast_object_list(reported, src=last, group=pipeline)
         return reported[0]
+
+
+def _cut(config: Config) -> Cut:
+    """How this rank's micro-batches are laid out."""
+    parallel = config.parallel
+    packed = uses_transformer_engine(config.model) if parallel.packing is None else parallel.packing
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
+    return Cut(
+        packed=packed,
+        pad_multiple=chunks * (parallel.tensor if parallel.sequence else 1),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+    )
+
+
+def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+    """Where packed sequences begin and end, as Megatron-Core's rotary embedding and attention want it."""
+    if micro_batch.offsets is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.offsets,
+        cu_seqlens_kv=micro_batch.offsets,
+        max_seqlen_q=micro_batch.longest,
+        max_seqlen_kv=micro_batch.longest,
+    )
 
 
 def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:

@@ -31,8 +31,20 @@ def plain_loss(inputs: LossInputs, config: AlgorithmConfig) -> Tensor:
             mismatch = (inputs.old_log_probs[row][mask] - inputs.rollout_log_probs[row][mask]).tolist()
             cap = config.importance_sampling_cap
             losses = [loss * min(math.exp(m), cap) for loss, m in zip(losses, mismatch, strict=True)]
+        if config.reference_kl_coef > 0 and losses:
+            estimates = _reference_kl(log_probs, inputs.reference_log_probs[row][mask], config.reference_kl_estimator)
+            losses = [loss + config.reference_kl_coef * kl for loss, kl in zip(losses, estimates, strict=True)]
         responses.append((losses, len(log_probs)))
     return _aggregate(responses, config)
+
+
+def _reference_kl(log_probs: Tensor, reference: Tensor, estimator: str) -> list[Tensor]:
+    distances = (reference - log_probs).clamp(-20, 20)
+    if estimator == "k1":
+        return [-d for d in distances]
+    if estimator == "k2":
+        return [d * d / 2 for d in distances]
+    return [torch.exp(d) - 1 - d for d in distances]
 
 
 def _aggregate(responses: list[tuple[list[Tensor], int]], config: AlgorithmConfig) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithm.losses import LOSSES, LossInputs, policy_loss
+from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.algorithm.statistics import combine, metrics
 from megatron_fipo.algorithm.zigzag import zigzag_positions
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, FutureKLConfig
@@ -39,7 +40,18 @@ def random_inputs(seed: int, rows: int = 4, tokens: int = 30, scale: float = 1.0
         advantages=torch.randn(rows, 1, generator=generator, dtype=torch.float64),
         response_mask=mask,
         response_lengths=lengths,
+        reference_log_probs=old + 0.3 * noise(),
     )
+
+
+def pack(inputs: LossInputs) -> LossInputs:
+    """The same sequences back to back, each with one token of padding where it had any."""
+    rows, tokens = inputs.response_mask.shape
+    kept = torch.arange(tokens)[None, :] <= inputs.response_lengths[:, None]
+    by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask", "reference_log_probs")
+    packed = {name: getattr(inputs, name)[kept][None, :] for name in by_token}
+    advantages = inputs.advantages.expand(rows, tokens)[kept][None, :]
+    return dataclasses.replace(inputs, **packed, advantages=advantages, layout=SequenceLayout(kept.sum(1)))
 
 
 def switches(draw: st.DrawFn) -> AlgorithmConfig:
@@ -71,20 +83,23 @@ def switches(draw: st.DrawFn) -> AlgorithmConfig:
         loss_scale_factor=24.0 if aggregation == "seq-mean-token-sum-norm" else None,
         # A correction a token of a ratio a sequence is defined for the token form alone, not for the form as printed.
         importance_sampling_cap=draw(st.sampled_from([None, 0.9, 2.0])) if mode != "gspo" else None,
+        reference_kl_coef=draw(st.sampled_from([0.0, 0.1])),
+        reference_kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
         **chosen,
     )
 
 
 def check_against_the_formulas(config: AlgorithmConfig, inputs: LossInputs) -> None:
-    loss_sum, normaliser, _ = policy_loss(inputs, config)
-    loss = loss_sum / normaliser.clamp(min=1)
-    (gradient,) = torch.autograd.grad(loss, inputs.log_probs)
     expected = plain_loss(inputs, config)
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
-    expected_gradient = torch.zeros_like(gradient)
+    expected_gradient = torch.zeros_like(inputs.log_probs)
     if expected.requires_grad:
         (expected_gradient,) = torch.autograd.grad(expected, inputs.log_probs)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+    for shaped in (inputs, pack(inputs)):
+        loss_sum, normaliser, _ = policy_loss(shaped, config)
+        loss = loss_sum / normaliser.clamp(min=1)
+        (gradient,) = torch.autograd.grad(loss, inputs.log_probs)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
 
 
 CASES = {
@@ -187,10 +202,13 @@ def test_parts_add_up_to_the_whole() -> None:
     inputs = random_inputs(5)
 
     def rows(part: slice) -> LossInputs:
-        tensors = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs) if f.name != "context_group"}
-        return LossInputs(**{name: tensor[part] for name, tensor in tensors.items()})
+        held = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+        cut = {name: value[part] for name, value in held.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(inputs, **cut)
 
     whole = policy_loss(inputs, FIPO)[2]
+    for name, value in policy_loss(pack(inputs), FIPO)[2].items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6, msg=name)
     halves = combine([policy_loss(rows(slice(0, 2)), FIPO)[2], policy_loss(rows(slice(2, 4)), FIPO)[2]])
     for name, value in whole.items():
         torch.testing.assert_close(halves[name], value, rtol=1e-5, atol=1e-6, msg=name)
@@ -204,13 +222,15 @@ def test_a_sequence_ratio_is_the_same_when_context_parallelism_cuts_the_row(
     whole = random_inputs(9, tokens=32)
     config = AlgorithmConfig(loss_mode="gspo", loss_agg_mode=aggregation, clip_ratio_c=None)
     moved = torch.where(whole.response_mask, (whole.log_probs - whole.old_log_probs).detach(), 0.0)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(moved.sum(1, keepdim=True)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(moved.sum(1)))
 
     by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask")
     parts = []
     for rank, columns in enumerate(zigzag_positions(16, 2, torch.device("cpu"))):
         cut = {name: getattr(whole, name)[:, columns] for name in by_token}
-        parts.append(policy_loss(dataclasses.replace(whole, **cut, context_group=GroupInTurn(rank, 2)), config))
+        parts.append(
+            policy_loss(dataclasses.replace(whole, **cut, layout=SequenceLayout(None, GroupInTurn(rank, 2))), config)
+        )
     loss_sum, normaliser, _ = policy_loss(whole, config)
     torch.testing.assert_close(parts[0][0] + parts[1][0], loss_sum, rtol=1e-12, atol=1e-12)
     assert parts[0][1] + parts[1][1] == normaliser

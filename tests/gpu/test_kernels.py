@@ -10,9 +10,10 @@ pytestmark = pytest.mark.gpu
 
 
 def test_suffix_scan() -> None:
-    values = torch.randn(8, 20_480)
-    found = suffix_scan(values.cuda(), 2 ** (-1 / 32)).cpu()
-    torch.testing.assert_close(found, suffix_scan(values, 2 ** (-1 / 32)), rtol=1e-4, atol=1e-4)
+    lengths, gamma = torch.tensor([20_480, 1, 1024, 1023, 1025, 131_072, 7]), 2 ** (-1 / 32)
+    values = torch.randn(int(lengths.sum()))
+    found = suffix_scan(values.cuda(), gamma, lengths.cuda()).cpu()
+    torch.testing.assert_close(found, suffix_scan(values, gamma, lengths), rtol=1e-4, atol=1e-4)
 
 
 def test_log_probs_in_bfloat16() -> None:

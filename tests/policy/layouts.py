@@ -27,22 +27,34 @@ from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
 from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 
-ALGORITHM = AlgorithmConfig(
-    loss_mode="future_kl",
-    clip_ratio_c=3.0,
-    future_kl=FutureKLConfig(band_low=0.8, safety_thresh=1.05, decay_rate=4.0),
-)
+ALGORITHMS = {
+    "fipo": AlgorithmConfig(
+        loss_mode="future_kl",
+        clip_ratio_c=3.0,
+        future_kl=FutureKLConfig(band_low=0.8, safety_thresh=1.05, decay_rate=4.0),
+    ),
+    "dapo_with_reference_kl": AlgorithmConfig(loss_mode="vanilla", reference_kl_coef=0.3),
+    "dr_grpo": AlgorithmConfig(
+        loss_mode="vanilla", loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=20.0, norm_adv_by_std=False
+    ),
+    "gspo": AlgorithmConfig(loss_mode="gspo", loss_agg_mode="seq-mean-token-mean", clip_ratio_c=None),
+    "cispo": AlgorithmConfig(loss_mode="cispo", clip_ratio_c=None),
+    "sapo": AlgorithmConfig(loss_mode="sapo", tau_pos=1.0, tau_neg=1.05),
+}
+
+REFERENCE_SCALE = 0.8
+"""The reference policy's log-probs are the old ones times this: the model's own would have no divergence."""
 
 # A large eps: the first step of Adam is the gradient's sign otherwise, and so is the rounding of a zero gradient.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip_grad=1.0, eps=1e-2)
 UNCLIPPED = dataclasses.replace(OPTIMIZER, clip_grad=0.0)
 
 
-def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, **model: Any) -> Config:
+def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm: str, **model: Any) -> Config:
     return Config(
         model=ModelConfig(**({"dtype": "float32"} | model)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
-        algorithm=ALGORITHM,
+        algorithm=ALGORITHMS[algorithm],
         optimizer=optimizer,
         rollout=RolloutConfig(temperature=1.0),
     )
@@ -72,8 +84,9 @@ def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, 
     for layout in layouts:
         settings = dict(layout)
         sabotage, model = settings.pop("sabotage", None), settings.pop("model", {})
-        compare = settings.pop("compare", "reference")
-        config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, **model)
+        algorithm = settings.pop("algorithm", "fipo")
+        compare = settings.pop("compare", algorithm)
+        config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, algorithm, **model)
         start_model_parallel(config.parallel, 0)
         results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage))
         parallel_state.destroy_model_parallel()
@@ -92,6 +105,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
     on_policy = policy.update(mini_batch) if sabotage == "on_policy" else None
     for micro_batch in mini_batch:
         micro_batch.old_log_probs = micro_batch.rollout_log_probs
+        micro_batch.reference_log_probs = micro_batch.rollout_log_probs * REFERENCE_SCALE
     metrics = on_policy or policy.update(mini_batch)
     if sabotage != "stale":
         gather_parameters(policy.chunks)

@@ -1,35 +1,14 @@
-"""The plan of micro-batches: nothing lost, nothing doubled, the budget kept, every rank the same count.
+"""Micro-batches: every token at its place, shifted, masked and cut; a filler counts for nothing.
 
-Why: a sequence that is dropped or cut in two still trains. Not covered: the speed of a plan on a real length mix.
+Why: a response that is masked one token off still trains. Not covered: what the model makes of them (test_layouts.py).
 """
 
+import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from megatron_fipo.policy.batches import Sequences, build_micro_batch, plan_micro_batches
+from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 
-
-@settings(deadline=None)
-@given(
-    lengths=st.lists(st.integers(2, 300), max_size=60),
-    data_parallel_size=st.integers(1, 4),
-    token_budget=st.integers(50, 1000),
-    multiple_of=st.integers(1, 4),
-)
-def test_plan_is_a_partition(lengths: list[int], data_parallel_size: int, token_budget: int, multiple_of: int) -> None:
-    plan = plan_micro_batches(lengths, data_parallel_size, token_budget, multiple_of)
-    placed = sorted(index for rank in plan for micro_batch in rank for index in micro_batch)
-    assert placed == list(range(len(lengths)))
-    counts = {len(rank) for rank in plan}
-    assert len(counts) == 1
-    assert counts.pop() % multiple_of == 0
-    for rank in plan:
-        for micro_batch in rank:
-            padded = len(micro_batch) * max((lengths[i] for i in micro_batch), default=0)
-            assert len(micro_batch) <= 1 or padded <= token_budget
-    loads = [sum(lengths[i] for micro_batch in rank for i in micro_batch) for rank in plan]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
+CPU = torch.device("cpu")
 
 
 def make_sequences() -> Sequences:
@@ -43,27 +22,56 @@ def make_sequences() -> Sequences:
     )
 
 
-def test_rows_are_shifted_padded_and_masked() -> None:
-    batch = build_micro_batch(make_sequences(), [0, 1], 0, 1, 4, torch.device("cpu"))
+def build(indices: list[int], packed: bool, rank: int = 0, ranks: int = 1, pad_multiple: int = 4) -> MicroBatch:
+    return build_micro_batch(make_sequences(), indices, Cut(packed, pad_multiple, rank, ranks), CPU)
+
+
+def test_padded_rows_are_shifted_and_masked() -> None:
+    batch = build([0, 1], packed=False)
     assert batch.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0, 0], [20, 21, 22, 0, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[11, 12, 13, 14, 15, 16, 0, 0], [21, 22, 23, 0, 0, 0, 0, 0]]
+    assert batch.offsets is None and batch.local_lengths is None
+
+
+def test_packed_sequences_lie_one_behind_the_other() -> None:
+    batch = build([0, 1], packed=True)
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 20, 21, 22, 0, 0, 0]]
+    assert batch.labels.tolist() == [[11, 12, 13, 14, 15, 16, 21, 22, 23, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]
+    assert batch.offsets is not None and batch.offsets.tolist() == [0, 6, 12], "the last one takes the padding"
+    assert batch.longest == 6
+    assert build([0, 1], packed=True, pad_multiple=1).tokens.shape == (1, 9), "no padding where none is asked for"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_belongs_to_the_responses(packed: bool) -> None:
+    batch = build([0, 1], packed)
     assert batch.labels[batch.response_mask].tolist() == [13, 14, 15, 16, 22, 23]
     engine = torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
     assert torch.equal(batch.rollout_log_probs[batch.response_mask], engine)
+    assert batch.advantages[batch.response_mask].tolist() == [1, 1, 1, 1, -1, -1]
+    assert batch.fresh[batch.response_mask].tolist() == [True] * 4 + [False] * 2
     assert batch.response_lengths.tolist() == [4, 2]
 
 
-def test_context_parallel_parts_are_the_whole() -> None:
-    whole = build_micro_batch(make_sequences(), [0, 1], 0, 1, 4, torch.device("cpu"))
-    parts = [build_micro_batch(make_sequences(), [0, 1], rank, 2, 4, torch.device("cpu")) for rank in range(2)]
-    assert [part.position_ids[0].tolist() for part in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    joined = torch.cat([part.labels for part in parts], 1)
-    order = torch.cat([part.position_ids[0] for part in parts]).argsort()
-    assert torch.equal(joined[:, order], whole.labels)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_context_parallel_parts_are_the_whole(packed: bool) -> None:
+    whole = build([0, 1], packed, pad_multiple=4)
+    parts = [build([0, 1], packed, rank, 2) for rank in range(2)]
+    if packed:
+        # Padded to 8 and 4: chunks of two and of one token.
+        assert [part.position_ids.tolist() for part in parts] == [[[0, 1, 6, 7, 0, 3]], [[2, 3, 4, 5, 1, 2]]]
+        assert [part.local_lengths.tolist() for part in parts if part.local_lengths is not None] == [[4, 2]] * 2
+    else:
+        assert [part.position_ids[0].tolist() for part in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    for name in ("labels", "rollout_log_probs", "advantages"):
+        joined = torch.cat([getattr(part, name)[part.response_mask] for part in parts])
+        assert joined.sort().values.tolist() == getattr(whole, name)[whole.response_mask].sort().values.tolist()
 
 
-def test_filler_counts_for_nothing() -> None:
-    filler = build_micro_batch(make_sequences(), [], 0, 1, 4, torch.device("cpu"))
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_filler_counts_for_nothing(packed: bool) -> None:
+    filler = build([], packed)
     assert filler.tokens.shape == (1, 4)
     assert not filler.response_mask.any()
     assert filler.response_lengths.tolist() == [0]

@@ -4,8 +4,9 @@ Why: a wrong loss scale under context parallelism, an unmarked norm weight or a 
 looking right; only gradients show them. Gradient norm, clipping and one Adam step are compared too: a norm that counts
 one tensor-parallel rank alone leaves every gradient right. Two negative controls prove that the comparison would see
 such a fault. The reference shares no code with it; its loss is the formulas, token by token (algorithm/plain.py).
+FIPO runs in every layout, padded and packed; the other losses where sequences are cut, packed and spread over stages.
 
-Not covered: bf16 and FP8, Transformer Engine layers, packed sequences (tests/gpu).
+Not covered: bf16 and FP8, Transformer Engine layers (tests/gpu).
 """
 
 from pathlib import Path
@@ -18,14 +19,17 @@ from safetensors.torch import save_file
 from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
-from tests.policy.layouts import ALGORITHM, OPTIMIZER
+from tests.policy.layouts import ALGORITHMS, OPTIMIZER, REFERENCE_SCALE
 
 pytestmark = pytest.mark.slow
 
 ONE = [
     {},
     {"micro_batch_tokens": 10_000},
+    {"packing": True},
+    {"packing": True, "micro_batch_tokens": 10_000},
     {"model": {"recompute": "full"}},
+    {"packing": True, "model": {"recompute": "full"}},
     {"sabotage": "normaliser"},
 ]
 OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -38,6 +42,12 @@ TWO = [
     {"context": 2},
     {"data": 2},
     {"data": 2, "overlap_grad_reduce": True},
+    {"packing": True, "tensor": 2, "sequence": True},
+    {"packing": True, "pipeline": 2},
+    {"packing": True, "context": 2},
+    {"packing": True, "data": 2},
+    {"packing": True, "context": 2, "sabotage": "on_policy"},
+    *({"context": 2, "algorithm": name} for name in ALGORITHMS),
     {"pipeline": 2, "sabotage": "on_policy"},
     {"data": 2, "distributed_optimizer": True, "compare": "updated"},
     {**OVERLAPPED, "compare": "updated"},
@@ -50,6 +60,8 @@ FOUR = [
     {"tensor": 2, "context": 2, "sequence": True},
     {"pipeline": 2, "context": 2, "virtual_pipeline": 2},
     {"pipeline": 2, "data": 2},
+    {"packing": True, "pipeline": 2, "context": 2, "virtual_pipeline": 2},
+    *({"packing": True, "tensor": 2, "context": 2, "sequence": True, "algorithm": name} for name in ALGORITHMS),
 ]
 
 
@@ -81,10 +93,16 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tokens = [torch.randint(0, 75, (int(length),)) for length in lengths]
     advantages = torch.randn(len(tokens))
     inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages)
-    loss = plain_loss(inputs, ALGORITHM)
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, folder / "reference.safetensors")
+    losses = {name: plain_loss(inputs, algorithm) for name, algorithm in ALGORITHMS.items()}
+    norms = {}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for name, loss in reversed(losses.items()):  # FIPO's gradients are left in place, for a step of Adam
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
+        ):
+            parameter.grad = gradient.contiguous()
+        save_file({key: p.grad for key, p in zip(names, parameters, strict=True)}, folder / f"{name}.safetensors")
+        norms[name] = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
     old = torch.cat([row[mask] for row, mask in zip(inputs.old_log_probs, inputs.response_mask, strict=True)])
     batch = {
         "tokens": torch.cat(tokens),
@@ -94,11 +112,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "old_log_probs": old.float(),
     }
     save_file(batch, folder / "batch.safetensors")
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad).item()
-    assert grad_norm > OPTIMIZER.clip_grad, "the clipping has to have something to do"
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad)
+    assert norms["fipo"] > OPTIMIZER.clip_grad, "the clipping has to have something to do"
     _adam(model).step()
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "updated.safetensors")
-    return {"folder": folder, "loss": loss.item(), "grad_norm": grad_norm}
+    return {"folder": folder, "loss": {name: loss.item() for name, loss in losses.items()}, "grad_norm": norms}
 
 
 def _adam(model: Any) -> torch.optim.AdamW:
@@ -121,7 +139,7 @@ def _reference_inputs(
         mask[row, : len(found)] = True
     stacked = torch.stack(log_probs)
     old = (stacked.detach() + torch.randn_like(stacked) * 0.3) * mask
-    return LossInputs(stacked, old, old, advantages[:, None], mask, mask.sum(1))
+    return LossInputs(stacked, old, old, advantages[:, None], mask, mask.sum(1), old * REFERENCE_SCALE)
 
 
 def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:
@@ -137,7 +155,7 @@ def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]])
         },
     )
     for index, layout in enumerate(layouts):
-        sabotage = layout.get("sabotage")
+        sabotage, algorithm = layout.get("sabotage"), layout.get("algorithm", "fipo")
         results = [rank[index] for rank in ranks]
         worst = max(results, key=lambda result: result["worst"])
         if sabotage == "on_policy":
@@ -147,8 +165,8 @@ def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]])
         else:
             assert worst["worst"] < 1e-5, f"{layout}: {worst['where']} is off by {worst['worst']}"
             for result in results:
-                assert result["metrics"]["loss"] == pytest.approx(case["loss"], rel=1e-5), layout
-                assert result["metrics"]["grad_norm"] == pytest.approx(case["grad_norm"], rel=1e-5), layout
+                assert result["metrics"]["loss"] == pytest.approx(case["loss"][algorithm], rel=1e-5), layout
+                assert result["metrics"]["grad_norm"] == pytest.approx(case["grad_norm"][algorithm], rel=1e-5), layout
                 assert result["metrics"] == results[0]["metrics"], "every rank reports the same"
 
 
