@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 LAYOUTS = {
     "tp2": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence=true"],
     "pp2": [],
-    "tp2-pp2": ["parallel.tensor=2"],
+    "tp2-pp2-packed": ["parallel.tensor=2", "parallel.packing=true"],
     "pp2-vpp2": ["parallel.virtual_pipeline=2"],
-    "cp2": ["parallel.context=2", "parallel.pipeline=1"],
+    "cp2-packed": ["parallel.context=2", "parallel.pipeline=1", "parallel.packing=true"],
     "dp2": ["parallel.data=2", "parallel.pipeline=1"],
 }
 
@@ -69,12 +69,23 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
-@pytest.mark.parametrize("algorithm", ["dapo", "grpo"])
-def test_other_algorithms_are_one_override(algorithm: str, server: RolloutService, tmp_path: Path) -> None:
-    run_on(server, tmp_path, f"algorithm={algorithm}")
+def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
+    run_on(server, tmp_path, "algorithm=dapo")
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]
+
+
+def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
+    """It grows from the policy that training started from, and a resumed run still has that one and not its own."""
+    kl = ["algorithm=grpo", "algorithm.reference_kl_coef=0.1", "optimizer.lr=1e-4", "checkpoint.every=2"]
+    run_on(server, tmp_path, *kl)
+    run_on(server, tmp_path, *kl, "run.steps=3")
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=3)
+    divergences = [row["reference_kl"] for row in rows]
+    assert 0 < divergences[0] < divergences[1], "the mean of a step's two updates, of which only the first has none"
+    assert divergences[2] > divergences[1] / 4
 
 
 def test_two_servers(tmp_path: Path) -> None:
