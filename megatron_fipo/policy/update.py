@@ -34,7 +34,7 @@ from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.model import build_model, uses_transformer_engine
 from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
-from megatron_fipo.policy.precision import optimizer_settings
+from megatron_fipo.policy.precision import optimizer_settings, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.reshard import load_into
@@ -228,10 +228,9 @@ def _cut(config: Config) -> Cut:
     """How this rank's micro-batches are laid out."""
     parallel = config.parallel
     packed = uses_transformer_engine(config.model) if parallel.packing is None else parallel.packing
-    chunks = 2 * parallel.context if parallel.context > 1 else 1
     return Cut(
         packed=packed,
-        pad_multiple=chunks * (parallel.tensor if parallel.sequence else 1),
+        pad_multiple=token_multiple(config),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel.context,
     )
