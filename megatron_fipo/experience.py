@@ -4,6 +4,7 @@ Rewards are judged while other groups are still being sampled. Everything random
 drawn), so a run that is repeated, or resumed, asks for the same samples.
 """
 
+import asyncio
 import random
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,10 +22,12 @@ from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
+from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
+from megatron_fipo.weights.deadline import Deadline
 
 
 class Experience:
@@ -65,6 +68,13 @@ class Experience:
         self.service.wait_ready()
         self.client = RolloutClient(self.service)
         return self.client
+
+    def make_room(self) -> None:
+        """Have the servers free the GPUs that they share with the trainer, until the next weight update."""
+        if self.client is None:
+            self.service.wait_ready()
+        control = ControlPlane(self.service)
+        asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
 
     def collect(self, phase: Phase) -> tuple[Selection, list[Group]]:
         """Sample generation batches until the step is full, or may sample no more.

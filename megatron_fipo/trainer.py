@@ -69,6 +69,7 @@ class Trainer:
         with self.console.phase("start"):
             updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
             geometry = read_architecture(self.model_dir)
+            self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
             if self.resume_from is not None:
                 self._load(self.resume_from)
@@ -88,6 +89,8 @@ class Trainer:
 
     def push_weights(self) -> None:
         """Hand the present weights to the rollout service, as version `step`."""
+        if self.config.rollout.shared_gpu:
+            platform.release_memory()
         with self.console.phase("weights"):
             self.transfer.push(export(self.policy.chunks, self.policy.geometry), version=self.step)
 
@@ -105,6 +108,7 @@ class Trainer:
                         f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
                         f"after {selection.counts.num_gen_batches} generation batches; training on those"
                     )
+            self._make_room()
             sequences = share(sequences)
         return sequences, metrics
 
@@ -184,6 +188,13 @@ class Trainer:
         write_summary(self.directory, summary)
         write_report(self.directory)
         self.console.finish(summary, self.directory)
+
+    def _make_room(self) -> None:
+        """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
+        if self.config.rollout.shared_gpu:
+            if self.experience is not None:
+                self.experience.make_room()
+            torch.distributed.broadcast(torch.zeros(1), src=0)  # the other ranks wait for it
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""

@@ -190,6 +190,11 @@ REFUSED = {
         "model.fp8_parameter_gather",
         "parallel.distributed_optimizer=true",
     ),
+    "rollout.shared_gpu=true rollout.weight_transfer=process_group": (
+        "rollout.weight_transfer",
+        "rollout.weight_transfer=shared_memory",
+    ),
+    f"rollout.shared_gpu=true rollout.servers=0 {SERVER}": ("rollout.shared_gpu", "rollout.addresses=[]"),
     "parallel.overlap_param_gather=true": ("parallel.overlap_param_gather", "parallel.overlap_grad_reduce=true"),
     "algorithm.mini_batch_prompts=12": ("algorithm.mini_batch_prompts", "such as 4"),
     "algorithm.generation_batch_prompts=3": ("algorithm.generation_batch_prompts", "at least 4"),

@@ -30,6 +30,11 @@ class RolloutConfig:
     )
     max_num_seqs: int = setting(256, "Sequences that one server runs at once.", minimum=1)
     gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory for one server.", above=0, maximum=1)
+    shared_gpu: bool = setting(
+        False,
+        "Sample on the trainer's own GPUs, in turns: the servers sleep while the policy is updated. Then "
+        "gpu_memory_utilization is what the trainer's weights, gradients and optimizer leave. See docs/gpu.md.",
+    )
     cpu_kv_cache_gib: int = setting(1, "KV cache of a server on CPU, in GiB.", minimum=1)
     cpu_threads: int = setting(1, "Compute threads of a server on CPU.", minimum=1)
     enforce_eager: bool = setting(False, "Run the engine without CUDA graphs or compilation.")

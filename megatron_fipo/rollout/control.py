@@ -30,11 +30,23 @@ class ControlPlane:
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation. Requests still running are aborted: between steps there are none worth keeping."""
+        if self._service.config.shared_gpu:
+            # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
+            await self._call_all("/wake_up?tags=weights", deadline)
         await self._call_all("/pause?mode=abort", deadline)
 
     async def resume(self, deadline: Deadline) -> None:
         """Lets generation go on."""
+        if self._service.config.shared_gpu:
+            await self._call_all("/wake_up?tags=kv_cache", deadline)
         await self._call_all("/resume", deadline)
+
+    async def sleep(self, deadline: Deadline) -> None:
+        """Has the engines free their GPUs' memory until the next `pause` … `resume`, and aborts what still runs.
+
+        Weights go to host memory (level 1) although an update brings others: what no update touches comes back too.
+        """
+        await self._call_all("/sleep?level=1&mode=abort", deadline)
 
     async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
         """Tells each server, in the service's order, how to join a weight plane."""

@@ -28,6 +28,9 @@ TRAINER_VARIABLES = (
 """What a launcher or a test tells the trainer about itself: a server would take it as its own."""
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 def server_arguments(
     config: RolloutConfig, model_dir: Path, seed: int, max_position_embeddings: int | None = None
 ) -> list[str]:
@@ -50,6 +53,8 @@ def server_arguments(
         arguments.append("--load-format=dummy")
     if torch.cuda.is_available():
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
+        if config.shared_gpu:
+            arguments.append("--enable-sleep-mode")
     else:
         # After a prompt processed in parts vLLM winds a seeded request's generator back, which a CPU one cannot.
         arguments += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(longest, CPU_BATCHED_TOKENS)}"]
@@ -73,6 +78,10 @@ def server_environment(config: RolloutConfig, devices: list[str] | None) -> dict
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        if config.shared_gpu:
+            # Set for the trainer, perhaps; vLLM's sleeping memory pool cannot live with expandable segments.
+            for name in ALLOCATOR_VARIABLES:
+                environment.pop(name, None)
     else:
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_kv_cache_gib),
@@ -84,26 +93,31 @@ def server_environment(config: RolloutConfig, devices: list[str] | None) -> dict
 
 
 def visible_devices(config: RolloutConfig) -> list[list[str]] | None:
-    """GPUs of each server: those after the trainer's own on this machine. None without CUDA.
-
-    On a machine with too few, servers share the trainer's GPUs, which NCCL cannot connect: ConfigError unless the
-    weights go through shared memory.
-    """
+    """GPUs of each server on this machine. None without CUDA, where `rollout.shared_gpu` is a ConfigError."""
     if not torch.cuda.is_available():
+        if config.shared_gpu:
+            raise ConfigError("rollout.shared_gpu", "there is no GPU here to share", "rollout.shared_gpu=false")
         return None
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    needed = config.servers * config.tensor_parallel
-    trainer = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = devices[trainer:]
-    if len(free) < needed:
-        if config.weight_transfer != "shared_memory" or len(devices) < config.tensor_parallel:
-            raise ConfigError(
-                "rollout.servers",
-                f"{needed} GPUs are needed, but {len(free)} of {len(devices)} are free beside the trainer's {trainer}",
-                "fewer servers or trainer processes, or share GPUs with rollout.weight_transfer=shared_memory and a "
-                "smaller rollout.gpu_memory_utilization",
-            )
-        free = devices
+    return assign_devices(config, devices, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def assign_devices(config: RolloutConfig, devices: list[str], trainer: int) -> list[list[str]]:
+    """Some of `devices` for each server: the first `trainer` if they are shared, else those after these.
+
+    Raises:
+        ConfigError: there are too few.
+    """
     width = config.tensor_parallel
-    return [[free[(index * width + lane) % len(free)] for lane in range(width)] for index in range(config.servers)]
+    needed = config.servers * width
+    usable = devices[:trainer] if config.shared_gpu else devices[trainer:]
+    if len(usable) < needed:
+        where = f"among the trainer's {trainer}" if config.shared_gpu else f"beside the trainer's {trainer}"
+        raise ConfigError(
+            "rollout.servers",
+            f"{needed} GPUs are needed, but {len(usable)} of {len(devices)} are there {where}",
+            "fewer servers, or another number of trainer processes"
+            + ("" if config.shared_gpu else ", or rollout.shared_gpu=true to sample on the trainer's in turns"),
+        )
+    return [usable[index * width : (index + 1) * width] for index in range(config.servers)]

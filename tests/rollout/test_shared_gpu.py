@@ -1,0 +1,100 @@
+"""Why: a server that shares the trainer's GPU has to be asleep while the policy is updated, have its weights back
+before an update of them and its caches only after it; the wrong order runs out of memory, or samples stale weights.
+
+The calls go to a real vLLM server on the CPU, where sleeping keeps its states and routes and frees nothing. Not
+covered: the memory itself (tests/gpu).
+"""
+
+import asyncio
+import dataclasses
+
+import httpx
+import pytest
+import torch
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.rollout.control import ControlPlane
+from megatron_fipo.rollout.server_options import assign_devices, server_environment, visible_devices
+from megatron_fipo.weights.deadline import Deadline
+from tests.rollout.conftest import Rollout
+from tests.rollout.engines import problems, sampling
+
+
+@pytest.mark.slow
+def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout.service, "config", dataclasses.replace(rollout.service.config, shared_gpu=True))
+    control, (server,) = ControlPlane(rollout.service), rollout.service.servers
+    calls: list[str] = []
+    call_all = control._call_all
+
+    async def recorded(path: str, deadline: Deadline, *rest: object, **more: object) -> list[object]:
+        calls.append(path)
+        answers = await call_all(path, deadline, *rest, **more)  # type: ignore[arg-type]
+        asleep = httpx.get(f"{server.url}/is_sleeping", headers=rollout.service.headers, trust_env=False).json()
+        calls.append("asleep" if asleep["is_sleeping"] else "awake")
+        return answers
+
+    monkeypatch.setattr(control, "_call_all", recorded)
+
+    async def step() -> None:
+        deadline = Deadline(60)
+        await control.sleep(deadline)
+        await control.pause(deadline)
+        await control.reset_prefix_cache(deadline)
+        await control.resume(deadline)
+
+    before = rollout.client.generate(problems(2), 1, sampling(), [1, 2])
+    asyncio.run(step())
+    assert calls == [
+        *("/sleep?level=1&mode=abort", "asleep"),
+        *("/wake_up?tags=weights", "asleep"),
+        *("/pause?mode=abort", "asleep"),
+        *("/reset_prefix_cache", "asleep"),
+        *("/wake_up?tags=kv_cache", "awake"),
+        *("/resume", "awake"),
+    ]
+    after = rollout.client.generate(problems(2), 1, sampling(), [1, 2])
+    assert [group.responses[0].token_ids for group in after] == [group.responses[0].token_ids for group in before]
+
+
+@pytest.mark.slow
+def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout.service, "config", dataclasses.replace(rollout.service.config, shared_gpu=True))
+    control = ControlPlane(rollout.service)
+
+    async def step() -> None:
+        deadline = Deadline(60)
+        await control.pause(deadline)
+        await control.resume(deadline)
+
+    asyncio.run(step())
+    assert rollout.client.generate(problems(1), 1, sampling(), [3])[0].responses[0].token_ids
+
+
+def test_servers_get_the_trainers_gpus_only_when_they_share_them() -> None:
+    two = RolloutConfig(servers=2)
+    assert assign_devices(two, ["4", "5", "6", "7"], trainer=2) == [["6"], ["7"]]
+    shared = dataclasses.replace(two, shared_gpu=True)
+    assert assign_devices(shared, ["4", "5", "6", "7"], trainer=2) == [["4"], ["5"]]
+    wide = dataclasses.replace(shared, servers=1, tensor_parallel=2)
+    assert assign_devices(wide, ["0", "1"], trainer=2) == [["0", "1"]]
+
+
+def test_too_few_gpus_are_refused_with_what_would_help() -> None:
+    with pytest.raises(ConfigError, match=r"needed, but 0 of 1 are there beside the trainer's 1 .*shared_gpu"):
+        assign_devices(RolloutConfig(), ["0"], trainer=1)
+    with pytest.raises(ConfigError, match="2 GPUs are needed, but 1 of 4 are there among the trainer's 1"):
+        assign_devices(RolloutConfig(servers=2, shared_gpu=True), ["0", "1", "2", "3"], trainer=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_share() -> None:
+    with pytest.raises(ConfigError, match="no GPU here to share"):
+        visible_devices(RolloutConfig(shared_gpu=True))
+
+
+def test_a_sleeping_server_is_spared_the_trainers_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "PYTORCH_CUDA_ALLOC_CONF" in server_environment(RolloutConfig(), ["0"])
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in server_environment(RolloutConfig(shared_gpu=True), ["0"])
