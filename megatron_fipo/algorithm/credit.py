@@ -18,7 +18,7 @@ from megatron_fipo.config import FutureKLConfig
 LOG_RATIO_CLAMP = 20.0
 """|Δ| is cut off here before the exponential, as in the released code."""
 
-_BLOCK = 64
+_BLOCK = 16
 
 
 def suffix_scan(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def suffix_scan(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
 def _recurrence(values: Tensor, decay: Tensor) -> Tensor:
     """x_t = values_t + decay_t x_{t+1}, [tokens] each.
 
-    Blocks of 64 go through 64 steps side by side; the blocks' heads are the same problem again, 64 times shorter. So
+    Blocks of 16 go through 16 steps side by side; the blocks' heads are the same problem again, 16 times shorter. So
     the whole is O(T) work in O(log T) rounds.
     """
     tokens = values.numel()
