@@ -190,6 +190,10 @@ REFUSED = {
         "model.fp8_parameter_gather",
         "parallel.distributed_optimizer=true",
     ),
+    "model.fp8_parameter_gather=true model.dtype=bfloat16 model.fp8=tensorwise algorithm.reference_kl_coef=0.1": (
+        "model.fp8_parameter_gather",
+        "algorithm.reference_kl_coef=0",
+    ),
     "rollout.shared_gpu=true rollout.weight_transfer=process_group": (
         "rollout.weight_transfer",
         "rollout.weight_transfer=shared_memory",

@@ -143,6 +143,12 @@ def _check_parameter_gather(config: Config) -> None:
         raise ConfigError(
             key, "is the distributed optimizer's gather", f"parallel.distributed_optimizer=true, or {key}=false"
         )
+    if config.algorithm.reference_kl_coef > 0:
+        raise ConfigError(
+            key,
+            "FP8 weights do not come back exactly from the swap with the reference policy's",
+            f"{key}=false, or algorithm.reference_kl_coef=0",
+        )
 
 
 def _batches(config: Config) -> Iterator[str]:

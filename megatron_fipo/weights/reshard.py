@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ def export(model_chunks: Sequence[nn.Module], geometry: Geometry) -> Iterator[tu
     with the model: use it before the next optimizer update.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for entry, tensor in _exported(model_chunks, geometry):
+    for entry, held in _exported(model_chunks, geometry):
+        tensor = dequantize_fp8_tensor(held) if is_float8tensor(held) else held
         shards: Sequence[Tensor] = [tensor]
         if entry.cut is not None and size > 1:
             gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
@@ -262,11 +264,22 @@ def _copy(
             problems.append(f"{', '.join(entry.names)}: cannot be read from {reader.directory}: {error}")
             continue
         parameter.copy_(shard)
+        _keep_exact(parameter, shard)
         only_copy = entry.exported and (entry.cut is not None or rank == 0)
         if only_copy and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             counts[", ".join(entry.names)] = int(shard.isfinite().logical_not().sum())
     _raise_together(problems, device)
     _warn_of_non_finite(counts, device)
+
+
+def _keep_exact(parameter: nn.Parameter, shard: Tensor) -> None:
+    """Give an FP8 parameter its exact values too, from which Megatron-Core's optimizer makes its master copy.
+
+    Transformer Engine keeps those that it was initialised with beside the rounded ones until then.
+    """
+    exact = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if exact is not None:
+        exact.copy_(shard)
 
 
 def _warn_of_non_finite(counts: dict[str, int], device: torch.device) -> None:
