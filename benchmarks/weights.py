@@ -160,7 +160,6 @@ def _seconds_of_updates(
         service.wait_ready()
         transfer = open_transfer(config, ControlPlane(service), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
         try:
-            transfer.connect()
             transfer.push(tensors, version=1)  # the first one touches fresh memory everywhere
             versions = range(2, 2 + 2 * UPDATES)
             seconds = {version: transfer.push(tensors, version).seconds for version in versions}

@@ -25,6 +25,18 @@ class WeightError(FipoError):
     """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
 
 
+class WeightsRefused(WeightError):
+    """What an engine says of tensors that are not what they should be. Another engine would say the same.
+
+    It reaches the trainer as the text of an HTTP answer, in which `MARK` tells it from an engine's own failure.
+    """
+
+    MARK = "weights refused: "
+
+    def __init__(self, problem: str):
+        super().__init__(self.MARK + problem)
+
+
 class RolloutError(FipoError):
     """The rollout service failed or missed a deadline. Says which server and what was waited for."""
 

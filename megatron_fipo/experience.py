@@ -6,6 +6,7 @@ drawn), so a run that is repeated, or resumed, asks for the same samples.
 
 import asyncio
 import random
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_fipo.config import AlgorithmConfig, Config
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
@@ -48,7 +50,7 @@ class Experience:
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
         self.drawn = 0
         self.service = RolloutService(
-            config.rollout, model_dir, run_dir, config.run.seed, config.model.max_position_embeddings
+            config.rollout, model_dir, run_dir, config.run.seed, config.model.max_position_embeddings, console.warn
         )
         self.verifiers = VerifierPool(config.reward, config.rollout.max_response_length)
         self.service.start()
@@ -63,10 +65,10 @@ class Experience:
         self.verifiers.close()
         self.service.close()
 
-    def connect(self) -> RolloutClient:
-        """Wait until the servers answer; the client of this run."""
+    def connect(self, revive: Callable[[], None]) -> RolloutClient:
+        """Wait until the servers answer; the client of this run. `revive` is called when it has lost all of them."""
         self.service.wait_ready()
-        self.client = RolloutClient(self.service)
+        self.client = RolloutClient(self.service, revive)
         return self.client
 
     def make_room(self) -> None:
@@ -75,6 +77,15 @@ class Experience:
             self.service.wait_ready()
         control = ControlPlane(self.service)
         asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
+
+    def lose_failed(self) -> bool:
+        """Replace the servers that made a weight update fail; False if none did, or if that was tried too often."""
+        assert self.client is not None, "connect() comes first"
+        try:
+            return self.client.control.lose_failed()
+        except RolloutError as error:
+            self.console.warn(str(error))
+            return False
 
     def collect(self, phase: Phase) -> tuple[Selection, list[Group]]:
         """Sample generation batches until the step is full, or may sample no more.

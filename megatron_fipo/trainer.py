@@ -5,16 +5,17 @@ What only rank 0 has (problems, servers, verifiers, files, terminal) is None or 
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from megatron.core import parallel_state
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.errors import FipoError
+from megatron_fipo.errors import FipoError, RolloutError
 from megatron_fipo.experience import Experience, sampling_metrics, training_sequences
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.batches import Sequences, share
@@ -30,6 +31,7 @@ from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.transfer import open_transfer
 
 STOP_FILE = "stop"
+_T = TypeVar("_T")
 
 
 class Trainer:
@@ -60,6 +62,8 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         if self.first:
             self._open_run_files(stack)
+        self.version = self.step
+        """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -76,31 +80,30 @@ class Trainer:
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
-                self.experience.connect().control if self.experience else None,
+                self.experience.connect(self._revive).control if self.experience else None,
                 stage=parallel_state.get_pipeline_model_parallel_rank(),
                 num_stages=config.parallel.pipeline,
                 is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
                 run_dir=self.directory,
             )
             self.stack.callback(self.transfer.close)
-            self.transfer.connect()
         self.console.take_seconds()
         self.started = time.monotonic()
 
     def push_weights(self) -> None:
         """Hand the present weights to the rollout service, as version `step`."""
-        if self.config.rollout.shared_gpu:
-            platform.release_memory()
-        with self.console.phase("weights"):
-            self.transfer.push(export(self.policy.chunks, self.policy.geometry), version=self.step)
+        self.version = self.step
+        self._push()
 
     def sample(self) -> tuple[Sequences, dict[str, float]]:
         """This step's sequences, on every rank, and rank 0's metrics of how they came about."""
         sequences, metrics = None, {}
         with self.console.phase("sample") as phase:
-            if self.experience is not None:
-                selection, sampled = self.experience.collect(phase)
-                sequences = training_sequences(selection.groups, self.config.algorithm, self.step - 1)
+            collected = self._while_serving(lambda experience: experience.collect(phase))
+            self._make_room()
+            if collected is not None:
+                selection, sampled = collected
+                sequences = training_sequences(selection.groups, self.config.algorithm, self.version)
                 metrics = sampling_metrics(selection, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
                 if selection.gave_up:
@@ -108,7 +111,6 @@ class Trainer:
                         f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
                         f"after {selection.counts.num_gen_batches} generation batches; training on those"
                     )
-            self._make_room()
             sequences = share(sequences)
         return sequences, metrics
 
@@ -124,8 +126,9 @@ class Trainer:
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
-        if self.metrics is None:
+        if self.metrics is None or self.experience is None:
             return
+        metrics |= self.experience.service.end_step()
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.metrics.log_step(self.step, metrics)
@@ -136,10 +139,12 @@ class Trainer:
 
     def validate(self) -> None:
         """Accuracy and length on held-out problems."""
-        if self.experience is None or self.metrics is None or not self.config.validation.every:
+        if not self.config.validation.every:
             return
         with self.console.phase("validate") as phase:
-            result = self.experience.validate(phase)
+            result = self._while_serving(lambda experience: experience.validate(phase))
+        if result is None or self.metrics is None:
+            return
         which = "after" if self.step else "before"
         self.results[f"accuracy_{which}"] = result.overall.avg
         self.results[f"response_length_{which}"] = result.overall.response_length_mean
@@ -156,13 +161,11 @@ class Trainer:
 
         A file and not a signal: a job's signals reach servers and verifiers too, which would end on them.
         """
-        asked = torch.zeros(1, dtype=torch.int64)
-        if self.first and (self.directory / STOP_FILE).exists():
+        asked = self.first and (self.directory / STOP_FILE).exists()
+        if asked:
             (self.directory / STOP_FILE).unlink()
             self.console.note(f"stopping after step {self.step}, as {self.directory / STOP_FILE} asks for")
-            asked += 1
-        torch.distributed.broadcast(asked, src=0)
-        return bool(asked.item())
+        return self._on_rank_0(asked)
 
     def save(self) -> None:
         """Write a checkpoint of the policy and of the loop."""
@@ -194,7 +197,43 @@ class Trainer:
         if self.config.rollout.shared_gpu:
             if self.experience is not None:
                 self.experience.make_room()
-            torch.distributed.broadcast(torch.zeros(1), src=0)  # the other ranks wait for it
+            self._on_rank_0(False)  # the other ranks wait for it
+
+    def _push(self) -> None:
+        """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
+        if self.config.rollout.shared_gpu:
+            platform.release_memory()
+        with self.console.phase("weights"):
+            while True:
+                if self.experience is not None:
+                    self.experience.service.admit()
+                try:
+                    self.transfer.push(export(self.policy.chunks, self.policy.geometry), self.version)
+                    return
+                except RolloutError:
+                    if not self._on_rank_0(self.experience is not None and self.experience.lose_failed()):
+                        raise
+
+    def _while_serving(self, work: Callable[[Experience], _T]) -> _T | None:
+        """What `work`, which samples, returns on rank 0; the other ranks stand by to revive the servers with it."""
+        if self.experience is None:
+            while self._on_rank_0(False):
+                self._push()
+            return None
+        result = work(self.experience)
+        self._on_rank_0(False)
+        return result
+
+    def _revive(self) -> None:
+        """Called on rank 0 within `_while_serving` when no server is left: all ranks give restarted ones weights."""
+        self._on_rank_0(True)
+        self._push()
+
+    def _on_rank_0(self, fact: bool) -> bool:
+        """Rank 0's `fact`, on every rank."""
+        told = torch.tensor([fact], dtype=torch.int64)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told.item())
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""

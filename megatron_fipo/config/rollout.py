@@ -55,3 +55,12 @@ class RolloutConfig:
         "this, step 0 included; a difference ends the run. 0 is never.",
         minimum=0,
     )
+    hang_timeout_s: float = setting(
+        300.0, "Longest silence of an engine while it samples, in seconds; then it counts as lost.", above=0
+    )
+    max_restarts: int = setting(
+        3,
+        "How often in a row, without a step that it took part in, a lost server is started or taken back again; one "
+        "loss more ends the run, or leaves out a server of rollout.addresses for good.",
+        minimum=0,
+    )

@@ -1,7 +1,8 @@
 """The vLLM servers of one rollout node of a Slurm job: `srun python -m megatron_fipo.launch.rollout_node OVERRIDES`.
 
 Starts as many servers as the node's GPUs allow, on the node's own address, guarded by the token in the environment.
-When they answer, their addresses appear in FIPO_ADDRESSES/<node>; when one of them dies, this ends with its log.
+When they answer, their addresses appear in FIPO_ADDRESSES/<node>. One that dies is started again on its address, where
+the trainer finds it; this ends with its log when that has happened too often.
 """
 
 import dataclasses
@@ -20,10 +21,12 @@ from megatron_fipo.launch.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
 
 _LOOK_EVERY_S = 1.0
+_STEADY_S = 3600.0
+"""How long after a restart earlier ones no longer count against a server: a node knows of no steps."""
 
 
 def main(config: Config) -> None:
-    """Run the node's servers until one dies (RolloutError) or SIGTERM."""
+    """Run the node's servers until SIGTERM, or until one dies more than rollout.max_restarts times (RolloutError)."""
     if not os.environ.get(ROLLOUT_TOKEN_VARIABLE):
         raise RolloutError(f"{ROLLOUT_TOKEN_VARIABLE} is not set: the trainer would not know the servers' token")
     terminate_on_sigterm()
@@ -47,8 +50,14 @@ def main(config: Config) -> None:
         service.start()
         service.wait_ready()
         write_atomically(Path(os.environ["FIPO_ADDRESSES"]) / node, ",".join(s.url for s in service.servers))
+        restarted: dict[str, float] = {}
         while True:
-            service.check()
+            for server in service.servers:
+                if time.monotonic() - restarted.get(server.url, 0.0) > _STEADY_S:
+                    server.losses = 0
+                if (failure := server.failure()) is not None:
+                    service.restart(server, failure)
+                    restarted[server.url] = time.monotonic()
             time.sleep(_LOOK_EVERY_S)
 
 

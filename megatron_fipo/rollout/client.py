@@ -1,7 +1,7 @@
 """Sampling from the rollout service: token ids in, token ids and log-probs out. A synchronous facade for rank 0.
 
 One HTTP request a group, sent to the server with the fewest outstanding, so many at a time that engines stay busy. The
-seed of a request fixes its tokens, whichever server answers.
+seed of a request fixes its tokens, whichever server answers; so what a lost server leaves undone, the others do.
 """
 
 import asyncio
@@ -16,12 +16,13 @@ import httpx
 
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.control import ControlPlane, engine_message
-from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.rollout.service import WORKERS_HEALTH, RolloutService, Server
 from megatron_fipo.samples import Group, Problem, Response
 
 MAX_RETRIES = 3
 RETRY_PAUSE_S = 0.5
 CONNECT_TIMEOUT_S = 30.0
+WATCH_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class Progress:
 class RolloutClient:
     """Samples groups from all servers of a service. Its `control` drives their weights.
 
-    `retries` counts requests that were sent again, over the client's life. Used from one thread.
+    `retries` counts requests that were sent again, over the client's life. Used from the thread that started the
+    service.
     """
 
-    def __init__(self, service: RolloutService):
+    def __init__(self, service: RolloutService, revive: Callable[[], None] | None = None):
+        """`revive` is called, between requests, when no server is left: it has to bring the service back or raise."""
         self.control = ControlPlane(service)
         self.retries = 0
         self._service = service
+        self._revive = revive or self._give_up
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(
             headers=service.headers,
@@ -62,6 +66,7 @@ class RolloutClient:
             trust_env=False,
         )
         self._outstanding: dict[str, int] = {}
+        self._watches: dict[str, asyncio.Task[str]] = {}
 
     def generate(
         self,
@@ -77,8 +82,12 @@ class RolloutClient:
         `seeds` has one seed a problem. `on_group` gets each group as it arrives, in this thread, and has to be quick;
         `on_progress` follows it. Greedy samples of a problem are all the same.
 
-        RolloutError when a server has died or refuses a request, when a request fails more than MAX_RETRIES times, when
-        a group takes longer than rollout.request_timeout_s, or when an answer is not what was asked for.
+        A server that dies, or whose engine is silent for rollout.hang_timeout_s, is lost to the service, and its
+        requests go to the others.
+
+        RolloutError when a server refuses a request, when a request fails more than MAX_RETRIES times on servers that
+        are well, when a group takes longer than rollout.request_timeout_s, when an answer is not what was asked for, or
+        when a server may not be lost (RolloutService.lose).
         """
         longest = self._service.config.max_prompt_length
         for problem in problems:
@@ -88,7 +97,13 @@ class RolloutClient:
                     f"the servers take 1 to rollout.max_prompt_length={longest}"
                 )
         call = _Call(len(problems), on_group, on_progress)
-        return self._runner.run(self._generate(problems, samples_per_prompt, sampling, seeds, call))
+        groups: dict[int, Group] = {}
+        while True:
+            missing = [index for index in range(len(problems)) if index not in groups]
+            self._runner.run(self._generate(problems, samples_per_prompt, sampling, seeds, call, missing, groups))
+            if len(groups) == len(problems):
+                return [groups[index] for index in range(len(problems))]
+            self._revive()
 
     def close(self) -> None:
         """Closes the connections; the service stays. May be called twice."""
@@ -106,42 +121,55 @@ class RolloutClient:
         self.close()
 
     async def _generate(
-        self, problems: Sequence[Problem], samples: int, sampling: Sampling, seeds: Sequence[int], call: "_Call"
-    ) -> list[Group]:
-        self._outstanding = {server.url: 0 for server in self._service.servers}
+        self,
+        problems: Sequence[Problem],
+        samples: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        call: "_Call",
+        missing: list[int],
+        groups: dict[int, Group],
+    ) -> None:
+        """Adds the groups of the problems in `missing` to `groups`: all of them, unless no server is left."""
+        servers = self._service.in_service
+        self._outstanding = {server.url: 0 for server in servers}
         # One group more than a server can run at once keeps it busy while an answer travels.
         per_server = math.ceil(self._service.config.max_num_seqs / samples) + 1
-        slots = asyncio.Semaphore(per_server * len(self._service.servers))
+        slots = asyncio.Semaphore(per_server * max(1, len(servers)))
 
-        async def sample(problem: Problem, seed: int) -> Group:
+        async def sample(index: int) -> None:
             async with slots:
-                group = await self._sample_group(problem, samples, sampling, seed, call)
-            call.arrived(group)
-            return group
+                group = await self._sample_group(problems[index], samples, sampling, seeds[index], call)
+            if group is not None:
+                groups[index] = group
+                call.arrived(group)
 
-        tasks: list[asyncio.Task[Group]] = []
         try:
+            self._watches = {server.url: asyncio.ensure_future(self._watch(server)) for server in servers}
             async with asyncio.TaskGroup() as running:
-                tasks = [
-                    running.create_task(sample(problem, seed)) for problem, seed in zip(problems, seeds, strict=True)
-                ]
+                for index in missing:
+                    running.create_task(sample(index))
         except* Exception as failures:
             raise _first(failures) from None
-        return [task.result() for task in tasks]
+        finally:
+            for watch in self._watches.values():
+                watch.cancel()
 
     async def _sample_group(
         self, problem: Problem, samples: int, sampling: Sampling, seed: int, call: "_Call"
-    ) -> Group:
+    ) -> Group | None:
+        """The group; None when no server is left to ask."""
         body = _request(problem, samples, sampling, seed)
-        timeout_s = self._service.config.request_timeout_s
         call.pending.add(problem.id)
         try:
-            async with asyncio.timeout(timeout_s):
-                answer, server = await self._request_with_retries(body)
+            answer, server = await self._request_with_retries(body)
+        except _NoServer:
+            return None
         except TimeoutError:
             pending = sorted(call.pending)
             raise RolloutError(
-                f"problem {problem.id} got no answer within rollout.request_timeout_s={timeout_s:g} s; "
+                f"problem {problem.id} got no answer within rollout.request_timeout_s="
+                f"{self._service.config.request_timeout_s:g} s; "
                 f"{len(pending)} requests are pending: {', '.join(pending[:8])}{' …' if len(pending) > 8 else ''}"
             ) from None
         call.pending.discard(problem.id)
@@ -151,33 +179,82 @@ class RolloutClient:
 
     async def _request_with_retries(self, body: dict[str, Any]) -> tuple[dict[str, Any], Server]:
         failed: dict[str, str] = {}
-        for attempt in range(MAX_RETRIES + 1):
-            self._service.check()
+        attempts = 0
+        while True:
             server = self._pick(avoid=set(failed))
-            self._outstanding[server.url] += 1
             try:
-                response = await self._http.post(f"{server.url}/inference/v1/generate", json=body)
+                response = await self._post_watched(server, body)
                 if response.is_success:
                     return response.json(), server
-                failed[server.url] = f"{response.status_code}: {engine_message(response)}"
+                problem = f"{response.status_code}: {engine_message(response)}"
                 if response.is_client_error:
                     # The request itself is wrong: every server would say the same.
-                    raise RolloutError(f"{server.url} refused a request with {failed[server.url]}")
+                    raise RolloutError(f"{server.url} refused a request with {problem}")
             except httpx.TransportError as error:
-                failed[server.url] = f"{type(error).__name__}: {error}"
-            finally:
-                self._outstanding[server.url] -= 1
-            # Time for a dying server to be gone, so that its log is shown and not its broken connection.
-            await asyncio.sleep(RETRY_PAUSE_S)
-            self._service.check()
-            self.retries += attempt < MAX_RETRIES
-        reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
-        raise RolloutError(f"a request failed {MAX_RETRIES + 1} times: {reasons}")
+                problem = f"{type(error).__name__}: {error}"
+            if server.lost is None and (silence := await self._silence(server)) is not None:
+                self._service.lose(server, f"{problem}; {silence}")
+            self.retries += 1
+            if server.lost is None:
+                failed[server.url] = problem
+                attempts += 1
+                if attempts > MAX_RETRIES:
+                    reasons = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
+                    raise RolloutError(f"a request failed {attempts} times: {reasons}")
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _post_watched(self, server: Server, body: dict[str, Any]) -> httpx.Response:
+        """The answer of `server`. ReadError when its engine falls silent, TimeoutError after request_timeout_s."""
+        watch = self._watches[server.url]
+        self._outstanding[server.url] += 1
+        try:
+            async with asyncio.timeout(self._service.config.request_timeout_s):
+                post = asyncio.ensure_future(self._http.post(f"{server.url}/inference/v1/generate", json=body))
+                try:
+                    await asyncio.wait({post, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    if post.done():
+                        return post.result()
+                    self._service.lose(server, watch.result())
+                    raise httpx.ReadError(watch.result())
+                finally:
+                    post.cancel()
+                    await asyncio.gather(post, return_exceptions=True)
+        finally:
+            self._outstanding[server.url] -= 1
+
+    async def _watch(self, server: Server) -> str:
+        """Returns when the server's engine has fallen silent, with how."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if (silence := await self._silence(server)) is not None:
+                return silence
+
+    async def _silence(self, server: Server) -> str | None:
+        """Asks the engine's workers for a sign of life; None when they give it, else what came in its place."""
+        timeout_s = self._service.config.hang_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.post(f"{server.url}/collective_rpc", json=WORKERS_HEALTH)
+        except TimeoutError:
+            return f"its engine has not answered for rollout.hang_timeout_s={timeout_s:g} s"
+        except httpx.TransportError as error:
+            return f"{type(error).__name__}: {error}"
+        return None if response.is_success else f"{response.status_code}: {engine_message(response)}"
 
     def _pick(self, avoid: set[str]) -> Server:
         """The server with the fewest outstanding requests, one that has not failed this request if there is any."""
-        servers = [server for server in self._service.servers if server.url not in avoid] or self._service.servers
+        in_service = self._service.in_service
+        if not in_service:
+            raise _NoServer
+        servers = [server for server in in_service if server.url not in avoid] or in_service
         return min(servers, key=lambda server: self._outstanding[server.url])
+
+    def _give_up(self) -> None:
+        raise RolloutError(f"no vLLM server is left: {self._service.losses_in_words()}")
+
+
+class _NoServer(Exception):
+    """All servers are out of service."""
 
 
 class _Call:

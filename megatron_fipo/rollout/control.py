@@ -5,16 +5,13 @@ from typing import Any
 
 import httpx
 
-from megatron_fipo.errors import RolloutError
-from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.errors import RolloutError, WeightsRefused
+from megatron_fipo.rollout.service import DEATH_GRACE_S, RolloutService, Server
 from megatron_fipo.weights.deadline import Deadline
-
-DEATH_GRACE_S = 1.0
-"""How long a server whose connection broke is watched for its end, which explains more than the broken connection."""
 
 
 class ControlPlane:
-    """Every method calls all servers concurrently and returns when all have answered.
+    """Every method calls all servers in service concurrently and returns when all have answered.
 
     RolloutError as soon as one fails, with the engine's own words or the end of a dead server's log, or when the
     deadline passes, naming the servers that have not answered. Usable from any event loop.
@@ -22,11 +19,30 @@ class ControlPlane:
 
     def __init__(self, service: RolloutService):
         self._service = service
+        self._failed: dict[str, str] = {}
+
+    @property
+    def roster(self) -> int:
+        """Another number whenever servers have left or entered service since."""
+        return self._service.roster
+
+    def lose_failed(self) -> bool:
+        """Takes the servers out of service that the last failing call leaves unfit for another; whether there are any.
+
+        There are none when the call failed for another reason than a server's own failure: an engine refused the
+        weights that it was sent, or the trainer gave up. RolloutError as by RolloutService.lose.
+        """
+        failed, self._failed = self._failed, {}
+        for server in self._service.in_service:
+            if server.url in failed:
+                # A failed call leaves the workers of one engine out of step with each other.
+                self._service.lose(server, failed[server.url], for_good=self._service.config.tensor_parallel > 1)
+        return bool(failed)
 
     @property
     def workers_of_server(self) -> list[int]:
         """Engine workers of each server, in the service's order."""
-        return [self._service.config.tensor_parallel for _ in self._service.servers]
+        return [self._service.config.tensor_parallel for _ in self._service.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation. Requests still running are aborted: between steps there are none worth keeping."""
@@ -68,7 +84,7 @@ class ControlPlane:
     async def reset_prefix_cache(self, deadline: Deadline) -> None:
         """Empties the prefix caches. RolloutError if one could not be, since it would serve stale keys and values."""
         answers = await self._call_all("/reset_prefix_cache", deadline)
-        for server, answer in zip(self._service.servers, answers, strict=True):
+        for server, answer in zip(self._service.in_service, answers, strict=True):
             if not answer["success"]:
                 raise RolloutError(
                     f"the vLLM server at {server.url} could not reset its prefix cache: requests still run"
@@ -87,7 +103,7 @@ class ControlPlane:
         method: str = "POST",
     ) -> list[Any]:
         """The servers' answers. `body` is for all, or one for each server."""
-        servers = self._service.servers
+        servers = self._service.in_service
         bodies = body if isinstance(body, list) else [body] * len(servers)
         async with httpx.AsyncClient(headers=self._service.headers, timeout=None, trust_env=False) as client:
             calls = {
@@ -98,6 +114,7 @@ class ControlPlane:
                 done, pending = await asyncio.wait(
                     calls, timeout=deadline.remaining(), return_when=asyncio.FIRST_EXCEPTION
                 )
+                self._note_failed({calls[call].url: call.exception() for call in done}, [calls[c].url for c in pending])
                 answers = {calls[call].url: call.result() for call in done}
             finally:
                 for call in calls:
@@ -108,6 +125,15 @@ class ControlPlane:
             raise RolloutError(f"no answer to {path} from {silent} within {deadline.seconds:g} s in all")
         return [answers[server.url] for server in servers]
 
+    def _note_failed(self, done: dict[str, BaseException | None], pending: list[str]) -> None:
+        """A call that others were still busy with when it failed for one leaves their engines in an unknown state."""
+        errors = {url: error for url, error in done.items() if error is not None}
+        if any(isinstance(error, WeightsRefused) for error in errors.values()):
+            return
+        self._failed = {url: str(error) for url, error in errors.items()}
+        late = "it was in the same weight update" if errors else "it did not answer in time"
+        self._failed |= dict.fromkeys(pending, late)
+
     async def _call(self, client: httpx.AsyncClient, server: Server, method: str, path: str, body: Any) -> Any:
         try:
             response = await client.request(method, server.url + path, json=body)
@@ -116,7 +142,10 @@ class ControlPlane:
             raise RolloutError(f"{server.url}{path}: {type(error).__name__}: {error}") from error
         if not response.is_success:
             await self._raise_if_dying(server)
-            raise RolloutError(f"{server.url}{path} answered {response.status_code}: {engine_message(response)}")
+            words = engine_message(response)
+            if WeightsRefused.MARK in words:
+                raise WeightsRefused(f"{server.url}{path}: {words.split(WeightsRefused.MARK, 1)[1]}")
+            raise RolloutError(f"{server.url}{path} answered {response.status_code}: {words}")
         return response.json()
 
     async def _raise_if_dying(self, server: Server) -> None:

@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_fipo.errors import WeightError
+from megatron_fipo.errors import WeightsRefused
 from megatron_fipo.weights.architectures import parameters, read_architecture
 from megatron_fipo.weights.buckets import BucketLayout, checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
@@ -55,7 +55,7 @@ class CheckpointEngine(WeightTransferEngine):
     def finish_weight_update(self) -> None:
         """Puts the new weights into service. WeightError, naming them, if tensors of the model did not come."""
         if missing := sorted(self._expected - self._received - self._optional):
-            raise WeightError(f"the update lacks {len(missing)} tensors of the model: {_some(missing)}")
+            raise WeightsRefused(f"the update lacks {len(missing)} tensors of the model: {_some(missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         self._refresh_tied_output_layer()
         self._unfinished = False
@@ -79,11 +79,13 @@ class CheckpointEngine(WeightTransferEngine):
             # Of what has arrived, under the name it is loaded by: afterwards vLLM has fused, cut and packed it.
             differing = [name for name, tensor in tensors if checksums.get(name) != checksum(tensor)]
             if differing:
-                raise WeightError(f"tensors arrived with another checksum than they were sent with: {_some(differing)}")
+                raise WeightsRefused(
+                    f"tensors arrived with another checksum than they were sent with: {_some(differing)}"
+                )
         if unknown := sorted(set(names) - self._expected - self._optional):
-            raise WeightError(f"the update has tensors that the model has not: {_some(unknown)}")
+            raise WeightsRefused(f"the update has tensors that the model has not: {_some(unknown)}")
         if twice := sorted(self._received.intersection(names)):
-            raise WeightError(f"the update has tensors twice: {_some(twice)}")
+            raise WeightsRefused(f"the update has tensors twice: {_some(twice)}")
         self._received.update(names)
         load_weights: Any = self.model.load_weights
         load_weights(tensors)
@@ -127,7 +129,7 @@ class ProcessGroupEngine(CheckpointEngine):
         """Joins the group of one stage leader; blocks until all workers of all servers have."""
         device_of_backend = {"gloo": "cpu", "nccl": "cuda"}
         if self.device.type != device_of_backend[init_info.backend]:
-            raise WeightError(
+            raise WeightsRefused(
                 f"the trainer sends weights over {init_info.backend}, but this engine runs on {self.device.type}; "
                 "both have to run on GPUs or both on CPUs"
             )
@@ -191,7 +193,7 @@ class SharedMemoryEngine(CheckpointEngine):
         """Remembers the directory, which has to be visible from here."""
         directory = Path(init_info.directory)
         if not directory.is_dir():
-            raise WeightError(
+            raise WeightsRefused(
                 f"{directory} does not exist here: rollout.weight_transfer=shared_memory needs the trainer and its "
                 "vLLM servers on one machine (process_group does not)"
             )
@@ -201,7 +203,7 @@ class SharedMemoryEngine(CheckpointEngine):
         """Maps one file and loads it."""
         path = Path(update_info.path)
         if path.parent not in self._directories:
-            raise WeightError(f"{path} is in no directory that this engine was told of")
+            raise WeightsRefused(f"{path} is in no directory that this engine was told of")
         with safe_open(path, framework="pt", device="cpu") as file:
             self._load([(name, file.get_tensor(name)) for name in update_info.names], update_info.checksums)
 

@@ -3,38 +3,41 @@
 A started server gets a free port on `rollout.host`, a random token through its environment, a log file under
 `run_dir/logs/`, and dies with this process. `start` returns at once, so that the trainer can build its model while the
 servers load; `wait_ready` waits for them.
+
+A server that fails later goes out of service by `lose`: one of ours is started again at once, on its port. `admit`,
+before every weight update, puts back into service whatever answers again. In between the others carry on.
 """
 
 import atexit
-import contextlib
 import logging
 import os
 import secrets
 import socket
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import httpx
-import psutil
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
-from megatron_fipo.rollout.server import PARENT_VARIABLE
 from megatron_fipo.rollout.server_log import ServerLog
 from megatron_fipo.rollout.server_options import server_arguments, server_environment, visible_devices
+from megatron_fipo.rollout.server_process import end_processes, start_process
 from megatron_fipo.weights.deadline import Deadline
 
-STOP_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 10.0
 PROBE_EVERY_S = 0.2
+DEATH_GRACE_S = 1.0
+"""How long a server whose connection broke is watched for its end, which explains more than the broken connection."""
 INITIAL_VERSION = 0
-SHARED_MEMORY = Path("/dev/shm")
+WORKERS_HEALTH = {"method": "check_health"}
+"""A call for /collective_rpc, which workers that hang do not answer while /health still does."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,14 @@ class Server:
     url: str
     process: subprocess.Popen[bytes] | None = None
     log: ServerLog | None = None
+    command: list[str] = field(default_factory=list)
+    """Options that it was started with, and"""
+    environment: dict[str, str] = field(default_factory=dict)
+    """its environment: what it is started with again."""
+    lost: str | None = None
+    """Why it is out of service; None while it is in service."""
+    losses: int = 0
+    """How often it was lost since the last step that it took part in."""
 
     def failure(self) -> str | None:
         """What happened to it, with the end of its log; None while it runs, or when that cannot be known."""
@@ -66,11 +77,19 @@ class RolloutService:
         run_dir: Path,
         seed: int,
         max_position_embeddings: int | None = None,
+        warn: Callable[[str], None] = logger.warning,
     ):
-        """Nothing starts yet. `model_dir` is a Hugging Face directory; `max_position_embeddings` overrides its own."""
+        """Nothing starts yet. `model_dir` is a Hugging Face directory; `max_position_embeddings` overrides its own.
+
+        `warn` gets a line for each server that is lost or comes back.
+        """
         self.config = config
+        self.roster = 0
+        """Changes with each server that leaves or enters service."""
         self._model_dir, self._log_dir, self._seed = model_dir, run_dir / "logs", seed
         self._max_position_embeddings = max_position_embeddings
+        self._warn = warn
+        self._restarts = 0
         self._reserved: list[socket.socket] = []
         if config.addresses:
             self._token = os.environ.get(TOKEN_VARIABLE, "")
@@ -83,6 +102,11 @@ class RolloutService:
             # Given where others, such as the trainer on another node, have to know it.
             self._token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
             self.servers = []
+
+    @property
+    def in_service(self) -> list[Server]:
+        """The servers that sample and get weights."""
+        return [server for server in self.servers if server.lost is None]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -108,27 +132,17 @@ class RolloutService:
             self.servers.append(self._start_server(index, devices[index] if devices else None))
 
     def _start_server(self, index: int, devices: list[str] | None) -> Server:
-        port = self._reserve_port()
-        host = self.config.host
-        arguments = server_arguments(self.config, self._model_dir, self._seed, self._max_position_embeddings)
+        host, port = self.config.host, self._reserve_port()
+        options = server_arguments(self.config, self._model_dir, self._seed, self._max_position_embeddings)
+        command = ["--host", host, "--port", str(port), *options]
+        environment = server_environment(self.config, devices) | {TOKEN_VARIABLE: self._token}
         log = ServerLog(self._log_dir / f"rollout-{index}.log")
-        environment = server_environment(self.config, devices)
-        environment |= {TOKEN_VARIABLE: self._token, PARENT_VARIABLE: str(os.getpid())}
-        with log.path.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_fipo.rollout.server", "--host", host, "--port", str(port), *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C in a terminal reaches its whole process group; the servers end when we close them.
-                start_new_session=True,
-            )
+        process = start_process(command, environment, log.path)
         shown = f"[{host}]" if ":" in host else host
-        return Server(f"http://{shown}:{port}", process, log)
+        return Server(f"http://{shown}:{port}", process, log, command, environment)
 
     def _reserve_port(self) -> int:
-        """A free port, kept bound but not listening, so that nobody else is given it before the server listens."""
+        """A free port, kept bound but not listening: nobody else is given it, before the server listens and after."""
         family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
         holder = socket.socket(family, socket.SOCK_STREAM)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -143,36 +157,38 @@ class RolloutService:
         configuration says.
         """
         deadline = Deadline(self.config.start_timeout_s)
-        with httpx.Client(headers=self.headers, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+        with self._http() as client:
             for server in self.servers:
-                self._wait_for(server, client, deadline)
-                self._check_workers(server, client)
-                version = {"new_version": str(INITIAL_VERSION)}
-                _answer(client.post(f"{server.url}/update_weight_version", json=version), server)
-        for holder in self._reserved:
-            holder.close()
-        self._reserved.clear()
+                while (problem := self._not_ready(server, client)) is not None:
+                    self.check()
+                    if deadline.passed():
+                        raise RolloutError(self._late(server, problem))
+                    time.sleep(PROBE_EVERY_S)
 
-    def _wait_for(self, server: Server, client: httpx.Client, deadline: Deadline) -> None:
-        problem = "no answer yet"
-        while not deadline.passed():
-            self.check()
-            try:
-                response = client.get(f"{server.url}/health")
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if response.status_code == httpx.codes.UNAUTHORIZED:
-                    raise RolloutError(f"the server at {server.url} refused the token in {TOKEN_VARIABLE}")
-                if response.is_success:
-                    return
-                problem = f"/health answered {response.status_code}"
-            time.sleep(PROBE_EVERY_S)
+    def _late(self, server: Server, problem: str) -> str:
         excerpt = f"; {server.log.excerpt()}" if server.log else ""
-        raise RolloutError(
+        return (
             f"the vLLM server at {server.url} was not ready within rollout.start_timeout_s="
             f"{self.config.start_timeout_s:g} s ({problem}){excerpt}"
         )
+
+    def _http(self) -> httpx.Client:
+        return httpx.Client(headers=self.headers, timeout=PROBE_TIMEOUT_S, trust_env=False)
+
+    def _not_ready(self, server: Server, client: httpx.Client) -> str | None:
+        """None when it answers and is labelled; else why not yet. RolloutError when it is another than configured."""
+        try:
+            response = client.get(f"{server.url}/health")
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                raise RolloutError(f"the server at {server.url} refused the token in {TOKEN_VARIABLE}")
+            response.raise_for_status()
+            self._check_workers(server, client)
+            client.post(f"{server.url}/collective_rpc", json=WORKERS_HEALTH).raise_for_status()
+            version = {"new_version": str(INITIAL_VERSION)}
+            client.post(f"{server.url}/update_weight_version", json=version).raise_for_status()
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def _check_workers(self, server: Server, client: httpx.Client) -> None:
         response = client.get(f"{server.url}/get_world_size")
@@ -181,7 +197,7 @@ class RolloutService:
                 f"the server at {server.url} has no routes for weight updates: "
                 "start it with python -m megatron_fipo.rollout.server"
             )
-        workers = _answer(response, server)["world_size"]
+        workers = response.raise_for_status().json()["world_size"]
         if workers != self.config.tensor_parallel:
             raise RolloutError(
                 f"the server at {server.url} has {workers} workers, but rollout.tensor_parallel is "
@@ -194,13 +210,111 @@ class RolloutService:
             if (failure := server.failure()) is not None:
                 raise RolloutError(failure)
 
+    def lose(self, server: Server, reason: str, *, for_good: bool = False) -> None:
+        """Takes a server out of service, with a warning; one of ours is started again. Nothing if it is out already.
+
+        `for_good` is for a server that only a restart makes fit again: one that is not ours never returns.
+        RolloutError when one of ours has been lost more than `rollout.max_restarts` times in a row.
+        """
+        if server.lost is not None:
+            return
+        server.lost = reason
+        self.roster += 1
+        if server.process is None:
+            server.losses = 1 + (self.config.max_restarts if for_good else server.losses)
+            again = "taken back when it answers" if self._may_return(server) else "left out from now on"
+            self._warn(f"the vLLM server at {server.url} is out of service, {again}: {reason}")
+        else:
+            self.restart(server, reason)
+
+    def restart(self, server: Server, reason: str) -> None:
+        """Ends one of our servers with all its processes and starts it again on its port, without waiting for it.
+
+        Call it in the thread that called `start`. RolloutError when it was lost more than `rollout.max_restarts` times.
+        """
+        assert server.process is not None and server.log is not None
+        # A dying server breaks its connections first and has an exit status later.
+        grace = Deadline(DEATH_GRACE_S)
+        while (failure := server.failure()) is None and not grace.passed():
+            time.sleep(0.05)
+        story = failure or f"the vLLM server at {server.url} failed: {reason}; {server.log.excerpt()}"
+        end_processes([server.process], at_once=True)
+        server.losses += 1
+        if not self._may_return(server):
+            limit = f"rollout.max_restarts={self.config.max_restarts}"
+            raise RolloutError(story if server.losses == 1 else f"{limit} restarts did not help: {story}")
+        self._restarts += 1
+        server.log = ServerLog(server.log.path)
+        server.process = start_process(server.command, server.environment, server.log.path)
+        self._warn(f"restart {server.losses} of at most {self.config.max_restarts}: {story}")
+
+    def _may_return(self, server: Server) -> bool:
+        return server.losses <= self.config.max_restarts
+
+    def admit(self) -> None:
+        """Before a weight update: servers that fail by now are lost, and those that answer again are in service.
+
+        Waits for restarted servers, and for others only if none is left, `rollout.start_timeout_s` in all. RolloutError
+        if none is left then, or a restarted one is not ready.
+        """
+        deadline = Deadline(self.config.start_timeout_s)
+        with self._http() as client:
+            for server in self.in_service:
+                if (reason := self._unfit(server, client)) is not None:
+                    self.lose(server, reason)
+            while awaited := self._readmit(client):
+                late, problem = awaited[0]
+                if deadline.passed():
+                    raise RolloutError(self._late(late, problem))
+                time.sleep(PROBE_EVERY_S)
+        if not self.in_service:
+            raise RolloutError(f"no vLLM server is left: {self.losses_in_words()}")
+
+    def _readmit(self, client: httpx.Client) -> list[tuple[Server, str]]:
+        """Puts servers back that are ready; those that are worth waiting for, each with why it is not ready."""
+        absent: list[tuple[Server, str]] = []
+        for server in self.servers:
+            if server.lost is None or not self._may_return(server):
+                continue
+            if (failure := server.failure()) is not None:
+                self.restart(server, failure)
+            if (problem := self._not_ready(server, client)) is not None:
+                absent.append((server, problem))
+                continue
+            server.lost = None
+            self.roster += 1
+            self._warn(f"the vLLM server at {server.url} is back in service")
+        return [pair for pair in absent if pair[0].process is not None or not self.in_service]
+
+    def _unfit(self, server: Server, client: httpx.Client) -> str | None:
+        """Why a server that should be in service cannot get weights."""
+        if (failure := server.failure()) is not None:
+            return failure
+        try:
+            version = client.get(f"{server.url}/weight_info").raise_for_status().json()["weight_version"]
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__}: {error}"
+        # Ours are numbers.
+        return None if version.isdigit() else "somebody has started it again"
+
+    def losses_in_words(self) -> str:
+        """Each server that is out of service with the reason."""
+        return "; ".join(f"{server.url}: {server.lost}" for server in self.servers if server.lost is not None)
+
+    def end_step(self) -> dict[str, float]:
+        """Metrics of the step that ends, in which the servers in service have proven themselves."""
+        for server in self.in_service:
+            server.losses = 0
+        restarts, self._restarts = self._restarts, 0
+        return {"rollout_restarts": float(restarts), "rollout_servers": float(len(self.in_service))}
+
     def close(self) -> None:
         """Ends the servers that were started here, with all their processes; adopted ones stay. May be called twice."""
         atexit.unregister(self.close)
         for holder in self._reserved:
             holder.close()
         self._reserved.clear()
-        _end_processes([server.process for server in self.servers if server.process is not None])
+        end_processes([server.process for server in self.servers if server.process is not None])
 
     def __enter__(self) -> Self:
         return self
@@ -209,42 +323,3 @@ class RolloutService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _answer(response: httpx.Response, server: Server) -> Any:
-    if not response.is_success:
-        raise RolloutError(f"{server.url}{response.request.url.path} answered {response.status_code}: {response.text}")
-    return response.json()
-
-
-def _end_processes(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM to each server, then SIGKILL to whatever is left of its process tree after STOP_TIMEOUT_S."""
-    trees: list[psutil.Process] = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(process.pid)
-            trees += [root, *root.children(recursive=True)]
-    shared = _shared_files(trees)
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    _, alive = psutil.wait_procs(trees, timeout=STOP_TIMEOUT_S)
-    for straggler in alive:
-        logger.warning("process %d of a vLLM server did not end in time and is killed", straggler.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            straggler.kill()
-    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
-    for process in processes:
-        process.poll()
-    # A killed process leaves its segments, and memory in them is gone until somebody deletes them.
-    for path in shared:
-        path.unlink(missing_ok=True)
-
-
-def _shared_files(processes: list[psutil.Process]) -> set[Path]:
-    """The shared-memory segments that vLLM's processes have in use among themselves."""
-    files: set[Path] = set()
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            files.update(Path(mapping.path) for mapping in process.memory_maps())
-    return {path for path in files if path.parent == SHARED_MEMORY}

@@ -7,7 +7,7 @@ A plane object lives on every rank that leads a pipeline stage (tensor-, data- a
 import hashlib
 import os
 import shutil
-import threading
+import socket
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +20,16 @@ from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 
 SHARED_MEMORY = Path("/dev/shm")
-CLOSE_TIMEOUT_S = 5.0
 
 
 class TransferPlane(Protocol):
     """One leader's half of a plane. Dictionaries are JSON-ready: rank 0 hands them to the engines."""
 
     def open(self, workers: int) -> dict[str, Any]:
-        """Gets ready for `workers` engine workers in all; returns what an engine needs to know to join."""
+        """Gets ready for `workers` engine workers in all; returns what an engine needs to know to join.
+
+        Called again when servers have come or gone, after a `close` too.
+        """
 
     def join(self) -> None:
         """Blocks until all workers have joined; called in a thread while rank 0 asks the engines to join."""
@@ -50,14 +52,16 @@ class ProcessGroupPlane:
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
         self._address = local_address(_farthest_peer(rollout))
         self._world_size = 0
-        self._listener = listen(self._address)
+        self._listener: socket.socket | None = None
         self._group: TransferGroup | None = None
         self._in_flight: Any = None
 
     def open(self, workers: int) -> dict[str, Any]:
         """Names the meeting point of the group, which is listening from here on."""
         self._world_size = workers + 1
+        self.close()
         address, port = self._listener.getsockname()
+        self._listener = listen(self._address)
         return {
             "stage": self._stage,
             "address": address,
@@ -69,8 +73,15 @@ class ProcessGroupPlane:
 
     def join(self) -> None:
         """Makes the group; blocks until all workers are in it."""
-        store = host_store(self._listener, self._world_size, self._timeout_s)
-        self._group = TransferGroup(store, self._address, 0, self._world_size, self._backend, self._timeout_s)
+        listener = self._listener
+        assert listener is not None
+        store = host_store(listener, self._world_size, self._timeout_s)
+        group = TransferGroup(store, self._address, 0, self._world_size, self._backend, self._timeout_s)
+        if self._listener is listener:
+            self._group = group
+        else:
+            # Closed meanwhile, and perhaps open again for others.
+            group.abort()
 
     def send(self, bucket: Bucket) -> dict[str, Any]:
         """Packs the bucket and starts its broadcast."""
@@ -88,15 +99,11 @@ class ProcessGroupPlane:
 
     def close(self) -> None:
         """Aborts the group; workers still waiting in a broadcast get an error."""
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._group is not None:
-            # Ending a gloo group joins its threads: at once as a rule, but for a stopped peer they wait until the
-            # group's own timeout. A process that exits while they run is aborted by the C++ runtime, so they get some
-            # seconds.
-            ending = threading.Thread(target=self._group.abort, name="close-transfer-group", daemon=True)
-            ending.start()
-            self._group = None
-            ending.join(CLOSE_TIMEOUT_S)
+            self._group.abort()
+        self._listener = self._group = self._in_flight = None
 
 
 class SharedMemoryPlane:
@@ -108,7 +115,6 @@ class SharedMemoryPlane:
         self._directory = SHARED_MEMORY / f"{self._prefix}{stage}"
         self._index = 0
         self._file: Path | None = None
-        self._make_directory()
 
     def _make_directory(self) -> None:
         """A fresh directory for this user only; an earlier run that was killed may have left one of the same name."""
@@ -124,6 +130,7 @@ class SharedMemoryPlane:
     def open(self, workers: int) -> dict[str, Any]:
         """Names the directory; an engine that cannot see it is on another machine, and says so."""
         return {"directory": str(self._directory)}
+        self._make_directory()
 
     def join(self) -> None:
         """Nothing to wait for: files need no peer."""

@@ -5,6 +5,7 @@ main memory, NCCL for tensors on GPUs. Both ends use this module; rank 0 is the 
 """
 
 import socket
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
 LOOPBACK = "127.0.0.1"
+ABORT_TIMEOUT_S = 5.0
 
 
 def is_loopback(host: str) -> bool:
@@ -95,4 +97,8 @@ class TransferGroup:
 
     def abort(self) -> None:
         """Ends the group without waiting for its members: what is still under way fails on all of them."""
-        self._group.abort()
+        # Ending a gloo group joins its threads: at once as a rule, but for a stopped peer they wait until the group's
+        # own timeout. A process that exits while they run is aborted by the C++ runtime, so they get some seconds.
+        ending = threading.Thread(target=self._group.abort, name="end-transfer-group", daemon=True)
+        ending.start()
+        ending.join(ABORT_TIMEOUT_S)

@@ -1,23 +1,26 @@
 """Weight updates: from the trainer's ranks, stage after stage, to every vLLM worker, in one session.
 
-Every rank of the trainer calls `connect` and `push` (SPMD). Three roles, one protocol:
+Every rank of the trainer calls `push` (SPMD). Three roles, one protocol:
 
 * the *conductor*, a thread on rank 0, drives vLLM's control plane over HTTP and gives each stage its turn;
 * the *leader* of each pipeline stage cuts its stream of full tensors into buckets and puts them on a transfer plane,
   gathering the next bucket while the last one travels;
 * all other ranks only consume their streams, because they take part in the gathers.
 
-Messages go through a `Mailbox`. Whatever fails, the conductor ends the session with a verdict within
-`rollout.update_timeout_s`, leaders drain their streams so that no gather is left hanging, and every rank raises the
-same RolloutError. An engine whose update failed holds unusable weights: the run has to end.
+A session begins with joining all engine workers to every stage's plane when servers have come or gone since the last
+one, or when that one failed. Messages go through a `Mailbox`. Whatever fails, the conductor ends the session with a
+verdict within `rollout.update_timeout_s`, leaders drain their streams so that no gather is left hanging, planes are
+closed, which frees engines that wait in them, and every rank raises the same RolloutError. Engines whose update failed
+hold unusable weights until another push succeeds.
 """
 
 import asyncio
 import collections
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +44,11 @@ CANCEL_TIMEOUT_S = 5.0
 
 class WeightControl(Protocol):
     """vLLM's control plane over all servers at once; every call raises RolloutError when one of them fails."""
+
+    @property
+    def roster(self) -> int:
+        """Another number whenever servers have come or gone since."""
+        ...
 
     @property
     def workers_of_server(self) -> list[int]:
@@ -128,59 +136,55 @@ class WeightTransfer:
         self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
         self._checksum_every = checksum_every
         self._sessions = 0
-
-    def connect(self) -> None:
-        """Joins all engine workers to every stage's plane, once a run. Raises RolloutError on every rank."""
-        self._run_session("connecting the weight planes", self._conduct_connect, self._lead_connect, ())
+        self._joined_roster: int | None = None
 
     def push(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> TransferStats:
         """Sends this rank's stream of (Hugging Face name, full tensor) to all engines as weight version `version`.
 
         Streams of ranks that lead no stage are consumed and not sent. Afterwards the engines' prefix caches are empty
         and responses carry `version`. Raises RolloutError on every rank, and consumes every stream even then; for a
-        tensor that arrived with another checksum it names the tensor.
+        tensor that arrived with another checksum it names the tensor. It may be called again after an error.
         """
         stream = iter(tensors)
-        check = self._checksum_every > 0 and version % self._checksum_every == 0
-        stats = self._run_session(
-            f"weight update {version}",
-            lambda mailbox, deadline: self._conduct_push(mailbox, deadline, version),
-            lambda mailbox, deadline: self._lead_push(mailbox, deadline, stream, check),
-            stream,
-        )
-        return TransferStats(**stats)
+        mailbox = Mailbox(self._store, f"session{self._sessions}")
+        self._sessions += 1
+        try:
+            verdict = self._run_session(mailbox, stream, version)
+            if (error := verdict.pop("error")) is not None:
+                raise RolloutError(error)
+        except BaseException:
+            self._joined_roster = None
+            self.close()
+            raise
+        return TransferStats(**verdict)
 
     def close(self) -> None:
-        """Releases the plane; nothing can be pushed afterwards."""
+        """Releases the plane; the next push would open it again."""
         if self._plane is not None:
             self._plane.close()
 
-    def _run_session(
-        self,
-        what: str,
-        conduct: Callable[[Mailbox, Deadline], Coroutine[Any, Any, dict[str, Any]]],
-        lead: Callable[[Mailbox, Deadline], None],
-        stream: Iterable[Any],
-    ) -> dict[str, Any]:
+    def _run_session(self, mailbox: Mailbox, stream: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         """One session on this rank, up to its verdict, which it returns."""
-        mailbox = Mailbox(self._store, f"session{self._sessions}")
-        self._sessions += 1
+        what = f"weight update {version}"
         conductor = None
         if self._control is not None:
-            deadline = Deadline(self._timeout_s)
-            conductor = _Conductor(what, mailbox, lambda: conduct(mailbox, deadline))
+            begin = {"join": self._control.roster != self._joined_roster}
+            self._joined_roster = self._control.roster
+            conductor = _Conductor(what, mailbox, self._conduct(mailbox, version, join=begin["join"]))
             conductor.start()
-            mailbox.post(BEGIN, {})
+            mailbox.post(BEGIN, begin)
         else:
             # Rank 0 may be busy, with servers that are still starting.
-            mailbox.wait(BEGIN, Deadline(self._begin_timeout_s), f"rank 0 to begin {what}")
+            begin = mailbox.wait(BEGIN, Deadline(self._begin_timeout_s), f"rank 0 to begin {what}")
         late = Deadline(self._timeout_s + VERDICT_SLACK_S)
+        check = self._checksum_every > 0 and version % self._checksum_every == 0
         try:
             if self._plane is not None:
-                _run_or_report(mailbox, self._stage, lambda: lead(mailbox, late))
+                lead = functools.partial(self._lead, mailbox, late, stream, join=begin["join"], check=check)
+                _run_or_report(mailbox, self._stage, lead)
             # What is left of the stream, so that no other rank waits in a gather for this one.
             _run_or_report(mailbox, self._stage, lambda: collections.deque(stream, maxlen=0))
-            verdict = mailbox.wait(VERDICT, late, f"rank 0's verdict on {what}")
+            return mailbox.wait(VERDICT, late, f"rank 0's verdict on {what}")
         except BaseException:
             if conductor is not None:
                 conductor.cancel()
@@ -188,16 +192,19 @@ class WeightTransfer:
         finally:
             if conductor is not None:
                 conductor.join(timeout=CANCEL_TIMEOUT_S)
-        if (error := verdict.pop("error")) is not None:
-            raise RolloutError(error)
-        return verdict
 
     # --- conductor: rank 0 only -----------------------------------------------------------------------------------
 
-    async def _conduct_connect(self, mailbox: Mailbox, deadline: Deadline) -> dict[str, Any]:
+    async def _conduct(self, mailbox: Mailbox, version: int, *, join: bool) -> dict[str, Any]:
+        deadline = Deadline(self._timeout_s)
+        if join:
+            await self._conduct_join(mailbox, deadline)
+        return await self._conduct_push(mailbox, deadline, version)
+
+    async def _conduct_join(self, mailbox: Mailbox, deadline: Deadline) -> None:
         assert self._control is not None
         for stage in range(self._num_stages):
-            mailbox.post(f"turn/{stage}", {"workers": sum(self._control.workers_of_server)})
+            mailbox.post(f"join/{stage}", {"workers": sum(self._control.workers_of_server)})
             info = await mailbox.take(f"plane/{stage}", deadline, f"the leader of pipeline stage {stage}")
             infos, first_rank = [], 1
             for workers in self._control.workers_of_server:
@@ -205,7 +212,6 @@ class WeightTransfer:
                 first_rank += workers
             await self._control.init_weight_transfer_engine(infos, deadline)
             await mailbox.take(f"joined/{stage}", deadline, f"the leader of pipeline stage {stage} to join its group")
-        return {}
 
     async def _conduct_push(self, mailbox: Mailbox, deadline: Deadline, version: int) -> dict[str, Any]:
         assert self._control is not None
@@ -238,9 +244,16 @@ class WeightTransfer:
 
     # --- leader: one rank of each stage ---------------------------------------------------------------------------
 
-    def _lead_connect(self, mailbox: Mailbox, deadline: Deadline) -> None:
+    def _lead(
+        self, mailbox: Mailbox, deadline: Deadline, tensors: Iterable[tuple[str, Tensor]], *, join: bool, check: bool
+    ) -> None:
+        if join:
+            self._lead_join(mailbox, deadline)
+        self._lead_push(mailbox, deadline, tensors, check)
+
+    def _lead_join(self, mailbox: Mailbox, deadline: Deadline) -> None:
         assert self._plane is not None
-        workers = mailbox.wait_turn(f"turn/{self._stage}", deadline, "rank 0 to connect this pipeline stage")["workers"]
+        workers = mailbox.wait_turn(f"join/{self._stage}", deadline, "rank 0 to connect this pipeline stage")["workers"]
         mailbox.post(f"plane/{self._stage}", self._plane.open(workers))
         _run_abandonable(self._plane.join, mailbox, deadline)
         mailbox.post(f"joined/{self._stage}", {})
@@ -277,7 +290,7 @@ class WeightTransfer:
 class _Conductor(threading.Thread):
     """Runs the conductor's coroutine on an event loop of its own and posts the verdict, whatever happens."""
 
-    def __init__(self, what: str, mailbox: Mailbox, conduct: Callable[[], Coroutine[Any, Any, dict[str, Any]]]):
+    def __init__(self, what: str, mailbox: Mailbox, conduct: Coroutine[Any, Any, dict[str, Any]]):
         super().__init__(name="weight-conductor", daemon=True)
         self._what, self._mailbox, self._conduct = what, mailbox, conduct
         self._loop = asyncio.new_event_loop()
@@ -310,7 +323,7 @@ class _Conductor(threading.Thread):
 
     async def _conduct_unless_leader_fails(self) -> dict[str, Any]:
         """The coroutine's result; RolloutError as soon as a leader reports a failure, engines waiting for it or not."""
-        work = asyncio.ensure_future(self._conduct())
+        work = asyncio.ensure_future(self._conduct)
         try:
             while not (await asyncio.wait({work}, timeout=LEADER_WATCH_S))[0]:
                 if (message := self._mailbox.peek(FAILED)) is not None:

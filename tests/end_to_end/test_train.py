@@ -126,9 +126,26 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in runs.output(tmp_path)
 
 
-def test_dead_server_ends_the_run(tmp_path: Path) -> None:
+def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Killed in the middle of a step's sampling: no step is missing, none is trained on other weights' samples."""
+    settings = [*SMALL, "run.steps=3", "algorithm.prompts_per_step=16", "rollout.max_num_seqs=8"]
+    with runs.started(tmp_path, *settings) as process:
+        runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        runs.kill_servers_of(tmp_path)
+        output = runs.finish(process, tmp_path)
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=3)
+    assert sum(row["rollout_restarts"] for row in rows) == 1
+    assert rows[0]["rollout_restarts"] == 0, "the control: it was killed after the first step"
+    assert [row["rollout_servers"] for row in rows] == [1, 1, 1]
+    assert "warning: restart 1 of at most 3: the vLLM server at http://127.0.0.1" in output
+    assert "is back in service" in output
+    runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
+
+
+def test_without_restarts_a_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""
-    with runs.started(tmp_path, *SMALL, "run.steps=1000") as process:
+    with runs.started(tmp_path, *SMALL, "run.steps=1000", "rollout.max_restarts=0") as process:
         runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
         runs.kill_servers_of(tmp_path)
         assert process.wait(timeout=90) != 0

@@ -131,16 +131,16 @@ def test_a_failed_request_goes_to_another_server_and_is_counted(rollout: Rollout
     with RolloutClient(service) as client:
         groups = client.generate(problems(3), 2, sampling(), range(3))
         assert 1 <= client.retries <= 3
+        assert [server.url for server in service.in_service] == [rollout.service.servers[0].url]
     assert _tokens(groups) == _tokens(rollout.client.generate(problems(3), 2, sampling(), range(3)))
 
 
-def test_a_request_that_fails_everywhere_ends_the_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(client_module, "RETRY_PAUSE_S", 0.01)
+def test_without_any_server_the_call_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "token")
     config = rollout_config(addresses=["http://127.0.0.1:9"])
     with (
         RolloutClient(RolloutService(config, tmp_path, tmp_path, seed=0)) as client,
-        pytest.raises(RolloutError, match=r"failed 4 times: http://127.0.0.1:9: ConnectError"),
+        pytest.raises(RolloutError, match=r"no vLLM server is left: http://127.0.0.1:9: ConnectError"),
     ):
         client.generate(problems(1), 2, sampling(), [0])
 

@@ -1,4 +1,5 @@
-"""Why: a training run owns its servers. None may outlive it, and one that fails has to say why, in bounded time.
+"""Why: a training run owns its servers. None may outlive it, and one that fails has to say why, in bounded time,
+and to be replaced.
 
 Real servers and real signals. Does not cover servers on other machines: there the scheduler ends them.
 """
@@ -10,14 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout import client as client_module
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.server_log import ServerLog
-from megatron_fipo.rollout.service import RolloutService, _shared_files
+from megatron_fipo.rollout.server_process import shared_files
+from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.samples import Group
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import problems, rollout_config, running, sampling, save_tiny_model, wait_until
 
@@ -25,7 +30,7 @@ from tests.rollout.engines import problems, rollout_config, running, sampling, s
 TRAINER = """
 import sys, time
 from pathlib import Path
-from megatron_fipo.rollout.service import RolloutService, _shared_files
+from megatron_fipo.rollout.service import RolloutService
 from tests.rollout.engines import rollout_config
 
 with RolloutService(rollout_config(), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as service:
@@ -61,7 +66,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     family = psutil.Process(trainer.pid).children(recursive=True)
     # The API server, its engine core, a worker: all are running before, or the test would prove nothing.
     assert len([process for process in family if running(process)]) >= 3
-    segments = _shared_files(family)
+    segments = shared_files(family)
     assert segments
     trainer.kill()
     trainer.wait()
@@ -134,20 +139,99 @@ def test_adopting_a_server_needs_its_token_and_its_layout(rollout: Rollout, monk
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_while_it_samples_is_quoted_at_once(tmp_path: Path) -> None:
+def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its second loss in a row is more than the one restart that is allowed."""
+    monkeypatch.setattr(client_module, "WATCH_EVERY_S", 0.5)
     save_tiny_model(tmp_path / "model", seed=0)
-    with RolloutService(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as service:
+    config = rollout_config(max_restarts=1, hang_timeout_s=5.0)
+    warnings: list[str] = []
+    with RolloutService(config, tmp_path / "model", tmp_path / "run", seed=0, warn=warnings.append) as service:
         service.start()
         service.wait_ready()
-        server = service.servers[0].process
-        assert server is not None
-        with RolloutClient(service) as client:
+        asked, seeds = problems(64), range(64)
+        with RolloutClient(service, revive=service.admit) as client:
+            undisturbed = client.generate(asked, 8, sampling(), seeds)
+            family = _family(service.servers[0])
+            arrived: list[str] = []
+
+            def stop_the_workers(group: Group) -> None:
+                arrived.append(group.problem.id)
+                for process in family[1:]:
+                    if running(process):
+                        process.suspend()
+
+            groups = client.generate(asked, 8, sampling(), seeds, on_group=stop_the_workers)
+            assert sorted(arrived) == sorted(problem.id for problem in asked), "a group was lost or came twice"
+            tokens = [[r.token_ids for r in group.responses] for group in groups]
+            assert tokens == [[r.token_ids for r in group.responses] for group in undisturbed]
+            assert not any(map(running, family)), "what hung is gone"
+            assert "hang_timeout_s=5 s" in warnings[0] and "restart 1 of at most 1" in warnings[0]
+            assert warnings[1].endswith("is back in service")
+
+            server = service.servers[0].process
+            assert server is not None
             started = time.monotonic()
-            with pytest.raises(RolloutError, match=r"(?s)was ended by signal 9; the end of .*rollout-0.log"):
-                client.generate(
-                    problems(64), 8, sampling(), range(64), on_group=lambda _: os.kill(server.pid, signal.SIGKILL)
-                )
+            with pytest.raises(
+                RolloutError, match=r"(?s)max_restarts=1 restarts .*signal 9; the end of .*rollout-0.log"
+            ):
+                client.generate(asked, 8, sampling(), seeds, on_group=lambda _: os.kill(server.pid, signal.SIGKILL))
             assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_servers_of_others_are_left_out_and_taken_back(
+    rollout: Rollout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner, as a rollout node of a job does, starts the one that was killed again in its place."""
+    save_tiny_model(tmp_path / "model", seed=0)
+    monkeypatch.setenv(TOKEN_VARIABLE, rollout.service.headers["Authorization"].removeprefix("Bearer "))
+    with RolloutService(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as owner:
+        owner.start()
+        owner.wait_ready()
+        steady, fragile = rollout.service.servers[0].url, owner.servers[0].url
+        config = rollout_config(addresses=[fragile, steady])
+        adopted = RolloutService(config, Path("nowhere"), Path("nowhere"), seed=0)
+        adopted.wait_ready()
+        process = owner.servers[0].process
+        assert process is not None
+        asked = problems(64)
+        with RolloutClient(adopted) as client:
+            groups = client.generate(
+                asked, 8, sampling(), range(64), on_group=lambda _: os.kill(process.pid, signal.SIGKILL)
+            )
+            assert [group.problem.id for group in groups] == [problem.id for problem in asked]
+            assert client.retries > 0
+        adopted.admit()
+        assert adopted.end_step() == {"rollout_restarts": 0.0, "rollout_servers": 1.0}
+
+        wait_until(lambda: owner.servers[0].failure() is not None, 10, "its exit status")
+        owner.restart(owner.servers[0], "killed")
+        owner.wait_ready()
+        before = adopted.roster
+        adopted.admit()
+        assert [server.url for server in adopted.in_service] == [fragile, steady]
+        assert adopted.roster > before, "the planes have to be joined anew"
+
+        # Started again between two steps: it answers, but is in no plane, which its label tells.
+        answer = httpx.post(
+            f"{fragile}/update_weight_version", json={"new_version": "default"}, headers=adopted.headers, timeout=30
+        )
+        assert answer.is_success
+        before = adopted.roster
+        adopted.admit()
+        assert len(adopted.in_service) == 2 and adopted.roster > before
+        before = adopted.roster
+        adopted.admit()
+        assert adopted.roster == before, "the control: nothing has changed"
+
+
+def _family(server: Server) -> list[psutil.Process]:
+    """The API server's process and all that it started."""
+    assert server.process is not None
+    root = psutil.Process(server.process.pid)
+    return [root, *root.children(recursive=True)]
 
 
 def test_a_log_shows_the_first_error_and_only_this_servers_lines(tmp_path: Path) -> None:
