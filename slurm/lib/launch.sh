@@ -73,16 +73,18 @@ count_attempt() {
   printf '%s %s\n' "$count" "$now" >"$run_directory/attempts.new"
   mv "$run_directory/attempts.new" "$run_directory/attempts"
   if [ "$count" -gt "$max_retries" ]; then
-    die 1 "giving up: $count restarts without a new checkpoint (newest: ${now:-none}; cluster.max_retries=$max_retries)"
+    say "giving up: $max_retries restarts in a row brought no new checkpoint (newest: ${now:-none};" \
+      "cluster.max_retries=$max_retries); submitted again with run.directory=$run_directory it starts from there"
+    exit 1
   fi
 }
 
-# Sets good_nodes to the nodes that can be used.
+# Sets good_nodes to the nodes that can be used. 20 minutes of patience: a container's image may have to be fetched.
 check_nodes() {
   local facts=$run_directory/nodes list
   rm -rf "$facts"
   mkdir -p "$facts"
-  srun --overlap --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "${container[@]}" \
+  srun --overlap --time=20 --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "${container[@]}" \
     "$python" -m megatron_fipo.launch.node_check look "$facts" || say "some nodes failed their check"
   list=$("$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
   mapfile -t good_nodes <<<"$list"
@@ -91,8 +93,8 @@ check_nodes() {
     die 1 "$needed nodes are needed, and ${#nodes[@]} were given, of which these are good: ${good_nodes[*]}"
   fi
   # The warnings left out are about addresses without a name.
-  TORCH_CPP_LOG_LEVEL=ERROR step --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
-    --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 60 ||
+  TORCH_CPP_LOG_LEVEL=ERROR step --time=20 --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
+    --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 180 ||
     die 1 "the nodes cannot add numbers up together; the first message above names the node"
 }
 
@@ -107,6 +109,7 @@ start_servers() {
   servers=$!
   local deadline=$((SECONDS + start_timeout_s + 60))
   until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "$rollout_nodes" ]; do
+    if [ -n "$stopping" ]; then return 1; fi
     if ! kill -0 "$servers" 2>/dev/null; then
       first_failure rollout
       return 1
@@ -178,6 +181,8 @@ attempt() {
 prepare_directory() {
   mkdir -p "$run_directory/logs"
   rm -f "$run_directory/stop"
+  # A new submission is somebody's decision to try again.
+  if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$run_directory/attempts"; fi
   (
     umask 077
     [ -s "$run_directory/rollout.token" ] ||
@@ -223,7 +228,7 @@ launch_run() {
     attempt "$@"
     status=$?
     if [ -n "$stopping" ] && [ "$status" -ne 0 ]; then
-      say "saved $(newest_checkpoint); job $SLURM_JOB_ID goes back into the queue and resumes there"
+      say "job $SLURM_JOB_ID goes back into the queue and resumes from $(newest_checkpoint)"
       scontrol requeue "$SLURM_JOB_ID" && sleep 300
       exit 75
     fi

@@ -56,7 +56,8 @@ class Cluster:
             self._write_configuration()
             self._network_up()
             self._start()
-            wait_until(lambda: self.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(self.names), 60)
+            states = ("sinfo", "-h", "-N", "-p", "all", "-o", "%T")
+            wait_until(lambda: self.run(*states).split() == ["idle"] * len(self.names), 60, self.log)
         except BaseException:
             self._take_down()
             raise
@@ -89,10 +90,6 @@ class Cluster:
         if ended.returncode != 0:
             raise subprocess.SubprocessError(f"{' '.join(command)}: {ended.stderr}")
         return ended.stdout
-
-    def state(self, job: str) -> str:
-        """The job's state, such as RUNNING, also of a job that has ended."""
-        return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def log(self) -> str:
         """The end of the controller's log."""
@@ -145,8 +142,12 @@ ReturnToService=0
 KillWait=5
 JobRequeue=1
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
         )
 

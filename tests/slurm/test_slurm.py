@@ -1,64 +1,40 @@
 """The launch scripts on a real Slurm: nodes with their own addresses, a trainer on two of them and vLLM on a third.
 
 Why: a job that only works on one machine, loses a step at a requeue, or finds a typing mistake after an hour in the
-queue is a mistake that nothing else would show. Not covered: GPUs, containers, and time limits that Slurm enforces
-itself (its USR1 is sent by hand here).
+queue is a mistake that nothing else would show. Not covered: GPUs, containers, and a pre-emption without grace time,
+after which a run repeats the steps since its last checkpoint.
 """
 
 import json
 import shutil
+import signal
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.slurm.cluster import Cluster, missing, wait_until
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.jobs import ROOT, TINY, Job, submit
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
-TINY = (
-    "experiment=tiny",
-    "cluster.gpus_per_node=1",
-    "cluster.trainer_nodes=2",
-    "cluster.rollout_nodes=1",
-    "rollout.weight_transfer=process_group",
-    "algorithm.prompts_per_step=8",
-    "algorithm.samples_per_prompt=4",
-    "algorithm.mini_batch_prompts=4",
-    "algorithm.filter_groups.enable=false",
-    "validation.every=0",
-    "checkpoint.every=0",
-    f"run.steps={STEPS}",
-)
+START_S = 250
+"""Patience with a start of the whole run on two slow cores."""
+MINUTES_BEFORE_THE_LIMIT = 10
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if (reason := missing()) is not None:
-        pytest.skip(reason)
-    with Cluster(nodes=4) as running:
-        running.environment |= {"FIPO_PYTHON": sys.executable, "FIPO_SITE": "/dev/null"}
-        yield running
-
-
-def submit(cluster: Cluster, directory: Path, *overrides: str) -> str:
-    options = ["--parsable", "--nodes=3", f"--output={directory}/job.out", "slurm/fipo_32b.sh"]
-    return cluster.run("sbatch", *options, *overrides, cwd=ROOT).strip()
-
-
-def output(directory: Path) -> str:
-    path = directory / "job.out"
-    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def steps(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def saved(run: Path) -> int:
+    return max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
 
 
 def test_a_bad_override_is_refused_before_a_node_is_used(cluster: Cluster, tmp_path: Path) -> None:
@@ -69,40 +45,81 @@ def test_a_bad_override_is_refused_before_a_node_is_used(cluster: Cluster, tmp_p
     assert (ended.returncode, "run.stepz" in ended.stderr) == (2, True), ended.stderr
     assert cluster.run("squeue", "-h") == ""
 
-    job = submit(cluster, tmp_path, *bad)
-    wait_until(lambda: cluster.state(job) in ("FAILED", "COMPLETED"), 60, cluster.log)
-    assert cluster.state(job) == "FAILED"
-    assert "run.stepz" in output(tmp_path)
+    job = submit(cluster, tmp_path, "fipo_32b.sh", bad, "--nodes=3")
+    job.wait_for("FAILED", "COMPLETED", timeout_s=60)
+    assert job.state == "FAILED"
+    assert "run.stepz" in job.output
     assert not (tmp_path / "run").exists()
 
 
-def test_requeued_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_path: Path) -> None:
-    """USR1: the step is finished and saved; a node goes down; the job comes back on others and ends the run."""
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Halt the trainer's ranks, so that a run of a few seconds is still there when Slurm's clock, of 30 s, ticks."""
+    ranks = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"megatron_fipo.train", f"run.directory={run}"} <= set(process.info["cmdline"] or ())
+    ]
+    assert len(ranks) >= 2
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+
+
+def reach_the_time_limit(job: Job, run: Path) -> None:
+    """Shorten the job's time, so that Slurm itself finds that it is nearly up, and sends USR1."""
+    with held(run):
+        job.update(timelimit=MINUTES_BEFORE_THE_LIMIT)
+        wait_until(lambda: "asked to stop" in job.output, 90, job.told)
+
+
+def pre_empt(job: Job) -> None:
+    """Submit a job of a higher priority that wants every node: Slurm sends USR1, and waits for GraceTime."""
+    options = ["--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    urgent = Job(job.cluster, job.directory, job.cluster.run("sbatch", *options).strip())
+    urgent.wait_for("COMPLETED", timeout_s=120)
+
+
+def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """Its time is up, then it is pre-empted, then a node goes down: each time it saves, and comes back later."""
     run = tmp_path / "run"
-    job = submit(cluster, tmp_path, *TINY, f"run.directory={run}")
-
-    def told() -> str:
-        return f"{cluster.state(job)}\n{output(tmp_path)[-4000:]}\n{cluster.log()}"
-
-    wait_until(lambda: len(steps(run)) >= 2, 250, told)
+    overrides = [*TINY, f"run.steps={STEPS}", f"run.directory={run}"]
+    limits = ["--time=600", f"--signal=B:USR1@{60 * MINUTES_BEFORE_THE_LIMIT}"]
+    job = submit(cluster, tmp_path, "fipo_32b.sh", overrides, "--nodes=3", *limits)
+    wait_until(lambda: len(steps(run)) >= 2, START_S, job.told)
     token = run / "rollout.token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    assert token.read_text().strip() not in output(tmp_path) + (run / "job.txt").read_text()
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: cluster.state(job) == "PENDING", 60, told)
-    saved = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
-    assert saved == len(steps(run)) < STEPS, "the control: it stopped, and at the end of a step"
+    assert token.read_text().strip() not in job.output + (run / "job.txt").read_text()
 
+    reach_the_time_limit(job, run)
+    job.wait_for("PENDING", timeout_s=60)
+    first = saved(run)
+    assert first == len(steps(run)) < STEPS, "the control: it stopped, and at the end of a step"
+    job.update(timelimit=600)
+    job.start_again()
+
+    wait_until(lambda: len(steps(run)) > first, START_S, job.told)
+    pre_empt(job)
+    job.wait_for("PENDING", timeout_s=60)
+    second = saved(run)
+    assert first < second == len(steps(run)) < STEPS, "the control: it stopped again"
     used = (run / "nodes.txt").read_text().split()
     cluster.run("scontrol", "update", f"nodename={used[0]}", "state=down", "reason=test")
-    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
-    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 250, told)
-    assert cluster.state(job) == "COMPLETED", told()
+    job.start_again()
+
+    job.wait_for("COMPLETED", "FAILED", timeout_s=START_S)
+    cluster.run("scontrol", "update", f"nodename={used[0]}", "state=resume")
+    assert job.state == "COMPLETED", job.told()
     assert steps(run) == list(range(1, STEPS + 1)), "a step was lost or repeated"
-    assert f"resumed from {run}/checkpoints/step-{saved:06d}" in output(tmp_path)
+    for step in (first, second):
+        assert f"resumed from {run}/checkpoints/step-{step:06d}" in job.output
     assert used[0] not in (run / "nodes.txt").read_text().split()
     assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
-    assert (run / "job.txt").read_text().count("commit ") == 2
+    assert (run / "job.txt").read_text().count("commit ") == 3
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
