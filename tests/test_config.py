@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config import Config, checks_here, every_setting
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import configuration_directory, load_config
 from megatron_fipo.errors import ConfigError
@@ -199,6 +199,13 @@ REFUSED = {
         "rollout.weight_transfer=shared_memory",
     ),
     f"rollout.shared_gpu=true rollout.servers=0 {SERVER}": ("rollout.shared_gpu", "rollout.addresses=[]"),
+    "rollout.weight_transfer=cuda_ipc parallel.pipeline=1": ("rollout.shared_gpu", "rollout.shared_gpu=true"),
+    "rollout.weight_transfer=cuda_ipc parallel.pipeline=2": ("rollout.weight_transfer", "shared_memory"),
+    "rollout.weight_transfer=cuda_ipc rollout.servers=2": ("rollout.weight_transfer", "process_group"),
+    f"rollout.weight_transfer=cuda_ipc rollout.servers=0 {SERVER}": ("rollout.weight_transfer", "process_group"),
+    "rollout.quantization=fp8": ("rollout.quantization", "fp8_per_channel"),
+    "rollout.quantization=fp8_per_channel": ("rollout.dtype", "rollout.dtype=bfloat16"),
+    "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16": ("model.dtype", "model.dtype=bfloat16"),
     "parallel.overlap_param_gather=true": ("parallel.overlap_param_gather", "parallel.overlap_grad_reduce=true"),
     "algorithm.mini_batch_prompts=12": ("algorithm.mini_batch_prompts", "such as 4"),
     "algorithm.generation_batch_prompts=3": ("algorithm.generation_batch_prompts", "at least 4"),
@@ -247,6 +254,7 @@ WARNED = {
     "algorithm=grpo algorithm.generation_batch_prompts=64": "without dynamic sampling",
     "validation.temperature=0 validation.samples=4": "alike",
     "optimizer.warmup_updates=1000": "warm up",
+    "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "importance_sampling_cap",
     "data=chain_sum": "reward.rule=reasoning_gym",
     "data.task=chain_sum": "not read",
     "data.source=reasoning_gym data.task=chain_sum": "not read",
@@ -257,6 +265,28 @@ WARNED = {
 def test_what_is_hardly_meant_gets_a_warning(command_line: str) -> None:
     warnings = judge(*command_line.split())
     assert any(WARNED[command_line] in warning for warning in warnings), warnings
+
+
+@pytest.mark.skipif(checks_here.has_cuda_driver(), reason="CUDA's driver is on this machine")
+@pytest.mark.parametrize(
+    ("command_line", "key", "remedy"),
+    [
+        (
+            "rollout.weight_transfer=cuda_ipc rollout.shared_gpu=true parallel.pipeline=1",
+            "rollout.weight_transfer",
+            "rollout.weight_transfer=shared_memory",
+        ),
+        (
+            "rollout.quantization=fp8_per_tensor rollout.dtype=bfloat16 model.dtype=bfloat16",
+            "rollout.quantization",
+            "fp8_per_channel",
+        ),
+    ],
+)
+def test_what_needs_cuda_is_refused_without(command_line: str, key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        checks_here.check_here(load_config(command_line.split()))
+    assert refusal.value.key == key and remedy in refusal.value.remedy
 
 
 def test_dapo_with_one_update_a_step_gets_no_warning() -> None:

@@ -263,15 +263,51 @@ def _service(config: Config) -> Iterator[str]:
     for address in rollout.addresses:
         if not _ADDRESS.fullmatch(address):
             raise ConfigError("rollout.addresses", f"{address!r} is no server's address", "http://HOST:PORT")
-        if rollout.weight_transfer == "shared_memory" and not _LOOPBACK.fullmatch(address):
+        if rollout.weight_transfer != "process_group" and not _LOOPBACK.fullmatch(address):
             raise ConfigError(
                 "rollout.weight_transfer",
-                f"shared_memory does not reach {address} on another machine",
+                f"{rollout.weight_transfer} does not reach {address} on another machine",
                 "rollout.weight_transfer=process_group",
             )
     if len(set(rollout.addresses)) < len(rollout.addresses):
         raise ConfigError("rollout.addresses", "one server is listed twice", "each server once")
-    yield from ()
+    _check_one_gpu(config)
+    if rollout.quantization:
+        for key, dtype in (("rollout.dtype", rollout.dtype), ("model.dtype", config.model.dtype)):
+            if dtype != "bfloat16":
+                raise ConfigError(
+                    key,
+                    f"is {dtype}, but rollout.quantization={rollout.quantization} starts from bfloat16 weights",
+                    f"{key}=bfloat16, or rollout.quantization=null",
+                )
+        yield (
+            f"rollout.quantization: {rollout.quantization} samples from a coarser policy than the trained one "
+            "(log_prob_diff_mean shows by how much); algorithm.importance_sampling_cap corrects for it"
+        )
+
+
+def _check_one_gpu(config: Config) -> None:
+    """A bucket in a GPU's memory reaches the engines on that GPU and no others."""
+    if config.rollout.weight_transfer != "cuda_ipc":
+        return
+    for key, size in (
+        ("parallel.pipeline", config.parallel.pipeline),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+        ("rollout.servers", config.rollout.servers),
+        ("cluster.rollout_nodes", config.cluster.rollout_nodes + 1),
+    ):
+        if size > 1:
+            raise ConfigError(
+                "rollout.weight_transfer",
+                f"cuda_ipc works inside one GPU, but {key} asks for several",
+                "rollout.weight_transfer=process_group, or shared_memory on one machine",
+            )
+    if config.rollout.servers and not config.rollout.shared_gpu:
+        raise ConfigError(
+            "rollout.shared_gpu",
+            "is off, so that the server has a GPU of its own, which cuda_ipc does not reach",
+            "rollout.shared_gpu=true, or rollout.weight_transfer=process_group",
+        )
 
 
 def _check_shared_gpu(config: Config) -> None:

@@ -1,5 +1,6 @@
 """Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
     _check_data_files(config)
     _check_token(config)
+    _check_gpu(config)
     _check_model(config)
 
 
@@ -39,6 +41,31 @@ def _check_token(config: Config) -> None:
             f"the environment variable {ROLLOUT_TOKEN_VARIABLE} is not set",
             "export the token that the servers were started with",
         )
+
+
+def _check_gpu(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.weight_transfer == "cuda_ipc" and not has_cuda_driver():
+        raise ConfigError(
+            "rollout.weight_transfer",
+            "cuda_ipc needs CUDA, whose driver is not on this machine",
+            "rollout.weight_transfer=shared_memory or process_group",
+        )
+    if rollout.quantization in ("fp8_per_tensor", "fp8_per_block") and not has_cuda_driver():
+        raise ConfigError(
+            "rollout.quantization",
+            f"{rollout.quantization} needs CUDA, whose driver is not on this machine",
+            "rollout.quantization=fp8_per_channel, which vLLM has for CPUs too, or null",
+        )
+
+
+def has_cuda_driver() -> bool:
+    """Whether CUDA's driver can be loaded; asked without torch, which takes seconds to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _check_model(config: Config) -> None:

@@ -16,6 +16,12 @@ class RolloutConfig:
     host: str = setting("127.0.0.1", "Address that started servers bind to.")
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1)
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
+    quantization: str | None = setting(
+        None,
+        "Have the engine quantise linear layers, at its start and in each update, from the bfloat16 weights it gets; "
+        "null is off. The trainer's own precision is model.fp8.",
+        choices=("fp8_per_channel", "fp8_per_tensor", "fp8_per_block"),
+    )
     max_prompt_length: int = setting(
         2048, "Longest prompt in tokens; data.overlong_prompts says what becomes of longer.", minimum=1
     )
@@ -40,8 +46,9 @@ class RolloutConfig:
     enforce_eager: bool = setting(False, "Run the engine without CUDA graphs or compilation.")
     weight_transfer: str = setting(
         "process_group",
-        "Plane of the weights. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, one machine.",
-        choices=("process_group", "shared_memory"),
+        "Plane of the weights. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, one machine; "
+        "cuda_ipc: memory of one GPU that the trainer and its servers share.",
+        choices=("process_group", "shared_memory", "cuda_ipc"),
     )
     bucket_mib: int = setting(
         512, "Size of one bucket of a weight update, in MiB; a larger tensor is a bucket alone.", minimum=1

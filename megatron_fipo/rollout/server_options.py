@@ -48,6 +48,8 @@ def server_arguments(
         f"--seed={seed}",
         f"--weight-transfer-config={json.dumps({'backend': config.weight_transfer})}",
     ]
+    if config.quantization is not None:
+        arguments.append(f"--quantization={config.quantization}")
     if is_checkpoint(model_dir):
         # Weights that vLLM cannot read: it starts with made-up ones, and a run pushes the trainer's before it samples.
         arguments.append("--load-format=dummy")

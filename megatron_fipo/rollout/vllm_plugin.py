@@ -6,12 +6,16 @@ API server loads.
 
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-ENGINES = {"process_group": "ProcessGroupEngine", "shared_memory": "SharedMemoryEngine"}
+ENGINES = {
+    "process_group": ("megatron_fipo.rollout.engines", "ProcessGroupEngine"),
+    "shared_memory": ("megatron_fipo.rollout.engines", "SharedMemoryEngine"),
+    "cuda_ipc": ("megatron_fipo.rollout.cuda_ipc_engine", "CudaIpcEngine"),
+}
 
-for plane, engine in ENGINES.items():
+for plane, (module, engine) in ENGINES.items():
     # A worker may be forked from a process that has imported this already.
     if plane not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(plane, "megatron_fipo.rollout.engines", engine)
+        WeightTransferEngineFactory.register_engine(plane, module, engine)
 
 
 class WorkerExtension:

@@ -1,5 +1,5 @@
-"""Transfer planes: how the bytes of a bucket get from a trainer rank to all engine workers. One file a new plane
-touches on this side; its other half is an engine class in `megatron_fipo/rollout/engines.py`.
+"""Transfer planes: how the bytes of a bucket get from a trainer rank to all engine workers. A new plane is a
+class here and one in `megatron_fipo/rollout/`, listed in `rollout/vllm_plugin.py`; CUDA IPC has files of its own.
 
 A plane object lives on every rank that leads a pipeline stage (tensor-, data- and context-parallel rank 0 of it).
 """
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.weights.buckets import Bucket
+from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -164,6 +165,8 @@ def make_plane(rollout: RolloutConfig, stage: int, run_dir: Path) -> TransferPla
     """The plane that `rollout.weight_transfer` names, for the leader of pipeline stage `stage`."""
     if rollout.weight_transfer == "shared_memory":
         return SharedMemoryPlane(stage, run_dir)
+    if rollout.weight_transfer == "cuda_ipc":
+        return CudaIpcPlane()
     return ProcessGroupPlane(rollout, stage)
 
 
