@@ -56,12 +56,6 @@ class RolloutConfig:
     start_timeout_s: float = setting(900.0, "Longest start of a server, in seconds.", above=0)
     request_timeout_s: float = setting(3600.0, "Longest generation of one group, in seconds.", above=0)
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", above=0)
-    checksum_every: int = setting(
-        10,
-        "Compare a checksum of each tensor as sent and as received in weight updates whose step is a multiple of "
-        "this, step 0 included; a difference ends the run. 0 is never.",
-        minimum=0,
-    )
     hang_timeout_s: float = setting(
         300.0, "Longest silence of an engine while it samples, in seconds; then it counts as lost.", above=0
     )
@@ -69,5 +63,11 @@ class RolloutConfig:
         3,
         "How often in a row, without a step that it took part in, a lost server is started or taken back again; one "
         "loss more ends the run, or leaves out a server of rollout.addresses for good.",
+        minimum=0,
+    )
+    checksum_every: int = setting(
+        10,
+        "Compare a checksum of each tensor as sent and as received in weight updates whose step is a multiple of "
+        "this, step 0 included; a difference ends the run. 0 is never.",
         minimum=0,
     )

@@ -23,7 +23,7 @@ from megatron_fipo.weights.process_group import TransferGroup, local_address, vi
 
 
 class CheckpointEngine(WeightTransferEngine):
-    """What both planes share: buckets of Hugging Face tensors, and a check that an update was the whole model."""
+    """What all planes share: buckets of Hugging Face tensors, and a check that an update was the whole model."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

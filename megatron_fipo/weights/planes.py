@@ -59,10 +59,10 @@ class ProcessGroupPlane:
 
     def open(self, workers: int) -> dict[str, Any]:
         """Names the meeting point of the group, which is listening from here on."""
-        self._world_size = workers + 1
         self.close()
-        address, port = self._listener.getsockname()
+        self._world_size = workers + 1
         self._listener = listen(self._address)
+        address, port = self._listener.getsockname()
         return {
             "stage": self._stage,
             "address": address,
@@ -130,8 +130,8 @@ class SharedMemoryPlane:
 
     def open(self, workers: int) -> dict[str, Any]:
         """Names the directory; an engine that cannot see it is on another machine, and says so."""
-        return {"directory": str(self._directory)}
         self._make_directory()
+        return {"directory": str(self._directory)}
 
     def join(self) -> None:
         """Nothing to wait for: files need no peer."""
