@@ -105,11 +105,12 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float) -> Non
         time.sleep(0.1)
 
 
-def kill_servers_of(directory: Path) -> None:
-    """SIGKILL to every vLLM process of the run; the end of one may end others before their turn."""
+def kill_servers_of(directory: Path, log: str = "") -> None:
+    """SIGKILL to every vLLM process of the run, or those that write to `log`; one's end may end others before."""
     for process in processes_of(directory):
         with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, which has no command line, is one of these
-            if "megatron_fipo.rollout.server" in " ".join(process.cmdline()):
+            logs = any(opened.path.endswith(log) for opened in process.open_files())
+            if logs and "megatron_fipo.rollout.server" in " ".join(process.cmdline()):
                 process.kill()
 
 

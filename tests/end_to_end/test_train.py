@@ -88,11 +88,17 @@ def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> N
     assert divergences[2] > divergences[1] / 4
 
 
-def test_two_servers(tmp_path: Path) -> None:
-    """Both are started by the run, and get every weight update in several buckets."""
-    plane = "rollout.weight_transfer=process_group"
-    runs.run(tmp_path, *SMALL, "rollout.servers=2", plane, "rollout.bucket_mib=1")
-    check_rows(runs.rows(tmp_path), steps=2)
+def test_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
+    """Both are started by the run, and get every weight update in several buckets; the other one goes on alone."""
+    settings = [*SMALL, "rollout.weight_transfer=process_group", "rollout.bucket_mib=1", "run.steps=4"]
+    with runs.started(tmp_path, *settings, "rollout.servers=2") as process:
+        runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        runs.kill_servers_of(tmp_path, "rollout-1.log")
+        output = runs.finish(process, tmp_path)
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=4)
+    assert rows[0]["rollout_restarts"] == 0 < sum(row["rollout_restarts"] for row in rows)
+    assert rows[-1]["rollout_servers"] == 2, output
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:

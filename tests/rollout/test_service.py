@@ -184,47 +184,51 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
 def test_servers_of_others_are_left_out_and_taken_back(
     rollout: Rollout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner, as a rollout node of a job does, starts the one that was killed again in its place."""
+    """One of two hangs for a while, is then started again unseen, and dies in the end; the other serves all along."""
+    monkeypatch.setattr(client_module, "WATCH_EVERY_S", 0.5)
     save_tiny_model(tmp_path / "model", seed=0)
     monkeypatch.setenv(TOKEN_VARIABLE, rollout.service.headers["Authorization"].removeprefix("Bearer "))
+    asked = problems(64)
     with RolloutService(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as owner:
         owner.start()
         owner.wait_ready()
         steady, fragile = rollout.service.servers[0].url, owner.servers[0].url
-        config = rollout_config(addresses=[fragile, steady])
+        config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0)
         adopted = RolloutService(config, Path("nowhere"), Path("nowhere"), seed=0)
         adopted.wait_ready()
-        process = owner.servers[0].process
-        assert process is not None
-        asked = problems(64)
-        with RolloutClient(adopted) as client:
-            groups = client.generate(
-                asked, 8, sampling(), range(64), on_group=lambda _: os.kill(process.pid, signal.SIGKILL)
-            )
-            assert [group.problem.id for group in groups] == [problem.id for problem in asked]
-            assert client.retries > 0
-        adopted.admit()
+        family = _family(owner.servers[0])
+
+        def in_service_after(signum: int) -> list[str]:
+            def to_the_fragile_one(_: Group) -> None:
+                for process in filter(running, family):
+                    process.send_signal(signum)
+
+            with RolloutClient(adopted) as client:
+                groups = client.generate(asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
+                assert [group.problem.id for group in groups] == [problem.id for problem in asked]
+                assert client.retries > 0
+            return [server.url for server in adopted.in_service]
+
+        assert in_service_after(signal.SIGSTOP) == [steady]
+        for process in family:
+            process.resume()
+        assert _admits(adopted) == ([fragile, steady], True), "the planes have to be joined anew"
+        assert _admits(adopted) == ([fragile, steady], False), "the control: nothing has changed"
+        # What a server says that was started again between two steps: it answers, but is in no plane.
+        label = {"new_version": "default"}
+        url = f"{fragile}/update_weight_version"
+        assert httpx.post(url, json=label, headers=adopted.headers, timeout=30, trust_env=False).is_success
+        assert _admits(adopted) == ([fragile, steady], True)
+        assert in_service_after(signal.SIGKILL) == [steady]
+        assert _admits(adopted) == ([steady], False)
         assert adopted.end_step() == {"rollout_restarts": 0.0, "rollout_servers": 1.0}
 
-        wait_until(lambda: owner.servers[0].failure() is not None, 10, "its exit status")
-        owner.restart(owner.servers[0], "killed")
-        owner.wait_ready()
-        before = adopted.roster
-        adopted.admit()
-        assert [server.url for server in adopted.in_service] == [fragile, steady]
-        assert adopted.roster > before, "the planes have to be joined anew"
 
-        # Started again between two steps: it answers, but is in no plane, which its label tells.
-        answer = httpx.post(
-            f"{fragile}/update_weight_version", json={"new_version": "default"}, headers=adopted.headers, timeout=30
-        )
-        assert answer.is_success
-        before = adopted.roster
-        adopted.admit()
-        assert len(adopted.in_service) == 2 and adopted.roster > before
-        before = adopted.roster
-        adopted.admit()
-        assert adopted.roster == before, "the control: nothing has changed"
+def _admits(service: RolloutService) -> tuple[list[str], bool]:
+    """The servers in service after `admit`, and whether it has changed the roster."""
+    before = service.roster
+    service.admit()
+    return [server.url for server in service.in_service], service.roster != before
 
 
 def _family(server: Server) -> list[psutil.Process]:
