@@ -48,16 +48,17 @@ LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Te
 class Policy:
     """The model being trained: this rank's chunks of it, its optimizer and its learning-rate schedule."""
 
-    def __init__(self, config: Config, geometry: Geometry, model_dir: str, updates: int):
+    def __init__(self, config: Config, geometry: Geometry, model_dir: str | None, updates: int):
         """Build, load and wrap the model. Every rank calls this together, after `start_model_parallel`.
 
         Args:
-            model_dir: Hugging Face directory whose weights to start from.
+            model_dir: Hugging Face directory whose weights to start from; None is random ones, for measurements.
             updates: optimizer updates of the whole run, which a decaying learning rate spans.
         """
         self.config, self.geometry = config, geometry
         chunks = build_model(config, geometry)
-        load_into(chunks, model_dir, geometry)
+        if model_dir is not None:
+            load_into(chunks, model_dir, geometry)
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None

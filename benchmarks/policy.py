@@ -1,0 +1,290 @@
+"""Tokens per second and MFU of one update by model shape, precision and packing; the share of what follows the logits.
+
+    python -m benchmarks.policy                        every shape and precision, packed and padded
+    python -m benchmarks.policy --shape 7b --layers 4 --precision off tensorwise
+
+One process on one device, random weights, FIPO's loss. Each row is a process of its own, so that one that this machine
+cannot run says why and leaves the others alone. --shape tiny is for a CPU: it shows that everything runs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.measure import machine, once
+from megatron_fipo.config import Config
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.batches import MicroBatch, Sequences
+from megatron_fipo.weights.architectures import Geometry
+
+WARM_UP, REPEATS = 2, 5
+PROMPT = 16
+PRECISIONS = ("off", "delayed", "tensorwise", "blockwise", "mxfp8")
+RESULT = "result: "
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model's geometry and a batch for it."""
+
+    geometry: Geometry
+    sequences: int
+    longest: int
+    micro_batch_tokens: int
+
+
+def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabulary: int, tied: bool) -> Geometry:
+    return Geometry(
+        architecture="Qwen2ForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=hidden // heads,
+        ffn_hidden_size=ffn,
+        vocab_size=vocabulary,
+        tied_embeddings=tied,
+        qkv_bias=True,
+        qk_norm=False,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_position_embeddings=32768,
+        eos_token_ids=(0,),
+    )
+
+
+SHAPES = {
+    "1.5b": Shape(_qwen(28, 1536, 12, 2, 8960, 151936, True), 64, 8192, 16384),
+    # All 28 layers and their optimizer do not fit on one GPU of 80 GB; the output layer weighs more in these 8.
+    "7b": Shape(_qwen(8, 3584, 28, 4, 18944, 152064, False), 64, 8192, 16384),
+    "tiny": Shape(_qwen(4, 64, 4, 2, 96, 128, True), 12, 64, 256),
+}
+
+
+def make_sequences(shape: Shape) -> Sequences:
+    """Random tokens in lengths spread evenly up to the longest: what packing has to do with."""
+    generator = torch.Generator().manual_seed(0)
+    step = (shape.longest - 2 * PROMPT) / shape.sequences
+    lengths = [2 * PROMPT + int(step * (index + 1)) for index in range(shape.sequences)]
+    return Sequences(
+        token_ids=[torch.randint(0, shape.geometry.vocab_size, (length,), generator=generator) for length in lengths],
+        prompt_lengths=[PROMPT] * len(lengths),
+        rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
+        advantages=torch.randn(len(lengths), generator=generator),
+        fresh=torch.ones(len(lengths), dtype=torch.bool),
+        mini_batch_sizes=[len(lengths)],
+    )
+
+
+def operations(geometry: Geometry, lengths: list[int]) -> float:
+    """Multiplications and additions of an update, backward pass included, that the model itself asks for."""
+    query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
+    layer = geometry.hidden_size * (2 * query + 2 * key_value + 3 * geometry.ffn_hidden_size)
+    weights = geometry.num_layers * layer + geometry.vocab_size * geometry.hidden_size
+    # Behind a causal mask a token attends to half the sequence: scores and values, 2 operations each.
+    attention = sum(2 * length**2 * query * geometry.num_layers for length in lengths)
+    return 3 * (2 * weights * sum(lengths) + attention)
+
+
+class Stopwatch:
+    """Instants on the device's own time line: CUDA events; on a CPU the process's time, as for `measure.once`."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[tuple[Any, Any]]] = {"log_probs": [], "loss": []}
+
+    def now(self) -> Any:
+        """This instant."""
+        if not torch.cuda.is_available():
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, part: str) -> float:
+        """The sum of a part's spans, after the device has come to their end."""
+        if not torch.cuda.is_available():
+            return sum(end - start for start, end in self.parts[part])
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.parts[part]) / 1000
+
+
+def timed_policy(config: Config, geometry: Geometry) -> Any:
+    """A Policy with random weights that notes when log-probs and loss begin and end, forward and backward."""
+    # Imported here: Megatron-Core has to find the platform installed.
+    from megatron_fipo.policy.update import Policy
+
+    class TimedPolicy(Policy):
+        watch = Stopwatch()
+
+        def log_probs(self, micro_batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if not torch.is_grad_enabled():
+                return super().log_probs(micro_batch, logits)
+            watch, backward = self.watch, {}
+            start = watch.now()
+            log_probs, entropy = super().log_probs(micro_batch, logits)
+            self.reached = watch.now()
+            watch.parts["log_probs"].append((start, self.reached))
+
+            def loss_is_through(_: torch.Tensor) -> None:
+                backward["loss"] = watch.now()
+                watch.parts["loss"].append((self.backward_began, backward["loss"]))
+
+            log_probs.register_hook(loss_is_through)
+            logits.register_hook(lambda _: watch.parts["log_probs"].append((backward["loss"], watch.now())))
+            return log_probs, entropy
+
+        def _policy_loss(self, micro_batch: MicroBatch, logits: torch.Tensor) -> Any:
+            result = super()._policy_loss(micro_batch, logits)
+            self.watch.parts["loss"].append((self.reached, self.watch.now()))
+
+            def backward_begins(_: torch.Tensor) -> None:
+                self.backward_began = self.watch.now()
+
+            result[0].register_hook(backward_begins)
+            return result
+
+    return TimedPolicy(config, geometry, None, updates=1000)
+
+
+def configuration(shape: Shape, precision: str, packing: bool) -> Config:
+    """The published algorithm on one process."""
+    return load_config(
+        [
+            "algorithm=fipo",
+            "parallel=single",
+            f"parallel.micro_batch_tokens={shape.micro_batch_tokens}",
+            f"parallel.packing={packing}",
+            "model.dtype=bfloat16",
+            f"model.fp8={precision}",
+        ]
+    )
+
+
+def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
+    """One row, in this process."""
+    platform.install()
+    from megatron_fipo.policy.model import start_model_parallel
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    platform.start_process_group(60)
+    config = configuration(shape, precision, packing)
+    start_model_parallel(config.parallel, 0)
+    policy = timed_policy(config, shape.geometry)
+    sequences = make_sequences(shape)
+    (mini_batch,) = policy.plan(sequences)
+    policy.score([mini_batch])
+    for _ in range(WARM_UP):
+        policy.update(mini_batch)
+    policy.watch.parts = {name: [] for name in policy.watch.parts}
+    times = [once(lambda: policy.update(mini_batch)) for _ in range(REPEATS)]
+    slots = sum(micro_batch.tokens.numel() for micro_batch in mini_batch)
+    lengths = [length - 1 for length in sequences.lengths()]  # the last token of a sequence is a label alone
+    result = {
+        "seconds": statistics.median(times),
+        "tokens": sum(lengths),
+        "padding": 1 - sum(lengths) / slots,
+        "operations": operations(shape.geometry, lengths),
+        "log_probs": policy.watch.seconds("log_probs") / sum(times),
+        "loss": policy.watch.seconds("loss") / sum(times),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+    }
+    platform.stop_process_group()
+    return result
+
+
+def measure_apart(name: str, layers: int, precision: str, packing: bool) -> dict[str, float] | str:
+    """One row in a process of its own; the last line that it printed if it failed."""
+    row = json.dumps({"name": name, "layers": layers, "precision": precision, "packing": packing})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.policy", "--row", row],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
+    results = [line for line in lines if line.startswith(RESULT)]
+    return json.loads(results[-1].removeprefix(RESULT)) if results else lines[-1][:300]
+
+
+def versions() -> str:
+    """What beside torch decides the speed."""
+    from megatron.core.utils import get_te_version
+
+    engine = get_te_version()
+    return f"Transformer Engine {engine}" if engine else "no Transformer Engine"
+
+
+def print_row(label: str, found: dict[str, float] | str, peak_tflops: float | None) -> str | None:
+    """One row of the table; a note instead where there is no result."""
+    if isinstance(found, str):
+        return f"{label.replace(' |', ',')}: not run: {found}"
+    rate = found["operations"] / found["seconds"] / 1e12
+    cells = [
+        label,
+        f"{found['tokens'] / found['seconds']:.0f}",
+        f"{rate:.2f}",
+        f"{100 * rate / peak_tflops:.0f} %" if peak_tflops else "–",
+        *(f"{100 * found[name]:.1f} %" for name in ("padding", "log_probs", "loss")),
+        f"{found['peak_gib']:.1f}" if found["peak_gib"] else "–",
+    ]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    return None
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.5b", "7b"])
+    parser.add_argument("--layers", type=int, help="layers of the model, instead of the shape's own")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="model.fp8")
+    parser.add_argument("--hardware", default="h100", help="group of conf/hardware whose bf16 peak the MFU is of")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    # Megatron-Core names what it would rather have installed.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    if options.row:
+        try:
+            print(RESULT + json.dumps(_measure_row(**json.loads(options.row))))
+        except FipoError as error:
+            sys.exit(str(error))
+        return
+    peak = load_config([f"hardware={options.hardware}"]).hardware.bf16_tflops if torch.cuda.is_available() else None
+    print(f"{machine()}; {versions()}; MFU of {options.hardware}'s bf16 peak\n")
+    print("| shape | FP8 | rows | tokens/s | TFLOP/s | MFU | padding | log-probs | credit and loss | peak, GiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    notes = []
+    for name in options.shape:
+        layers = options.layers or SHAPES[name].geometry.num_layers
+        for precision in options.precision:
+            for packing in (True, False):
+                label = f"{name}, {layers} layers | {precision} | {'packed' if packing else 'padded'}"
+                note = print_row(label, measure_apart(name, layers, precision, packing), peak)
+                notes += [note] if note else []
+    print("\n" + "\n".join(notes))
+
+
+def _measure_row(name: str, layers: int, precision: str, packing: bool) -> dict[str, float]:
+    shape = SHAPES[name]
+    geometry = dataclasses.replace(shape.geometry, num_layers=layers)
+    return measure(dataclasses.replace(shape, geometry=geometry), precision, packing)
+
+
+if __name__ == "__main__":
+    main()
