@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron_fipo.launch.meta_ranks import BuiltStage
 
 DOES_NOT_FIT = 3
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "refit", "total")
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "total")
 
 
 def main(config: Config) -> None:
@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     geometry = read_architecture(directory)
     result = estimate(config, geometry)
     counted = verify_weights(config, geometry, directory, result.world_size)
-    changes = [] if result.fits else remedies(config, geometry)
+    changes = remedies(config, geometry) if result.tight or not result.fits else []
     console = Console(width=None if sys.stdout.isatty() else 120)
     if is_copy:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
@@ -140,7 +140,7 @@ def _print(
         f"names and shapes as transformers has them"
     )
     console.print(_memory_table(config, result, counted))
-    verdict = "fits" if result.fits else "DOES NOT FIT"
+    verdict = "fits TIGHTLY" if result.tight else "fits" if result.fits else "DOES NOT FIT"
     left = (result.usable_bytes - result.fullest.total) / GIB
     console.print(
         f"{verdict}: stage {result.fullest.stage} is the fullest, {result.fullest.total / GIB:.1f} of "
@@ -148,7 +148,7 @@ def _print(
         f"reserved), {left:.1f} GiB left",
     )
     for change in changes:
-        console.print(f"  would fit with {change}")
+        console.print(f"  {'has more room' if result.fits else 'would fit'} with {change}")
     if not result.fits and not changes:
         console.print("  no single change makes it fit; python -m megatron_fipo.planner looks at all layouts")
     console.print(_time_table(config, geometry, result))

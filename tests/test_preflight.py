@@ -79,7 +79,8 @@ def test_a_bad_override_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hardware", ["h100", "h200", "b200"])
 def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
     config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
-    assert estimate(config, read_architecture(geometry_directory(config.model.path)[0])).fits
+    found = estimate(config, read_architecture(geometry_directory(config.model.path)[0]))
+    assert found.fits and not found.tight
 
 
 def test_interleaving_halves_the_bubble_and_costs_activations(geometry: Geometry) -> None:
@@ -96,6 +97,10 @@ def test_remedies_do_fit(geometry: Geometry) -> None:
     config = load_config(["experiment=fipo_32b", "hardware.memory_gib=40"])
     assert not estimate(config, geometry).fits
     assert any(text.startswith("model.recompute=full: peak") for text in remedies(config, geometry))
+    config.hardware.memory_gib = 62
+    tight = estimate(config, geometry)
+    assert tight.fits and tight.tight
+    assert any(text.startswith("parallel.context=2: peak") for text in remedies(config, geometry))
     config.hardware.memory_gib = 6
     assert remedies(config, geometry) == []
 

@@ -13,8 +13,8 @@ from megatron_fipo.weights.architectures import Geometry, parameters
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
 GIB = 1 << 30
-_LOG_PROB_CHUNK = 1024
-"""Tokens whose logits exist in fp32 at once (policy/logprobs.py), in about three copies."""
+_LOG_PROB_CHUNK_ELEMENTS = 1 << 25
+"""Logits that exist in fp32 at once (policy/logprobs.py)."""
 
 
 @dataclass
@@ -30,13 +30,16 @@ class StageMemory:
     """Kept for backward, with as many micro-batches in flight as the schedule has, each as full as it may be."""
     logits: int
     """Logits, their gradient and the fp32 pieces of the log-probs; last stage only."""
+    working: int
+    """What a layer's backward pass holds beside what was kept for it: gradients, and tokens gathered for it."""
     refit: int
     """A bucket of a weight update, its packed copy and the tensor being gathered."""
 
     @property
     def total(self) -> int:
         """The peak: what is always there, and the larger of an update's and a weight update's needs."""
-        return self.weights + self.gradients + self.optimizer + max(self.activations + self.logits, self.refit)
+        update = self.activations + max(self.logits, self.working)
+        return self.weights + self.gradients + self.optimizer + max(update, self.refit)
 
 
 def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) -> list[StageMemory]:
@@ -55,7 +58,8 @@ def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) ->
                 gradients=count * 4,  # reduced in fp32
                 optimizer=_optimizer_bytes(config, count, data_parallel_size),
                 activations=_activation_bytes(config, geometry, stage, data_parallel_size),
-                logits=_logits_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0,
+                logits=_log_prob_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0,
+                working=_working_bytes(config, geometry, stage),
                 refit=_refit_bytes(config, geometry),
             )
         )
@@ -101,14 +105,18 @@ def layer_bytes_per_token(config: Config, geometry: Geometry) -> float:
     """What one layer keeps for backward, a token of the rank's part of a sequence, without recomputation."""
     width, tensor = _width(config), config.parallel.tensor
     query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
+    local = config.model.layers == "local"
     # The local norm is made of plain operations: input and normalised input in fp32, and output. Transformer Engine's
     # keeps input and output.
-    norm = (8 + width if config.model.layers == "local" else 2 * width) * geometry.hidden_size
+    norm = (8 + width if local else 2 * width) * geometry.hidden_size
     # Rotated query and attention output; the joint projection, which value is a view of; rotated key; normalisers.
     attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * geometry.num_attention_heads
-    # Gate and up as one tensor, the activated gate, up and an offset of zero, and their product.
-    feed_forward = 5 * geometry.ffn_hidden_size * width
-    return 2 * norm / _sequence_cut(config) + (attention + feed_forward) / tensor
+    # Cosines and sines that query and key were rotated by, which every rank needs whole.
+    rotary = 4 * geometry.head_dim * width
+    # Gate and up as one tensor, and the product; plain operations keep the activated gate, and up and an offset of
+    # zero, too.
+    feed_forward = (5 if local else 3) * geometry.ffn_hidden_size * width
+    return 2 * norm / _sequence_cut(config) + rotary + (attention + feed_forward) / tensor
 
 
 def _width(config: Config) -> int:
@@ -146,10 +154,32 @@ def _activation_bytes(config: Config, geometry: Geometry, stage: int, data_paral
     return math.ceil(a_token * micro_batch_tokens(config))
 
 
+def _local_vocab_size(config: Config, geometry: Geometry) -> int:
+    return geometry.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
+
+
 def _logits_bytes(config: Config, geometry: Geometry) -> int:
-    local_vocab = geometry.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
-    tokens = micro_batch_tokens(config)
-    return 2 * tokens * local_vocab * _width(config) + 3 * min(tokens, _LOG_PROB_CHUNK) * local_vocab * 4
+    return micro_batch_tokens(config) * _local_vocab_size(config, geometry) * _width(config)
+
+
+def _log_prob_bytes(config: Config, geometry: Geometry) -> int:
+    """Forward, logits and two fp32 pieces; backward, their gradient too, one piece, and that in the logits' type."""
+    logits = _logits_bytes(config, geometry)
+    piece = min(logits // _width(config), _LOG_PROB_CHUNK_ELEMENTS)
+    return max(logits + 8 * piece, 2 * logits + (4 + _width(config)) * piece)
+
+
+def _working_bytes(config: Config, geometry: Geometry, stage: int) -> int:
+    parallel, hidden, width = config.parallel, geometry.hidden_size, _width(config)
+    # Under sequence parallelism a layer's input is gathered once more, and its gradient exists before it is scattered.
+    a_token = (2 if parallel.sequence else 1) * hidden + hidden / _sequence_cut(config)
+    a_token += geometry.ffn_hidden_size / parallel.tensor
+    # A weight's gradient in the weights' own type, before it is added to the fp32 one.
+    largest = 2 * geometry.ffn_hidden_size * hidden // parallel.tensor
+    if stage in (0, parallel.pipeline - 1):
+        largest = max(largest, _local_vocab_size(config, geometry) * hidden)
+    gradient_of_logits = _logits_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0
+    return math.ceil(a_token * width * micro_batch_tokens(config)) + largest * width + gradient_of_logits
 
 
 def _refit_bytes(config: Config, geometry: Geometry) -> int:

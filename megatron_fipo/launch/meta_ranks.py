@@ -55,7 +55,7 @@ def build_stages(config: Config, geometry: Geometry, world_size: int) -> list[Bu
 
 
 def _build(config: Config, geometry: Geometry, stage: int, rank: int, world_size: int) -> BuiltStage:
-    with _fake_rank(config.parallel, rank, world_size), _allocating_nothing():
+    with fake_rank(config.parallel, rank, world_size), _allocating_nothing():
         chunks = build_model(config, geometry, _META)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return BuiltStage(
@@ -69,7 +69,7 @@ def _build(config: Config, geometry: Geometry, stage: int, rank: int, world_size
 
 
 @contextlib.contextmanager
-def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
+def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
     """Megatron-Core's parallel state as rank `rank` has it; collectives do nothing."""
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:

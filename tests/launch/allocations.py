@@ -1,9 +1,13 @@
-"""What test_memory.py runs on a rank: a real policy, its bytes counted tensor by tensor."""
+"""What test_memory.py runs on a rank: a real policy, and a real rank of a larger layout, their bytes counted."""
 
+import dataclasses
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
@@ -12,6 +16,7 @@ from megatron_fipo.policy import platform
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 
 ROWS, TOKENS = 4, 224
+LAYOUT_TOKENS = 2048
 
 
 def estimate_config(dtype: str) -> tuple[Config, Geometry]:
@@ -52,6 +57,99 @@ def allocate(dtype: str) -> dict[str, Any]:
     }
     platform.stop_process_group()
     return found
+
+
+def layout_config(overrides: list[str]) -> tuple[Config, Geometry]:
+    """A stage of two layers of Qwen2.5-32B's proportions, an eighth as wide, in bfloat16, on some layout."""
+    config = load_config(["experiment=fipo_32b", "model.layers=local", *overrides])
+    config.rollout.max_prompt_length, config.rollout.max_response_length = 64, LAYOUT_TOKENS - 64
+    config.parallel.micro_batch_tokens = LAYOUT_TOKENS // config.parallel.context
+    geometry = dataclasses.replace(
+        read_architecture(resolve_embedded("embedded:Qwen2.5-32B")),
+        num_layers=2 * config.parallel.pipeline,
+        hidden_size=640,
+        ffn_hidden_size=3456,
+        num_attention_heads=8,
+        num_query_groups=2,
+        head_dim=80,
+        vocab_size=19008,
+    )
+    return config, geometry
+
+
+def peaks(layouts: list[tuple[list[str], int]], fused: bool) -> list[int]:
+    """`_peak` of each (overrides, stage), with or without the fused feed-forward of Transformer Engine's layers."""
+    platform.install()
+    return [_peak(*layout_config(overrides), stage, fused) for overrides, stage in layouts]
+
+
+def _peak(config: Config, geometry: Geometry, stage: int, fused: bool) -> int:
+    """Most bytes that one rank of a stage holds beside its weights: forward passes until the first backward, and that.
+
+    The other ranks are a fake process group: what they would send is not there, but the room for it is.
+    """
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_fipo.launch.meta_ranks import fake_rank
+    from megatron_fipo.policy.model import build_model
+
+    parallel = config.parallel
+    world_size = parallel.tensor * parallel.pipeline * parallel.context
+    with fake_rank(parallel, stage * world_size // parallel.pipeline, world_size):
+        (model,) = build_model(config, geometry)
+        model.config.bias_activation_fusion = fused
+        for parameter in model.parameters():
+            # As the data-parallel wrapper does, whose fp32 gradients are counted elsewhere.
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        wrapped = Float16Module(model.config, model)
+        with _LiveBytes(model.parameters()) as live:
+            outputs = [_forward(wrapped, config, geometry) for _ in range(parallel.pipeline - stage)]
+            torch.autograd.backward(outputs[0], torch.zeros_like(outputs[0]))
+        return live.peak
+
+
+def _forward(model: torch.nn.Module, config: Config, geometry: Geometry) -> torch.Tensor:
+    from megatron.core import parallel_state
+
+    from megatron_fipo.policy.logprobs import log_probs_and_entropy
+
+    parallel = config.parallel
+    count = LAYOUT_TOKENS // parallel.context
+    tokens, positions = torch.zeros(1, count, dtype=torch.int64), torch.arange(count)[None]
+    if not parallel_state.is_pipeline_first_stage():
+        received = count // parallel.tensor if parallel.sequence else count
+        model.set_input_tensor(torch.zeros(received, 1, geometry.hidden_size, dtype=torch.bfloat16, requires_grad=True))
+    output = model(tokens, positions, None, fp32_output=False)
+    if parallel_state.is_pipeline_last_stage():
+        group = parallel_state.get_tensor_model_parallel_group()
+        return log_probs_and_entropy(output, tokens, geometry.vocab_size, 1.0, group)[0]
+    return output
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows every tensor that an operation makes to the end of its storage."""
+
+    def __init__(self, besides: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in besides}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what is new in its results."""
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                storage = result.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return results
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.now -= size
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

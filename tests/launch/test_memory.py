@@ -1,15 +1,20 @@
-"""The memory estimate against bytes that the real Policy of the embedded model allocates on one rank, within 10%.
+"""The memory estimate against bytes really allocated, within 10%.
+
+By the real Policy of the embedded model on one rank; and by the real model of a rank of larger layouts, whose other
+ranks are a fake process group.
 
 Why: an estimate that nobody compares with reality decides whether a cluster hour is spent. Not covered: Transformer
-Engine's activations and the CUDA allocator, which need a GPU; several ranks, whose parameter counts
-tests/test_preflight.py takes from the real models.
+Engine's activations and the CUDA allocator, which need a GPU; parameter counts, which tests/test_preflight.py takes
+from the real models.
 """
 
 import pytest
 
+from megatron_fipo.launch import memory
 from megatron_fipo.launch.memory import micro_batches, stage_memory
+from megatron_fipo.policy import logprobs
 from tests.distributed import run_ranks
-from tests.launch.allocations import estimate_config
+from tests.launch.allocations import LAYOUT_TOKENS, estimate_config, layout_config
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +29,37 @@ def test_estimate_is_within_a_tenth_of_what_is_allocated(dtype: str) -> None:
         assert getattr(stage, name) == pytest.approx(allocated[name], rel=0.1), name
     # The control: a layer forgotten, or kept twice, would be seen.
     assert stage.activations * 3 / 4 != pytest.approx(allocated["activations"], rel=0.1)
+
+
+LAYOUTS = {
+    "first stage": (["parallel.tensor=2", "parallel.pipeline=2"], 0),
+    "last stage": (["parallel.tensor=2", "parallel.pipeline=2"], 1),
+    "whole tokens": (["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=false"], 0),
+    "recomputed": (["parallel.tensor=2", "parallel.pipeline=4", "model.recompute=full"], 0),
+    "context": (["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"], 0),
+    "one rank": (["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"], 0),
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_estimate_is_within_a_tenth_of_the_peak_of_a_rank_of_a_larger_layout(fused: bool) -> None:
+    """Everything that an update allocates beside weights, gradients and optimizer, operation by operation."""
+    (found,) = run_ranks("tests.launch.allocations:peaks", 1, {"layouts": list(LAYOUTS.values()), "fused": fused})
+    for (name, (overrides, stage)), peak in zip(LAYOUTS.items(), found, strict=True):
+        config, geometry = layout_config(overrides)
+        estimated = stage_memory(config, geometry, data_parallel_size=1)[stage]
+        expected = estimated.activations + max(estimated.logits, estimated.working)
+        if fused and config.model.recompute != "full":
+            # Two tensors less of the feed-forward's width, in bfloat16; layers are two a stage.
+            tokens = LAYOUT_TOKENS // config.parallel.context * (config.parallel.pipeline - stage)
+            expected -= 2 * geometry.ffn_hidden_size // config.parallel.tensor * 2 * 2 * tokens
+        assert expected == pytest.approx(peak, rel=0.1), name
+        # The control: nothing of what is counted could be left out.
+        assert estimated.activations != pytest.approx(peak, rel=0.02), name
+
+
+def test_fp32_pieces_are_as_large_as_the_log_probs_have_them() -> None:
+    assert memory._LOG_PROB_CHUNK_ELEMENTS == logprobs._CHUNK_ELEMENTS
 
 
 def test_micro_batches_of_an_update() -> None:
