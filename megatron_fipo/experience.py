@@ -75,6 +75,9 @@ class Experience:
         """Have the servers free the GPUs that they share with the trainer, until the next weight update."""
         if self.client is None:
             self.service.wait_ready()
+        else:
+            # One that is starting again would take its memory in the middle of an update.
+            self.service.admit()
         control = ControlPlane(self.service)
         asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
 

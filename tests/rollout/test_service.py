@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,16 @@ from megatron_fipo.rollout.server_process import shared_files
 from megatron_fipo.rollout.service import RolloutService, Server
 from megatron_fipo.samples import Group
 from tests.rollout.conftest import Rollout
-from tests.rollout.engines import problems, rollout_config, running, sampling, save_tiny_model, wait_until
+from tests.rollout.engines import (
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    problems,
+    rollout_config,
+    running,
+    sampling,
+    save_tiny_model,
+    wait_until,
+)
 
 # A trainer that starts a server, says when it is ready, and then is busy.
 TRAINER = """
@@ -180,48 +190,72 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
             assert time.monotonic() - started < 30
 
 
+@pytest.fixture
+def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
+    """A rollout node of a job, without Slurm, with one server like that of `rollout`; its address is in tmp_path."""
+    save_tiny_model(tmp_path / "model", seed=0)
+    overrides = {"model.path": tmp_path / "model", "run.directory": tmp_path / "run", "cluster.gpus_per_node": 1}
+    overrides |= {f"rollout.{key}": getattr(rollout.service.config, key) for key in ("dtype", "enforce_eager")}
+    overrides |= {"rollout.max_prompt_length": MAX_PROMPT, "rollout.max_response_length": MAX_RESPONSE}
+    token = rollout.service.headers["Authorization"].removeprefix("Bearer ")
+    with (tmp_path / "node.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_fipo.launch.rollout_node", *(f"{k}={v}" for k, v in overrides.items())],
+            env=os.environ | {"SLURMD_NODENAME": "localhost", "FIPO_ADDRESSES": str(tmp_path), TOKEN_VARIABLE: token},
+            cwd=Path(__file__).parents[2],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        wait_until((tmp_path / "localhost").exists, 300, "the node's server")
+        yield psutil.Process(process.pid)
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "node.log").read_text()[-4000:]
+        assert not any(map(running, family))
+
+
 @pytest.mark.slow
 def test_servers_of_others_are_left_out_and_taken_back(
-    rollout: Rollout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rollout: Rollout, node: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two hangs for a while, is then started again unseen, and dies in the end; the other serves all along."""
+    """One of two hangs for a while, and dies and is started again by its node; the other serves all along."""
     monkeypatch.setattr(client_module, "WATCH_EVERY_S", 0.5)
-    save_tiny_model(tmp_path / "model", seed=0)
     monkeypatch.setenv(TOKEN_VARIABLE, rollout.service.headers["Authorization"].removeprefix("Bearer "))
+    steady, fragile = rollout.service.servers[0].url, (tmp_path / "localhost").read_text()
+    config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0)
+    adopted = RolloutService(config, Path("nowhere"), Path("nowhere"), seed=0)
+    adopted.wait_ready()
     asked = problems(64)
-    with RolloutService(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as owner:
-        owner.start()
-        owner.wait_ready()
-        steady, fragile = rollout.service.servers[0].url, owner.servers[0].url
-        config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0)
-        adopted = RolloutService(config, Path("nowhere"), Path("nowhere"), seed=0)
-        adopted.wait_ready()
-        family = _family(owner.servers[0])
+    family = node.children(recursive=True)
 
-        def in_service_after(signum: int) -> list[str]:
-            def to_the_fragile_one(_: Group) -> None:
-                for process in filter(running, family):
-                    process.send_signal(signum)
+    def in_service_after(signum: int) -> list[str]:
+        def to_the_fragile_one(_: Group) -> None:
+            for process in filter(running, family):
+                process.send_signal(signum)
 
-            with RolloutClient(adopted) as client:
-                groups = client.generate(asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
-                assert [group.problem.id for group in groups] == [problem.id for problem in asked]
-                assert client.retries > 0
-            return [server.url for server in adopted.in_service]
+        with RolloutClient(adopted) as client:
+            groups = client.generate(asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
+            assert [group.problem.id for group in groups] == [problem.id for problem in asked]
+            assert client.retries > 0
+        return [server.url for server in adopted.in_service]
 
-        assert in_service_after(signal.SIGSTOP) == [steady]
-        for process in family:
-            process.resume()
-        assert _admits(adopted) == ([fragile, steady], True), "the planes have to be joined anew"
-        assert _admits(adopted) == ([fragile, steady], False), "the control: nothing has changed"
-        # What a server says that was started again between two steps: it answers, but is in no plane.
-        label = {"new_version": "default"}
-        url = f"{fragile}/update_weight_version"
-        assert httpx.post(url, json=label, headers=adopted.headers, timeout=30, trust_env=False).is_success
-        assert _admits(adopted) == ([fragile, steady], True)
-        assert in_service_after(signal.SIGKILL) == [steady]
-        assert _admits(adopted) == ([steady], False)
-        assert adopted.end_step() == {"rollout_restarts": 0.0, "rollout_servers": 1.0}
+    assert in_service_after(signal.SIGSTOP) == [steady]
+    for process in family:
+        process.resume()
+    assert _admits(adopted) == ([fragile, steady], True), "the planes have to be joined anew"
+    assert _admits(adopted) == ([fragile, steady], False), "the control: nothing has changed"
+    # What a server says that was started again between two steps: it answers, but is in no plane.
+    label = {"new_version": "default"}
+    url = f"{fragile}/update_weight_version"
+    assert httpx.post(url, json=label, headers=adopted.headers, timeout=30, trust_env=False).is_success
+    assert _admits(adopted) == ([fragile, steady], True)
+
+    assert in_service_after(signal.SIGKILL) == [steady]
+    assert _admits(adopted) == ([steady], False)
+    assert adopted.end_step() == {"rollout_restarts": 0.0, "rollout_servers": 1.0}
+    wait_until(lambda: _admits(adopted)[0] == [fragile, steady], 300, "its node to start it again")
 
 
 def _admits(service: RolloutService) -> tuple[list[str], bool]:
