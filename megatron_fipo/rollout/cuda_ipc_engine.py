@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from megatron_fipo.errors import WeightError
+from megatron_fipo.errors import WeightsRefused
 from megatron_fipo.rollout.engines import CheckpointEngine
 from megatron_fipo.weights.buckets import BucketLayout, unpack
 from megatron_fipo.weights.cuda_ipc import device_uuid, open_shared
@@ -45,7 +45,7 @@ class CudaIpcEngine(CheckpointEngine):
         """Makes sure that this worker is on the trainer's GPU."""
         mine = device_uuid(self.device) if self.device.type == "cuda" else "none"
         if mine != init_info.device_uuid:
-            raise WeightError(
+            raise WeightsRefused(
                 f"rollout.weight_transfer=cuda_ipc needs the trainer and its servers on one GPU, but the trainer's is "
                 f"{init_info.device_uuid} and this engine's is {mine}; shared_memory works for several GPUs of one "
                 "machine, process_group for any"
@@ -57,7 +57,7 @@ class CudaIpcEngine(CheckpointEngine):
         layout = BucketLayout(update_info.names, update_info.shapes, update_info.dtypes)
         shared = open_shared(update_info.handles[self._worker], self.device)
         if shared.numel() != layout.packed_bytes():
-            raise WeightError(f"a bucket of {layout.packed_bytes()} bytes came with a handle to {shared.numel()}")
+            raise WeightsRefused(f"a bucket of {layout.packed_bytes()} bytes came with a handle to {shared.numel()}")
         buffer = shared.clone()
         torch.cuda.current_stream(self.device).synchronize()
         del shared

@@ -15,6 +15,7 @@ from megatron_fipo.policy import checkpoint, model  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
 from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
+from megatron_fipo.weights.reshard import export  # noqa: E402
 
 STATE = {"step": 3}
 
@@ -49,9 +50,30 @@ def save_and_load(model_dir: str, directory: str) -> dict[str, Any]:
     return seen
 
 
-def _policy(model_dir: str, norm: type[torch.nn.Module]) -> Policy:
+def exchange_layers(model_dir: str, directory: str) -> dict[str, list[str]]:
+    """Save from Transformer Engine's layers and from local ones, and load each with both; what differs, by name."""
+    platform.start_process_group(60)
+    seen: dict[str, list[str]] = {}
+    model.start_model_parallel(Config().parallel, seed=0)
+    kinds = ("local", "transformer_engine")
+    for kind in kinds:
+        saved = _save(_policy(model_dir, RMSNorm, kind), model_dir, Path(directory, kind))
+        for other in kinds:
+            policy = _policy(model_dir, RMSNorm, other)
+            for value in _values(policy).values():
+                value.fill_(torch.nan)
+            assert checkpoint.load(policy, saved) == STATE
+            found, expected = (dict(export(p.chunks, p.geometry)) for p in (policy, _policy(model_dir, RMSNorm, other)))
+            seen[f"{kind} to {other}"] = [
+                name for name, value in expected.items() if not torch.equal(found[name], value)
+            ]
+    platform.stop_process_group()
+    return seen
+
+
+def _policy(model_dir: str, norm: type[torch.nn.Module], layers: str = "local") -> Policy:
     config = Config()
-    config.model.dtype = "bfloat16"
+    config.model.dtype, config.model.layers = "bfloat16", layers
     model.RMSNorm = norm  # type: ignore[misc, assignment]
     policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
     model.RMSNorm = RMSNorm  # type: ignore[misc]
