@@ -35,6 +35,11 @@ def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed + 1)
 
 
+def wants_transformer_engine(model: ModelConfig) -> bool:
+    """Whether the configuration asks for Transformer Engine's layers on this device, there or not."""
+    return model.layers == "transformer_engine" or (model.layers == "auto" and platform.has_cuda())
+
+
 def uses_transformer_engine(model: ModelConfig) -> bool:
     """Whether the layers are Transformer Engine's.
 
@@ -44,7 +49,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    wanted = model.layers == "transformer_engine" or (model.layers == "auto" and platform.has_cuda())
+    wanted = wants_transformer_engine(model)
     if wanted and not HAVE_TE:
         raise ConfigError(
             "model.layers", "Transformer Engine is not installed", "install it, or set model.layers=local"
@@ -97,7 +102,7 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         hidden_dropout=0.0,
         masked_softmax_fusion=False,
         # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
-        bias_activation_fusion=uses_transformer_engine(model),
+        bias_activation_fusion=wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,

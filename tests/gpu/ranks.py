@@ -1,0 +1,106 @@
+"""What the ranks of the GPU tests run. Nothing in it names CUDA: it runs wherever the platform is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.batches import MicroBatch, Sequences
+
+platform.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_fipo.policy import checkpoint  # noqa: E402
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
+from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
+from megatron_fipo.weights.reshard import export  # noqa: E402
+from tests.policy.layouts import ALGORITHMS  # noqa: E402
+
+SEQUENCES, PROMPT, LENGTH = 16, 4, 65
+MODEL = resolve_embedded("embedded:tiny")
+
+
+def losses(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> list[float]:
+    """Mean −log π over the same random sequences at each of so many updates of the embedded model that lower it."""
+    platform.start_process_group(60)
+    policy = _policy(model, parallel, updates)
+    (mini_batch,) = policy.plan(_sequences(policy.geometry.vocab_size))
+
+    def nll(
+        micro_batch: MicroBatch, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        log_probs, _ = policy.log_probs(micro_batch, logits)
+        loss = -torch.where(micro_batch.response_mask, log_probs, 0.0).sum()
+        tokens = micro_batch.response_mask.sum()
+        return loss, tokens, {"count/tokens": tokens, "count/normaliser": tokens, "count/loss": loss.detach()}
+
+    found = [policy.update(mini_batch, nll)["loss"] for _ in range(updates)]
+    platform.stop_process_group()
+    return found
+
+
+def first_ratios(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, float]:
+    """Metrics of the first update after old log-probs were taken over the same micro-batches."""
+    platform.start_process_group(60)
+    policy = _policy(model, parallel, updates=1)
+    (mini_batch,) = policy.plan(_sequences(policy.geometry.vocab_size))
+    policy.score([mini_batch])
+    metrics = policy.update(mini_batch)
+    platform.stop_process_group()
+    return metrics
+
+
+def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Gradient norm and weights after two updates: without a break, and with a checkpoint between them."""
+    platform.start_process_group(60)
+    policy = _policy(model, parallel, updates=2)
+    sequences = _sequences(policy.geometry.vocab_size)
+    saved = None
+    found: dict[str, Any] = {}
+    for name in ("through", "resumed"):
+        if saved is not None:
+            policy = _policy(model, parallel, updates=2)
+            checkpoint.load(policy, saved)
+        (mini_batch,) = policy.plan(sequences)
+        if saved is None:
+            policy.score([mini_batch])
+            policy.update(mini_batch)
+            gather_parameters(policy.chunks)
+            saved = checkpoint.save(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL)
+        policy.score([mini_batch])
+        metrics = policy.update(mini_batch)
+        gather_parameters(policy.chunks)
+        weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.geometry)])
+        found[name] = {"grad_norm": metrics["grad_norm"], "weights": weights.norm().item()}
+    platform.stop_process_group()
+    return found
+
+
+def _policy(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> Policy:
+    config = Config(
+        model=ModelConfig(**model),
+        parallel=ParallelConfig(**({"micro_batch_tokens": 512} | parallel)),
+        algorithm=ALGORITHMS["fipo"],
+        optimizer=OptimizerConfig(lr=1e-4, warmup_updates=0),
+    )
+    if not parallel_state.model_parallel_is_initialized():
+        start_model_parallel(config.parallel, 0)
+    return Policy(config, read_architecture(MODEL), str(MODEL), updates)
+
+
+def _sequences(vocabulary: int) -> Sequences:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [LENGTH - index for index in range(SEQUENCES)]
+    return Sequences(
+        token_ids=[torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
+        prompt_lengths=[PROMPT] * SEQUENCES,
+        rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
+        advantages=torch.randn(SEQUENCES, generator=generator),
+        fresh=torch.ones(SEQUENCES, dtype=torch.bool),
+        mini_batch_sizes=[SEQUENCES],
+    )
