@@ -64,9 +64,11 @@ class HuggingFaceWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._staging.__exit__(*exception)
+        try:
+            if self._file is not None:
+                self._file.close()  # which writes what is buffered, and fails on a full disk
+        finally:
+            self._staging.__exit__(*exception)
 
     @property
     def records(self) -> dict[str, Any]:

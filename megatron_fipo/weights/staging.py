@@ -45,13 +45,11 @@ class Staging:
         except BlockingIOError:
             self._lock.close()
             raise WeightError(f"another process is writing {self.target}, in {self.directory}") from None
-        self.finished = self._read_journal()
-        for path in self.directory.iterdir():
-            if path.name not in (LOCK, *self.finished):
-                path.unlink()
-        self._append({"recipe": self._recipe})
-        for name, record in self.finished.items():
-            self._append({"file": name, "record": record})
+        try:
+            self._take_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
@@ -86,6 +84,16 @@ class Staging:
         self.directory.rename(self.target)
         self._committed = True
         sync(self.target.parent)
+
+    def _take_up(self) -> None:
+        """Removes what is not finished, and begins the journal anew."""
+        self.finished = self._read_journal()
+        for path in self.directory.iterdir():
+            if path.name not in (LOCK, *self.finished):
+                path.unlink()
+        self._append({"recipe": self._recipe})
+        for name, record in self.finished.items():
+            self._append({"file": name, "record": record})
 
     def _read_journal(self) -> dict[str, Any]:
         if self._recipe is None:

@@ -93,13 +93,12 @@ def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str)
     return said
 
 
-def differences_from_mbridge(model_dir: str) -> list[str]:
-    """Names of the parameters that mbridge, another project, fills otherwise than we do; one process."""
-    from mbridge import AutoBridge
-    from mbridge.models.qwen2 import Qwen2Bridge
+def differences_from_mbridge(model_dirs: list[str]) -> dict[str, list[str]]:
+    """By model the parameters that mbridge, another project, fills otherwise than we do; one process."""
+    from mbridge.core.bridge import Bridge
 
-    by_transformer_engine = Qwen2Bridge._weight_name_mapping_mcore_to_hf
     norms = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+    by_transformer_engine = Bridge._weight_name_mapping_mcore_to_hf
 
     def by_local_specification(bridge: Any, name: str) -> list[str]:
         parts = name.split(".")
@@ -107,10 +106,18 @@ def differences_from_mbridge(model_dir: str) -> list[str]:
             return [f"model.layers.{parts[2]}.{norms[parts[-2]]}.weight"]
         return by_transformer_engine(bridge, name)
 
-    Qwen2Bridge._weight_name_mapping_mcore_to_hf = by_local_specification
+    Bridge._weight_name_mapping_mcore_to_hf = by_local_specification
     platform.start_process_group(60)
     config = _config((1, 1, None))
     start_model_parallel(config.parallel, seed=0)
+    found = {Path(model_dir).name: _differences_from_mbridge(config, model_dir) for model_dir in model_dirs}
+    platform.stop_process_group()
+    return found
+
+
+def _differences_from_mbridge(config: Config, model_dir: str) -> list[str]:
+    from mbridge import AutoBridge
+
     geometry = read_architecture(model_dir)
     ours = build_model(config, geometry)
     reshard.load_into(ours, model_dir, geometry)

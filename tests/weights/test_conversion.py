@@ -1,10 +1,12 @@
 """Why: a conversion that drops, misnames or half-writes a tensor is found out weeks later, if at all.
 
 The converter's functions in this process, on small models: every kind of bad input, a kill in the middle, a full disk,
-types and shards. What Megatron-Core itself makes of the files is in tests/tools/test_convert_hf.py. Does not cover
-checkpoints that Transformer Engine's layers wrote.
+types and shards. What Megatron-Core itself makes of the files is in tests/tools/test_convert_hf.py, checkpoints with
+Transformer Engine's extra entries in tests/policy/test_checkpoint.py.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -24,6 +26,8 @@ from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader
 from tests.weights.models import SMALL_MODELS, write_model
 
+NO_MOUNT = 77
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
 
@@ -61,6 +65,27 @@ def in_child(work: Callable[[], object]) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def mount_memory(directory: Path, size: str) -> bool:
+    """Mount a file system in memory on `directory`, for this process alone; whether that is allowed."""
+    libc = ctypes.CDLL(None)
+    if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+        return False
+    return libc.mount(b"none", str(directory).encode(), b"tmpfs", 0, f"size={size}".encode()) == 0
+
+
+def test_keys_are_those_of_transformer_engine(models: dict[str, Path], tmp_path: Path) -> None:
+    """What its layers ask a checkpoint for, norms within the linear layers and extra state beside them."""
+    to_megatron(models["qwen3-untied"], tmp_path / "checkpoint")
+    norms = {"self_attention.q_layernorm", "self_attention.k_layernorm"}
+    linear = {"self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"}
+    expected = {f"decoder.layers.{name}.weight" for name in norms | linear}
+    expected |= {f"decoder.layers.{name}.layer_norm_weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
+    expected |= {f"decoder.layers.{name}._extra_state/shard_{layer}_4" for name in linear for layer in range(4)}
+    expected |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    metadata = CheckpointReader(tmp_path / "checkpoint")._metadata
+    assert metadata.state_dict_metadata.keys() == expected
 
 
 @pytest.mark.parametrize("name", [model.name for model in SMALL_MODELS])
@@ -159,6 +184,38 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(
 
     assert in_child(convert) == 0
     assert nothing_but(tmp_path, "model")
+
+
+@pytest.mark.parametrize("direction", ["to megatron", "to hf"])
+def test_a_disk_that_fills_up_meanwhile_is_an_error_that_leaves_nothing(
+    model: Path, checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    """A real one: 4 MiB of memory mounted where only a child process sees it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def fill(done: int, total: int) -> None:
+        with contextlib.suppress(OSError), (disk / "other").open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def convert() -> None:
+        if not mount_memory(disk, "4m"):
+            os._exit(NO_MOUNT)
+        with pytest.raises(WeightError, match=r"target could not be written: .*No space left"):
+            if direction == "to hf":
+                to_huggingface(checkpoint, disk / "target", model, max_shard_bytes=10_000, progress=fill)
+            else:
+                to_megatron(model, disk / "target", progress=fill)
+        assert nothing_but(disk, "other")
+        with pytest.raises(WeightError, match=r"target (could not be written|takes)"):
+            to_megatron(model, disk / "target")
+        assert nothing_but(disk, "other")
+
+    status = in_child(convert)
+    if status == NO_MOUNT:
+        pytest.skip("no file system can be mounted here")
+    assert status == 0
 
 
 def test_too_little_space_is_noticed_before_writing(
