@@ -31,7 +31,8 @@ test-fast: $(STAMP) ## The tests of single parts (under a minute)
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)
 
-test-gpu: $(STAMP) ## The tests that need CUDA
+# An environment made here is for the CPU; with PYTHON=python3, say, one that is there already is taken as it is.
+test-gpu: $(if $(filter file,$(origin PYTHON)),$(STAMP)) ## The tests that need CUDA; with PYTHON=... by that Python
 	@$(PYTHON) -m pytest tests/gpu $(ARGS)
 
 lint: $(STAMP) ## Style and types
