@@ -81,6 +81,7 @@ def test_shared_memory_is_private_and_cleaned_up_at_start_and_end(tmp_path: Path
     assert path.is_file()
     # A run that was killed here leaves the file; the next start of the same run removes it.
     plane = make_plane(config, 0, tmp_path)
+    plane.open(1)
     assert list(directory.iterdir()) == []
     path = Path(plane.send(Bucket(_named(4)))["path"])
     plane.sent()
