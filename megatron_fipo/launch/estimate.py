@@ -13,7 +13,6 @@ from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stag
 from megatron_fipo.launch.timing import StepTime, step_time
 from megatron_fipo.weights.architectures import Geometry
 
-
 _TIGHT = 0.1
 """Share of the usable memory below which too little is left: the tests hold the estimate to within a tenth."""
 
@@ -89,7 +88,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
 
 
 def remedies(config: Config, geometry: Geometry) -> list[str]:
-    """Single changes after which the run fits with room to spare, the cheapest first, each with what it leads to."""
+    """Changes, each alone, after which the run fits with room to spare; fastest first, with peak and step time."""
     found = []
     for text, changed in _changes(config):
         try:
@@ -103,23 +102,27 @@ def remedies(config: Config, geometry: Geometry) -> list[str]:
 
 
 def _changes(config: Config) -> Iterator[tuple[str, Config]]:
-    parallel = config.parallel
-    options: list[tuple[str, str, Any]] = [
-        ("parallel", "micro_batch_tokens", longest_sequence(config)),
-        ("model", "recompute", "full"),
-        ("parallel", "context", parallel.context * 2),
-        ("parallel", "pipeline", parallel.pipeline * 2),
-        ("parallel", "tensor", parallel.tensor * 2),
-        ("cluster", "trainer_nodes", config.cluster.trainer_nodes * 2),
+    parallel, longest = config.parallel, longest_sequence(config)
+    part = -(-longest // (2 * parallel.context))
+    options: list[dict[str, Any]] = [
+        {"model.recompute": "full"},
+        # A micro-batch is counted in tokens of one rank, which then has a smaller part of the longest sequence.
+        {
+            "parallel.context": parallel.context * 2,
+            "parallel.micro_batch_tokens": min(parallel.micro_batch_tokens, part),
+        },
+        {"parallel.pipeline": parallel.pipeline * 2},
+        {"parallel.tensor": parallel.tensor * 2, "parallel.sequence": True},
+        {"cluster.trainer_nodes": config.cluster.trainer_nodes * 2},
     ]
-    for section, name, value in options:
-        if section == "parallel" and name == "micro_batch_tokens" and value >= parallel.micro_batch_tokens:
-            continue
+    if longest < parallel.micro_batch_tokens:
+        options.append({"parallel.micro_batch_tokens": longest})
+    for option in options:
         changed = copy.deepcopy(config)
-        setattr(getattr(changed, section), name, value)
-        if name == "tensor":
-            changed.parallel.sequence = True
-        yield f"{section}.{name}={value}", changed
+        for key, value in option.items():
+            section, name = key.split(".")
+            setattr(getattr(changed, section), name, value)
+        yield " ".join(f"{key}={str(value).lower()}" for key, value in option.items()), changed
 
 
 def geometry_directory(model_path: str) -> tuple[Path, bool]:

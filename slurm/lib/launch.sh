@@ -102,7 +102,8 @@ start_servers() {
   addresses=$run_directory/addresses
   rm -rf "$addresses"
   mkdir -p "$addresses"
-  FIPO_ADDRESSES=$addresses step --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
+  # One node's end is not the others': the trainer goes on with those that are left.
+  FIPO_ADDRESSES=$addresses step --kill-on-bad-exit=0 --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
     --nodelist="$(join "${good_nodes[@]:trainer_nodes:rollout_nodes}")" --label \
     --output="$run_directory/logs/rollout-%N.log" \
     "$python" -m megatron_fipo.launch.rollout_node "$@" 2>"$run_directory/logs/rollout.err" &
@@ -110,7 +111,7 @@ start_servers() {
   local deadline=$((SECONDS + start_timeout_s + 60))
   until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "$rollout_nodes" ]; do
     if [ -n "$stopping" ]; then return 1; fi
-    if ! kill -0 "$servers" 2>/dev/null; then
+    if ! kill -0 "$servers" 2>/dev/null || failed_task rollout >/dev/null; then
       first_failure rollout
       return 1
     fi
@@ -130,10 +131,13 @@ stop_servers() {
   fi
 }
 
+# The line in which srun tells of the first task that failed; status 1 if none has.
+failed_task() { grep -m 1 -E 'srun: error: [^:]+: tasks? [0-9]' "$run_directory/logs/$1.err"; }
+
 # Show the last lines of the task that srun saw fail first.
 first_failure() {
   local what=$1 line node task log
-  line=$(grep -m 1 -E 'srun: error: [^:]+: tasks? [0-9]' "$run_directory/logs/$what.err")
+  line=$(failed_task "$what")
   node=$(sed -E 's/.*error: ([^:]+): tasks?.*/\1/' <<<"$line")
   task=$(sed -E 's/.*: tasks? ([0-9]+).*/\1/' <<<"$line")
   log=$run_directory/logs/$what-$node.log
@@ -171,7 +175,7 @@ attempt() {
   wait_for "$trainer"
   status=$?
   if [ "$status" -ne 0 ] && [ -z "$stopping" ]; then
-    if [ -n "$servers" ] && ! kill -0 "$servers" 2>/dev/null; then first_failure rollout; fi
+    if [ -n "$servers" ] && failed_task rollout >/dev/null; then first_failure rollout; fi
     first_failure trainer
   fi
   stop_servers

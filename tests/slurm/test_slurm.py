@@ -52,14 +52,20 @@ def test_a_bad_override_is_refused_before_a_node_is_used(cluster: Cluster, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def processes(module: str, run: Path) -> list[psutil.Process]:
+    """The run's processes of that module, on all nodes."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if module in command and f"run.directory={run}" in command and Path(command[0]).name.startswith("python"):
+            found.append(process)
+    return found
+
+
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """Halt the trainer's ranks, so that a run of a few seconds is still there when Slurm's clock, of 30 s, ticks."""
-    ranks = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if {"megatron_fipo.train", f"run.directory={run}"} <= set(process.info["cmdline"] or ())
-    ]
+    ranks = processes("megatron_fipo.train", run)
     assert len(ranks) >= 2
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
@@ -120,6 +126,26 @@ def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_pat
     assert used[0] not in (run / "nodes.txt").read_text().split()
     assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
     assert (run / "job.txt").read_text().count("commit ") == 3
+
+
+def test_a_run_goes_on_without_a_rollout_node_that_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    """Everything on it ends, as at a power cut; the other node's server samples all, and nothing is started again."""
+    run = tmp_path / "run"
+    layout = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=2", "parallel=single", "run.steps=6"]
+    job = submit(cluster, tmp_path, "fipo_32b.sh", [*TINY, *layout, f"run.directory={run}"], "--nodes=3")
+    wait_until(lambda: len(steps(run)) >= 2, START_S, job.told)
+    lost = (run / "nodes.txt").read_text().split()[-1]
+    (victim,) = [
+        process
+        for process in processes("megatron_fipo.launch.rollout_node", run)
+        if process.environ()["SLURMD_NODENAME"] == lost
+    ]
+    victim.kill()
+    job.wait_for("COMPLETED", "FAILED", timeout_s=START_S)
+    assert job.state == "COMPLETED", job.told()
+    assert steps(run) == list(range(1, 7))
+    assert f"srun: error: {lost}: task 1: Killed" in (run / "logs" / "rollout.err").read_text(), "the control"
+    assert "starts again" not in job.output
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
