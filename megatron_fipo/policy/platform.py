@@ -197,9 +197,7 @@ def adam_name() -> str:
 
     adam = megatron_optimizer.Adam
     origin = {"transformer_engine": "Transformer Engine's", "apex": "apex's"}.get(adam.__module__.partition(".")[0])
-    return (
-        f"{origin} {adam.__name__}" if origin else "Adam in plain torch"
-    )
+    return f"{origin} {adam.__name__}" if origin else "Adam in plain torch"
 
 
 def release_memory() -> None:

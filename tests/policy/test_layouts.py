@@ -173,3 +173,14 @@ def _check(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]])
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["one", "two", "four"])
 def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:
     _check(case, world_size, layouts)
+
+
+def test_updates_one_after_the_other_learn_alike_with_overlap() -> None:
+    """An update's forward pass gathers what the one before has left to it: stale weights would show in the second."""
+    model = {"dtype": "float32", "layers": "local"}
+    losses = [
+        run_ranks("tests.policy.training:losses", size, {"model": model, "parallel": parallel, "updates": 4})
+        for size, parallel in ((1, {}), (2, OVERLAPPED))
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    assert losses[0][0][3] < 0.99 * losses[0][0][0], "the updates have to change something"

@@ -1,4 +1,4 @@
-"""What the ranks of the GPU tests run. Nothing in it names CUDA: it runs wherever the platform is."""
+"""The embedded model through several updates: what the ranks of test_layouts.py and of tests/gpu run."""
 
 from pathlib import Path
 from typing import Any
