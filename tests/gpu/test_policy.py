@@ -40,7 +40,9 @@ def worst_error(case: dict[str, Any], **layout: Any) -> float:  # noqa: F811
 
 
 def on_one_rank(function: str, model: dict[str, Any], **arguments: Any) -> Any:
-    (found,) = run_ranks(f"tests.policy.training:{function}", 1, {"model": model, "parallel": {}} | arguments, timeout=300)
+    (found,) = run_ranks(
+        f"tests.policy.training:{function}", 1, {"model": model, "parallel": {}} | arguments, timeout=300
+    )
     return found
 
 
