@@ -59,6 +59,7 @@ def test_another_process_reads_the_memory_behind_a_handle() -> None:
     assert json.loads(result.stdout.splitlines()[-1]) == [uuid, 100_000, int(values.long().sum())]
 
 
+@pytest.mark.usefixtures("vllm_on_gpu")
 @pytest.mark.parametrize("plane", ["cuda_ipc", "shared_memory"])
 def test_a_run_on_one_gpu(plane: str, tmp_path: Path) -> None:
     """Checksums compare every tensor on both sides; log-probs differ by bfloat16's rounding."""
@@ -66,6 +67,7 @@ def test_a_run_on_one_gpu(plane: str, tmp_path: Path) -> None:
     assert all(0 < row["log_prob_diff_mean"] < 0.1 for row in runs.rows(tmp_path))
 
 
+@pytest.mark.usefixtures("vllm_on_gpu")
 @pytest.mark.parametrize("quantization", ["fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
 def test_a_run_with_an_engine_in_fp8(quantization: str, tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
