@@ -9,6 +9,7 @@ from megatron_fipo.policy.logprobs import log_probs_and_entropy
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.usefixtures("triton")
 def test_suffix_scan() -> None:
     lengths, gamma = torch.tensor([20_480, 1, 1024, 1023, 1025, 131_072, 7]), 2 ** (-1 / 32)
     values = torch.randn(int(lengths.sum()))

@@ -14,7 +14,7 @@ from megatron_fipo.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.policy.test_layouts import case  # noqa: F401  the fixture
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton")]
 
 LOCAL = {"layers": "local", "dtype": "bfloat16"}
 ENGINE = {"layers": "transformer_engine", "dtype": "bfloat16"}
