@@ -109,8 +109,16 @@ class RolloutClient:
         """Closes the connections; the service stays. May be called twice."""
         if self._http.is_closed:
             return
-        self._runner.run(self._http.aclose())
+        self._runner.run(self._end_requests())
         self._runner.close()
+
+    async def _end_requests(self) -> None:
+        """A `generate` that was interrupted has left its tasks behind: without connections they would fail aloud."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._http.aclose()
 
     def __enter__(self) -> Self:
         return self
