@@ -5,13 +5,16 @@ transformer block; the embedding, the output layer, and with it log-probs, loss 
 every recipe but delayed scaling the first and the last layer stay in bf16 too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
+from torch import nn
 
 from megatron_fipo.config import Config, ModelConfig
-from megatron_fipo.errors import ConfigError
+from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.weights.architectures import Geometry
 
 OFF = "off"
@@ -122,6 +125,24 @@ def precision_settings(model: ModelConfig) -> dict[str, Any]:
 def optimizer_settings(model: ModelConfig) -> dict[str, Any]:
     """Megatron-Core's OptimizerConfig arguments for `model.fp8`; by these it knows how FP8 weights are stored."""
     return {} if model.fp8 == OFF else {"fp8_recipe": model.fp8}
+
+
+def check_exact_values(chunks: Sequence[nn.Module]) -> None:
+    """Raise WeightError where an FP8 weight has lost the exact values that its fp32 master copy is to be made of.
+
+    They are an attribute of the parameter, which some conversions of a module drop; the rounded weights would take
+    their place unnoticed.
+    """
+    names = [name for chunk in chunks for name, parameter in chunk.named_parameters() if _has_lost_values(parameter)]
+    if names:
+        raise WeightError(
+            f"{len(names)} FP8 weights, such as {names[0]}, came without their exact values through the wrapping of "
+            "the model by this torch and this Transformer Engine: set model.fp8_parameter_gather=false"
+        )
+
+
+def _has_lost_values(parameter: nn.Parameter) -> bool:
+    return is_float8tensor(parameter) and getattr(parameter, "get_high_precision_init_val", lambda: None)() is None
 
 
 def check_widths(config: Config, geometry: Geometry) -> None:

@@ -34,7 +34,7 @@ from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.model import build_model, uses_transformer_engine
 from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
-from megatron_fipo.policy.precision import optimizer_settings, token_multiple
+from megatron_fipo.policy.precision import check_exact_values, optimizer_settings, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.reshard import load_into
@@ -273,7 +273,10 @@ def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
         # The schedule holds reductions back by these until the last micro-batch.
         hold_back = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = hold_back if len(hold_back) > 1 else hold_back[0]
-    if not quantized:  # else they cannot be broadcast; they come from the same files on every rank
+    if quantized:
+        # They cannot be broadcast, and come from the same files on every rank.
+        check_exact_values(wrapped)
+    else:
         for chunk in wrapped:
             chunk.broadcast_params()
     return wrapped
