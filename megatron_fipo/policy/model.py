@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -26,6 +27,8 @@ from megatron_fipo.weights.architectures import Geometry
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Create Megatron-Core's process groups for the layout, over the process group that is already joined."""
     parallel_state.initialize_model_parallel(
+        # One kernel for all packed sequences; else every layer waits for their lengths and turns them one by one.
+        apply_rope_fusion=HAVE_TE and wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -47,8 +50,6 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
         ConfigError: they are asked for and not installed, or FP8 is asked for without them, or with a recipe that this
             GPU, this Transformer Engine or this CUDA lacks.
     """
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
     wanted = wants_transformer_engine(model)
     if wanted and not HAVE_TE:
         raise ConfigError(
