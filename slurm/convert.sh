@@ -2,6 +2,9 @@
 # A model between Hugging Face and a distributed checkpoint, on one node's CPU: the arguments of tools/convert_hf.py.
 #
 #   sbatch --account=… --partition=… slurm/convert.sh to-hf runs/R/checkpoints/step-000100 TARGET --model MODEL
+#   slurm/convert.sh to-megatron MODEL TARGET                            asks sbatch for a node by itself
+#
+# Paths are absolute or relative to the checkout. Site values and everything else: docs/cluster.md and docs/weights.md.
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -11,7 +14,9 @@
 FIPO_ROOT=${FIPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 # shellcheck source=slurm/lib/launch.sh
 . "$FIPO_ROOT/slurm/lib/launch.sh" || exit 1
+usage_if_asked "$@"
 site_values
 cd "$FIPO_ROOT" || exit 1
+if [ -z "${SLURM_JOB_ID:-}" ]; then submit 1 "$@"; fi
 # shellcheck disable=SC2154 # set by site_values
 step --ntasks=1 "$python" tools/convert_hf.py "$@"

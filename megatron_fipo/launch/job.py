@@ -1,11 +1,10 @@
-"""What a Slurm job has to know of its run, as shell assignments: `python -m megatron_fipo.launch.job experiment=…`.
+"""What a Slurm job has to know of its run, as lines name=value: `python -m megatron_fipo.launch.job experiment=…`.
 
 Judges the configuration as the trainer on its nodes will, so that a mistake ends the job before a node is used.
 """
 
 import copy
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def main(config: Config) -> None:
         "run_directory": Path(config.run.directory).resolve(),
     }
     for name, value in facts.items():
-        print(f"{name}={shlex.quote(str(value))}")
+        print(f"{name}={value}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,16 @@ die() {
   exit "$1"
 }
 
+# Print the calling script's head, if that is what was asked for.
+usage_if_asked() {
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^#SBATCH/s/^# \{0,1\}//p' "$0" | grep -v '^SBATCH\|^#SBATCH'
+      exit 0
+      ;;
+  esac
+}
+
 site_values() {
   local site=${FIPO_SITE:-$FIPO_ROOT/slurm/site.sh}
   # shellcheck source=/dev/null
@@ -32,18 +42,34 @@ site_values() {
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 }
 
+# All tasks of a step end when one fails; a step of this job never waits for another's resources.
+step() { srun --overlap --kill-on-bad-exit=1 "${container[@]}" "$@"; }
+
+# One process: in the container, if there is one, since only that may have what it needs.
+alone() {
+  if [ "${#container[@]}" -gt 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    step --nodes=1 --ntasks=1 "$@"
+  else
+    "$@"
+  fi
+}
+
 # What launch/job.py prints.
 trainer_nodes=0 rollout_nodes=0 gpus_per_node=0 max_retries=0 start_timeout_s=0 run_directory=
 
 # Judge the overrides, and learn how many nodes of which kind they want.
 read_job() {
-  local facts
-  facts=$("$python" -m megatron_fipo.launch.job "$@") || exit $?
-  eval "$facts"
+  local facts name value
+  facts=$(alone "$python" -m megatron_fipo.launch.job "$@") || exit $?
+  while IFS='=' read -r name value; do
+    case $name in
+      trainer_nodes | rollout_nodes | gpus_per_node | max_retries | start_timeout_s | run_directory)
+        printf -v "$name" '%s' "$value"
+        ;;
+      *) die 2 "only overrides (section.name=value) can be given to this script, not: $*" ;;
+    esac
+  done <<<"$facts"
 }
-
-# All tasks of a step end when one fails; a step of this job never waits for another's resources.
-step() { srun --overlap --kill-on-bad-exit=1 "${container[@]}" "$@"; }
 
 # Wait for a background process to its end, whatever signals the traps have taken meanwhile. Returns its status.
 wait_for() {
@@ -66,14 +92,14 @@ newest_checkpoint() {
 
 # Count starts in a row that found no newer checkpoint than the one before; give up above cluster.max_retries.
 count_attempt() {
-  local last='' count=0 now
-  now=$(newest_checkpoint)
+  local last='' count=0
+  began_from=$(newest_checkpoint)
   if [ -e "$run_directory/attempts" ]; then read -r count last <"$run_directory/attempts"; fi
-  if [ -e "$run_directory/attempts" ] && [ "$last" = "$now" ]; then count=$((count + 1)); else count=0; fi
-  printf '%s %s\n' "$count" "$now" >"$run_directory/attempts.new"
+  if [ -e "$run_directory/attempts" ] && [ "$last" = "$began_from" ]; then count=$((count + 1)); else count=0; fi
+  printf '%s %s\n' "$count" "$began_from" >"$run_directory/attempts.new"
   mv "$run_directory/attempts.new" "$run_directory/attempts"
   if [ "$count" -gt "$max_retries" ]; then
-    say "giving up: $max_retries restarts in a row brought no new checkpoint (newest: ${now:-none};" \
+    say "giving up: $max_retries restarts in a row brought no new checkpoint (newest: ${began_from:-none};" \
       "cluster.max_retries=$max_retries); submitted again with run.directory=$run_directory it starts from there"
     exit 1
   fi
@@ -86,7 +112,7 @@ check_nodes() {
   mkdir -p "$facts"
   srun --overlap --time=20 --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "${container[@]}" \
     "$python" -m megatron_fipo.launch.node_check look "$facts" || say "some nodes failed their check"
-  list=$("$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
+  list=$(alone "$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
   mapfile -t good_nodes <<<"$list"
   local needed=$((trainer_nodes + rollout_nodes))
   if [ "${#good_nodes[@]}" -lt "$needed" ] || [ -z "${good_nodes[0]}" ]; then
@@ -101,7 +127,7 @@ check_nodes() {
 start_servers() {
   addresses=$run_directory/addresses
   rm -rf "$addresses"
-  mkdir -p "$addresses"
+  mkdir -m 700 "$addresses"
   # One node's end is not the others': the trainer goes on with those that are left.
   FIPO_ADDRESSES=$addresses step --kill-on-bad-exit=0 --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
     --nodelist="$(join "${good_nodes[@]:trainer_nodes:rollout_nodes}")" --label \
@@ -133,6 +159,14 @@ stop_servers() {
 
 # The line in which srun tells of the first task that failed; status 1 if none has.
 failed_task() { grep -m 1 -E 'srun: error: [^:]+: tasks? [0-9]' "$run_directory/logs/$1.err"; }
+
+# first_status WHAT STATUS: the first failed task's status. srun's own, STATUS, is the highest, and so that of the tasks
+# that it killed for the first one's sake.
+first_status() {
+  local code
+  code=$(failed_task "$1" | sed -n -E 's/.*exit code ([0-9]+).*/\1/p')
+  printf '%s' "${code:-$2}"
+}
 
 # Show the last lines of the task that srun saw fail first.
 first_failure() {
@@ -173,8 +207,8 @@ attempt() {
   tail -q -n 0 -F --pid="$trainer" "$run_directory/logs/trainer-${good_nodes[0]}.log" 2>/dev/null |
     sed -u -n 's/^ *0: //p' &
   wait_for "$trainer"
-  status=$?
-  if [ "$status" -ne 0 ] && [ -z "$stopping" ]; then
+  status=$(first_status trainer $?)
+  if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && [ -z "$stopping" ]; then
     if [ -n "$servers" ] && failed_task rollout >/dev/null; then first_failure rollout; fi
     first_failure trainer
   fi
@@ -190,7 +224,7 @@ prepare_directory() {
   (
     umask 077
     [ -s "$run_directory/rollout.token" ] ||
-      "$python" -c 'import secrets; print(secrets.token_urlsafe(32))' >"$run_directory/rollout.token"
+      head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$run_directory/rollout.token"
   )
   FIPO_ROLLOUT_TOKEN=$(cat "$run_directory/rollout.token")
   export FIPO_ROLLOUT_TOKEN
@@ -201,25 +235,28 @@ prepare_directory() {
   } >>"$run_directory/job.txt"
 }
 
-# Called by the user and not by sbatch: check the overrides here, then submit with the number of nodes they want.
+# submit NODES [ARGUMENT...]: give the script that the user called to sbatch.
 submit() {
-  local script=$1
+  local nodes=$1 script
   shift
-  read_job "$@"
+  script=$(readlink -f "$0")
+  export FIPO_ROOT
   # shellcheck disable=SC2086 # several options
-  exec sbatch --nodes=$((trainer_nodes + rollout_nodes)) ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
+  exec sbatch --nodes="$nodes" ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
 }
 
 # launch_run EXPERIMENT [OVERRIDE...]: the whole job. An experiment among the overrides replaces the script's own.
 launch_run() {
-  local experiment=$1 script status
+  local experiment=$1 status newest
   shift
-  script=$(readlink -f "$0")
-  export FIPO_ROOT
+  usage_if_asked "$@"
   site_values
   cd "$FIPO_ROOT" || exit 1
   case " $*" in *" experiment="*) ;; *) set -- "experiment=$experiment" "$@" ;; esac
-  if [ -z "${SLURM_JOB_ID:-}" ]; then submit "$script" "$@"; fi
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    read_job "$@"
+    submit $((trainer_nodes + rollout_nodes)) "$@"
+  fi
   # A requeued job has its number again, and so finds its directory.
   set -- "run.directory=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
   read_job "$@"
@@ -232,7 +269,12 @@ launch_run() {
     attempt "$@"
     status=$?
     if [ -n "$stopping" ] && [ "$status" -ne 0 ]; then
-      say "job $SLURM_JOB_ID goes back into the queue and resumes from $(newest_checkpoint)"
+      newest=$(newest_checkpoint)
+      if [ "$newest" = "$began_from" ]; then
+        say "no step was done before the request to stop; if it came from the time limit, --time has to be longer," \
+          "or the seconds of --signal=B:USR1@… fewer"
+      fi
+      say "job $SLURM_JOB_ID goes back into the queue and resumes from ${newest:-the start}"
       scontrol requeue "$SLURM_JOB_ID" && sleep 300
       exit 75
     fi

@@ -1,5 +1,6 @@
 """Jobs of the scripts under slurm/, as the tests submit and watch them."""
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,15 @@ def submit(cluster: Cluster, directory: Path, script: str, arguments: list[str],
     """sbatch a script of slurm/ from the checkout."""
     command = ["sbatch", "--parsable", f"--output={directory}/job.out", *options, f"slurm/{script}", *arguments]
     return Job(cluster, directory, cluster.run(*command, cwd=ROOT).strip())
+
+
+def call(cluster: Cluster, directory: Path, script: str, arguments: list[str], *options: str) -> Job:
+    """Call a script of slurm/ by itself, from somewhere else: it calls sbatch."""
+    environment = cluster.environment | {
+        "FIPO_SBATCH_OPTIONS": " ".join(["--parsable", f"--output={directory}/job.out", *options])
+    }
+    command = [str(ROOT / "slurm" / script), *arguments]
+    ended = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return Job(cluster, directory, ended.stdout.strip())

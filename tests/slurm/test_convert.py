@@ -1,6 +1,7 @@
-"""slurm/convert.sh on a real Slurm, there and back. Not covered: models larger than a node's patience, containers.
+"""slurm/convert.sh on a real Slurm, there and back, through sbatch and called by itself.
 
-Why: a script that only ever ran in its author's head fails on the day when a run's result is needed.
+Why: a script that only ever ran in its author's head fails on the day when a run's result is needed. Not covered:
+large models, which tests/weights has, and containers.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_fipo.assets import resolve_embedded
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import submit
+from tests.slurm.jobs import call, submit
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +20,11 @@ pytestmark = pytest.mark.slow
 def test_a_model_goes_to_megatron_and_back_bit_for_bit(cluster: Cluster, tmp_path: Path) -> None:
     model = resolve_embedded("embedded:tiny")
     there, back = tmp_path / "checkpoint", tmp_path / "model"
-    for arguments in (
-        ["to-megatron", str(model), str(there)],
-        ["to-hf", str(there), str(back), "--model", str(model), "--verify", "tensors"],
+    for start, arguments in (
+        (submit, ["to-megatron", str(model), str(there)]),
+        (call, ["to-hf", str(there), str(back), "--model", str(model), "--verify", "tensors"]),
     ):
-        job = submit(cluster, tmp_path, "convert.sh", arguments, "--open-mode=append")
+        job = start(cluster, tmp_path, "convert.sh", arguments, "--open-mode=append")
         job.wait_for("COMPLETED", "FAILED", timeout_s=120)
         assert job.state == "COMPLETED", job.told()
     assert "verified: every tensor is equal, bit for bit" in job.output

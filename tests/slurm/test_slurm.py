@@ -6,10 +6,12 @@ after which a run repeats the steps since its last checkpoint.
 """
 
 import json
+import os
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +92,7 @@ def pre_empt(job: Job) -> None:
     urgent.wait_for("COMPLETED", timeout_s=120)
 
 
+@pytest.mark.timeout(1200)  # three starts, each with the patience of a slow machine
 def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_path: Path) -> None:
     """Its time is up, then it is pre-empted, then a node goes down: each time it saves, and comes back later."""
     run = tmp_path / "run"
@@ -99,6 +102,7 @@ def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_pat
     wait_until(lambda: len(steps(run)) >= 2, START_S, job.told)
     token = run / "rollout.token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE((run / "addresses").stat().st_mode) == 0o700
     assert token.read_text().strip() not in job.output + (run / "job.txt").read_text()
 
     reach_the_time_limit(job, run)
@@ -129,7 +133,7 @@ def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_pat
 
 
 def test_a_run_goes_on_without_a_rollout_node_that_is_lost(cluster: Cluster, tmp_path: Path) -> None:
-    """Everything on it ends, as at a power cut; the other node's server samples all, and nothing is started again."""
+    """Everything of ours on it ends; the other node's server samples all, and nothing is started again."""
     run = tmp_path / "run"
     layout = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=2", "parallel=single", "run.steps=6"]
     job = submit(cluster, tmp_path, "fipo_32b.sh", [*TINY, *layout, f"run.directory={run}"], "--nodes=3")
@@ -146,6 +150,22 @@ def test_a_run_goes_on_without_a_rollout_node_that_is_lost(cluster: Cluster, tmp
     assert steps(run) == list(range(1, 7))
     assert f"srun: error: {lost}: task 1: Killed" in (run / "logs" / "rollout.err").read_text(), "the control"
     assert "starts again" not in job.output
+
+
+@pytest.mark.parametrize("script", ["fipo_32b.sh", "dapo_32b.sh", "fipo_7b.sh", "convert.sh"])
+def test_help_is_printed(script: str) -> None:
+    ended = subprocess.run([str(ROOT / "slurm" / script), "--help"], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"slurm/{script}" in ended.stdout and "SBATCH" not in ended.stdout
+
+
+def test_nothing_but_overrides_is_taken(tmp_path: Path) -> None:
+    """Hydra's own options print other things than the launch library reads, which must not be taken for commands."""
+    command = [str(ROOT / "slurm" / "fipo_32b.sh"), "--cfg=job"]
+    environment = os.environ | {"FIPO_PYTHON": sys.executable, "FIPO_SITE": "/dev/null"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "only overrides" in ended.stderr and "not found" not in ended.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
