@@ -1,24 +1,29 @@
 """Weights on this machine: a live update's bytes and seconds by plane, and the memory of a conversion.
 
-    python -m benchmarks.weights
+    python -m benchmarks.weights              # or one table: bytes, seconds, memory
 
 A synthetic model of the size of Qwen2.5-0.5B in bfloat16 goes to a real vLLM server over each plane, beside a copy of
-the same bytes in memory; then 2 GB of weights are converted both ways. Results are in benchmarks/README.md.
+the same bytes in memory; then 2 GB of weights are converted both ways. Seconds are also given as CPU time of trainer
+and server, which neighbours on the machine stretch less. Results are in benchmarks/README.md.
 """
 
+import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, once
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
@@ -51,15 +56,19 @@ UPDATES = 4
 
 
 def main() -> None:
-    """Measure everything and print the tables in Markdown."""
+    """Measure what is asked for and print the tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="?", choices=("bytes", "seconds", "memory"), help="one table; default: all")
+    table = parser.parse_args().table
     print(machine())
     with tempfile.TemporaryDirectory(prefix="weights-") as name:
         directory = Path(name)
-        _bytes_table(directory)
-        model = write_synthetic(HALF_A_BILLION, directory / "half")
-        _seconds_table(model, directory)
-        large = write_synthetic(TWO_GIGABYTES, directory / "large")
-        _memory_table(large, directory)
+        if table in (None, "bytes"):
+            _bytes_table(directory)
+        if table in (None, "seconds"):
+            _seconds_table(write_synthetic(HALF_A_BILLION, directory / "half"), directory)
+        if table in (None, "memory"):
+            _memory_table(write_synthetic(TWO_GIGABYTES, directory / "large"), directory)
 
 
 def write_synthetic(config: dict[str, Any], target: Path) -> Path:
@@ -118,34 +127,36 @@ def _bytes_table(directory: Path) -> None:
         _print_row(f"TP{tensor} PP{pipeline}", f"TP{server}", *cells)
 
 
+@dataclass
+class _Cost:
+    """What something took: seconds on the clock, and of CPU time in this process and in the server's."""
+
+    wall: float
+    trainer: float
+    server: float
+
+
 def _seconds_table(model: Path, directory: Path) -> None:
     with HuggingFaceReader(model) as reader:
         tensors = [(name, reader.tensor(name).clone()) for name in reader.tensors]
     total = sum(tensor.nbytes for _, tensor in tensors)
-    copy_s = _seconds_of_copy(tensors)
     _print_head(
-        f"Seconds of one weight update of {total / 1e6:.0f} MB to one server, median of {UPDATES}.",
-        *("plane", "update", "with checksums", "copy of the same bytes", "update / copy"),
+        f"Seconds of one weight update of {total / 1e6:.0f} MB to one server, medians of {UPDATES}.",
+        *("plane", "checksums", "update", "CPU time of the trainer", "of the server"),
+        *("copy of the same bytes, CPU time", "CPU time / copy"),
     )
     for plane in ("process_group", "shared_memory"):
-        update_s, checked_s = _seconds_of_updates(plane, model, directory, tensors)
-        row = (update_s, checked_s, copy_s, update_s / copy_s)
-        _print_row(plane, *(f"{value:.2f}" for value in row))
+        plain, checked, copy_s = _costs_of_updates(plane, model, directory, tensors)
+        for name, cost in (("no", plain), ("yes", checked)):
+            row = (cost.wall, cost.trainer, cost.server, copy_s)
+            ratio = (cost.trainer + cost.server) / copy_s
+            _print_row(plane, name, *(f"{value:.2f}" for value in row), f"{ratio:.0f}")
 
 
-def _seconds_of_copy(tensors: list[tuple[str, Tensor]]) -> float:
-    """One pass of memory copies into buffers that have been touched before."""
-    buffers = [tensor.clone() for _, tensor in tensors]
-    started = time.perf_counter()
-    for buffer, (_, tensor) in zip(buffers, tensors, strict=True):
-        buffer.copy_(tensor)
-    return time.perf_counter() - started
-
-
-def _seconds_of_updates(
+def _costs_of_updates(
     plane: str, model: Path, directory: Path, tensors: list[tuple[str, Tensor]]
-) -> tuple[float, float]:
-    """Median seconds of an update without and with checksums."""
+) -> tuple[_Cost, _Cost, float]:
+    """Medians of updates without and with checksums, and of a copy in memory between them, in CPU seconds."""
     config = RolloutConfig(
         weight_transfer=plane,
         max_prompt_length=64,
@@ -155,20 +166,41 @@ def _seconds_of_updates(
         checksum_every=2,
     )
     run_dir = directory / plane
+    buffers = [tensor.clone() for _, tensor in tensors]
+    costs: dict[int, _Cost] = {}
+    copies = []
     with RolloutService(config, model, run_dir, seed=0) as service:
         service.start()
         service.wait_ready()
+        server = psutil.Process(service.servers[0].process.pid)  # type: ignore[union-attr]
         transfer = open_transfer(config, ControlPlane(service), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
         try:
             transfer.push(tensors, version=1)  # the first one touches fresh memory everywhere
-            versions = range(2, 2 + 2 * UPDATES)
-            seconds = {version: transfer.push(tensors, version).seconds for version in versions}
+            for version in range(2, 2 + 2 * UPDATES):
+                copies.append(once(lambda: _copy(tensors, buffers)))
+                mine, theirs = time.process_time(), _cpu_seconds(server)
+                wall = transfer.push(tensors, version).seconds
+                costs[version] = _Cost(wall, time.process_time() - mine, _cpu_seconds(server) - theirs)
         finally:
             transfer.close()
-    return tuple(  # type: ignore[return-value]
-        float(torch.tensor([seconds[version] for version in versions if version % 2 == rest]).median())
-        for rest in (1, 0)
-    )
+    plain, checked = (_median([cost for version, cost in costs.items() if version % 2 == rest]) for rest in (1, 0))
+    return plain, checked, statistics.median(copies)
+
+
+def _copy(tensors: list[tuple[str, Tensor]], buffers: list[Tensor]) -> None:
+    for buffer, (_, tensor) in zip(buffers, tensors, strict=True):
+        buffer.copy_(tensor)
+
+
+def _cpu_seconds(root: psutil.Process) -> float:
+    """CPU time so far of a process and those that it started."""
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def _median(costs: list[_Cost]) -> _Cost:
+    values = [astuple(cost) for cost in costs]
+    return _Cost(*(statistics.median(column) for column in zip(*values, strict=True)))
 
 
 def _memory_table(model: Path, directory: Path) -> None:

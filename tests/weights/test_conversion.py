@@ -101,6 +101,26 @@ def test_there_and_back_gives_the_same_file(models: dict[str, Path], tmp_path: P
     assert nothing_but(tmp_path, "megatron", "back")
 
 
+def test_configuration_and_tokenizer_come_along_and_other_weights_do_not(model: Path, tmp_path: Path) -> None:
+    """Of a sentencepiece model and of a tokenizers one, both ways."""
+    carried = (
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "LICENSE",
+    )
+    for name in (*carried, "pytorch_model.bin", "trainer.json"):
+        (model / name).write_bytes(name.encode() * 3)
+    to_megatron(model, tmp_path / "megatron")
+    to_huggingface(tmp_path / "megatron", tmp_path / "back", tmp_path / "megatron")
+    for target in (tmp_path / "megatron", tmp_path / "back"):
+        assert all((target / name).read_bytes() == name.encode() * 3 for name in carried), target
+        assert not (target / "pytorch_model.bin").exists() and not (target / "trainer.json").exists()
+    assert not list((tmp_path / "back").glob("*.distcp")) and not (tmp_path / "back/metadata.json").exists()
+
+
 def test_types_are_cast_and_shards_are_cut_at_their_size(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = to_huggingface(checkpoint, tmp_path / "half", model, dtype=torch.bfloat16, max_shard_bytes=10_000)
     sources = load_file(model / "model.safetensors")
