@@ -27,8 +27,6 @@ from megatron_fipo.weights.architectures import Geometry
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Create Megatron-Core's process groups for the layout, over the process group that is already joined."""
     parallel_state.initialize_model_parallel(
-        # One kernel for all packed sequences; else every layer waits for their lengths and turns them one by one.
-        apply_rope_fusion=HAVE_TE and wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
@@ -104,6 +102,8 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         masked_softmax_fusion=False,
         # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
         bias_activation_fusion=wants_transformer_engine(model),
+        # One kernel for all packed sequences; else every layer waits for their lengths and turns them one by one.
+        apply_rope_fusion=HAVE_TE and wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
