@@ -111,8 +111,9 @@ def layer_bytes_per_token(config: Config, geometry: Geometry) -> float:
     norm = (8 + width if local else 2 * width) * geometry.hidden_size
     # Rotated query and attention output; the joint projection, which value is a view of; rotated key; normalisers.
     attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * geometry.num_attention_heads
-    # Cosines and sines that query and key were rotated by, which every rank needs whole.
-    rotary = 4 * geometry.head_dim * width
+    # Cosines and sines that query and key were rotated by, which every rank needs whole; Transformer Engine's kernel
+    # keeps none.
+    rotary = 4 * geometry.head_dim * width if local else 0
     # Gate and up as one tensor, and the product; plain operations keep the activated gate, and up and an offset of
     # zero, too.
     feed_forward = (5 if local else 3) * geometry.ffn_hidden_size * width
