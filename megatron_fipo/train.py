@@ -14,7 +14,7 @@ from typing import Any
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.launch.local import STOPPED, adopt_environment, already_launched, launch
-from megatron_fipo.launch.processes import die_with_parent, terminate_on_sigterm
+from megatron_fipo.processes import die_with_parent, terminate_on_sigterm
 
 
 def main(config: Config) -> None:

@@ -20,7 +20,7 @@ from typing import IO
 import psutil
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.launch.processes import die_with_parent, kill_descendants, no_descendant_left
+from megatron_fipo.processes import die_with_parent, kill_descendants, no_descendant_left
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
 
 STOPPED = 75

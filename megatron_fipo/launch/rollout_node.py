@@ -17,7 +17,7 @@ from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
-from megatron_fipo.launch.processes import terminate_on_sigterm
+from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
 
 _LOOK_EVERY_S = 1.0

@@ -8,7 +8,7 @@ it by hand, or under srun, for `rollout.addresses`.
 import os
 import sys
 
-from megatron_fipo.launch.processes import die_with_parent
+from megatron_fipo.processes import die_with_parent
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.lifeline import bind_descendants
 

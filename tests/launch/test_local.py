@@ -191,7 +191,7 @@ sys.exit(3)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_reaches_each_rank_once_and_lets_it_clean_up(start, tmp_path, signum):
     script = """
-from megatron_fipo.launch.processes import terminate_on_sigterm
+from megatron_fipo.processes import terminate_on_sigterm
 terminate_on_sigterm()
 try:
     started()

@@ -1,0 +1,34 @@
+"""Files that a configuration can name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path):
+    """Writes a config.json, Qwen2.5-0.5B's figures unless told otherwise, and gives the override that names it."""
+
+    def write(**changes: Any) -> str:
+        architecture = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 24,
+            "max_position_embeddings": 32768,
+            **changes,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(architecture))
+        return f"model.path={tmp_path}"
+
+    return write
+
+
+@pytest.fixture
+def tiny_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Overrides for problem files that exist, so that what comes after their check is reached."""
+    path = tmp_path / "problems.jsonl"
+    path.touch()
+    return [f"data.train=[{path}]", f"data.validation=[{path}]"]

@@ -1,0 +1,98 @@
+"""What a configuration needs on this machine: the model's files and its config.json, problems, a token, CUDA.
+
+Why: a path that is wrong or a layout that the model does not divide by would otherwise show after all processes start.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.config import checks_here
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.errors import ConfigError
+from tests.config.judging import judge
+
+
+@pytest.mark.parametrize(
+    ("overrides", "architecture", "key", "remedy"),
+    [
+        (["parallel.tensor=4"], {}, "parallel.tensor", "1, 2, 7, 14"),
+        (["parallel.tensor=7"], {}, "parallel.tensor", "key-value heads"),
+        (["rollout.tensor_parallel=4"], {}, "rollout.tensor_parallel", "1, 2, 7, 14"),
+        (["parallel.pipeline=5"], {}, "parallel.pipeline", "1, 2, 3, 4, 6, 8, 12, 24"),
+        (["parallel.virtual_pipeline=5"], {}, "parallel.virtual_pipeline", "2 stages of 5 chunks"),
+        (
+            ["rollout.max_response_length=40000"],
+            {},
+            "rollout.max_response_length",
+            "model.max_position_embeddings=40064",
+        ),
+        ([], {"architectures": ["MixtralForCausalLM"]}, "model.path", "Qwen2ForCausalLM"),
+        ([], {"num_attention_heads": None}, "model.path", "config.json"),
+        ([], {"architectures": None}, "model.path", "config.json"),
+    ],
+)
+def test_the_model_must_fit_layout_and_lengths(
+    model_directory: Any, tiny_files: list[str], overrides: list[str], architecture: dict, key: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        judge(model_directory(**architecture), *tiny_files, *overrides, local=True)
+    assert refusal.value.key == key
+    assert remedy in str(refusal.value)
+
+
+def test_a_model_that_fits_is_accepted(model_directory: Any, tiny_files: list[str]) -> None:
+    raised = ["rollout.max_response_length=40000", "model.max_position_embeddings=40064"]
+    layout = ["parallel.tensor=2", "parallel.pipeline=4", "parallel.virtual_pipeline=3"]
+    assert judge(model_directory(), *tiny_files, *raised, *layout, local=True) == []
+    without_groups = model_directory(num_attention_heads=4, num_key_value_heads=None)
+    assert judge(without_groups, *tiny_files, "parallel.tensor=4", local=True) == []
+
+
+def test_missing_files_are_named(model_directory: Any, tiny_files: list[str], tmp_path: Path) -> None:
+    for overrides, key in (
+        ([*tiny_files, "model.path=models/nowhere"], "model.path"),
+        ([*tiny_files, "model.path=''"], "model.path"),
+        ([model_directory(), "data.train=[nowhere.jsonl]"], "data.train"),
+        ([model_directory(), *tiny_files, "data.validation=[embedded:nowhere.jsonl]"], "data.validation"),
+    ):
+        with pytest.raises(ConfigError) as refusal:
+            judge(*overrides, local=True)
+        assert refusal.value.key == key
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        judge(f"model.path={tmp_path}", *tiny_files, local=True)
+
+
+def test_running_servers_need_their_token(
+    monkeypatch: pytest.MonkeyPatch, model_directory: Any, tiny_files: list[str]
+) -> None:
+    overrides = [model_directory(), *tiny_files, "rollout.servers=0", "rollout.addresses=[http://127.0.0.1:8000]"]
+    monkeypatch.delenv("FIPO_ROLLOUT_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="FIPO_ROLLOUT_TOKEN"):
+        judge(*overrides, local=True)
+    monkeypatch.setenv("FIPO_ROLLOUT_TOKEN", "secret")
+    assert judge(*overrides, local=True) == []
+
+
+@pytest.mark.skipif(checks_here.has_cuda_driver(), reason="CUDA's driver is on this machine")
+@pytest.mark.parametrize(
+    ("command_line", "key", "remedy"),
+    [
+        (
+            "rollout.weight_transfer=cuda_ipc rollout.shared_gpu=true parallel.pipeline=1",
+            "rollout.weight_transfer",
+            "rollout.weight_transfer=shared_memory",
+        ),
+        (
+            "rollout.quantization=fp8_per_tensor rollout.dtype=bfloat16 model.dtype=bfloat16",
+            "rollout.quantization",
+            "fp8_per_channel",
+        ),
+    ],
+)
+def test_what_needs_cuda_is_refused_without(command_line: str, key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        checks_here.check_here(load_config(command_line.split()))
+    assert refusal.value.key == key and remedy in refusal.value.remedy
