@@ -20,8 +20,8 @@ from typing import IO
 import psutil
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.processes import die_with_parent, kill_descendants, no_descendant_left
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
+from megatron_fipo.processes import die_with_parent, kill_descendants, no_descendant_left
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
