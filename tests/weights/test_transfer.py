@@ -33,7 +33,7 @@ from megatron_fipo.rollout.server_process import shared_files
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.planes import SHARED_MEMORY, make_plane
+from megatron_fipo.weights.planes import SharedMemoryPlane, make_plane
 from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
 from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollout_config, sampling, save_tiny_model
 
@@ -203,7 +203,8 @@ def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer
     stats = trainer.push(old, version=0)
     assert stats.checked == stats.tensors, "version 0 is a multiple of CHECKSUM_EVERY"
     assert trainer.error_against(old, version=0) < 1e-4
-    assert not list(SHARED_MEMORY.glob("megatron_fipo-*/*")) or plane == "process_group"
+    for leader in (trainer.ranks[0]._plane, trainer.ranks[2]._plane):
+        assert not isinstance(leader, SharedMemoryPlane) or not list(leader._directory.iterdir())
 
 
 @pytest.mark.slow
