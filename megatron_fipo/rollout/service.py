@@ -113,11 +113,6 @@ class RolloutService:
         """What every request to a server has to carry."""
         return {"Authorization": f"Bearer {self._token}"}
 
-    @property
-    def started_here(self) -> bool:
-        """Whether the servers hold `model_dir`'s weights for sure; adopted ones may hold those of an earlier run."""
-        return not self.config.addresses
-
     def start(self) -> None:
         """Starts the servers and returns without waiting. Does nothing for adopted ones.
 
