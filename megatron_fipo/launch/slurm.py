@@ -17,9 +17,9 @@ def under_srun(environment: Mapping[str, str]) -> bool:
 
 
 def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a task of a job step, alike on all of its tasks.
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
 
-    The rendezvous is on the step's first node, where Slurm puts task 0, at a port derived from job and step, so that
+    The rendezvous, alike on all of its tasks, is on the step's first node, where Slurm puts task 0, at a port derived from job and step, so that
     two steps on one node seldom meet; MASTER_ADDR and MASTER_PORT already set in `environment` win.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
@@ -28,9 +28,23 @@ def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(_tasks_of_this_node(environment)),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(_FIRST_PORT + (job * 31 + step) % _PORTS),
     }
+
+
+def _tasks_of_this_node(environment: Mapping[str, str]) -> int:
+    """The step's tasks on this node: `8(x2),4` is 8 on the nodes 0 and 1, 4 on node 2."""
+    if "SLURM_STEP_TASKS_PER_NODE" not in environment:
+        return int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
+    counts: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"not Slurm's tasks per node: {environment['SLURM_STEP_TASKS_PER_NODE']!r}")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts[int(environment.get("SLURM_NODEID", "0"))]
 
 
 def first_host(nodes: str) -> str:

@@ -284,15 +284,17 @@ def test_who_launched_a_process(monkeypatch):
         "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "17",
         "SLURM_STEP_NODELIST": "gpu[01-02]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_NODEID": "1",
     }.items():
         monkeypatch.setenv(name, value)
     assert already_launched()
-    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     adopt_environment()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["3", "4", "1", "gpu01", "12527"]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "4", "1", "2", "gpu01", "12527"]
     # Under torchrun inside a job step, torchrun's variables stay.
     monkeypatch.setenv("RANK", "0")
     adopt_environment()

@@ -45,3 +45,24 @@ def test_steps_of_one_job_differ_in_port_and_the_users_choice_wins():
     )
     chosen = distributed_environment(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("10.0.0.1", "4000")
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}, "8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "1"}, "8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "2"}, "4"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NODEID": "0"}, "3"),
+        ({"SLURM_NTASKS_PER_NODE": "8"}, "8"),
+        ({}, "1"),
+    ],
+)
+def test_the_ranks_of_this_node_are_counted(variables, tasks):
+    """Servers that a run starts itself take the GPUs after these."""
+    assert distributed_environment(TASK | variables)["LOCAL_WORLD_SIZE"] == tasks
+
+
+def test_tasks_per_node_in_another_form_are_refused():
+    with pytest.raises(ValueError, match="4x2"):
+        distributed_environment(TASK | {"SLURM_STEP_TASKS_PER_NODE": "4x2"})
