@@ -6,10 +6,13 @@ the trainer finds it; this ends with its log when that has happened too often.
 """
 
 import dataclasses
+import ipaddress
 import os
 import socket
 import time
 from pathlib import Path
+
+import psutil
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
@@ -20,6 +23,7 @@ from megatron_fipo.files import write_atomically
 from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
 
+_SETTING = "FIPO_NETWORK_INTERFACE"
 _LOOK_EVERY_S = 1.0
 _STEADY_S = 3600.0
 """How long after a restart earlier ones no longer count against a server: a node knows of no steps."""
@@ -37,7 +41,7 @@ def main(config: Config) -> None:
         config.rollout,
         addresses=[],
         servers=max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel),
-        host=str(socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)[0][4][0]),
+        host=own_address(node, os.environ.get("GLOO_SOCKET_IFNAME"), int(os.environ["SLURM_JOB_NUM_NODES"])),
     )
     service = RolloutService(
         settings,
@@ -59,6 +63,44 @@ def main(config: Config) -> None:
                     service.restart(server, failure)
                     restarted[server.url] = time.monotonic()
             time.sleep(_LOOK_EVERY_S)
+
+
+def own_address(node: str, interfaces: str | None, nodes: int) -> str:
+    """The IPv4 address at which the other nodes of the job find this one's servers.
+
+    Args:
+        node: this node's name, looked up where no interface is named.
+        interfaces: names separated by commas, as gloo takes them; the first that is here and has an address is used.
+        nodes: how many the job has. Of one, the loopback address will do.
+
+    Raises:
+        RolloutError: there is no such address, or only this node itself can reach it.
+    """
+    if interfaces:
+        here = psutil.net_if_addrs()
+        found = [
+            address.address
+            for name in interfaces.split(",")
+            for address in here.get(name, [])
+            if address.family == socket.AF_INET
+        ]
+        if not found:
+            raise RolloutError(
+                f"{node}: no interface {interfaces} with an IPv4 address here, but {', '.join(sorted(here))}; "
+                f"{_SETTING} names one that all nodes have"
+            )
+        host = found[0]
+    else:
+        try:
+            host = str(socket.getaddrinfo(node, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        except socket.gaierror as error:
+            raise RolloutError(f"{node}: its own name has no IPv4 address here ({error}); set {_SETTING}") from error
+    if nodes > 1 and ipaddress.ip_address(host).is_loopback:
+        raise RolloutError(
+            f"{node}: its servers would have the address {host}, which the job's other nodes cannot reach; "
+            f"set {_SETTING} to the interface between the nodes"
+        )
+    return host
 
 
 if __name__ == "__main__":

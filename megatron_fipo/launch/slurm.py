@@ -19,8 +19,9 @@ def under_srun(environment: Mapping[str, str]) -> bool:
 def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
 
-    The rendezvous, alike on all of its tasks, is on the step's first node, where Slurm puts task 0, at a port derived from job and step, so that
-    two steps on one node seldom meet; MASTER_ADDR and MASTER_PORT already set in `environment` win.
+    The rendezvous, alike on all of its tasks, is on the step's first node, where Slurm puts task 0, at a port derived
+    from job and step, so that two steps on one node seldom meet; MASTER_ADDR and MASTER_PORT already set in
+    `environment` win.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
