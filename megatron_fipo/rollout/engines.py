@@ -143,6 +143,7 @@ class ProcessGroupEngine(CheckpointEngine):
             init_info.world_size,
             init_info.backend,
             init_info.timeout_s,
+            self.device,
         )
 
     def receive_weights(self, update_info: ProcessGroupUpdate) -> None:

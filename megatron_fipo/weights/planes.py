@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,11 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
+from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 
 SHARED_MEMORY = Path("/dev/shm")
+CPU = torch.device("cpu")
 
 
 class TransferPlane(Protocol):
@@ -51,6 +54,8 @@ class ProcessGroupPlane:
     def __init__(self, rollout: RolloutConfig, stage: int):
         self._stage, self._timeout_s = stage, rollout.update_timeout_s
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # Now: `join` runs in a thread of its own, to which the current device is GPU 0.
+        self._device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else CPU
         self._address = local_address(_farthest_peer(rollout))
         self._world_size = 0
         self._listener: socket.socket | None = None
@@ -77,7 +82,7 @@ class ProcessGroupPlane:
         listener = self._listener
         assert listener is not None
         store = host_store(listener, self._world_size, self._timeout_s)
-        group = TransferGroup(store, self._address, 0, self._world_size, self._backend, self._timeout_s)
+        group = TransferGroup(store, self._address, 0, self._world_size, self._backend, self._timeout_s, self._device)
         if self._listener is listener:
             self._group = group
         else:
@@ -93,8 +98,14 @@ class ProcessGroupPlane:
         return {"stage": self._stage, **bucket.layout().to_dict()}
 
     def sent(self) -> None:
-        """Ends the broadcast: at once, since every worker has what it sent."""
+        """Ends the broadcast: at once, since every worker has what it sent. RolloutError if it does not end."""
         work, _ = self._in_flight
+        # NCCL's wait is only for the stream, and would never return for a peer that is gone.
+        deadline = Deadline(self._timeout_s)
+        while not work.is_completed():
+            if deadline.passed():
+                raise RolloutError(f"a weight bucket was still on its way after {self._timeout_s:g} s")
+            time.sleep(0.001)
         work.wait()
         self._in_flight = None
 

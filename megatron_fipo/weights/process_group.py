@@ -9,6 +9,7 @@ import threading
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
@@ -68,7 +69,17 @@ def visit_store(address: str, port: int, world_size: int, timeout_s: float) -> T
 class TransferGroup:
     """One member's end of the group. The constructor blocks until all members came, `timeout_s` at most."""
 
-    def __init__(self, store: TCPStore, address: str, rank: int, world_size: int, backend: str, timeout_s: float):
+    def __init__(
+        self,
+        store: TCPStore,
+        address: str,
+        rank: int,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+        device: torch.device,
+    ):
+        """`address` is this member's for gloo, `device` its GPU for NCCL."""
         timeout = timedelta(seconds=timeout_s)
         self._store = store
         scoped = PrefixStore("megatron_fipo", store)
@@ -85,6 +96,11 @@ class TransferGroup:
             nccl_options = ProcessGroupNCCL.Options()
             nccl_options._timeout = timeout
             self._group = ProcessGroupNCCL(scoped, rank, world_size, nccl_options)
+            # NCCL meets at the first collective, where the trainer would wait for engines that hear of a bucket only
+            # when it is on its way.
+            with torch.cuda.device(device):
+                self.broadcast(torch.zeros(1, dtype=torch.uint8, device=device)).wait()
+                torch.cuda.synchronize(device)
         else:
             raise ValueError(f"backend {backend!r} is neither gloo nor nccl")
 
