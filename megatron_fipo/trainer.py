@@ -27,6 +27,7 @@ from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import write_report
 from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
 from megatron_fipo.weights.architectures import read_architecture
+from megatron_fipo.weights.mailbox import StandBy, trainer_store
 from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.transfer import open_transfer
 
@@ -49,12 +50,14 @@ class Trainer:
         platform.start_process_group(config.run.collective_timeout_s)
         implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
-        # Under torchrun and srun each rank has read its own clock for the directory's name.
-        directory = [config.run.directory]
-        torch.distributed.broadcast_object_list(directory, src=0)
-        self.directory = Path(directory[0])
+        # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
+        # on shared storage one node may see a checkpoint later than another.
         self.first = torch.distributed.get_rank() == 0
-        self.resume_from = self._checkpoint_to_resume()
+        found = self._checkpoint_to_resume(Path(config.run.directory)) if self.first else None
+        told = [config.run.directory, str(found) if found else ""]
+        torch.distributed.broadcast_object_list(told, src=0)
+        self.directory = Path(told[0])
+        self.resume_from = Path(told[1]) if told[1] else None
         self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation)
@@ -62,6 +65,7 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         if self.first:
             self._open_run_files(stack)
+        self.stand_by = StandBy(trainer_store())
         self.version = self.step
         """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
@@ -217,16 +221,16 @@ class Trainer:
     def _while_serving(self, work: Callable[[Experience], _T]) -> _T | None:
         """What `work`, which samples, returns on rank 0; the other ranks stand by to revive the servers with it."""
         if self.experience is None:
-            while self._on_rank_0(False):
+            while self.stand_by.hear():
                 self._push()
             return None
         result = work(self.experience)
-        self._on_rank_0(False)
+        self.stand_by.tell(False)
         return result
 
     def _revive(self) -> None:
         """Called on rank 0 within `_while_serving` when no server is left: all ranks give restarted ones weights."""
-        self._on_rank_0(True)
+        self.stand_by.tell(True)
         self._push()
 
     def _on_rank_0(self, fact: bool) -> bool:
@@ -249,10 +253,10 @@ class Trainer:
         counts = {name: count for name, count in self.experience.problem_counts.items() if count}
         self.console.note("problems: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        found = checkpoint.newest(self.directory / "checkpoints")
-        if self.config.run.resume == "never" and (found or (self.directory / "metrics.jsonl").exists()):
-            raise FipoError(f"{self.directory} already holds a run (give another run.directory, or run.resume=auto)")
+    def _checkpoint_to_resume(self, directory: Path) -> Path | None:
+        found = checkpoint.newest(directory / "checkpoints")
+        if self.config.run.resume == "never" and (found or (directory / "metrics.jsonl").exists()):
+            raise FipoError(f"{directory} already holds a run (give another run.directory, or run.resume=auto)")
         return found if self.config.run.resume == "auto" else None
 
     def _load(self, path: Path) -> None:

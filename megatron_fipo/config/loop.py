@@ -22,7 +22,7 @@ class RunConfig:
         "never: refuse a directory that already holds a run.",
         choices=("auto", "never"),
     )
-    collective_timeout_s: float = setting(3600.0, "Longest wait for other ranks, rollouts included, in s.", above=0)
+    collective_timeout_s: float = setting(3600.0, "Longest wait for other ranks, sampling aside, in s.", above=0)
 
 
 @dataclass
