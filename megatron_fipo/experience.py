@@ -140,6 +140,8 @@ class Experience:
             judged.append(self.verifiers.submit(group))
             phase.progress(len(judged), len(problems), "groups")
 
+        # Nobody may have asked for a long time.
+        self.service.lose_unfit()
         groups = self.client.generate(problems, samples, sampling, seeds, on_group=judge)
         with self.console.phase("verify") as verifying:
             for done, future in enumerate(judged, start=1):

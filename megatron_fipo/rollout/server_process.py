@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import psutil
@@ -34,17 +35,16 @@ def start_process(arguments: list[str], environment: dict[str, str], log: Path) 
         )
 
 
-def end_processes(processes: list[subprocess.Popen[bytes]], *, at_once: bool = False) -> None:
+def end_processes(
+    processes: list[subprocess.Popen[bytes]], segments: Set[Path] = frozenset(), *, at_once: bool = False
+) -> None:
     """SIGTERM to each server, then SIGKILL to whatever is left of its process tree after STOP_TIMEOUT_S.
 
-    `at_once` leaves the SIGTERM out, for servers that have nothing to lose.
+    Afterwards their shared memory is deleted: what they have in use, and `segments`, which those that are dead already
+    had. `at_once` leaves the SIGTERM out, for servers that have nothing to lose.
     """
-    trees: list[psutil.Process] = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(process.pid)
-            trees += [root, *root.children(recursive=True)]
-    shared = shared_files(trees)
+    trees = [member for process in processes for member in family(process)]
+    shared = shared_files(trees) | segments
     alive = trees
     if not at_once:
         for process in processes:
@@ -62,6 +62,14 @@ def end_processes(processes: list[subprocess.Popen[bytes]], *, at_once: bool = F
     # A killed process leaves its segments, and memory in them is gone until somebody deletes them.
     for path in shared:
         path.unlink(missing_ok=True)
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A server and all processes that it started; none if it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        return [root, *root.children(recursive=True)]
+    return []
 
 
 def shared_files(processes: list[psutil.Process]) -> set[Path]:

@@ -28,7 +28,7 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.server_log import ServerLog
 from megatron_fipo.rollout.server_options import server_arguments, server_environment, visible_devices
-from megatron_fipo.rollout.server_process import end_processes, start_process
+from megatron_fipo.rollout.server_process import end_processes, family, shared_files, start_process
 from megatron_fipo.weights.deadline import Deadline
 
 PROBE_TIMEOUT_S = 10.0
@@ -57,6 +57,8 @@ class Server:
     """Why it is out of service; None while it is in service."""
     losses: int = 0
     """How often it was lost since the last step that it took part in."""
+    segments: set[Path] = field(default_factory=set)
+    """Shared memory of its processes, which outlives them if they are killed."""
 
     def failure(self) -> str | None:
         """What happened to it, with the end of its log; None while it runs, or when that cannot be known."""
@@ -183,6 +185,8 @@ class RolloutService:
             client.post(f"{server.url}/update_weight_version", json=version).raise_for_status()
         except httpx.HTTPError as error:
             return f"{type(error).__name__}: {error}"
+        if server.process is not None:
+            server.segments = shared_files(family(server.process))
         return None
 
     def _check_workers(self, server: Server, client: httpx.Client) -> None:
@@ -233,7 +237,7 @@ class RolloutService:
         while (failure := server.failure()) is None and not grace.passed():
             time.sleep(0.05)
         story = failure or f"the vLLM server at {server.url} failed: {reason}; {server.log.excerpt()}"
-        end_processes([server.process], at_once=True)
+        end_processes([server.process], server.segments, at_once=True)
         server.losses += 1
         if not self._may_return(server):
             limit = f"rollout.max_restarts={self.config.max_restarts}"
@@ -253,10 +257,8 @@ class RolloutService:
         if none is left then, or a restarted one is not ready.
         """
         deadline = Deadline(self.config.start_timeout_s)
+        self.lose_unfit()
         with self._http() as client:
-            for server in self.in_service:
-                if (reason := self._unfit(server, client)) is not None:
-                    self.lose(server, reason)
             while awaited := self._readmit(client):
                 late, problem = awaited[0]
                 if deadline.passed():
@@ -264,6 +266,13 @@ class RolloutService:
                 time.sleep(PROBE_EVERY_S)
         if not self.in_service:
             raise RolloutError(f"no vLLM server is left: {self.losses_in_words()}")
+
+    def lose_unfit(self) -> None:
+        """Servers that have died since the last weight update, or that somebody has started again, are lost."""
+        with self._http() as client:
+            for server in self.in_service:
+                if (reason := self._unfit(server, client)) is not None:
+                    self.lose(server, reason)
 
     def _readmit(self, client: httpx.Client) -> list[tuple[Server, str]]:
         """Puts servers back that are ready; those that are worth waiting for, each with why it is not ready."""
@@ -282,7 +291,7 @@ class RolloutService:
         return [pair for pair in absent if pair[0].process is not None or not self.in_service]
 
     def _unfit(self, server: Server, client: httpx.Client) -> str | None:
-        """Why a server that should be in service cannot get weights."""
+        """Why a server that should be in service can neither sample nor get weights."""
         if (failure := server.failure()) is not None:
             return failure
         try:
@@ -309,7 +318,8 @@ class RolloutService:
         for holder in self._reserved:
             holder.close()
         self._reserved.clear()
-        end_processes([server.process for server in self.servers if server.process is not None])
+        segments = {segment for server in self.servers for segment in server.segments}
+        end_processes([server.process for server in self.servers if server.process is not None], segments)
 
     def __enter__(self) -> Self:
         return self
