@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config, every_setting
 from megatron_fipo.config.checks_here import check_here
+from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.errors import ConfigError
 
 _LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")
@@ -23,7 +24,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     model directory, the problem files, servers to sample from and their token.
     """
     _check_ranges(config)
-    judges = (_layout, _precision, _batches, _algorithm, _sampling, _service, _data, _reward, _schedule)
+    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, _data, _reward, _schedule)
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
@@ -104,50 +105,6 @@ def _check_world(config: Config, world_size: int | None) -> None:
             "algorithm.mini_batch_prompts",
             f"{samples} samples an update leave some of {data} data-parallel ranks without any",
             "a larger mini-batch or fewer ranks",
-        )
-
-
-def _precision(config: Config) -> Iterator[str]:
-    model = config.model
-    if model.fp8 != "off" and model.layers == "local":
-        raise ConfigError(
-            "model.fp8", f"{model.fp8} needs Transformer Engine layers", "model.layers=auto, or model.fp8=off"
-        )
-    if model.fp8 != "off" and model.dtype != "bfloat16":
-        raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
-    if model.fp8_parameter_gather:
-        _check_parameter_gather(config)
-    if model.fp8 == "delayed":
-        yield (
-            "model.fp8: delayed scaling rounds by what earlier batches held: the first step's log-probs are taken "
-            "before there was any, and no step's first ratio is exactly 1; tensorwise rounds by the batch at hand"
-        )
-    if config.rollout.dtype != model.dtype:
-        yield (
-            f"rollout.dtype: {config.rollout.dtype} differs from model.dtype {model.dtype}: "
-            "the engine's log-probs will differ from the trainer's by rounding"
-        )
-
-
-def _check_parameter_gather(config: Config) -> None:
-    key, model = "model.fp8_parameter_gather", config.model
-    if model.fp8 == "off":
-        raise ConfigError(key, "there are no FP8 weights with model.fp8=off", "an FP8 recipe, or false")
-    if model.fp8 == "mxfp8":
-        raise ConfigError(
-            key,
-            "mxfp8 weights, which are stored once by rows and once by columns, are not gathered in FP8",
-            f"{key}=false, or model.fp8=tensorwise",
-        )
-    if not config.parallel.distributed_optimizer:
-        raise ConfigError(
-            key, "is the distributed optimizer's gather", f"parallel.distributed_optimizer=true, or {key}=false"
-        )
-    if config.algorithm.reference_kl_coef > 0:
-        raise ConfigError(
-            key,
-            "FP8 weights do not come back exactly from the swap with the reference policy's",
-            f"{key}=false, or algorithm.reference_kl_coef=0",
         )
 
 

@@ -105,6 +105,10 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         _raise_if_lost(checkpoint, {*unmatched.missing_keys, *unmatched.unexpected_keys})
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
         policy.optimizer.load_state_dict(loaded["optimizer"])
+    settings = policy.config.optimizer
+    for group in policy.optimizer.param_groups:  # what the configuration says now, not what it said then
+        group |= {"max_lr": settings.lr, "min_lr": settings.min_lr, "eps": settings.eps}
+        group["betas"] = (settings.beta1, settings.beta2)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return trainer_state
 

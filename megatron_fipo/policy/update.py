@@ -132,7 +132,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
-        parts = self._run(mini_batch, loss or self._policy_loss, forward_only=False)
+        parts = self._run(mini_batch, loss or self.policy_loss, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         sound = math.isfinite(grad_norm)
@@ -153,7 +153,7 @@ class Policy:
                 micro_batch.tokens,
                 micro_batch.position_ids,
                 None,
-                packed_seq_params=_packed_seq_params(micro_batch),
+                packed_seq_params=_packed_seq_params(micro_batch, self.cut),
                 **keep_dtype,
             )
             return logits, partial(loss_function, micro_batch)
@@ -191,7 +191,8 @@ class Policy:
     def _collect_log_probs(self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
         return self.log_probs(micro_batch, logits)[0]
 
-    def _policy_loss(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def policy_loss(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The configured loss of one micro-batch: see `losses.policy_loss`, and LossFunction."""
         log_probs, entropy = self.log_probs(micro_batch, logits)
         assert micro_batch.old_log_probs is not None, "score() runs before update()"
         inputs = LossInputs(
@@ -237,14 +238,20 @@ def _cut(config: Config) -> Cut:
     )
 
 
-def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+def _packed_seq_params(micro_batch: MicroBatch, cut: Cut) -> PackedSeqParams | None:
     """Where packed sequences begin and end, as Megatron-Core's rotary embedding and attention want it."""
-    if micro_batch.offsets is None:
+    offsets = micro_batch.offsets
+    if offsets is None:
         return None
+    # Where sequences lie in memory, beside where they end. Both are the same here, and Transformer Engine compares them
+    # at the cost of a wait; but its context parallelism cannot do without.
+    padded = offsets if cut.context_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=micro_batch.offsets,
-        cu_seqlens_kv=micro_batch.offsets,
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=micro_batch.longest,
         max_seqlen_kv=micro_batch.longest,
     )
@@ -334,4 +341,7 @@ def _build_scheduler(config: Config, optimizer: Any, updates: int) -> OptimizerP
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run keeps its place in the schedule, and takes the schedule from its configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -286,12 +286,38 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads torch's checkpoint metadata and nothing else: a pickle may otherwise run whatever it names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        ours = module in ("torch", "torch.serialization") or module.startswith("torch.distributed.checkpoint.")
-        if "." not in name and (ours or (module, name) in _PLAIN_TYPES):
-            found = super().find_class(module, name)
-            if isinstance(found, type | torch.dtype | torch.layout) or name == "_get_layout":
-                return found
+        if name in _METADATA_NAMES.get(module, ()) or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which no metadata needs")
 
 
-_PLAIN_TYPES = {("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("io", "BytesIO")}
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
+# By name: even among torch's own types there are some that open a file for writing when they are called.
+_METADATA_NAMES = {
+    "collections": {"OrderedDict"},
+    "io": {"BytesIO"},
+    "pathlib": {"Path", "PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+}

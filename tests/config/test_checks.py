@@ -54,6 +54,11 @@ REFUSED = {
     "model.fp8=delayed": ("model.fp8", "model.dtype=bfloat16"),
     "model.fp8=delayed model.dtype=bfloat16 model.layers=local": ("model.fp8", "model.layers=auto"),
     "model.fp8_parameter_gather=true": ("model.fp8_parameter_gather", "an FP8 recipe"),
+    "model.fp8_parameter_gather=true model.dtype=bfloat16 model.fp8=tensorwise "
+    "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true": (
+        "model.fp8_parameter_gather",
+        "parallel.overlap_param_gather=false",
+    ),
     "model.fp8_parameter_gather=true model.dtype=bfloat16 model.fp8=mxfp8": (
         "model.fp8_parameter_gather",
         "model.fp8=tensorwise",

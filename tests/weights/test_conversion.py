@@ -15,6 +15,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,12 +318,20 @@ def _garble(directory: Path) -> None:
 
 
 class _Harm:
+    def __init__(self, function: Any, *arguments: str):
+        self.call = function, arguments
+
     def __reduce__(self) -> tuple:
-        return os.system, ("touch harm-was-done",)
+        return self.call
 
 
 def _harm(directory: Path) -> None:
-    (directory / ".metadata").write_bytes(pickle.dumps(_Harm()))
+    (directory / ".metadata").write_bytes(pickle.dumps(_Harm(os.system, "touch harm-was-done")))
+
+
+def _harm_by_torch(directory: Path) -> None:
+    opens_for_writing = torch.serialization._open_file
+    (directory / ".metadata").write_bytes(pickle.dumps(_Harm(opens_for_writing, "harm-was-done", "wb")))
 
 
 @pytest.mark.parametrize(
@@ -332,6 +341,7 @@ def _harm(directory: Path) -> None:
         (_lose_a_file, r"__0_2.distcp is missing, although .metadata names it"),
         (_garble, r"is not a distributed checkpoint, or is damaged"),
         (_harm, r"names posix.system, which no metadata needs"),
+        (_harm_by_torch, r"names torch.serialization._open_file, which no metadata needs"),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused(

@@ -1,0 +1,57 @@
+"""Judges a configuration's precision: combinations of FP8 and its neighbours. Part of `checks.py`."""
+
+from collections.abc import Iterator
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+
+
+def precision(config: Config) -> Iterator[str]:
+    """Raise ConfigError where the precision cannot run; yield a warning for what is hardly meant."""
+    model = config.model
+    if model.fp8 != "off" and model.layers == "local":
+        raise ConfigError(
+            "model.fp8", f"{model.fp8} needs Transformer Engine layers", "model.layers=auto, or model.fp8=off"
+        )
+    if model.fp8 != "off" and model.dtype != "bfloat16":
+        raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
+    if model.fp8_parameter_gather:
+        _check_parameter_gather(config)
+    if model.fp8 == "delayed":
+        yield (
+            "model.fp8: delayed scaling rounds by what earlier batches held: the first step's log-probs are taken "
+            "before there was any, and no step's first ratio is exactly 1; tensorwise rounds by the batch at hand"
+        )
+    if config.rollout.dtype != model.dtype:
+        yield (
+            f"rollout.dtype: {config.rollout.dtype} differs from model.dtype {model.dtype}: "
+            "the engine's log-probs will differ from the trainer's by rounding"
+        )
+
+
+def _check_parameter_gather(config: Config) -> None:
+    key, model = "model.fp8_parameter_gather", config.model
+    if model.fp8 == "off":
+        raise ConfigError(key, "there are no FP8 weights with model.fp8=off", "an FP8 recipe, or false")
+    if model.fp8 == "mxfp8":
+        raise ConfigError(
+            key,
+            "mxfp8 weights, which are stored once by rows and once by columns, are not gathered in FP8",
+            f"{key}=false, or model.fp8=tensorwise",
+        )
+    if config.parallel.overlap_param_gather:
+        raise ConfigError(
+            key,
+            "Megatron-Core leaves the transposed FP8 weights old where the last gather of a step is not overlapped",
+            f"{key}=false, or parallel.overlap_param_gather=false",
+        )
+    if not config.parallel.distributed_optimizer:
+        raise ConfigError(
+            key, "is the distributed optimizer's gather", f"parallel.distributed_optimizer=true, or {key}=false"
+        )
+    if config.algorithm.reference_kl_coef > 0:
+        raise ConfigError(
+            key,
+            "FP8 weights do not come back exactly from the swap with the reference policy's",
+            f"{key}=false, or algorithm.reference_kl_coef=0",
+        )
