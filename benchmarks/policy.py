@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -146,8 +145,8 @@ def timed_policy(config: Config, geometry: Geometry) -> Any:
             logits.register_hook(lambda _: watch.parts["log_probs"].append((backward["loss"], watch.now())))
             return log_probs, entropy
 
-        def _policy_loss(self, micro_batch: MicroBatch, logits: torch.Tensor) -> Any:
-            result = super()._policy_loss(micro_batch, logits)
+        def policy_loss(self, micro_batch: MicroBatch, logits: torch.Tensor) -> Any:
+            result = super().policy_loss(micro_batch, logits)
             self.watch.parts["loss"].append((self.reached, self.watch.now()))
 
             def backward_begins(_: torch.Tensor) -> None:
@@ -178,10 +177,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     platform.install()
     from megatron_fipo.policy.model import start_model_parallel
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
     config = configuration(shape, precision, packing)
     start_model_parallel(config.parallel, 0)

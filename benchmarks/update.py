@@ -7,7 +7,6 @@ small model is the hard case: the larger the model, the smaller the loss's share
 """
 
 import os
-import socket
 import statistics
 
 import torch
@@ -58,10 +57,7 @@ def main() -> None:
     from megatron_fipo.policy.update import Policy
     from megatron_fipo.weights.architectures import read_architecture
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
     configs = {name: configuration(name) for name in ("fipo", "dapo")}
     assert isinstance(configs["fipo"].algorithm.future_kl, FutureKLConfig)

@@ -12,9 +12,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-# A test run in the background ignores Ctrl-C, and every process that a test starts would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A test run in the background ignores Ctrl-C, one under nohup the end of its terminal, and every process that a test
+# starts would inherit that.
+for stop, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(stop) is signal.SIG_IGN:
+        signal.signal(stop, usual)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -112,7 +112,7 @@ def _carry(heads: Tensor, decay: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def _powers(gamma: float, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.pow(torch.tensor(gamma, dtype=torch.float64, device=exponents.device), exponents).to(dtype)
+    return torch.full((), gamma, dtype=torch.float64, device=exponents.device).pow(exponents).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def influence_weights(
     """
     takes_part = response_mask
     if settings.participation_mask:
-        threshold = torch.log(torch.tensor(clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device))
+        # In the log-ratio's own precision; filled there, since a copy from the host would wait for the GPU.
+        threshold = torch.full((), clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device).log()
         takes_part = response_mask & (log_ratio <= threshold)
     raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()
     weights = raw.clamp(settings.band_low, settings.band_high)

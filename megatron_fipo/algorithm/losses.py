@@ -49,7 +49,8 @@ class TokenLosses:
     losses: Tensor
     """[rows, tokens]"""
     mask: Tensor
-    """[rows, tokens] bool: tokens in numerator and denominator; a subset of the response mask."""
+    """[rows, tokens] bool: tokens that count, a subset of the response mask. Others leave the numerator, and the
+    denominator of token-mean; a mean over responses still divides by all of them and by their whole lengths."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """[rows, tokens] each: reported as the mean over all response tokens."""
     extremes: dict[str, Tensor] = field(default_factory=dict)

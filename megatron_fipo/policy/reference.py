@@ -1,6 +1,7 @@
 """The weights that training started from, for a KL term against them: kept in the host's memory, put in place to score.
 
-A second model on the GPU would cost what no layout has to spare; a swap costs two copies of this rank's weights a step.
+A second model on the GPU would cost what no layout has to spare; a swap costs three copies of this rank's
+weights a step.
 """
 
 from collections.abc import Iterator, Sequence
