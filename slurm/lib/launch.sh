@@ -42,8 +42,9 @@ site_values() {
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 }
 
-# All tasks of a step end when one fails; a step of this job never waits for another's resources.
-step() { srun --overlap --kill-on-bad-exit=1 "${container[@]}" "$@"; }
+# All tasks of a step end when one fails, but not because one is done early. A step of this job never waits for another's
+# resources. Its tasks use all cores: bound as a site may do by default, each would have one.
+step() { srun --overlap --kill-on-bad-exit=1 --wait=0 --cpu-bind=none "${container[@]}" "$@"; }
 
 # One process: in the container, if there is one, since only that may have what it needs.
 alone() {
@@ -110,7 +111,7 @@ check_nodes() {
   local facts=$run_directory/nodes list
   rm -rf "$facts"
   mkdir -p "$facts"
-  srun --overlap --time=20 --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" "${container[@]}" \
+  step --kill-on-bad-exit=0 --time=20 --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" \
     "$python" -m megatron_fipo.launch.node_check look "$facts" || say "some nodes failed their check"
   list=$(alone "$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
   mapfile -t good_nodes <<<"$list"

@@ -13,6 +13,7 @@ import pytest
 from tests.slurm.jobs import ROOT
 
 pytestmark = pytest.mark.slow
+STEP = "[--overlap][--kill-on-bad-exit=1][--wait=0][--cpu-bind=none]"
 SOURCE = 'FIPO_ROOT="$1"; . "$1/slurm/lib/launch.sh"; site_values; '
 PRINT = SOURCE + 'srun() { printf "[%s]" "$@"; }; alone "$python" -c pass; echo; echo "$NCCL_SOCKET_IFNAME"'
 
@@ -31,7 +32,7 @@ def test_a_container_is_given_to_every_step_of_a_job(tmp_path: Path) -> None:
     ended = run(PRINT, FIPO_SITE=str(site), FIPO_PYTHON="/opt/python", SLURM_JOB_ID="1")
     called, interface = ended.stdout.splitlines()
     assert called == (
-        f"[--overlap][--kill-on-bad-exit=1][--container-image=/images/x.sqsh][--container-mounts={ROOT}:{ROOT},/data:/data]"
+        f"{STEP}[--container-image=/images/x.sqsh][--container-mounts={ROOT}:{ROOT},/data:/data]"
         f"[--container-workdir={ROOT}][--nodes=1][--ntasks=1][/opt/python][-c][pass]"
     )
     assert interface == "ib0"
@@ -41,7 +42,7 @@ def test_without_a_container_srun_gets_no_option_of_pyxis() -> None:
     """And what one process can do alone needs no srun."""
     script = SOURCE + 'srun() { printf "[%s]" "$@"; }; step hostname; alone echo here'
     ended = run(script, FIPO_SITE="/dev/null", SLURM_JOB_ID="1")
-    assert ended.stdout == "[--overlap][--kill-on-bad-exit=1][hostname]here\n"
+    assert ended.stdout == f"{STEP}[hostname]here\n"
 
 
 def test_a_site_file_that_is_named_has_to_exist(tmp_path: Path) -> None:
