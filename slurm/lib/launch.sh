@@ -78,7 +78,12 @@ wait_for() {
   while :; do
     wait "$1"
     status=$?
-    if [ "$status" -le 128 ] || ! kill -0 "$1" 2>/dev/null; then return "$status"; fi
+    if [ "$status" -le 128 ]; then return "$status"; fi
+    if ! kill -0 "$1" 2>/dev/null; then
+      # It may have ended after a signal's trap ended the wait above, whose status is the signal's; bash keeps its own.
+      wait "$1"
+      return
+    fi
   done
 }
 
