@@ -111,23 +111,28 @@ count_attempt() {
   fi
 }
 
-# Sets good_nodes to the nodes that can be used. 20 minutes of patience: a container's image may have to be fetched.
+# Sets good_nodes to the nodes that can be used; status 1 if they are too few or do not reach each other. 20 minutes of
+# patience: a container's image may have to be fetched.
 check_nodes() {
   local facts=$run_directory/nodes list
   rm -rf "$facts"
   mkdir -p "$facts"
   step --kill-on-bad-exit=0 --time=20 --ntasks-per-node=1 --ntasks="${#nodes[@]}" --nodes="${#nodes[@]}" \
     "$python" -m megatron_fipo.launch.node_check look "$facts" || say "some nodes failed their check"
-  list=$(alone "$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || exit $?
+  list=$(alone "$python" -m megatron_fipo.launch.node_check judge "$facts" "$gpus_per_node" "${nodes[@]}") || return 1
   mapfile -t good_nodes <<<"$list"
   local needed=$((trainer_nodes + rollout_nodes))
   if [ "${#good_nodes[@]}" -lt "$needed" ] || [ -z "${good_nodes[0]}" ]; then
-    die 1 "$needed nodes are needed, and ${#nodes[@]} were given, of which these are good: ${good_nodes[*]}"
+    say "$needed nodes are needed, and ${#nodes[@]} were given, of which these are good: ${good_nodes[*]}"
+    return 1
   fi
   # The warnings left out are about addresses without a name.
   TORCH_CPP_LOG_LEVEL=ERROR step --time=20 --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
-    --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 180 ||
-    die 1 "the nodes cannot add numbers up together; the first message above names the node"
+    --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 180 || {
+    say "the nodes cannot add numbers up together: a node that failed at once says why above;" \
+      "one that failed after 180 s only waited for another, which may have said nothing"
+    return 1
+  }
 }
 
 start_servers() {
@@ -192,7 +197,7 @@ first_failure() {
 # One start of servers and trainer. Returns the trainer's status.
 attempt() {
   local given=() trainer status
-  check_nodes
+  check_nodes || return
   printf '%s\n' "${good_nodes[@]}" >"$run_directory/nodes.txt"
   servers=
   if [ "$rollout_nodes" -gt 0 ]; then

@@ -38,3 +38,10 @@ def test_one_node_is_enough_for_a_run_that_needs_one(cluster: Cluster, tmp_path:
     job = check(cluster, tmp_path, 1)
     assert f"status 0, good: {cluster.names[0]}" in job.output, job.told()
     assert "cannot add numbers up" not in job.output
+
+
+def test_too_few_nodes_are_left_to_the_caller(cluster: Cluster, tmp_path: Path) -> None:
+    """It may have a request to stop, after which the job is to go back into the queue."""
+    job = check(cluster, tmp_path, 2)
+    assert "2 nodes are needed, and 1 were given, of which these are good:" in job.output, job.told()
+    assert "status 1" in job.output
