@@ -111,6 +111,23 @@ count_attempt() {
   fi
 }
 
+# Nodes whose servers failed in this job.
+failed_nodes=()
+
+remember_failed() {
+  failed_nodes+=("$@")
+  say "used from now on only where no other is left: $*"
+}
+
+# Put the good nodes that failed before behind the others, and so behind the spares.
+failed_last() {
+  local node sound=() failed=()
+  for node in "${good_nodes[@]}"; do
+    case " ${failed_nodes[*]} " in *" $node "*) failed+=("$node") ;; *) sound+=("$node") ;; esac
+  done
+  good_nodes=("${sound[@]}" "${failed[@]}")
+}
+
 # Sets good_nodes to the nodes that can be used; status 1 if they are too few or do not reach each other. 20 minutes of
 # patience: a container's image may have to be fetched.
 check_nodes() {
@@ -126,6 +143,7 @@ check_nodes() {
     say "$needed nodes are needed, and ${#nodes[@]} were given, of which these are good: ${good_nodes[*]}"
     return 1
   fi
+  failed_last
   # The warnings left out are about addresses without a name.
   TORCH_CPP_LOG_LEVEL=ERROR step --time=20 --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
     --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 180 || {
@@ -145,18 +163,28 @@ start_servers() {
     --output="$run_directory/logs/rollout-%N.log" \
     "$python" -m megatron_fipo.launch.rollout_node "$@" 2>"$run_directory/logs/rollout.err" &
   servers=$!
-  local deadline=$((SECONDS + start_timeout_s + 60))
+  local deadline=$((SECONDS + start_timeout_s + 60)) silent
   until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "$rollout_nodes" ]; do
     if [ -n "$stopping" ]; then return 1; fi
     if ! kill -0 "$servers" 2>/dev/null || failed_task rollout >/dev/null; then
-      first_failure rollout
+      rollout_failure
       return 1
     fi
     if [ "$SECONDS" -gt "$deadline" ]; then
-      say "the servers of some rollout nodes did not answer in time; those that do: $(ls "$addresses")"
+      mapfile -t silent < <(silent_nodes)
+      say "rollout nodes whose servers did not answer in time: ${silent[*]}"
+      remember_failed "${silent[@]}"
       return 1
     fi
     sleep 0.5
+  done
+}
+
+# The rollout nodes that have not written their servers' addresses.
+silent_nodes() {
+  local node
+  for node in "${good_nodes[@]:trainer_nodes:rollout_nodes}"; do
+    [ -e "$addresses/$node" ] || printf '%s\n' "$node"
   done
 }
 
@@ -194,6 +222,17 @@ first_failure() {
   grep -E "^ *$task: " "$log" | tail -n 30 >&2
 }
 
+# Show which rollout node failed first, and remember all that did.
+rollout_failure() {
+  local names failed
+  first_failure rollout
+  names=$(sed -n -E 's/.*srun: error: ([^:]+): tasks? [0-9].*/\1/p' "$run_directory/logs/rollout.err" | paste -s -d ,)
+  if [ -n "$names" ]; then
+    mapfile -t failed < <(scontrol show hostnames "$names")
+    remember_failed "${failed[@]}"
+  fi
+}
+
 # One start of servers and trainer. Returns the trainer's status.
 attempt() {
   local given=() trainer status
@@ -220,8 +259,9 @@ attempt() {
   wait_for "$trainer"
   status=$(first_status trainer $?)
   if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && [ -z "$stopping" ]; then
-    if [ -n "$servers" ] && failed_task rollout >/dev/null; then first_failure rollout; fi
     first_failure trainer
+    # It may have been lost hours before.
+    if [ -n "$servers" ] && failed_task rollout >/dev/null; then rollout_failure; fi
   fi
   stop_servers
   return "$status"

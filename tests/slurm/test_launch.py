@@ -38,3 +38,37 @@ def test_the_status_of_a_child_that_ends_as_a_signal_comes_is_its_own(tmp_path: 
 @pytest.mark.parametrize(("end", "status"), [("exit 3", 3), ("kill -KILL $BASHPID", 137)])
 def test_the_status_of_a_child_without_any_signal(end: str, status: int) -> None:
     assert bash(f'({end}) & wait_for $!; echo "status $?"').stdout == f"status {status}\n"
+
+
+CHOOSE = """
+run_directory=$1 trainer_nodes=1 rollout_nodes=2
+scontrol() { printf 'node3\\nnode5\\n'; [ "$*" = "show hostnames node[3,5]" ] || echo "not $*"; }
+{ rollout_failure; good_nodes=(node1 node2 node3 node4 node5); failed_last; } 2>&1
+echo "order: ${good_nodes[*]}"
+good_nodes=(node1 node2 node3); failed_last
+echo "without a spare: ${good_nodes[*]}"
+failed_nodes=(); good_nodes=(node1 node2 node3); addresses=$1/addresses; remember_failed $(silent_nodes)
+good_nodes=(node1 node2 node3 node4); failed_last
+echo "after a silent one: ${good_nodes[*]}"
+"""
+
+
+def test_nodes_whose_servers_failed_are_used_last(tmp_path: Path) -> None:
+    """So that a spare one takes the place, where there is one. scontrol stands in, since it needs a cluster."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rollout.err").write_text(
+        "srun: warning: something\nsrun: error: node[3,5]: tasks 0,2: Exited with exit code 1\n"
+    )
+    (tmp_path / "addresses").mkdir()
+    (tmp_path / "addresses" / "node3").write_text("http://node3:8000")
+    told = bash(CHOOSE, tmp_path).stdout
+    assert "the rollout step failed: " in told
+    assert "used from now on only where no other is left: node3 node5\n" in told
+    assert "order: node1 node2 node4 node3 node5\n" in told
+    assert "without a spare: node1 node2 node3\n" in told
+    assert "after a silent one: node1 node3 node4 node2\n" in told
+
+
+def test_a_node_name_is_not_taken_for_another_that_begins_alike() -> None:
+    script = 'failed_nodes=(node1); good_nodes=(node1 node10 node2); failed_last; echo "${good_nodes[*]}"'
+    assert bash(script).stdout == "node10 node2 node1\n"
