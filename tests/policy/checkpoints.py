@@ -45,6 +45,7 @@ def save_and_load(model_dir: str, directory: str) -> dict[str, Any]:
             state = checkpoint.load(policy, saved)
             assert state == STATE
             seen[f"{kind.__name__} to {other.__name__}"] = _differing(policy, _policy(model_dir, kind))
+    seen["rates"] = _rates(_policy(model_dir, RMSNorm, lr=3e-3), Path(seen["RMSNorm"]))
     seen["other model"] = _refusal(model_dir, Path(seen["RMSNorm"]))
     platform.stop_process_group()
     return seen
@@ -71,8 +72,9 @@ def exchange_layers(model_dir: str, directory: str) -> dict[str, list[str]]:
     return seen
 
 
-def _policy(model_dir: str, norm: type[torch.nn.Module], layers: str = "local") -> Policy:
+def _policy(model_dir: str, norm: type[torch.nn.Module], layers: str = "local", lr: float = 1e-6) -> Policy:
     config = Config()
+    config.optimizer.lr = lr
     config.model.dtype, config.model.layers = "bfloat16", layers
     model.RMSNorm = norm  # type: ignore[misc, assignment]
     policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
@@ -99,6 +101,13 @@ def _differing(policy: Policy, other: Policy) -> list[str]:
     found = _values(policy)
     assert len(found) > 60 and found.keys() == expected.keys()
     return [name for name, value in found.items() if not torch.equal(value, expected[name])]
+
+
+def _rates(policy: Policy, saved: Path) -> list[float]:
+    """Learning rates of the groups at the first update after a resume."""
+    checkpoint.load(policy, saved)
+    policy.scheduler.step(increment=1)
+    return [group["lr"] for group in policy.optimizer.param_groups]
 
 
 def _refusal(model_dir: str, saved: Path) -> str:

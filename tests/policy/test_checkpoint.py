@@ -32,4 +32,5 @@ def test_extra_state_is_kept_where_it_is_wanted_and_not_missed(tmp_path: Path) -
         assert json.loads((tmp_path / f"from {written}/config.json").read_text())["dtype"] == "bfloat16"
     assert b"final_layernorm._extra_state" in Path(seen["NormWithExtraState"], ".metadata").read_bytes()
     assert b"final_layernorm._extra_state" not in Path(seen["RMSNorm"], ".metadata").read_bytes()
+    assert seen["rates"] == [3e-3, 3e-3], "a resumed run has the learning rate of its configuration, not of its past"
     assert "it lacks extra_layer.bias, extra_layer.weight" in seen["other model"]
