@@ -286,14 +286,15 @@ prepare_directory() {
   } >>"$run_directory/job.txt"
 }
 
-# submit NODES [ARGUMENT...]: give the script that the user called to sbatch.
+# submit NODES [ARGUMENT...]: give the script that the user called to sbatch. One that has read no job asks for no GPUs.
 submit() {
-  local nodes=$1 script
+  local nodes=$1 gpus=() script
   shift
+  if [ "$gpus_per_node" -gt 0 ]; then gpus=("--gpus-per-node=$gpus_per_node"); fi
   script=$(readlink -f "$0")
   export FIPO_ROOT
   # shellcheck disable=SC2086 # several options
-  exec sbatch --nodes="$nodes" ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
+  exec sbatch --nodes="$nodes" "${gpus[@]}" ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
 }
 
 # launch_run EXPERIMENT [OVERRIDE...]: the whole job. An experiment among the overrides replaces the script's own.

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.jobs import ROOT, TINY, Job, submit
+from tests.slurm.jobs import ROOT, TINY, Job, call, submit
 
 STEPS = 12
 START_S = 250
@@ -54,6 +54,16 @@ def test_a_bad_override_is_refused_before_a_node_is_used(cluster: Cluster, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_script_that_is_called_asks_for_what_the_run_wants(cluster: Cluster, tmp_path: Path) -> None:
+    """As many nodes, and as many GPUs of each; an option of the site's wins."""
+    wanted = [*TINY, "cluster.gpus_per_node=4"]
+    for options, gpus in ((["--hold"], 4), (["--hold", "--gpus-per-node=2"], 2)):
+        job = call(cluster, tmp_path, "fipo_32b.sh", wanted, *options)
+        told = cluster.run("scontrol", "show", "job", job.number)
+        cluster.run("scancel", job.number)
+        assert "NumNodes=3" in told and f"TresPerNode=gres:gpu:{gpus}" in told.replace("gres/gpu", "gres:gpu"), told
+
+
 def processes(module: str, run: Path) -> list[psutil.Process]:
     """The run's processes of that module, on all nodes."""
     found = []
@@ -66,9 +76,9 @@ def processes(module: str, run: Path) -> list[psutil.Process]:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Halt the trainer's ranks, so that a run of a few seconds is still there when Slurm's clock, of 30 s, ticks."""
+    """Halt the trainer's ranks, so that a run of a few seconds is still there when its time is up, or its node lost."""
     ranks = processes("megatron_fipo.train", run)
-    assert len(ranks) >= 2
+    assert ranks
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
     try:
@@ -135,19 +145,20 @@ def test_a_run_goes_on_where_it_stopped_on_other_nodes(cluster: Cluster, tmp_pat
 def test_a_run_goes_on_without_a_rollout_node_that_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     """Everything of ours on it ends; the other node's server samples all, and nothing is started again."""
     run = tmp_path / "run"
-    layout = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=2", "parallel=single", "run.steps=6"]
+    layout = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=2", "parallel=single", f"run.steps={STEPS}"]
     job = submit(cluster, tmp_path, "fipo_32b.sh", [*TINY, *layout, f"run.directory={run}"], "--nodes=3")
     wait_until(lambda: len(steps(run)) >= 2, START_S, job.told)
     lost = (run / "nodes.txt").read_text().split()[-1]
-    (victim,) = [
-        process
-        for process in processes("megatron_fipo.launch.rollout_node", run)
-        if process.environ()["SLURMD_NODENAME"] == lost
-    ]
-    victim.kill()
+    with held(run):
+        (victim,) = [
+            process
+            for process in processes("megatron_fipo.launch.rollout_node", run)
+            if process.environ()["SLURMD_NODENAME"] == lost
+        ]
+        victim.kill()
     job.wait_for("COMPLETED", "FAILED", timeout_s=START_S)
     assert job.state == "COMPLETED", job.told()
-    assert steps(run) == list(range(1, 7))
+    assert steps(run) == list(range(1, STEPS + 1))
     assert f"srun: error: {lost}: task 1: Killed" in (run / "logs" / "rollout.err").read_text(), "the control"
     assert "starts again" not in job.output
 
