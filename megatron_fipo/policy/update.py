@@ -19,6 +19,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -137,11 +138,20 @@ class Policy:
         grad_norm = float(self.optimizer.get_grad_norm())
         sound = math.isfinite(grad_norm)
         if sound:
-            self.optimizer.step()
+            self._step(grad_norm)
         reported = self._combine_over_ranks(parts) | {"updates_skipped": float(not sound)}
         if sound:
             reported["grad_norm"] = grad_norm
         return reported | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+    def _step(self, grad_norm: float) -> None:
+        """Clip by the norm that is known, and step: the optimizer's own `step` would work out both anew."""
+        clip = self.config.optimizer.clip_grad
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and clip > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
 
     def _run(self, mini_batch: MiniBatch, loss_function: Callable[..., Any], **schedule: Any) -> list[Any]:
         """Drive the pipeline schedule over the micro-batches; what the last stage collected, [] on other stages."""
