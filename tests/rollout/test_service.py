@@ -201,13 +201,17 @@ def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
     with (tmp_path / "node.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_fipo.launch.rollout_node", *(f"{k}={v}" for k, v in overrides.items())],
-            env=os.environ | {"SLURMD_NODENAME": "localhost", "FIPO_ADDRESSES": str(tmp_path), TOKEN_VARIABLE: token},
+            env=os.environ
+            | {"SLURMD_NODENAME": "localhost", "SLURM_JOB_NUM_NODES": "1"}
+            | {"FIPO_ADDRESSES": str(tmp_path), TOKEN_VARIABLE: token},
             cwd=Path(__file__).parents[2],
             stdout=log,
             stderr=log,
         )
     try:
-        wait_until((tmp_path / "localhost").exists, 300, "the node's server")
+        address = tmp_path / "localhost"
+        wait_until(lambda: address.exists() or process.poll() is not None, 300, "the node's server")
+        assert address.exists(), (tmp_path / "node.log").read_text()[-4000:]
         yield psutil.Process(process.pid)
     finally:
         family = psutil.Process(process.pid).children(recursive=True)
