@@ -171,13 +171,21 @@ def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> 
 def _time_table(config: Config, geometry: Geometry, result: Estimate) -> Table:
     time = result.time
     table = Table(title="Estimated seconds of a step, responses half as long as they may be")
-    for name in ("sample", "log-probs", "update", "weights", "step"):
+    seconds = {
+        "sample": time.sample,
+        "log-probs": time.log_probs,
+        "update": time.update,
+        "weights": time.weights,
+        "step": time.total,
+        "longest step": time.longest,
+    }
+    for name in seconds:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.1f}" for value in (time.sample, time.log_probs, time.update, time.weights, time.total)))
+    table.add_row(*(f"{value:.1f}" for value in seconds.values()))
     size = model_bytes(config, geometry) / GIB
     table.caption = (
         f"{time.micro_batches} micro-batches an update, pipeline bubble {time.bubble:.1%}; "
-        f"a weight update moves {size:.1f} GiB to each server"
+        f"a weight update moves {size:.1f} GiB to each server; the longest step samples whole generation batches"
     )
     return table
 

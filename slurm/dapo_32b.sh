@@ -11,7 +11,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@5400
+#SBATCH --signal=B:USR1@9000
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 

@@ -11,7 +11,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@3600
+#SBATCH --signal=B:USR1@4500
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 

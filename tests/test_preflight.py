@@ -6,6 +6,7 @@ Not covered: how near the estimated seconds come to a cluster's.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -81,6 +82,29 @@ def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
     config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
     found = estimate(config, read_architecture(geometry_directory(config.model.path)[0]))
     assert found.fits and not found.tight
+
+
+def test_the_longest_step_samples_whole_generation_batches(geometry: Geometry) -> None:
+    """Half of the groups are kept on average: 1024 prompts a step, which come 2048 at a time, every other step."""
+    config = load_config(["experiment=fipo_32b"])
+    time = estimate(config, geometry).time
+    config.algorithm.filter_groups.surplus = "drop"
+    every = estimate(config, geometry).time
+    assert time.longest == every.longest == every.total > time.total
+    config.algorithm.generation_batch_prompts = 1024
+    assert estimate(config, geometry).time.longest == pytest.approx(time.total)
+    config.algorithm.filter_groups.enable = False
+    assert estimate(config, geometry).time.longest < time.total
+
+
+@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
+def test_a_job_is_asked_to_stop_before_its_longest_step_would_meet_the_time_limit(experiment: str) -> None:
+    """With a fifth of it to spare, on the slowest hardware that the recipes are estimated for."""
+    config = load_config([f"experiment={experiment}", "hardware=h100"])
+    longest = estimate(config, read_architecture(geometry_directory(config.model.path)[0])).time.longest
+    script = (ROOT / "slurm" / f"{experiment}.sh").read_text()
+    found = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", script, re.MULTILINE)
+    assert found is not None and int(found[1]) > 1.2 * longest
 
 
 def test_interleaving_halves_the_bubble_and_costs_activations(geometry: Geometry) -> None:

@@ -48,7 +48,7 @@ class Estimate:
         stages = [asdict(stage) | {"total": stage.total} for stage in self.stages]
         return (
             asdict(self)
-            | {"stages": stages, "time": asdict(self.time) | {"total": self.time.total}}
+            | {"stages": stages, "time": asdict(self.time) | {"total": self.time.total, "longest": self.time.longest}}
             | {
                 "fullest_stage": self.fullest.stage,
                 "fits": self.fits,

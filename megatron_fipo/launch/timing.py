@@ -32,11 +32,18 @@ class StepTime:
     """Share of an update in which a stage waits for others."""
     micro_batches: int
     """Of one update on each rank."""
+    whole_sample: float
+    """Seconds of sampling as many whole generation batches as a step needs when none is left over from the last."""
 
     @property
     def total(self) -> float:
         """Seconds of the step: the phases follow each other."""
         return self.sample + self.log_probs + self.update + self.weights
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a step that samples whole generation batches: what a job needs between request and time limit."""
+        return self.whole_sample + self.log_probs + self.update + self.weights
 
 
 def step_time(config: Config, geometry: Geometry, data_parallel_size: int) -> StepTime:
@@ -50,12 +57,13 @@ def step_time(config: Config, geometry: Geometry, data_parallel_size: int) -> St
     passes = 4 if config.model.recompute == "full" else 3
     updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
     return StepTime(
-        sample=_sample_s(config, geometry),
+        sample=_sample_s(config, geometry, _sampled_prompts(config)),
         log_probs=forward * (1 + bubble_share),
         update=passes * forward * (1 + bubble_share) + updates * _reduce_s(config, geometry, data_parallel_size),
         weights=weight_sync_s(config, geometry),
         bubble=bubble_share / (1 + bubble_share),
         micro_batches=count,
+        whole_sample=_sample_s(config, geometry, _whole_batches_prompts(config)),
     )
 
 
@@ -113,20 +121,24 @@ def rollout_servers(config: Config) -> int:
 
 def _sampled_prompts(config: Config) -> float:
     """Prompts sampled a step, on average. A surplus that is carried over is not sampled again."""
+    filtered = config.algorithm.filter_groups
+    if filtered.enable and filtered.surplus == "carry":
+        return config.algorithm.prompts_per_step / _KEPT_SHARE
+    return _whole_batches_prompts(config)
+
+
+def _whole_batches_prompts(config: Config) -> int:
+    """Prompts of as many generation batches as fill a step that has nothing left over."""
     algorithm = config.algorithm
     if not algorithm.filter_groups.enable:
         return algorithm.prompts_per_step
-    needed = algorithm.prompts_per_step / _KEPT_SHARE
-    if algorithm.filter_groups.surplus == "carry":
-        return needed
     batch = algorithm.generation_batch_prompts or algorithm.prompts_per_step
-    return math.ceil(needed / batch) * batch
+    return math.ceil(algorithm.prompts_per_step / _KEPT_SHARE / batch) * batch
 
 
-def _sample_s(config: Config, geometry: Geometry) -> float:
-    """Seconds of a step's generation: each decoding step reads the weights once and every sequence's cache."""
+def _sample_s(config: Config, geometry: Geometry, prompts: float) -> float:
+    """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
     algorithm, rollout, hardware = config.algorithm, config.rollout, config.hardware
-    prompts = _sampled_prompts(config)
     mean_response = _MEAN_SHARE * rollout.max_response_length
     sequences = prompts * algorithm.samples_per_prompt / rollout_servers(config)
     width = 2 if rollout.dtype == "bfloat16" else 4
