@@ -183,7 +183,9 @@ def canonical_name(name: str, layer: int | None) -> str:
 
 
 def check_tensor_parallel(geometry: Geometry, tensor_parallel_size: int) -> None:
-    """Raise ConfigError if the size does not divide heads, key-value groups and feed-forward width."""
+    """Raise ConfigError if the size does not divide heads, key-value groups and feed-forward width, or if the last rank
+    would have no token of the vocabulary.
+    """
     sizes = {
         "attention heads": geometry.num_attention_heads,
         "key-value groups": geometry.num_query_groups,
@@ -197,6 +199,13 @@ def check_tensor_parallel(geometry: Geometry, tensor_parallel_size: int) -> None
             "parallel.tensor",
             f"{tensor_parallel_size} does not divide the model's {' and '.join(wrong)}",
             f"this model takes {fitting}",
+        )
+    before_last = geometry.padded_vocab_size(tensor_parallel_size) // tensor_parallel_size * (tensor_parallel_size - 1)
+    if geometry.vocab_size <= before_last:
+        raise ConfigError(
+            "parallel.tensor",
+            f"the last of {tensor_parallel_size} ranks has no token of a vocabulary of {geometry.vocab_size}",
+            "a smaller size",
         )
 
 

@@ -91,7 +91,7 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
         num_query_groups=groups,
         head_dim=draw(st.integers(1, 3)),
         ffn_hidden_size=size * draw(st.integers(1, 4)),
-        vocab_size=draw(st.integers(1, 20)),
+        vocab_size=draw(st.integers(size * size, 20 + size * size)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
@@ -168,6 +168,9 @@ def test_layouts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         plan(geometry, tensor_parallel_size=3)
     with pytest.raises(ConfigError, match="this model takes 1, 2, 4, 8"):
         check_tensor_parallel(geometry, 16)
+    with pytest.raises(ConfigError, match="the last of 8 ranks has no token of a vocabulary of 14"):
+        check_tensor_parallel(dataclasses.replace(geometry, vocab_size=14), 8)
+    check_tensor_parallel(dataclasses.replace(geometry, vocab_size=15), 8)
     with pytest.raises(ConfigError, match="3 stages of 1 chunks do not divide the 64 layers"):
         plan(geometry, pipeline_parallel_size=3)
 
