@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.serialization import _open_file
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.conversion import differences, to_huggingface, to_megatron
@@ -325,13 +326,8 @@ class _Harm:
         return self.call
 
 
-def _harm(directory: Path) -> None:
-    (directory / ".metadata").write_bytes(pickle.dumps(_Harm(os.system, "touch harm-was-done")))
-
-
-def _harm_by_torch(directory: Path) -> None:
-    opens_for_writing = torch.serialization._open_file
-    (directory / ".metadata").write_bytes(pickle.dumps(_Harm(opens_for_writing, "harm-was-done", "wb")))
+def _plant(function: Any, *arguments: str) -> Callable[[Path], object]:
+    return lambda directory: (directory / ".metadata").write_bytes(pickle.dumps(_Harm(function, *arguments)))
 
 
 @pytest.mark.parametrize(
@@ -340,12 +336,12 @@ def _harm_by_torch(directory: Path) -> None:
         (_shorten, r"__0_2.distcp is damaged or cut short, at decoder.layers"),
         (_lose_a_file, r"__0_2.distcp is missing, although .metadata names it"),
         (_garble, r"is not a distributed checkpoint, or is damaged"),
-        (_harm, r"names posix.system, which no metadata needs"),
-        (_harm_by_torch, r"names torch.serialization._open_file, which no metadata needs"),
+        (_plant(os.system, "touch harm-was-done"), r"names posix.system, which no metadata needs"),
+        (_plant(_open_file, "harm-was-done", "wb"), r"names torch.serialization._open_file, which no metadata needs"),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused(
-    model: Path, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], said: str
+    model: Path, checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
 ) -> None:
     spoilt = Path(shutil.copytree(checkpoint, tmp_path / "spoilt"))
     spoil(spoilt)
