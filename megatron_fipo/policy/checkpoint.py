@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -67,7 +68,10 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
+    state = _sharded_state(policy, is_loading=False)
+    # FP8 weights would be pickled as Transformer Engine's objects, which loading refuses.
+    force_all_tensors_to_non_fp8(state)
+    dist_checkpointing.save(state, str(partial))
     torch.distributed.barrier()
     if first:
         carry_files(model_dir, partial, policy.megatron_config.params_dtype)

@@ -120,7 +120,7 @@ def _redirect_tensor_methods() -> None:
     def type_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Megatron-Core's optimizer sorts parameters by the string torch.cuda.FloatTensor.
         found = original_type(self, *args, **kwargs)
-        if isinstance(found, str) and self.device.type == "cpu":
+        if isinstance(found, str) and self.device.type == "cpu" and not found.startswith("torch.cuda."):
             return found.replace("torch.", "torch.cuda.", 1)
         return found
 

@@ -32,6 +32,9 @@ class Recipe:
     """Least version in which Megatron-Core 0.16.1 finds it."""
     cuda: tuple[int, int]
     """Least CUDA version that torch was built for."""
+    formats: str = "hybrid"
+    """E4M3 forward and E5M2, of wider range, for gradients. Where each block has its own scale, E4M3 for all:
+    Transformer Engine's own default for those, with one bit more for gradients."""
     multiple: int = 16
     """What both dimensions of a matrix product must divide by: the tokens of a rank, and the layer's widths."""
 
@@ -41,8 +44,8 @@ ANY_LATER = (99, 0)
 RECIPES = {
     "delayed": Recipe((8, 9), ANY_LATER, (1, 0), (12, 1)),
     "tensorwise": Recipe((8, 9), ANY_LATER, (2, 2), (12, 1)),
-    "blockwise": Recipe((9, 0), (10, 0), (2, 3), (12, 9)),
-    "mxfp8": Recipe((10, 0), (12, 0), (2, 1), (12, 8), multiple=32),
+    "blockwise": Recipe((9, 0), (10, 0), (2, 3), (12, 9), formats="e4m3"),
+    "mxfp8": Recipe((10, 0), (12, 0), (2, 1), (12, 8), formats="e4m3", multiple=32),
 }
 """By the name of `model.fp8`, which is Megatron-Core's too."""
 
@@ -111,8 +114,7 @@ def precision_settings(model: ModelConfig) -> dict[str, Any]:
     if model.fp8 == OFF:
         return {}
     settings: dict[str, Any] = {
-        # E4M3 forward, E5M2 for gradients.
-        "fp8": "hybrid",
+        "fp8": RECIPES[model.fp8].formats,
         "fp8_recipe": model.fp8,
         "fp8_param": model.fp8_parameter_gather,
     }

@@ -123,8 +123,17 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
             for chunk in policy.chunks:
                 for parameter in chunk.parameters():
                     parameter.copy_(parameter.main_grad)
-    errors = {
-        name: ((gradient - expected[name]).norm() / expected[name].norm()).item()
-        for name, gradient in export(policy.chunks, policy.geometry)
+    found = dict(export(policy.chunks, policy.geometry))
+    errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
+    return {
+        "metrics": metrics,
+        "worst": max(errors.values()),
+        "where": max(errors, key=errors.__getitem__),
+        "whole": _relative_error(list(found.values()), [expected[name] for name in found]),
     }
-    return {"metrics": metrics, "worst": max(errors.values()), "where": max(errors, key=errors.__getitem__)}
+
+
+def _relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Of all the tensors as one vector."""
+    differences = [ours - theirs for ours, theirs in zip(found, expected, strict=True)]
+    return (torch.nn.utils.get_total_norm(differences) / torch.nn.utils.get_total_norm(expected)).item()

@@ -28,7 +28,7 @@ MODEL = resolve_embedded("embedded:tiny")
 def losses(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> list[float]:
     """Mean −log π over the same random sequences at each of so many updates of the embedded model that lower it."""
     platform.start_process_group(60)
-    policy = _policy(model, parallel, updates)
+    policy = _policy(model, parallel, updates, lr=3e-5)
     (mini_batch,) = policy.plan(_sequences(policy.geometry.vocab_size))
 
     def nll(
@@ -81,12 +81,12 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
     return found
 
 
-def _policy(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> Policy:
+def _policy(model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: float = 1e-4) -> Policy:
     config = Config(
         model=ModelConfig(**model),
         parallel=ParallelConfig(**({"micro_batch_tokens": 512} | parallel)),
         algorithm=ALGORITHMS["fipo"],
-        optimizer=OptimizerConfig(lr=1e-4, warmup_updates=0),
+        optimizer=OptimizerConfig(lr=lr, warmup_updates=0),
     )
     if not parallel_state.model_parallel_is_initialized():
         start_model_parallel(config.parallel, 0)

@@ -1,0 +1,208 @@
+"""Stand-ins for the kernels that round to FP8: the rounding is torch's, the scales are as the recipes define them.
+
+Per tensor (delayed, current scaling): 448 or 57344 over the largest absolute value. Per block: the same for 1 × 128
+values, or 128 × 128 of a weight, as powers of two.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.te_on_cpu.constants import torch_dtype
+
+BLOCK = 128
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether it is one of Transformer Engine's FP8 tensors."""
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
+
+    return isinstance(x, QuantizedTensorStorage)
+
+
+def operand(x: Any, along_rows: bool) -> Tensor:
+    """An operand of a matrix product in fp32, from the copy that Hopper multiplies: rounded along rows or columns."""
+    if not is_quantized(x):
+        return x.float()
+    if hasattr(x, "_rowwise_data"):
+        return _from_rows(x) if along_rows else _from_columns(x)
+    if along_rows:
+        assert x._data is not None, "the product asks for the FP8 values, and only their transpose is there"
+        return _values(x._data, x._fp8_dtype) * x._scale_inv
+    assert x._transpose is not None and not x._transpose_invalid, "the product asks for the transpose, which is stale"
+    return _values(x._transpose, x._fp8_dtype).movedim(0, -1) * x._scale_inv
+
+
+def _from_rows(x: Any) -> Tensor:
+    assert x._rowwise_data is not None, "the product asks for the rows, and only the columns are there"
+    values = _values(x._rowwise_data, x._fp8_dtype)
+    flat = values.reshape(-1, values.shape[-1])
+    return (flat * _spread(x._rowwise_scale_inv, flat.shape, x._is_2D_scaled)).view(values.shape)
+
+
+def _from_columns(x: Any) -> Tensor:
+    assert x._columnwise_data is not None, "the product asks for the columns, and only the rows are there"
+    values = _values(x._columnwise_data, x._fp8_dtype)
+    flat = values.reshape(len(values), -1)
+    flat = flat * _spread(x._columnwise_scale_inv, flat.shape, x._is_2D_scaled)
+    return flat.view(values.shape).movedim(0, -1)
+
+
+def _spread(scales: Tensor, shape: torch.Size, square: bool) -> Tensor:
+    """A scale for each value. Of rows they lie transposed, [blocks, rows], and both kinds are padded."""
+    rows, columns = shape
+    if not square:
+        return scales[:, :rows].T.repeat_interleave(BLOCK, 1)[:, :columns]
+    return scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+
+
+def _values(data: Tensor, dtype: int) -> Tensor:
+    return data.view(torch_dtype(dtype)).float()
+
+
+def _round(x: Tensor, dtype: int) -> Tensor:
+    """The nearest FP8 values as bytes; what is too large becomes the largest."""
+    kind = torch_dtype(dtype)
+    return x.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).view(torch.uint8)
+
+
+def _scale(amax: Tensor, dtype: int, power_of_two: bool, epsilon: float) -> Tensor:
+    scale = torch.finfo(torch_dtype(dtype)).max / amax.clamp_min(epsilon)
+    scale = torch.where(amax > 0, scale, 1.0)
+    return scale.log2().floor().exp2() if power_of_two else scale
+
+
+def quantize(x: Any, quantizer: Any, out: Any = None, noop: Tensor | None = None) -> Any:
+    """Round by the quantizer's recipe into a new tensor, or into `out`; not if the flag `noop` is 1."""
+    if noop is not None and noop.numel() and noop.item() == 1:
+        return out
+    x = (x.dequantize() if is_quantized(x) else x).detach()
+    if out is None:
+        out = quantizer.make_empty(x.shape, dtype=x.dtype, device="cpu")
+    if hasattr(quantizer, "block_scaling_dim"):
+        _quantize_blocks(x.float().reshape(-1, x.shape[-1]), quantizer, out)
+        return out
+    if hasattr(quantizer, "use_existing_amax"):
+        _measure(x, quantizer)
+    else:
+        # Delayed scaling: the largest value is for the scales of batches to come.
+        quantizer.amax.copy_(x.float().abs().max())
+    data = _round(x.float() * quantizer.scale, quantizer.dtype)
+    if out._data is not None:
+        out._data.copy_(data.view(out._data.shape))
+    if out._transpose is not None:
+        out._transpose.copy_(data.reshape(-1, data.shape[-1]).T.reshape(out._transpose.shape))
+        out._transpose_invalid = False
+    out._scale_inv.copy_(1 / quantizer.scale)
+    return out
+
+
+def _measure(x: Tensor, quantizer: Any) -> None:
+    """Set the scale by the values at hand, over all ranks that hold a part of them."""
+    amax = x.float().abs().max()
+    if quantizer.with_amax_reduction:
+        torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+    quantizer.amax.copy_(amax)
+    quantizer.scale.copy_(_scale(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon))
+
+
+def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
+    square = quantizer.block_scaling_dim == 2
+    for data, inverse, matrix in (
+        (out._rowwise_data, out._rowwise_scale_inv, x),
+        (out._columnwise_data, out._columnwise_scale_inv, x.T),
+    ):
+        if data is None:
+            continue
+        amax = _block_amax(matrix, square)
+        scale = _scale(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+        stored = scale if square else scale.T
+        inverse.fill_(1.0)
+        inverse[: stored.shape[0], : stored.shape[1]] = 1 / stored
+        data.view(matrix.shape).copy_(_round(matrix * _spread(stored, matrix.shape, square), quantizer.dtype))
+
+
+def _block_amax(x: Tensor, square: bool) -> Tensor:
+    """[blocks of rows, or rows; blocks of columns]"""
+    tall = BLOCK if square else 1
+    rows, columns = x.shape
+    padded = torch.nn.functional.pad(x.abs(), (0, -columns % BLOCK, 0, -rows % tall))
+    return padded.view(-(-rows // tall), tall, -(-columns // BLOCK), BLOCK).amax((1, 3))
+
+
+def dequantize(x: Any, dtype: int) -> Tensor:
+    """The values of a tensor with one scale."""
+    return operand(x, along_rows=True).to(torch_dtype(dtype))
+
+
+def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """The bias's gradient, and the gradient in FP8."""
+    return gradient.reshape(-1, gradient.shape[-1]).sum(0), quantize(gradient, quantizer)
+
+
+def fp8_transpose(data: Tensor, _dtype: int, *, out: Tensor | None = None) -> Tensor:
+    """The bytes of the transpose."""
+    transposed = data.reshape(-1, data.shape[-1]).T.contiguous().view(data.shape[-1], *data.shape[:-1])
+    return transposed if out is None else out.copy_(transposed.view(out.shape))
+
+
+def compute_amax(x: Tensor, amax: Tensor) -> None:
+    """The largest absolute value."""
+    amax.copy_(x.float().abs().max())
+
+
+def fused_amax_and_scale_update_after_reduction(
+    reduced: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: int, margin: float
+) -> None:
+    """Delayed scaling: put the batch's largest values into the histories, and set the scales of the next by these."""
+    for amax, history, scale in zip(reduced.split([len(s) for s in scales]), histories, scales, strict=True):
+        history[0] = amax
+        largest = history.amax(0) if algorithm == "max" else amax
+        scale.copy_(torch.where(largest > 0, _scale(largest, dtype, False, 0.0) / 2**margin, scale))
+        history.copy_(history.roll(-1, 0))
+        history[0] = 0
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    _chunk: int, _overflow: Tensor, lists: list[list[Tensor]], largest: float, power_of_two: bool, epsilon: float
+) -> None:
+    """Scales of the optimizer's weights from their largest values."""
+    for amax, scale, inverse in zip(*lists, strict=True):
+        found = torch.where(amax > 0, largest / amax.clamp_min(epsilon), 1.0)
+        scale.copy_(found.log2().floor().exp2() if power_of_two else found)
+        inverse.copy_(1 / scale)
+
+
+def fp8_block_scaling_compute_partial_amax(
+    part: Tensor, amax: Tensor, rows: int, columns: int, start: int, _block: int
+) -> None:
+    """The largest values of a weight's blocks, from a data-parallel rank's part of it."""
+    whole = torch.zeros(rows * columns)
+    whole[start : start + part.numel()] = part.float().flatten()
+    found = _block_amax(whole.view(rows, columns), square=True)
+    amax[: found.shape[0], : found.shape[1]] = found
+
+
+def fp8_block_scaling_partial_cast(
+    part: Tensor, out: Tensor, scale: Tensor, rows: int, columns: int, start: int, _block: int, dtype: int
+) -> None:
+    """Round a data-parallel rank's part of a weight by its blocks' scales."""
+    spread = _spread(scale, torch.Size((rows, columns)), square=True).flatten()[start : start + part.numel()]
+    out.copy_(_round(part.float().flatten() * spread, dtype))
+
+
+FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        quantize,
+        dequantize,
+        bgrad_quantize,
+        fp8_transpose,
+        compute_amax,
+        fused_amax_and_scale_update_after_reduction,
+        multi_tensor_compute_scale_and_scale_inv,
+        fp8_block_scaling_compute_partial_amax,
+        fp8_block_scaling_partial_cast,
+    )
+}

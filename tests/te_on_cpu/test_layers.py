@@ -1,0 +1,136 @@
+"""Transformer Engine's layers without a GPU: an update by them in fp32 against plain transformers, to rounding; in bf16
+and FP8 within their rounding; FP8's training, FP8 weights and checkpoints.
+
+Why: what a GPU would tell late, a CPU tells with every change: the layers' specification and names, packed sequences,
+tensor and sequence parallelism, recipes, FP8 weights and their exact masters. fp32 is compared exactly, so that nothing
+can hide in a tolerance; an unmarked norm weight is the negative control. `tests/te_on_cpu` says what is real here.
+
+Not covered: CUDA kernels, cuDNN's and flash attention, context parallelism (which needs those), MXFP8, NCCL.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.policy.test_layouts import case, check_gradients, updates_under  # noqa: F401  case is the fixture
+from tests.te_on_cpu.install import ENGINE, is_there
+from tests.weights.models import SMALL_MODELS, write_model
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_there(), reason=f"Transformer Engine's Python code is not in {ENGINE}: make env"),
+]
+
+RANKS = "tests.te_on_cpu.ranks"
+EXACT = {"layers": "transformer_engine", "dtype": "float32"}
+BF16 = {"layers": "transformer_engine", "dtype": "bfloat16"}
+RECIPES = ("tensorwise", "blockwise", "delayed")
+SMOOTH = {"algorithm": "sapo"}  # FIPO's loss clips, and a rounded ratio comes out on the other side
+UPDATES = 50
+
+ONE: list[dict[str, Any]] = [{}, {"packing": False}, {"model": {"recompute": "full"}}]
+TWO: list[dict[str, Any]] = [
+    {"tensor": 2, "packing": False},
+    {"tensor": 2, "sequence": True},
+    {"tensor": 2, "sequence": True, "sabotage": "norm_weight"},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+]
+FOUR: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2, "sequence": True}]
+
+
+def exact(layout: dict[str, Any]) -> dict[str, Any]:
+    overlapped = layout.get("overlap_param_gather")
+    packing = {"packing": layout.get("packing", True)}
+    compare = {"compare": "updated"} if overlapped else {}
+    return layout | packing | compare | {"model": EXACT | layout.get("model", {})}
+
+
+@pytest.mark.parametrize("case", ["untied"], indirect=True)
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["one", "two", "four"])
+def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:  # noqa: F811
+    layouts = [exact(layout) for layout in layouts]
+    check_gradients(case, layouts, updates_under(case, world_size, layouts, RANKS))
+
+
+@pytest.mark.parametrize("case", ["untied"], indirect=True)
+def test_rounded_gradients_are_near(case: dict[str, Any]) -> None:  # noqa: F811
+    """Delayed scaling has no scales yet in a first update. The worst tensor and the whole, relative to their norms."""
+    layouts = [
+        {"packing": packing, "model": BF16 | {"fp8": fp8}} | SMOOTH
+        for fp8 in ("off", "tensorwise", "blockwise")
+        for packing in (True, False)
+    ]
+    (results,) = updates_under(case, 1, layouts, RANKS)
+    for layout, result in zip(layouts, results, strict=True):
+        worst, whole = (0.1, 0.04) if layout["model"]["fp8"] == "off" else (0.4, 0.2)
+        assert result["worst"] < worst, f"{layout}: {result['where']} is off by {result['worst']}"
+        assert result["whole"] < whole, layout
+
+
+@pytest.mark.parametrize("case", ["untied"], indirect=True)
+def test_ranks_of_sequence_parallelism_round_alike(case: dict[str, Any]) -> None:  # noqa: F811
+    """Tokens are padded to what FP8 divides on each of them, and the scale is that of all of them together."""
+    layout = {"tensor": 2, "sequence": True, "packing": True, "model": BF16 | {"fp8": "tensorwise"}} | SMOOTH
+    for (result,) in updates_under(case, 2, [layout], RANKS):
+        assert result["whole"] < 0.2
+
+
+@pytest.mark.parametrize("case", ["untied"], indirect=True)
+def test_weights_stored_in_fp8_start_from_the_exact_ones(case: dict[str, Any]) -> None:  # noqa: F811
+    """A master copy made of the rounded weights, or of the random ones before them, would be off by more."""
+    layouts = [
+        {
+            "data": 2,
+            "packing": True,
+            "distributed_optimizer": True,
+            "compare": "updated",
+            "model": BF16 | {"fp8": fp8, "fp8_parameter_gather": True},
+        }
+        for fp8 in RECIPES
+    ]
+    for results in updates_under(case, 2, layouts, RANKS):
+        for layout, result in zip(layouts, results, strict=True):
+            assert result["worst"] < 0.05, f"{layout}: {result['where']} is off by {result['worst']}"
+
+
+def on_one_rank(function: str, model: dict[str, Any], **arguments: Any) -> Any:
+    (found,) = run_ranks(f"{RANKS}:{function}", 1, {"model": model, "parallel": {}} | arguments)
+    return found
+
+
+@pytest.fixture(scope="module")
+def losses_in_bf16() -> list[float]:
+    return on_one_rank("losses", BF16, updates=UPDATES)
+
+
+@pytest.mark.parametrize("fp8", RECIPES)
+def test_fp8_learns_as_bf16_does(fp8: str, losses_in_bf16: list[float]) -> None:
+    """−log π of the same sequences, at each of 50 updates that lower it by a quarter or more, within 1 % on average."""
+    rounded = on_one_rank("losses", BF16 | {"fp8": fp8}, updates=UPDATES)
+    assert losses_in_bf16[-1] < 0.75 * losses_in_bf16[0], "there has to be something to learn"
+    differences = [abs(ours - theirs) / theirs for ours, theirs in zip(rounded, losses_in_bf16, strict=True)]
+    assert 0 < sum(differences) / UPDATES < 0.01, f"the worst is {max(differences):.3f}"
+
+
+@pytest.mark.parametrize("fp8", ["off", "tensorwise", "blockwise"])
+def test_the_first_ratio_is_one(fp8: str) -> None:
+    """Not for delayed scaling, whose scales are those of earlier micro-batches."""
+    assert on_one_rank("first_ratios", BF16 | {"fp8": fp8})["ppo_kl"] == 0.0
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_checkpoint_holds_layers_and_optimizer(gather: bool, tmp_path: Path) -> None:
+    model = BF16 | {"fp8": "tensorwise", "fp8_parameter_gather": gather}
+    found = on_one_rank("resume", model, directory=str(tmp_path))
+    assert found["resumed"] == pytest.approx(found["through"], rel=1e-3 if gather else 1e-6)
+
+
+def test_checkpoints_go_between_transformer_engine_and_local_layers(tmp_path: Path) -> None:
+    model = write_model(next(model for model in SMALL_MODELS if model.name == "qwen3-untied"), tmp_path)
+    arguments = {"model_dir": str(model), "directory": str(tmp_path / "checkpoints")}
+    (seen,) = run_ranks(f"{RANKS}:exchange_layers", 1, arguments)
+    assert len(seen) == 4
+    assert all(different == [] for different in seen.values()), seen
