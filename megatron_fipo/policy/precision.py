@@ -37,6 +37,8 @@ class Recipe:
     Transformer Engine's own default for those, with one bit more for gradients."""
     multiple: int = 16
     """What both dimensions of a matrix product must divide by: the tokens of a rank, and the layer's widths."""
+    gathered_multiple: int = 16
+    """The same for what sequence parallelism gathers in FP8: the tokens of each of its ranks, and the hidden size."""
 
 
 ANY_LATER = (99, 0)
@@ -44,8 +46,8 @@ ANY_LATER = (99, 0)
 RECIPES = {
     "delayed": Recipe((8, 9), ANY_LATER, (1, 0), (12, 1)),
     "tensorwise": Recipe((8, 9), ANY_LATER, (2, 2), (12, 1)),
-    "blockwise": Recipe((9, 0), (10, 0), (2, 3), (12, 9), formats="e4m3"),
-    "mxfp8": Recipe((10, 0), (12, 0), (2, 1), (12, 8), formats="e4m3", multiple=32),
+    "blockwise": Recipe((9, 0), (10, 0), (2, 3), (12, 9), formats="e4m3", gathered_multiple=128),
+    "mxfp8": Recipe((10, 0), (12, 0), (2, 1), (12, 8), formats="e4m3", multiple=32, gathered_multiple=32),
 }
 """By the name of `model.fp8`, which is Megatron-Core's too."""
 
@@ -151,19 +153,21 @@ def check_widths(config: Config, geometry: Geometry) -> None:
     """Raise ConfigError where a layer is of a width that the recipe's matrix products cannot take."""
     if config.model.fp8 == OFF:
         return
-    multiple, tensor = RECIPES[config.model.fp8].multiple, config.parallel.tensor
+    recipe, tensor = RECIPES[config.model.fp8], config.parallel.tensor
+    gathered = recipe.gathered_multiple if config.parallel.sequence else recipe.multiple
     query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
-    for what, width in (
-        ("hidden size", geometry.hidden_size),
-        ("query, key and value size of a tensor-parallel rank", (query + 2 * key_value) // tensor),
-        ("attention size of a tensor-parallel rank", query // tensor),
-        ("feed-forward size of a tensor-parallel rank", geometry.ffn_hidden_size // tensor),
+    for what, width, multiple in (
+        ("hidden size", geometry.hidden_size, gathered),
+        ("query, key and value size of a tensor-parallel rank", (query + 2 * key_value) // tensor, recipe.multiple),
+        ("attention size of a tensor-parallel rank", query // tensor, recipe.multiple),
+        ("feed-forward size of a tensor-parallel rank", geometry.ffn_hidden_size // tensor, recipe.multiple),
     ):
         if width % multiple:
+            where = " with sequence parallelism" if multiple != recipe.multiple else ""
             raise ConfigError(
                 "model.fp8",
-                f"{config.model.fp8} needs widths that divide by {multiple}, and the model's {what} is {width}",
-                "model.fp8=off, or another parallel.tensor",
+                f"{config.model.fp8} needs widths that divide by {multiple}{where}, and the model's {what} is {width}",
+                "model.fp8=off, or another parallel.tensor" + (" or parallel.sequence=false" if where else ""),
             )
 
 
@@ -174,6 +178,8 @@ def token_multiple(config: Config) -> int:
     of these parts is one dimension of an FP8 matrix product.
     """
     parallel, fp8 = config.parallel, config.model.fp8
-    of_a_part = 1 if fp8 == OFF else RECIPES[fp8].multiple
+    of_a_part = 1
+    if fp8 != OFF:
+        of_a_part = RECIPES[fp8].gathered_multiple if parallel.sequence else RECIPES[fp8].multiple
     chunks = 2 * parallel.context if parallel.context > 1 else 1
     return chunks * (parallel.tensor if parallel.sequence else 1) * of_a_part

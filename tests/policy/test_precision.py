@@ -152,12 +152,22 @@ def test_token_multiple_is_megatron_cores_alignment_of_each_part(fp8: str, parts
 
     assert multiple() == parts
     assert multiple(tensor=2) == parts, "without sequence parallelism every rank has all tokens"
-    assert multiple(tensor=2, sequence=True) == 2 * parts
-    assert multiple(tensor=2, sequence=True, context=4) == 2 * 4 * 2 * parts
+    gathered = 128 if fp8 == "blockwise" else parts  # whole blocks, as tests/te_on_cpu shows
+    assert multiple(tensor=2, sequence=True) == 2 * gathered
+    assert multiple(tensor=2, sequence=True, context=4) == 2 * 4 * 2 * gathered
 
 
 def test_a_width_that_fp8_cannot_multiply_is_refused(geometry: Geometry) -> None:
     config = load_config(["model.fp8=mxfp8", "model.dtype=bfloat16"])
     narrow = dataclasses.replace(geometry, ffn_hidden_size=27648 + 16)
     with pytest.raises(ConfigError, match="feed-forward size of a tensor-parallel rank is 27664"):
+        transformer_config(config, narrow)
+
+
+def test_a_hidden_size_that_is_not_gathered_in_whole_blocks_is_refused(geometry: Geometry) -> None:
+    config = load_config(["model.fp8=blockwise", "model.dtype=bfloat16", "parallel.tensor=2"])
+    narrow = dataclasses.replace(geometry, hidden_size=5120 + 64)
+    transformer_config(config, narrow)
+    config.parallel.sequence = True
+    with pytest.raises(ConfigError, match="128 with sequence parallelism, and the model's hidden size is 5184"):
         transformer_config(config, narrow)

@@ -32,6 +32,7 @@ FP8FwdTensors = Constants(
 )
 FP8BwdTensors = Constants("FP8BwdTensors", *(f"GRAD_{kind}{n}" for n in _PRODUCTS for kind in ("OUTPUT", "INPUT")))
 NVTE_QKV_Format = Constants("NVTE_QKV_Format")
+NVTE_Mask_Type = Constants("NVTE_Mask_Type")
 NVTE_Fused_Attn_Backend = Constants("NVTE_Fused_Attn_Backend")
 
 _TORCH = {

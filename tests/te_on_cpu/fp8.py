@@ -16,9 +16,7 @@ BLOCK = 128
 
 def is_quantized(x: Any) -> bool:
     """Whether it is one of Transformer Engine's FP8 tensors."""
-    from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage
-
-    return isinstance(x, QuantizedTensorStorage)
+    return hasattr(x, "_quantizer")
 
 
 def operand(x: Any, along_rows: bool) -> Tensor:
@@ -108,19 +106,24 @@ def _measure(x: Tensor, quantizer: Any) -> None:
 
 
 def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
-    square = quantizer.block_scaling_dim == 2
-    for data, inverse, matrix in (
-        (out._rowwise_data, out._rowwise_scale_inv, x),
-        (out._columnwise_data, out._columnwise_scale_inv, x.T),
+    """Rows, and columns transposed, as products take them; for an all-gather, which joins rows, in their own order."""
+    square, compact = quantizer.block_scaling_dim == 2, quantizer.all_gather_usage
+    for columns, data, inverse in (
+        (False, out._rowwise_data, out._rowwise_scale_inv),
+        (True, out._columnwise_data, out._columnwise_scale_inv),
     ):
         if data is None:
             continue
-        amax = _block_amax(matrix, square)
-        scale = _scale(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
-        stored = scale if square else scale.T
+        matrix = x.T if columns else x
+        scale = _scale(
+            _block_amax(matrix, square), quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon
+        )
+        rounded = _round(matrix * _spread(scale if square else scale.T, matrix.shape, square), quantizer.dtype)
+        stored = scale if square or (compact and not columns) else scale.T
         inverse.fill_(1.0)
         inverse[: stored.shape[0], : stored.shape[1]] = 1 / stored
-        data.view(matrix.shape).copy_(_round(matrix * _spread(stored, matrix.shape, square), quantizer.dtype))
+        rounded = rounded.T if compact and columns else rounded
+        data.view(rounded.shape).copy_(rounded)
 
 
 def _block_amax(x: Tensor, square: bool) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ from unittest.mock import MagicMock
 import torch
 import torch._dynamo  # before names that it looks for are stand-ins
 
-from tests.te_on_cpu import constants, fp8, kernels
+from tests.te_on_cpu import attention, constants, fp8, kernels
 
 ENGINE = Path(sys.prefix) / "transformer-engine"
 """Where `make env` puts the wheel of the Python code alone: on no path, or Megatron-Core would stumble over it."""
 
-CONSTANTS = ("DType", "FP8FwdTensors", "FP8BwdTensors", "NVTE_QKV_Format", "NVTE_Fused_Attn_Backend")
+FUNCTIONS = kernels.FUNCTIONS | attention.FUNCTIONS | fp8.FUNCTIONS
+CONSTANTS = ("DType", "FP8FwdTensors", "FP8BwdTensors", "NVTE_QKV_Format", "NVTE_Mask_Type", "NVTE_Fused_Attn_Backend")
 
 
 def is_there() -> bool:
@@ -44,31 +46,32 @@ class Extension(ModuleType):
         return value
 
 
-def install() -> None:
-    """Import Transformer Engine over the stand-ins. Call it before Megatron-Core is imported."""
+def install() -> Any:
+    """Import Transformer Engine over the stand-ins, before Megatron-Core is. Returns its module for PyTorch."""
     extension = Extension("transformer_engine_torch")
     for name in CONSTANTS:
         setattr(extension, name, getattr(constants, name))
-    for name, function in (kernels.FUNCTIONS | fp8.FUNCTIONS).items():
+    for name, function in FUNCTIONS.items():
         setattr(extension, name, function)
     # Transformer Engine takes all names from it at once; these two stand in a table beside the norm that is used.
-    extension.__all__ = [*kernels.FUNCTIONS, *fp8.FUNCTIONS, "layernorm_fwd", "layernorm_bwd", *CONSTANTS]
+    extension.__all__ = [*FUNCTIONS, "layernorm_fwd", "layernorm_bwd", *CONSTANTS]
     sys.modules[extension.__name__] = extension
     _pretend_a_gpu()
     sys.path.insert(0, str(ENGINE))
     # Imported for kernels and exports that nothing here uses.
     unused = [name for name in ("triton", "triton.language", "onnxscript", "onnx") if not _is_installed(name)]
     sys.modules |= {name: MagicMock() for name in unused}
-    _import_without_libraries()
+    engine = _import_without_libraries()
     for name in unused:
         del sys.modules[name]
+    return engine.pytorch
 
 
 def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
-def _import_without_libraries() -> None:
+def _import_without_libraries() -> Any:
     """Import the package; its first module, which loads compiled libraries, before the rest and without them."""
     package = ModuleType("transformer_engine")
     package.__path__ = [str(ENGINE / "transformer_engine")]
@@ -77,7 +80,9 @@ def _import_without_libraries() -> None:
     common = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = lambda framework: None
     del os.environ["NVTE_PROJECT_BUILDING"], sys.modules["transformer_engine"]
-    importlib.import_module("transformer_engine").common = common  # type: ignore[attr-defined]
+    engine: Any = importlib.import_module("transformer_engine")
+    engine.common = common
+    return engine
 
 
 def _asked_by_transformer_engine(*_: Any) -> bool:
@@ -94,6 +99,9 @@ def _pretend_a_gpu() -> None:
     torch.cuda.is_available = _asked_by_transformer_engine
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.is_current_stream_capturing = lambda: False
+    # Whatever they are told to wait for has been done.
+    torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = MagicMock  # type: ignore[misc, assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     torch.Tensor.is_cuda = property(_asked_by_transformer_engine)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]

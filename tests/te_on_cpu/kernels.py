@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.te_on_cpu import fp8
-from tests.te_on_cpu.constants import NVTE_Fused_Attn_Backend, NVTE_QKV_Format, torch_dtype
+from tests.te_on_cpu.constants import NVTE_QKV_Format, torch_dtype
 
 
 def generic_gemm(
@@ -149,16 +149,6 @@ def convert_bshd_to_thd(rows: Tensor, offsets: Tensor, tokens: int) -> Tensor:
     return x
 
 
-def get_fused_attn_backend(*_: Any) -> int:
-    """None: attention goes through Transformer Engine's own, made of matrix products and a softmax."""
-    return NVTE_Fused_Attn_Backend.NVTE_No_Backend
-
-
-def get_cudnn_version() -> int:
-    """9.20"""
-    return 92000
-
-
 def scaled_softmax_forward(x: Tensor, scale: Tensor) -> Tensor:
     """Softmax of the scaled scores."""
     return (x.float() * scale).softmax(-1).to(x.dtype)
@@ -228,8 +218,6 @@ FUNCTIONS = {
         fused_rope_backward,
         convert_thd_to_bshd,
         convert_bshd_to_thd,
-        get_fused_attn_backend,
-        get_cudnn_version,
         scaled_softmax_forward,
         scaled_masked_softmax_forward,
         scaled_upper_triang_masked_softmax_forward,
