@@ -1,7 +1,7 @@
 """Stand-ins for the kernels that round to FP8: the rounding is torch's, the scales are as the recipes define them.
 
 Per tensor (delayed, current scaling): 448 or 57344 over the largest absolute value. Per block: the same for 1 × 128
-values, or 128 × 128 of a weight, as powers of two.
+values, or 128 × 128 of a weight, as powers of two. MXFP8: for 32 values, the exponent of its inverse kept as a byte.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.te_on_cpu.constants import torch_dtype
 
-BLOCK = 128
+BLOCK, MX_BLOCK = 128, 32
+MX_BIAS = 127
 
 
 def is_quantized(x: Any) -> bool:
@@ -23,8 +24,10 @@ def operand(x: Any, along_rows: bool) -> Tensor:
     """An operand of a matrix product in fp32, from the copy that Hopper multiplies: rounded along rows or columns."""
     if not is_quantized(x):
         return x.float()
-    if hasattr(x, "_rowwise_data"):
+    if hasattr(x, "_is_2D_scaled"):
         return _from_rows(x) if along_rows else _from_columns(x)
+    if hasattr(x, "_rowwise_data"):
+        return _from_mx(x, along_rows)
     if along_rows:
         assert x._data is not None, "the product asks for the FP8 values, and only their transpose is there"
         return _values(x._data, x._fp8_dtype) * x._scale_inv
@@ -45,6 +48,18 @@ def _from_columns(x: Any) -> Tensor:
     flat = values.reshape(len(values), -1)
     flat = flat * _spread(x._columnwise_scale_inv, flat.shape, x._is_2D_scaled)
     return flat.view(values.shape).movedim(0, -1)
+
+
+def _from_mx(x: Any, along_rows: bool) -> Tensor:
+    """Both copies lie in the tensor's own order, with blocks along rows or along columns."""
+    data, exponents = x._rowwise_data, x._rowwise_scale_inv
+    if not along_rows:
+        data, exponents = x._columnwise_data, x._columnwise_scale_inv
+    assert data is not None, "the product asks for the copy that is not there"
+    values = _values(data, x._fp8_dtype)
+    flat = values.reshape(-1, values.shape[-1])
+    spread = (exponents.float() - MX_BIAS).exp2().repeat_interleave(MX_BLOCK, int(along_rows))
+    return (flat * spread[: flat.shape[0], : flat.shape[1]]).view(values.shape)
 
 
 def _spread(scales: Tensor, shape: torch.Size, square: bool) -> Tensor:
@@ -80,6 +95,9 @@ def quantize(x: Any, quantizer: Any, out: Any = None, noop: Tensor | None = None
         out = quantizer.make_empty(x.shape, dtype=x.dtype, device="cpu")
     if hasattr(quantizer, "block_scaling_dim"):
         _quantize_blocks(x.float().reshape(-1, x.shape[-1]), quantizer, out)
+        return out
+    if not hasattr(quantizer, "scale"):
+        _quantize_mx(x.float().reshape(-1, x.shape[-1]), quantizer, out)
         return out
     if hasattr(quantizer, "use_existing_amax"):
         _measure(x, quantizer)
@@ -126,6 +144,22 @@ def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
         data.view(rounded.shape).copy_(rounded)
 
 
+def _quantize_mx(x: Tensor, quantizer: Any, out: Any) -> None:
+    rows, columns = x.shape
+    largest = torch.finfo(torch_dtype(quantizer.dtype)).max
+    for data, stored, dimension in (
+        (out._rowwise_data, out._rowwise_scale_inv, 1),
+        (out._columnwise_data, out._columnwise_scale_inv, 0),
+    ):
+        if data is None:
+            continue
+        amax = x.abs().unflatten(dimension, (-1, MX_BLOCK)).amax(dimension + 1)
+        exponent = (amax / largest).log2().ceil().clamp(-MX_BIAS, MX_BIAS)  # of nothing but zeros: the least
+        stored[: exponent.shape[0], : exponent.shape[1]] = (exponent + MX_BIAS).to(torch.uint8)
+        rounded = _round(x / exponent.exp2().repeat_interleave(MX_BLOCK, dimension), quantizer.dtype)
+        data.view(rows, columns).copy_(rounded)
+
+
 def _block_amax(x: Tensor, square: bool) -> Tensor:
     """[blocks of rows, or rows; blocks of columns]"""
     tall = BLOCK if square else 1
@@ -135,8 +169,9 @@ def _block_amax(x: Tensor, square: bool) -> Tensor:
 
 
 def dequantize(x: Any, dtype: int) -> Tensor:
-    """The values of a tensor with one scale."""
-    return operand(x, along_rows=True).to(torch_dtype(dtype))
+    """The values, of whichever copy is there."""
+    rows = getattr(x, "_rowwise_data", x.get_metadata().get("data")) is not None
+    return operand(x, along_rows=rows).to(torch_dtype(dtype))
 
 
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:

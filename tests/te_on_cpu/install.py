@@ -21,6 +21,9 @@ from tests.te_on_cpu import attention, constants, fp8, kernels
 ENGINE = Path(sys.prefix) / "transformer-engine"
 """Where `make env` puts the wheel of the Python code alone: on no path, or Megatron-Core would stumble over it."""
 
+CAPABILITY = "TE_ON_CPU_CAPABILITY"
+"""Environment variable: the compute capability to pretend; MXFP8 is for 10.0."""
+
 FUNCTIONS = kernels.FUNCTIONS | attention.FUNCTIONS | fp8.FUNCTIONS
 CONSTANTS = ("DType", "FP8FwdTensors", "FP8BwdTensors", "NVTE_QKV_Format", "NVTE_Mask_Type", "NVTE_Fused_Attn_Backend")
 
@@ -62,6 +65,9 @@ def install() -> Any:
     unused = [name for name in ("triton", "triton.language", "onnxscript", "onnx") if not _is_installed(name)]
     sys.modules |= {name: MagicMock() for name in unused}
     engine = _import_without_libraries()
+    # Nothing here draws at random.
+    engine.pytorch.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    engine.pytorch.distributed._set_cuda_rng_state = lambda *_, **__: None
     for name in unused:
         del sys.modules[name]
     return engine.pytorch
@@ -90,10 +96,11 @@ def _asked_by_transformer_engine(*_: Any) -> bool:
 
 
 def _pretend_a_gpu() -> None:
-    """A Hopper, whose memory is the host's."""
-    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="no GPU", total_memory=0)
-    torch.cuda.get_device_properties = lambda *_: hopper  # type: ignore[assignment]
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    """A Hopper, or what the environment says, whose memory is the host's."""
+    major, minor = map(int, os.environ.get(CAPABILITY, "9.0").split("."))
+    gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=132, name="no GPU", total_memory=0)
+    torch.cuda.get_device_properties = lambda *_: gpu  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: (major, minor)
     torch.cuda.get_device_name = lambda *_: "no GPU"
     torch.version.cuda = "13.0"
     torch.cuda.is_available = _asked_by_transformer_engine

@@ -6,7 +6,7 @@ tensor, sequence and context parallelism, recipes, FP8 weights and their exact m
 that nothing can hide in a tolerance; an unmarked norm weight is the negative control. `tests/te_on_cpu` says what
 is real here.
 
-Not covered: CUDA kernels, cuDNN's and flash attention themselves, MXFP8, NCCL.
+Not covered: CUDA kernels, cuDNN's and flash attention themselves, NCCL.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 
 from tests.distributed import run_ranks
 from tests.policy.test_layouts import case, check_gradients, updates_under  # noqa: F401  case is the fixture
-from tests.te_on_cpu.install import ENGINE, is_there
+from tests.te_on_cpu.install import CAPABILITY, ENGINE, is_there
 from tests.weights.models import SMALL_MODELS, write_model
 
 pytestmark = [
@@ -27,17 +27,18 @@ pytestmark = [
 RANKS = "tests.te_on_cpu.ranks"
 EXACT = {"layers": "transformer_engine", "dtype": "float32"}
 BF16 = {"layers": "transformer_engine", "dtype": "bfloat16"}
-RECIPES = ("tensorwise", "blockwise", "delayed")
+ON_HOPPER = ("tensorwise", "blockwise", "delayed")
 SMOOTH = {"algorithm": "sapo"}  # FIPO's loss clips, and a rounded ratio comes out on the other side
 UPDATES = 50
 
 ONE: list[dict[str, Any]] = [{}, {"packing": False}, {"model": {"recompute": "full"}}]
+OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 TWO: list[dict[str, Any]] = [
     {"tensor": 2, "packing": False},
     {"tensor": 2, "sequence": True},
     {"tensor": 2, "sequence": True, "sabotage": "norm_weight"},
     {"pipeline": 2, "virtual_pipeline": 2},
-    {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    {**OVERLAPPED, "compare": "updated"},
 ]
 FOUR: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2, "sequence": True}]
 
@@ -45,7 +46,7 @@ FOUR: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2, "sequence": True}]
 TENSORWISE, BLOCKWISE = {"model": {"fp8": "tensorwise"}}, {"model": {"fp8": "blockwise"}}
 ROUNDED_ONE: list[dict[str, Any]] = [
     fp8 | {"packing": packing} for fp8 in ({}, TENSORWISE, BLOCKWISE) for packing in (True, False)
-]
+] + [{"model": {"fp8": "tensorwise", "recompute": "full"}}]
 ROUNDED_TWO: list[dict[str, Any]] = [
     {"context": 2},
     {"context": 2, "packing": False},
@@ -56,17 +57,10 @@ ROUNDED_TWO: list[dict[str, Any]] = [
 ROUNDED_FOUR: list[dict[str, Any]] = [{"context": 4}, {"context": 2, "tensor": 2, "sequence": True, **TENSORWISE}]
 
 
-def exact(layout: dict[str, Any]) -> dict[str, Any]:
-    overlapped = layout.get("overlap_param_gather")
-    packing = {"packing": layout.get("packing", True)}
-    compare = {"compare": "updated"} if overlapped else {}
-    return layout | packing | compare | {"model": EXACT | layout.get("model", {})}
-
-
 @pytest.mark.parametrize("case", ["untied"], indirect=True)
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["one", "two", "four"])
 def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:  # noqa: F811
-    layouts = [exact(layout) for layout in layouts]
+    layouts = [{"packing": True, **layout, "model": EXACT | layout.get("model", {})} for layout in layouts]
     check_gradients(case, layouts, updates_under(case, world_size, layouts, RANKS))
 
 
@@ -95,7 +89,7 @@ def test_weights_stored_in_fp8_start_from_the_exact_ones(case: dict[str, Any]) -
             "compare": "updated",
             "model": BF16 | {"fp8": fp8, "fp8_parameter_gather": True},
         }
-        for fp8 in RECIPES
+        for fp8 in ON_HOPPER
     ]
     for results in updates_under(case, 2, layouts, RANKS):
         for layout, result in zip(layouts, results, strict=True):
@@ -107,10 +101,25 @@ def on_one_rank(function: str, model: dict[str, Any], **arguments: Any) -> Any:
     return found
 
 
-def test_blocks_of_sequence_parallelism() -> None:
+def pretend_what_runs(fp8: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CAPABILITY, "10.0" if fp8 == "mxfp8" else "9.0")
+
+
+@pytest.mark.parametrize("case", ["untied"], indirect=True)
+def test_mxfp8_gradients_are_near(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    pretend_what_runs("mxfp8", monkeypatch)
+    model = {"model": BF16 | {"fp8": "mxfp8"}}
+    layouts = [{"context": 2, "packing": True}, {"data": 2, "packing": False}, {"pipeline": 2, "packing": True}]
+    for results in updates_under(case, 2, [layout | model | SMOOTH for layout in layouts], RANKS):
+        assert all(result["whole"] < 0.2 for result in results), results
+
+
+@pytest.mark.parametrize("fp8", ["blockwise", "mxfp8"])
+def test_blocks_of_sequence_parallelism(fp8: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is gathered in blocks has to be whole blocks, or the first forward pass ends in an assertion."""
+    pretend_what_runs(fp8, monkeypatch)
     layout = {"tensor": 2, "sequence": True}
-    ranks = run_ranks(f"{RANKS}:first_ratios", 2, {"model": BF16 | {"fp8": "blockwise"}, "parallel": layout})
+    ranks = run_ranks(f"{RANKS}:first_ratios", 2, {"model": BF16 | {"fp8": fp8}, "parallel": layout})
     unrounded = on_one_rank("first_ratios", BF16)
     for found in ranks:
         assert found["ppo_kl"] == 0.0
@@ -122,18 +131,20 @@ def losses_in_bf16() -> list[float]:
     return on_one_rank("losses", BF16, updates=UPDATES)
 
 
-@pytest.mark.parametrize("fp8", RECIPES)
-def test_fp8_learns_as_bf16_does(fp8: str, losses_in_bf16: list[float]) -> None:
+@pytest.mark.parametrize("fp8", [*ON_HOPPER, "mxfp8"])
+def test_fp8_learns_as_bf16_does(fp8: str, losses_in_bf16: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """−log π of the same sequences, at each of 50 updates that lower it by a quarter or more, within 1 % on average."""
+    pretend_what_runs(fp8, monkeypatch)
     rounded = on_one_rank("losses", BF16 | {"fp8": fp8}, updates=UPDATES)
     assert losses_in_bf16[-1] < 0.75 * losses_in_bf16[0], "there has to be something to learn"
     differences = [abs(ours - theirs) / theirs for ours, theirs in zip(rounded, losses_in_bf16, strict=True)]
     assert 0 < sum(differences) / UPDATES < 0.01, f"the worst is {max(differences):.3f}"
 
 
-@pytest.mark.parametrize("fp8", ["off", "tensorwise", "blockwise"])
-def test_the_first_ratio_is_one(fp8: str) -> None:
+@pytest.mark.parametrize("fp8", ["off", "tensorwise", "blockwise", "mxfp8"])
+def test_the_first_ratio_is_one(fp8: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for delayed scaling, whose scales are those of earlier micro-batches."""
+    pretend_what_runs(fp8, monkeypatch)
     assert on_one_rank("first_ratios", BF16 | {"fp8": fp8})["ppo_kl"] == 0.0
 
 
