@@ -28,18 +28,24 @@ SMALL = (
 """The default with small batches. Without dynamic sampling every prompt is trained on, whatever its samples are."""
 
 
-def start(directory: Path, *overrides: str, token: str = "") -> subprocess.Popen[str]:
+def start(
+    directory: Path,
+    *overrides: str,
+    token: str = "",
+    module: str = "megatron_fipo.train",
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
     """`python -m megatron_fipo.train` with the overrides, in its own session, output to directory/output.txt.
 
-    `token` is that of the servers in rollout.addresses, if there are any.
+    `token` is that of the servers in rollout.addresses, if there are any; `environment` adds variables.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "megatron_fipo.train", f"run.directory={directory}", *overrides]
+    command = [sys.executable, "-m", module, f"run.directory={directory}", *overrides]
     with (directory / "output.txt").open("a") as output:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "FIPO_ROLLOUT_TOKEN": token},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "FIPO_ROLLOUT_TOKEN": token} | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
