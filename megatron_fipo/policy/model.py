@@ -78,11 +78,18 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
     """Megatron-Core's configuration of the model, its parallel layout and its precision.
 
     Raises:
-        ConfigError: the FP8 recipe cannot multiply matrices of this model's widths.
+        ConfigError: the FP8 recipe cannot multiply matrices of this model's widths, or Transformer Engine has no
+            attention for this type and layout.
     """
     model, parallel = config.model, config.parallel
     check_widths(config, geometry)
     dtype = getattr(torch, model.dtype)
+    if dtype == torch.float32 and parallel.context > 1 and wants_transformer_engine(model):
+        raise ConfigError(
+            "model.dtype",
+            "Transformer Engine's attention takes no float32 over context-parallel ranks",
+            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
+        )
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,

@@ -171,3 +171,11 @@ def test_a_hidden_size_that_is_not_gathered_in_whole_blocks_is_refused(geometry:
     config.parallel.sequence = True
     with pytest.raises(ConfigError, match="128 with sequence parallelism, and the model's hidden size is 5184"):
         transformer_config(config, narrow)
+
+
+def test_float32_over_context_parallel_ranks_is_refused_with_transformer_engine(geometry: Geometry) -> None:
+    config = load_config(["model.dtype=float32", "model.layers=transformer_engine", "parallel.context=2"])
+    with pytest.raises(ConfigError, match="no float32 over context-parallel ranks"):
+        transformer_config(config, geometry)
+    config.model.layers = "local"
+    transformer_config(config, geometry)
