@@ -1,8 +1,7 @@
 """Why: a conversion that drops, misnames or half-writes a tensor is found out weeks later, if at all.
 
-The converter's functions in this process, on small models: every kind of bad input, a kill in the middle, a full disk,
-types and shards. What Megatron-Core itself makes of the files is in tests/tools/test_convert_hf.py, checkpoints with
-Transformer Engine's extra entries in tests/policy/test_checkpoint.py.
+The converter's functions in this process, on small models: bad input, a kill in the middle, a full disk, types, shards.
+What Megatron-Core makes of the files is in tests/tools/test_convert_hf.py, more in tests/policy/test_checkpoint.py.
 """
 
 import contextlib
@@ -28,8 +27,7 @@ from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader
 from tests.weights.models import SMALL_MODELS, write_model
 
-NO_MOUNT = 77
-CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
+NO_MOUNT, CLONE_NEWNS, MS_REC, MS_PRIVATE = 77, 0x20000, 0x4000, 0x40000
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
 
