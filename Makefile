@@ -22,7 +22,7 @@ env: $(STAMP) ## Create the virtual environment, once; again only when setup.py,
 train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... key=value' says
 	@$(PYTHON) -m megatron_fipo.train $(ARGS)
 
-test: $(STAMP) ## Every test that needs no GPU (under 25 minutes)
+test: $(STAMP) ## Every test that needs no GPU (under 30 minutes)
 	@$(PYTHON) -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
