@@ -40,6 +40,10 @@ class Recipe:
     gathered_multiple: int = 16
     """The same for what sequence parallelism gathers in FP8: the tokens of each of its ranks, and the hidden size."""
 
+    def multiple_of_layer_inputs(self, sequence_parallel: bool) -> int:
+        """What a rank's tokens and the hidden size must divide by."""
+        return self.gathered_multiple if sequence_parallel else self.multiple
+
 
 ANY_LATER = (99, 0)
 
@@ -154,10 +158,9 @@ def check_widths(config: Config, geometry: Geometry) -> None:
     if config.model.fp8 == OFF:
         return
     recipe, tensor = RECIPES[config.model.fp8], config.parallel.tensor
-    gathered = recipe.gathered_multiple if config.parallel.sequence else recipe.multiple
     query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
     for what, width, multiple in (
-        ("hidden size", geometry.hidden_size, gathered),
+        ("hidden size", geometry.hidden_size, recipe.multiple_of_layer_inputs(config.parallel.sequence)),
         ("query, key and value size of a tensor-parallel rank", (query + 2 * key_value) // tensor, recipe.multiple),
         ("attention size of a tensor-parallel rank", query // tensor, recipe.multiple),
         ("feed-forward size of a tensor-parallel rank", geometry.ffn_hidden_size // tensor, recipe.multiple),
@@ -178,8 +181,6 @@ def token_multiple(config: Config) -> int:
     of these parts is one dimension of an FP8 matrix product.
     """
     parallel, fp8 = config.parallel, config.model.fp8
-    of_a_part = 1
-    if fp8 != OFF:
-        of_a_part = RECIPES[fp8].gathered_multiple if parallel.sequence else RECIPES[fp8].multiple
+    of_a_part = 1 if fp8 == OFF else RECIPES[fp8].multiple_of_layer_inputs(parallel.sequence)
     chunks = 2 * parallel.context if parallel.context > 1 else 1
     return chunks * (parallel.tensor if parallel.sequence else 1) * of_a_part

@@ -64,8 +64,8 @@ def fused_attn_fwd(
         out[places[0]] = torch.einsum("hqk,khd->qhd", (scores - logsumexp[..., None]).exp(), _per_query_head(v, q)).to(
             out.dtype
         )
-        statistics[of_statistics] = logsumexp if query.dim() == 4 else logsumexp.T
-    return [out, statistics.unsqueeze(-1), torch.zeros(2, dtype=torch.int64)]
+        statistics[of_statistics] = logsumexp
+    return [out, _as_cudnn_has_them(statistics).unsqueeze(-1), torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
@@ -96,13 +96,12 @@ def fused_attn_bwd(
 ) -> list[Tensor | None]:
     """Gradients of query, key and value, by the statistics of the softmax over all keys, on whatever ranks they are."""
     gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    statistics = auxiliary[0].squeeze(-1)
+    statistics = _as_cudnn_has_them(auxiliary[0].squeeze(-1))
     lengths = query_offsets, key_offsets, query_starts, key_starts
     for places, of_statistics in _sequences(query, key, lengths):
         q, k, v = (tensor[place] for tensor, place in zip((query, key, value), places, strict=True))
         o, do = out[places[0]].float(), gradient[places[0]].float()
-        logsumexp = statistics[of_statistics] if query.dim() == 4 else statistics[of_statistics].T
-        probabilities = (_scores(q, k, scale, mask) - logsumexp[..., None]).exp()
+        probabilities = (_scores(q, k, scale, mask) - statistics[of_statistics][..., None]).exp()
         of_value = torch.einsum("hqk,qhd->khd", probabilities, do)
         of_probabilities = torch.einsum("qhd,khd->hqk", do, _per_query_head(v, q))
         of_scores = probabilities * (of_probabilities - (do * o).sum(-1).T[..., None]) * scale
@@ -116,10 +115,14 @@ def fused_attn_bwd(
 
 
 def _new_statistics(query: Tensor) -> Tensor:
-    if query.dim() == 3:
-        return torch.zeros(query.shape[:2])
-    positions, rows, heads, _ = query.shape
-    return torch.zeros(rows, heads, positions)
+    """[heads, tokens] or [rows, heads, positions]."""
+    first, *others = query.shape[:-1]
+    return torch.zeros(*others, first)
+
+
+def _as_cudnn_has_them(statistics: Tensor) -> Tensor:
+    """Of packed sequences with the tokens first; the other way round it is the same."""
+    return statistics.T if statistics.dim() == 2 else statistics
 
 
 def _sequences(query: Tensor, key: Tensor, lengths: Lengths) -> Iterator[tuple[tuple[Any, Any, Any], Any]]:
@@ -130,7 +133,7 @@ def _sequences(query: Tensor, key: Tensor, lengths: Lengths) -> Iterator[tuple[t
         return
     query_offsets, key_offsets, query_starts, key_starts = lengths
     for queries, keys in zip(_slices(query_offsets, query_starts), _slices(key_offsets, key_starts), strict=True):
-        yield (queries, keys, keys), queries
+        yield (queries, keys, keys), (slice(None), queries)
 
 
 def _slices(offsets: Tensor, starts: Tensor | None) -> list[slice]:

@@ -76,13 +76,15 @@ def _values(data: Tensor, dtype: int) -> Tensor:
 
 def _round(x: Tensor, dtype: int) -> Tensor:
     """The nearest FP8 values as bytes; what is too large becomes the largest."""
-    kind = torch_dtype(dtype)
-    return x.clamp(-torch.finfo(kind).max, torch.finfo(kind).max).to(kind).view(torch.uint8)
+    return x.clamp(-_largest(dtype), _largest(dtype)).to(torch_dtype(dtype)).view(torch.uint8)
 
 
-def _scale(amax: Tensor, dtype: int, power_of_two: bool, epsilon: float) -> Tensor:
-    scale = torch.finfo(torch_dtype(dtype)).max / amax.clamp_min(epsilon)
-    scale = torch.where(amax > 0, scale, 1.0)
+def _largest(dtype: int) -> float:
+    return torch.finfo(torch_dtype(dtype)).max
+
+
+def _scale(amax: Tensor, largest: float, power_of_two: bool, epsilon: float) -> Tensor:
+    scale = torch.where(amax > 0, largest / amax.clamp_min(epsilon), 1.0)
     return scale.log2().floor().exp2() if power_of_two else scale
 
 
@@ -120,7 +122,7 @@ def _measure(x: Tensor, quantizer: Any) -> None:
     if quantizer.with_amax_reduction:
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
     quantizer.amax.copy_(amax)
-    quantizer.scale.copy_(_scale(amax, quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon))
+    quantizer.scale.copy_(_scale(amax, _largest(quantizer.dtype), quantizer.force_pow_2_scales, quantizer.amax_epsilon))
 
 
 def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
@@ -134,7 +136,10 @@ def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
             continue
         matrix = x.T if columns else x
         scale = _scale(
-            _block_amax(matrix, square), quantizer.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon
+            _block_amax(matrix, square),
+            _largest(quantizer.dtype),
+            quantizer.force_pow_2_scales,
+            quantizer.amax_epsilon,
         )
         rounded = _round(matrix * _spread(scale if square else scale.T, matrix.shape, square), quantizer.dtype)
         stored = scale if square or (compact and not columns) else scale.T
@@ -146,7 +151,6 @@ def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
 
 def _quantize_mx(x: Tensor, quantizer: Any, out: Any) -> None:
     rows, columns = x.shape
-    largest = torch.finfo(torch_dtype(quantizer.dtype)).max
     for data, stored, dimension in (
         (out._rowwise_data, out._rowwise_scale_inv, 1),
         (out._columnwise_data, out._columnwise_scale_inv, 0),
@@ -154,7 +158,9 @@ def _quantize_mx(x: Tensor, quantizer: Any, out: Any) -> None:
         if data is None:
             continue
         amax = x.abs().unflatten(dimension, (-1, MX_BLOCK)).amax(dimension + 1)
-        exponent = (amax / largest).log2().ceil().clamp(-MX_BIAS, MX_BIAS)  # of nothing but zeros: the least
+        exponent = (
+            (amax / _largest(quantizer.dtype)).log2().ceil().clamp(-MX_BIAS, MX_BIAS)
+        )  # of nothing but zeros: the least
         stored[: exponent.shape[0], : exponent.shape[1]] = (exponent + MX_BIAS).to(torch.uint8)
         rounded = _round(x / exponent.exp2().repeat_interleave(MX_BLOCK, dimension), quantizer.dtype)
         data.view(rows, columns).copy_(rounded)
@@ -197,7 +203,7 @@ def fused_amax_and_scale_update_after_reduction(
     for amax, history, scale in zip(reduced.split([len(s) for s in scales]), histories, scales, strict=True):
         history[0] = amax
         largest = history.amax(0) if algorithm == "max" else amax
-        scale.copy_(torch.where(largest > 0, _scale(largest, dtype, False, 0.0) / 2**margin, scale))
+        scale.copy_(torch.where(largest > 0, _scale(largest, _largest(dtype), False, 0.0) / 2**margin, scale))
         history.copy_(history.roll(-1, 0))
         history[0] = 0
 
@@ -207,8 +213,7 @@ def multi_tensor_compute_scale_and_scale_inv(
 ) -> None:
     """Scales of the optimizer's weights from their largest values."""
     for amax, scale, inverse in zip(*lists, strict=True):
-        found = torch.where(amax > 0, largest / amax.clamp_min(epsilon), 1.0)
-        scale.copy_(found.log2().floor().exp2() if power_of_two else found)
+        scale.copy_(_scale(amax, largest, power_of_two, epsilon))
         inverse.copy_(1 / scale)
 
 

@@ -149,30 +149,6 @@ def convert_bshd_to_thd(rows: Tensor, offsets: Tensor, tokens: int) -> Tensor:
     return x
 
 
-def scaled_softmax_forward(x: Tensor, scale: Tensor) -> Tensor:
-    """Softmax of the scaled scores."""
-    return (x.float() * scale).softmax(-1).to(x.dtype)
-
-
-def scaled_masked_softmax_forward(x: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """The same where the mask is False."""
-    return (x.float() * scale).masked_fill(mask, -10000.0).softmax(-1).to(x.dtype)
-
-
-def scaled_upper_triang_masked_softmax_forward(x: Tensor, scale: Tensor) -> Tensor:
-    """The same behind a causal mask."""
-    queries, keys = x.shape[-2:]
-    later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-    return (x.float() * scale).masked_fill(later, float("-inf")).softmax(-1).to(x.dtype)
-
-
-def softmax_backward(gradient: Tensor, result: Tensor, scale: Tensor) -> Tensor:
-    """Of any of them."""
-    probabilities = result.float()
-    product = gradient.float() * probabilities
-    return (scale * (product - probabilities * product.sum(-1, keepdim=True))).to(gradient.dtype)
-
-
 def multi_tensor_adam(
     _chunk: int,
     _overflow: Tensor,
@@ -218,17 +194,8 @@ FUNCTIONS = {
         fused_rope_backward,
         convert_thd_to_bshd,
         convert_bshd_to_thd,
-        scaled_softmax_forward,
-        scaled_masked_softmax_forward,
-        scaled_upper_triang_masked_softmax_forward,
         multi_tensor_adam,
         multi_tensor_scale,
         multi_tensor_l2norm,
     )
-} | {
-    "scaled_aligned_causal_masked_softmax_forward": scaled_upper_triang_masked_softmax_forward,
-    "scaled_softmax_backward": softmax_backward,
-    "scaled_masked_softmax_backward": softmax_backward,
-    "scaled_upper_triang_masked_softmax_backward": softmax_backward,
-    "scaled_aligned_causal_masked_softmax_backward": softmax_backward,
 }

@@ -5,7 +5,6 @@ Why: of FP8 weights everything outside of a layer has to take what they stand fo
 Not covered: see test_layers.py.
 """
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -31,16 +30,12 @@ IN_FP8 = (
 )
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def test_a_run_in_fp8_and_its_resume(tmp_path: Path) -> None:
     for steps in (2, 3):
-        rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        process = runs.start(tmp_path, *IN_FP8, f"run.steps={steps}", module="tests.te_on_cpu.train", environment=rank)
+        process = runs.start(tmp_path, *IN_FP8, f"run.steps={steps}", module="tests.te_on_cpu.train", environment=RANK)
         output = runs.finish(process, tmp_path)
     assert "precision: bfloat16 with FP8 tensorwise; optimizer: Transformer Engine's FusedAdam" in output
     rows = runs.rows(tmp_path)
