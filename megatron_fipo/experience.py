@@ -22,6 +22,7 @@ from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.batches import Sequences
+from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
 from megatron_fipo.rollout.control import ControlPlane
@@ -95,10 +96,14 @@ class Experience:
 
         Returns:
             What to train on, and every group that was sampled in this step.
+
+        Raises:
+            RewardError: too many checks failed; no further batch is sampled then.
         """
         algorithm, rollout = self.config.algorithm, self.config.rollout
         sampling = self._sampling(rollout.temperature, rollout.top_p, rollout.top_k)
         sampled: list[Group] = []
+        warning = None
         while self.sampling.needs_more():
             wanted = algorithm.prompts_per_step
             if algorithm.filter_groups.enable:
@@ -109,6 +114,9 @@ class Experience:
             groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
             self.sampling.add(groups)
             sampled += groups
+            warning = judge_failed_checks(sampled, self.config.reward, "in this step")
+        if warning:
+            self.console.warn(warning)
         return self.sampling.take(), sampled
 
     def validate(self, phase: Phase) -> ValidationResult:
@@ -116,7 +124,10 @@ class Experience:
         settings = self.config.validation
         sampling = self._sampling(settings.temperature, settings.top_p, top_k=-1)
         seeds = [self._seed("validation", index) for index in range(len(self.held_out))]
-        return score(self._sample(self.held_out, settings.samples, sampling, seeds, phase), settings.samples)
+        groups = self._sample(self.held_out, settings.samples, sampling, seeds, phase)
+        if warning := judge_failed_checks(groups, self.config.reward, "in this validation"):
+            self.console.warn(warning)
+        return score(groups, settings.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state between two steps."""
@@ -172,7 +183,7 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
         before = len(tokens)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
             pairs = zip(group.responses, group.judgements, strict=True)
-            judged = [(response, judgement) for response, judgement in pairs if judgement.outcome == "judged"]
+            judged = [(response, judgement) for response, judgement in pairs if judgement.was_judged]
             prompt = group.problem.token_ids
             tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
             prompts += [len(prompt)] * len(judged)
@@ -183,35 +194,3 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
         if len(tokens) > before:
             sizes.append(len(tokens) - before)
     return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), torch.tensor(fresh), sizes)
-
-
-def sampling_metrics(selection: Selection, sampled: list[Group]) -> dict[str, float]:
-    """Metrics of one step's sampling: over all that was sampled in it, trained on or not."""
-    responses = [response for group in sampled for response in group.responses]
-    judgements = [judgement for group in sampled for judgement in group.judgements]
-    counts = selection.counts
-    metrics: dict[str, float] = {
-        "num_gen_batches": counts.num_gen_batches,
-        "groups_kept": counts.trained,
-        "groups_dropped": counts.dropped_all_right + counts.dropped_all_wrong + counts.dropped_no_contrast,
-        "groups_dropped_all_right": counts.dropped_all_right,
-        "groups_dropped_all_wrong": counts.dropped_all_wrong,
-        "groups_dropped_surplus": counts.dropped_surplus,
-        "groups_carried": counts.carried_out,
-        "verifier_timeouts": sum(judgement.outcome == "timeout" for judgement in judgements),
-        "verifier_crashes": sum(judgement.outcome == "crash" for judgement in judgements),
-    }
-    if responses:
-        lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
-        quartiles = torch.quantile(lengths, torch.tensor([0.25, 0.5, 0.75])).tolist()
-        metrics |= {
-            "reward_mean": sum(judgement.reward for judgement in judgements) / len(judgements),
-            "accuracy": sum(judgement.accuracy for judgement in judgements) / len(judgements),
-            "response_length_mean": lengths.mean().item(),
-            "response_length_max": lengths.max().item(),
-            "responses_truncated": sum(response.finish_reason == "length" for response in responses),
-            "response_tokens": lengths.sum().item(),
-            "weight_version": max(response.weight_version for response in responses),
-        }
-        metrics |= {f"response_length_q{q}": value for q, value in zip((25, 50, 75), quartiles, strict=True)}
-    return metrics

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+FAILED_CHECKS = ("timeout", "crash")
+"""Outcomes of a check that came to no verdict."""
+
 
 @dataclass
 class Problem:
@@ -38,13 +41,18 @@ class Judgement:
     """The verdict on one response."""
 
     accuracy: float
-    """1 right, 0 wrong or not judged; fractions where a scorer gives them."""
+    """1 right, 0 wrong; fractions where a scorer gives them. Says nothing unless `was_judged`."""
     reward: float
-    """What the advantage is computed from: correct/incorrect plus the overlong penalty."""
+    """What the advantage is computed from: correct/incorrect plus the overlong penalty. Likewise."""
     answer: str
     """What was extracted, for consensus voting and for readers."""
     outcome: str
-    """judged, timeout or crash: a check that failed is not a wrong answer."""
+    """judged, or one of FAILED_CHECKS."""
+
+    @property
+    def was_judged(self) -> bool:
+        """Whether this is a verdict: a check that failed is not a wrong answer, in training and in metrics."""
+        return self.outcome not in FAILED_CHECKS
 
 
 @dataclass

@@ -3,6 +3,7 @@
 What only rank 0 has (problems, servers, verifiers, files, terminal) is None or silent elsewhere.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.errors import FipoError, RolloutError
-from megatron_fipo.experience import Experience, sampling_metrics, training_sequences
+from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
@@ -26,6 +27,7 @@ from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import write_report
 from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
+from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.mailbox import StandBy, trainer_store
 from megatron_fipo.weights.reshard import export
@@ -108,7 +110,7 @@ class Trainer:
             if collected is not None:
                 selection, sampled = collected
                 sequences = training_sequences(selection.groups, self.config.algorithm, self.version)
-                metrics = sampling_metrics(selection, sampled)
+                metrics = sampling_metrics(selection.counts, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
                 if selection.gave_up:
                     self.console.warn(
@@ -150,7 +152,8 @@ class Trainer:
         if result is None or self.metrics is None:
             return
         which = "after" if self.step else "before"
-        self.results[f"accuracy_{which}"] = result.overall.avg
+        # Without any verdict there is no accuracy to remember.
+        self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
         self.results[f"response_length_{which}"] = result.overall.response_length_mean
         self.metrics.log_validation(self.step, result.metrics())
         self.console.validation(self.step, result)

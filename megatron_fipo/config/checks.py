@@ -318,6 +318,12 @@ def _reward(config: Config) -> Iterator[str]:
             f"{reward.correct:g} is no better than reward.incorrect {reward.incorrect:g}",
             "a larger reward for right answers",
         )
+    if reward.failed_share_stop < reward.failed_share_warn:
+        raise ConfigError(
+            "reward.failed_share_stop",
+            f"{reward.failed_share_stop:g} is below reward.failed_share_warn {reward.failed_share_warn:g}",
+            "a limit at or above the warning's",
+        )
     buffer = reward.overlong_buffer
     if buffer.enable and buffer.len >= config.rollout.max_response_length:
         raise ConfigError(

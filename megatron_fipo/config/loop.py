@@ -70,11 +70,20 @@ class RewardConfig:
         choices=("exact_match", "math_verify", "reasoning_gym"),
     )
     correct: float = setting(1.0, "Reward of a right answer.")
-    incorrect: float = setting(-1.0, "Reward of a wrong answer, and of one that could not be judged.")
+    incorrect: float = setting(-1.0, "Reward of a wrong answer. One that could not be judged has none.")
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(8, "Verifier processes.", minimum=1)
     timeout_s: float = setting(
         10.0, "Longest judgement of one response; then its process is killed and it counts as failed.", above=0
+    )
+    failed_share_warn: float = setting(
+        0.01,
+        "Share of a step's or a validation's checks that may fail (time out or crash) without a warning.",
+        minimum=0,
+        maximum=1,
+    )
+    failed_share_stop: float = setting(
+        0.2, "Share of failed checks above which the run stops; 1 never stops it.", minimum=0, maximum=1
     )
 
 

@@ -165,7 +165,8 @@ class Console:
             for source, scores in result.by_source.items():
                 self._print(Text(f"  {source}: {_scores_text(scores)}", style="cyan"))
         if now.not_judged:
-            self.warn(f"{now.not_judged} held-out responses could not be judged and count as not right")
+            without = f", {now.problems_not_judged} problems with them" if now.problems_not_judged else ""
+            self.warn(f"{now.not_judged} held-out responses could not be judged and are left out{without}")
 
     def finish(self, summary: Mapping[str, Any], run_directory: Path) -> None:
         """Print what came of the run, held-out scores before and after, and where its files are."""

@@ -58,8 +58,8 @@ def _row(step: int, group: Group, index: int) -> dict[str, object]:
         "ground_truth": group.problem.ground_truth,
         "response": group.text[index],
         "answer": judgement.answer,
-        "reward": judgement.reward,
-        "accuracy": judgement.accuracy,
+        "reward": judgement.reward if judgement.was_judged else None,
+        "accuracy": judgement.accuracy if judgement.was_judged else None,
         "outcome": judgement.outcome,
         "length": len(response.token_ids),
         "finish_reason": response.finish_reason,
@@ -69,7 +69,7 @@ def _row(step: int, group: Group, index: int) -> dict[str, object]:
 
 def _readable(step: int, group: Group, indices: list[int]) -> str:
     problem = group.problem
-    accuracies = [judgement.accuracy for judgement in group.judgements]
+    accuracies = [judgement.accuracy for judgement in group.judgements if judgement.was_judged]
     parts = [
         _RULE,
         f"step {step} · problem {problem.id} ({problem.data_source}) · right answer {problem.ground_truth}"
@@ -80,9 +80,10 @@ def _readable(step: int, group: Group, indices: list[int]) -> str:
     ]
     for number, index in enumerate(indices, start=1):
         response, judgement = group.responses[index], group.judgements[index]
+        verdict = f"reward {judgement.reward:+.3g} · accuracy {judgement.accuracy:.3g} · {judgement.outcome}"
         parts += [
-            f"---- {number}/{len(indices)} · reward {judgement.reward:+.3g} · accuracy {judgement.accuracy:.3g}"
-            f" · answer {judgement.answer or '(none)'} · {judgement.outcome} · {len(response.token_ids)} tokens"
+            f"---- {number}/{len(indices)} · {verdict if judgement.was_judged else judgement.outcome}"
+            f" · answer {judgement.answer or '(none)'} · {len(response.token_ids)} tokens"
             f" · ended by {response.finish_reason} · weights v{response.weight_version} ----",
             group.text[index].rstrip("\n"),
             "",

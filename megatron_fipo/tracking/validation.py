@@ -1,22 +1,26 @@
 """Accuracy on held-out problems: avg@k, cons@k, pass@k over the k samples of each problem.
 
-Choices worth knowing: a check that failed (timeout, crash) counts as not right in every score, and is also counted by
-itself; answers vote as extracted strings, so `1/2` and `0.5` are two candidates.
+Choices worth knowing: a response whose check failed (timeout, crash) counts in no accuracy, only in the rates of failed
+checks, and a problem without any verdict is left out of the means; answers vote as extracted strings, so `1/2` and
+`0.5` are two candidates.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import comb
+from math import comb, nan
 from statistics import fmean
 
-from megatron_fipo.samples import Group, Judgement
+from megatron_fipo.samples import FAILED_CHECKS, Group, Judgement
 
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Scores over a set of problems; accuracies in [0, 1], lengths in tokens."""
+    """Scores over a set of problems; accuracies in [0, 1], or NaN without any verdict; lengths in tokens."""
 
     problems: int
+    problems_not_judged: int
+    """Problems without any verdict, which the accuracies leave out."""
     k: int
     avg: float
     """avg@k: the mean accuracy of a single sample."""
@@ -29,6 +33,8 @@ class ValidationScores:
     """Share of responses that the length limit cut off."""
     not_judged: int
     """Responses whose check timed out or crashed."""
+    failed_rates: dict[str, float]
+    """Share of responses a kind of failed check."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,11 @@ class ValidationResult:
 def score(groups: list[Group], k: int) -> ValidationResult:
     """Score judged groups of k samples or more.
 
-    With more than k samples, avg@k and pass@k are the unbiased estimates from all of them, and cons@k votes among the
-    first k. Raises ValueError for no group at all, and for one with fewer samples than k or without its judgements.
+    With more than k verdicts on a problem, avg@k and pass@k are the unbiased estimates from all of them, and cons@k
+    votes among the first k; with fewer, since checks failed, all three are of those there are.
+
+    Raises:
+        ValueError: no group at all, or one with fewer samples than k or without its judgements.
     """
     if not groups:
         raise ValueError("no problems to validate on")
@@ -81,7 +90,7 @@ def consensus(judgements: list[Judgement]) -> float:
     """
     votes: dict[str, list[float]] = defaultdict(list)
     for judgement in judgements:
-        if judgement.outcome == "judged" and judgement.answer.strip():
+        if judgement.was_judged and judgement.answer.strip():
             votes[judgement.answer.strip()].append(judgement.accuracy)
     if not votes:
         return 0.0
@@ -91,22 +100,33 @@ def consensus(judgements: list[Judgement]) -> float:
 
 def _scores(groups: list[Group], k: int) -> ValidationScores:
     responses = [response for group in groups for response in group.responses]
-    judgements = [judgement for group in groups for judgement in group.judgements]
+    verdicts = [[judgement for judgement in group.judgements if judgement.was_judged] for group in groups]
+    judged = [of_problem for of_problem in verdicts if of_problem]
+    outcomes = Counter(judgement.outcome for group in groups for judgement in group.judgements)
     return ValidationScores(
         problems=len(groups),
+        problems_not_judged=len(groups) - len(judged),
         k=k,
-        avg=fmean(fmean(judgement.accuracy for judgement in group.judgements) for group in groups),
-        cons=fmean(consensus(group.judgements[:k]) for group in groups),
-        pass_at_k=fmean(pass_at_k(len(group.judgements), _right(group), k) for group in groups),
+        avg=_mean(fmean(judgement.accuracy for judgement in of_problem) for of_problem in judged),
+        cons=_mean(consensus(of_problem[:k]) for of_problem in judged),
+        pass_at_k=_mean(
+            pass_at_k(len(of_problem), _right(of_problem), min(k, len(of_problem))) for of_problem in judged
+        ),
         response_length_mean=fmean(len(response.token_ids) for response in responses),
         truncated=fmean(response.finish_reason == "length" for response in responses),
-        not_judged=sum(judgement.outcome != "judged" for judgement in judgements),
+        not_judged=sum(outcomes[kind] for kind in FAILED_CHECKS),
+        failed_rates={kind: outcomes[kind] / len(responses) for kind in FAILED_CHECKS},
     )
 
 
-def _right(group: Group) -> int:
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return fmean(found) if found else nan
+
+
+def _right(judgements: list[Judgement]) -> int:
     # A scorer's partial credit is not a solved problem.
-    return sum(judgement.accuracy >= 1.0 for judgement in group.judgements)
+    return sum(judgement.accuracy >= 1.0 for judgement in judgements)
 
 
 def _metrics(scores: ValidationScores, suffix: str) -> dict[str, float]:
@@ -117,4 +137,5 @@ def _metrics(scores: ValidationScores, suffix: str) -> dict[str, float]:
         f"response_length_mean{suffix}": scores.response_length_mean,
         f"truncated{suffix}": scores.truncated,
         f"not_judged{suffix}": scores.not_judged,
+        **{f"verifier_{kind}_rate{suffix}": rate for kind, rate in scores.failed_rates.items()},
     }

@@ -1,5 +1,6 @@
 """avg@k, cons@k and pass@k against values worked out by hand and, for pass@k, against drawing every subset."""
 
+import math
 from itertools import combinations
 
 import pytest
@@ -61,11 +62,26 @@ def test_partial_credit_is_not_a_solved_problem():
     assert (scores.avg, scores.pass_at_k) == (pytest.approx(0.9), 0.0)
 
 
-def test_failed_checks_and_truncation_are_counted():
-    group = make_group("9TT ", "9")
+def test_failed_checks_are_no_wrong_answers():
+    """Two of four checks failed: the accuracies are those of the other two."""
+    group = make_group("9TC ", "9")
     group.responses[3].finish_reason = "length"
     scores = score([group], k=4).overall
-    assert (scores.not_judged, scores.truncated, scores.avg) == (2, 0.25, 0.25)
+    assert (scores.avg, scores.cons, scores.pass_at_k) == (0.5, 1.0, 1.0)
+    assert (scores.not_judged, scores.truncated) == (2, 0.25)
+    metrics = score([group], k=4).metrics()
+    assert (metrics["verifier_timeout_rate"], metrics["verifier_crash_rate"]) == (0.25, 0.25)
+
+
+def test_a_problem_without_a_verdict_is_left_out_and_counted():
+    scores = score([make_group("99", "9"), make_group("TC", "9")], k=2).overall
+    assert (scores.avg, scores.cons, scores.pass_at_k) == (1.0, 1.0, 1.0)
+    assert (scores.problems, scores.problems_not_judged, scores.not_judged) == (2, 1, 2)
+
+
+def test_without_any_verdict_there_is_no_accuracy():
+    scores = score([make_group("TT", "9")], k=2).overall
+    assert all(math.isnan(value) for value in (scores.avg, scores.cons, scores.pass_at_k))
 
 
 def test_each_source_has_its_own_scores():

@@ -1,0 +1,57 @@
+"""Metrics of a step's sampling: over all that was sampled in it, trained on or not."""
+
+from collections import Counter
+from statistics import fmean
+
+import numpy
+
+from megatron_fipo.algorithm.groups import SamplingCounts
+from megatron_fipo.samples import FAILED_CHECKS, Group
+
+
+def sampling_metrics(counts: SamplingCounts, sampled: list[Group]) -> dict[str, float]:
+    """One step's metrics of dynamic sampling, of verdicts and of responses.
+
+    Means of reward and accuracy are over the responses that were judged, and are left out where none was.
+    """
+    metrics: dict[str, float] = {
+        "num_gen_batches": counts.num_gen_batches,
+        "groups_kept": counts.trained,
+        "groups_dropped": counts.dropped_all_right + counts.dropped_all_wrong + counts.dropped_no_contrast,
+        "groups_dropped_all_right": counts.dropped_all_right,
+        "groups_dropped_all_wrong": counts.dropped_all_wrong,
+        "groups_dropped_surplus": counts.dropped_surplus,
+        "groups_carried": counts.carried_out,
+    }
+    return metrics | _verdicts(sampled) | _responses(sampled)
+
+
+def _verdicts(sampled: list[Group]) -> dict[str, float]:
+    judgements = [judgement for group in sampled for judgement in group.judgements]
+    judged = [judgement for judgement in judgements if judgement.was_judged]
+    outcomes = Counter(judgement.outcome for judgement in judgements)
+    metrics: dict[str, float] = {f"verifier_{_PLURALS[kind]}": outcomes[kind] for kind in FAILED_CHECKS}
+    if judgements:
+        metrics |= {f"verifier_{kind}_rate": outcomes[kind] / len(judgements) for kind in FAILED_CHECKS}
+    if judged:
+        metrics["reward_mean"] = fmean(judgement.reward for judgement in judged)
+        metrics["accuracy"] = fmean(judgement.accuracy for judgement in judged)
+    return metrics
+
+
+_PLURALS = {"timeout": "timeouts", "crash": "crashes"}
+
+
+def _responses(sampled: list[Group]) -> dict[str, float]:
+    responses = [response for group in sampled for response in group.responses]
+    if not responses:
+        return {}
+    lengths = numpy.array([len(response.token_ids) for response in responses])
+    metrics = {f"response_length_q{q}": float(numpy.percentile(lengths, q)) for q in (25, 50, 75)}
+    return metrics | {
+        "response_length_mean": float(lengths.mean()),
+        "response_length_max": float(lengths.max()),
+        "responses_truncated": sum(response.finish_reason == "length" for response in responses),
+        "response_tokens": float(lengths.sum()),
+        "weight_version": max(response.weight_version for response in responses),
+    }

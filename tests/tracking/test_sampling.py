@@ -1,0 +1,37 @@
+"""Metrics of a step's sampling: means over verdicts, and failed checks by their own rates.
+
+Why: a verifier that times out on long answers must not look like a model that gets worse. Not covered: who drops the
+groups that are counted here (tests/algorithm/test_groups.py).
+"""
+
+import pytest
+
+from megatron_fipo.algorithm.groups import SamplingCounts
+from megatron_fipo.tracking.sampling import sampling_metrics
+from tests.tracking.groups import make_group
+
+
+def test_failed_checks_change_no_mean():
+    sound = sampling_metrics(SamplingCounts(), [make_group("9978", "9")])
+    with_failures = sampling_metrics(SamplingCounts(), [make_group("99T78TC", "9")])
+    for name in ("reward_mean", "accuracy"):
+        assert with_failures[name] == sound[name]
+    assert sound["accuracy"] == 0.5 and sound["reward_mean"] == 0.0
+    assert (with_failures["verifier_timeouts"], with_failures["verifier_crashes"]) == (2, 1)
+    assert with_failures["verifier_timeout_rate"] == pytest.approx(2 / 7)
+    assert with_failures["verifier_crash_rate"] == pytest.approx(1 / 7)
+    assert sound["verifier_timeout_rate"] == sound["verifier_crash_rate"] == 0
+
+
+def test_without_a_verdict_there_is_no_mean():
+    metrics = sampling_metrics(SamplingCounts(), [make_group("TT", "9")])
+    assert "reward_mean" not in metrics and "accuracy" not in metrics
+    assert metrics["verifier_timeout_rate"] == 1.0
+
+
+def test_lengths_and_an_empty_step():
+    metrics = sampling_metrics(SamplingCounts(), [make_group("9999", "9", lengths=[1, 2, 3, 4])])
+    assert metrics["response_length_mean"] == 2.5 and metrics["response_length_max"] == 4
+    assert [metrics[f"response_length_q{q}"] for q in (25, 50, 75)] == [1.75, 2.5, 3.25]
+    assert metrics["response_tokens"] == 10
+    assert "response_tokens" not in sampling_metrics(SamplingCounts(num_gen_batches=1), [])
