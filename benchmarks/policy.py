@@ -83,7 +83,7 @@ def make_sequences(shape: Shape) -> Sequences:
         prompt_lengths=[PROMPT] * len(lengths),
         rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
         advantages=torch.randn(len(lengths), generator=generator),
-        fresh=torch.ones(len(lengths), dtype=torch.bool),
+        weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
         mini_batch_sizes=[len(lengths)],
     )
 

@@ -30,7 +30,7 @@ def make_sequences(vocabulary: int) -> Sequences:
         prompt_lengths=[PROMPT] * SEQUENCES,
         rollout_log_probs=[-torch.rand(RESPONSE) for _ in range(SEQUENCES)],
         advantages=torch.randn(SEQUENCES),
-        fresh=torch.ones(SEQUENCES, dtype=torch.bool),
+        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
         mini_batch_sizes=[SEQUENCES],
     )
 

@@ -177,7 +177,7 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
     log_probs: list[Tensor] = []
     prompts: list[int] = []
     advantages: list[float] = []
-    fresh: list[bool] = []
+    weight_lag: list[int] = []
     sizes: list[int] = []
     for start in range(0, len(groups), algorithm.mini_batch_prompts):
         before = len(tokens)
@@ -188,9 +188,9 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
             tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
             prompts += [len(prompt)] * len(judged)
             log_probs += [torch.tensor(response.log_probs) for response, _ in judged]
-            fresh += [response.weight_version == weight_version for response, _ in judged]
+            weight_lag += [weight_version - response.weight_version for response, _ in judged]
             rewards = [judgement.reward for _, judgement in judged]
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(tokens) > before:
             sizes.append(len(tokens) - before)
-    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), torch.tensor(fresh), sizes)
+    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), torch.tensor(weight_lag), sizes)

@@ -19,6 +19,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.errors import FipoError, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.policy import checkpoint, platform
+from megatron_fipo.policy.agreement import AgreementCheck, agreement_limits
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.update import Policy, gather_parameters
@@ -68,6 +69,7 @@ class Trainer:
         if self.first:
             self._open_run_files(stack)
         self.stand_by = StandBy(trainer_store())
+        self.agreement = AgreementCheck(agreement_limits(config))
         self.version = self.step
         """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
@@ -125,6 +127,8 @@ class Trainer:
         mini_batches = self.policy.plan(sequences)
         with self.console.phase("log-probs"):
             agreement = self.policy.score(mini_batches)
+        if warning := self.agreement.judge(agreement):
+            self.console.warn(f"step {self.step}: {warning}")
         with self.console.phase("update"):
             updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
             gather_parameters(self.policy.chunks)

@@ -1,8 +1,9 @@
 """Statistics that add up: named tensors of micro-batches and ranks become the metrics of one update.
 
 The name says how a statistic combines. `sum/x` adds up and is reported as a mean over response tokens; `count/x` adds
-up and is reported as it is; `min/x` and `max/x` are the least and the greatest; `histogram/x` holds counts by bin,
-adds up, and is reported as quantiles. So all of it crosses the wire in one collective, and no layout changes it.
+up and is reported as it is; `min/x` and `max/x` are the least and the greatest; `mean/x` holds a sum and its own count,
+adds up, and is reported as the mean; `histogram/x` holds counts by bin, adds up, and is reported as quantiles. So all
+of it crosses the wire in one collective, and no layout changes it.
 """
 
 import math
@@ -30,6 +31,23 @@ def token_statistics(
         found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
         found[f"max/{name}"] = torch.where(mask, values, -torch.inf).amax()
     return {name: value.float() for name, value in (found | {"count/tokens": mask.sum()}).items()}
+
+
+@torch.no_grad()
+def part_means(values: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over parts of the tokens, such as the quarters of responses.
+
+    Args:
+        values: [rows, tokens]
+        parts: by the mean's name, [rows, tokens] bool
+
+    Returns:
+        `mean/x` for each part, [2] fp32: the sum of its values, and their number.
+    """
+    return {
+        f"mean/{name}": torch.stack([torch.where(part, values, 0.0).sum(), part.sum()]).float()
+        for name, part in parts.items()
+    }
 
 
 @torch.no_grad()
@@ -95,6 +113,8 @@ def metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
     for name, counts in statistics.items():
         if name.startswith("histogram/"):
             reported |= _quantiles(name.removeprefix("histogram/"), counts)
+        elif name.startswith("mean/") and counts[1] > 0:
+            reported[name.removeprefix("mean/")] = (counts[0] / counts[1]).item()
     if scalars.get("count/normaliser", 0) > 0:
         reported["loss"] = scalars["count/loss"] / scalars["count/normaliser"]
     square = reported.pop("influence_weights_square", None)

@@ -200,6 +200,13 @@ def _sampling(config: Config) -> Iterator[str]:
             f"raw_logprobs leave out the temperature {rollout.temperature:g}, by which the trainer divides",
             "rollout.logprobs_mode=processed_logprobs, or rollout.temperature=1",
         )
+    warn, stop = rollout.log_prob_diff_warn, rollout.log_prob_diff_stop
+    if warn is not None and stop is not None and stop < warn:
+        raise ConfigError(
+            "rollout.log_prob_diff_stop",
+            f"{stop:g} is below rollout.log_prob_diff_warn {warn:g}",
+            "a limit at or above the warning's",
+        )
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k", "0 keeps no token", "-1 is off")
     if config.validation.temperature == 0 and config.validation.samples > 1:

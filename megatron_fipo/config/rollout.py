@@ -34,6 +34,18 @@ class RolloutConfig:
         "What the engine reports. raw_logprobs: log_softmax(logits); processed_logprobs: after temperature and top-p.",
         choices=("raw_logprobs", "processed_logprobs"),
     )
+    log_prob_diff_warn: float | None = setting(
+        None,
+        "Mean |log-prob| difference of trainer and engine, in nats a token, above which a run warns, once. null: 0.001 "
+        "with float32 on both sides, 0.15 with FP8 on either, else 0.06.",
+        above=0,
+    )
+    log_prob_diff_stop: float | None = setting(
+        None,
+        "The same difference above which a run stops at its first step, or the first after a resume: a weight or the "
+        "architecture is wrong then. null: 0.05 with float32, 0.6 with FP8, else 0.3.",
+        above=0,
+    )
     max_num_seqs: int = setting(256, "Sequences that one server runs at once.", minimum=1)
     gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory for one server.", above=0, maximum=1)
     shared_gpu: bool = setting(

@@ -21,8 +21,9 @@ class Sequences:
     """n × [response] fp32, by the engine."""
     advantages: Tensor
     """[n] fp32"""
-    fresh: Tensor
-    """[n] bool: sampled with the weights that the step starts from, and not carried over from an earlier step."""
+    weight_lag: Tensor
+    """[n] int64: versions between the weights that sampled it and those that the step starts from; 0 but for sequences
+    carried over from an earlier step."""
     mini_batch_sizes: list[int]
     """Sequences of each update, in order; they add up to n."""
 
@@ -42,7 +43,7 @@ def share(sequences: Sequences | None) -> Sequences:
     )
     count, mini_batches = header.tolist()
     if count == 0:
-        return Sequences([], [], [], torch.empty(0), torch.empty(0, dtype=torch.bool), [])
+        return Sequences([], [], [], torch.empty(0), torch.empty(0, dtype=torch.int64), [])
     shape = None
     if sequences:
         shape = torch.tensor([*sequences.prompt_lengths, *sequences.lengths(), *sequences.mini_batch_sizes])
@@ -53,15 +54,15 @@ def share(sequences: Sequences | None) -> Sequences:
     tokens = _broadcast(torch.cat(sequences.token_ids) if sequences else None, sum(lengths), torch.int32).long()
     floats = None
     if sequences:
-        floats = torch.cat([*sequences.rollout_log_probs, sequences.advantages, sequences.fresh.float()])
+        floats = torch.cat([*sequences.rollout_log_probs, sequences.advantages, sequences.weight_lag.float()])
     floats = _broadcast(floats, sum(responses) + 2 * count, torch.float32)
-    log_probs, advantages, fresh = floats.split([sum(responses), count, count])
+    log_probs, advantages, weight_lag = floats.split([sum(responses), count, count])
     return Sequences(
         token_ids=list(tokens.split(lengths)),
         prompt_lengths=prompts,
         rollout_log_probs=list(log_probs.split(responses)),
         advantages=advantages,
-        fresh=fresh.bool(),
+        weight_lag=weight_lag.long(),
         mini_batch_sizes=sizes,
     )
 
@@ -92,8 +93,10 @@ class MicroBatch:
     """[rows, local tokens] fp32, 0 outside the mask."""
     advantages: Tensor
     """[rows, local tokens] fp32, the sequence's at each of its tokens."""
-    fresh: Tensor
-    """[rows, local tokens] bool, see Sequences."""
+    weight_lag: Tensor
+    """[rows, local tokens] int64, see Sequences."""
+    response_quarter: Tensor
+    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3; 0 outside the mask."""
     response_lengths: Tensor
     """[sequences] int64, of whole responses; 0 for a filler."""
     offsets: Tensor | None = None
@@ -139,7 +142,8 @@ def build_micro_batch(sequences: Sequences, indices: list[int], cut: Cut, device
     """
     slots = cut.slots([len(sequences.token_ids[index]) - 1 for index in indices] or [1])
     tokens, labels, positions = torch.zeros(3, sum(slots), dtype=torch.int64)
-    mask, fresh = torch.zeros(2, sum(slots), dtype=torch.bool)
+    weight_lag, quarter = torch.zeros(2, sum(slots), dtype=torch.int64)
+    mask = torch.zeros(sum(slots), dtype=torch.bool)
     log_probs, advantages = torch.zeros(2, sum(slots))
     response_lengths = torch.zeros(len(slots), dtype=torch.int64)
     held, start = [], 0
@@ -153,8 +157,9 @@ def build_micro_batch(sequences: Sequences, indices: list[int], cut: Cut, device
             tokens[start:end], labels[start:end] = ids[:-1], ids[1:]
             mask[response], log_probs[response] = True, sequences.rollout_log_probs[index]
             advantages[start : start + slot] = sequences.advantages[index]
-            fresh[start : start + slot] = sequences.fresh[index]
-            response_lengths[place] = len(ids) - prompt
+            weight_lag[start : start + slot] = sequences.weight_lag[index]
+            response_lengths[place] = length = len(ids) - prompt
+            quarter[response] = torch.arange(length) * 4 // length
         start += slot
     chosen, rows = torch.cat(held), 1 if cut.packed else len(slots)
 
@@ -168,7 +173,8 @@ def build_micro_batch(sequences: Sequences, indices: list[int], cut: Cut, device
         response_mask=part(mask),
         rollout_log_probs=part(log_probs),
         advantages=part(advantages),
-        fresh=part(fresh),
+        weight_lag=part(weight_lag),
+        response_quarter=part(quarter),
         response_lengths=response_lengths.to(device),
         offsets=torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device) if cut.packed else None,
         local_lengths=torch.tensor(slots, device=device) // cut.context_size if cut.packed else None,

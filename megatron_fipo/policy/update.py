@@ -28,9 +28,10 @@ from torch import Tensor
 
 from megatron_fipo.algorithm.losses import LossInputs, policy_loss
 from megatron_fipo.algorithm.sequences import SequenceLayout
-from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, to_vector, token_statistics
+from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, to_vector
 from megatron_fipo.config import Config
 from megatron_fipo.policy import platform
+from megatron_fipo.policy.agreement import log_prob_differences
 from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.model import build_model, uses_transformer_engine
@@ -102,14 +103,13 @@ class Policy:
         And `reference_log_probs` from those that training started from, where the loss has a KL term.
 
         Returns:
-            log_prob_diff_mean and _max: |log π_trainer − log π_engine| over the sampled tokens of fresh sequences,
-            whose engine had these very weights. The same on every rank; empty if there are none.
+            log_prob_diff_mean and the others of `agreement.log_prob_differences`. The same on every rank; empty if
+            there are no sequences.
         """
         parts = []
         for micro_batch, log_probs in self._scored(mini_batches):
             micro_batch.old_log_probs = log_probs
-            gap = {"log_prob_diff": (log_probs - micro_batch.rollout_log_probs).abs()}
-            parts.append(token_statistics(micro_batch.response_mask & micro_batch.fresh, gap, gap))
+            parts.append(log_prob_differences(micro_batch, log_probs))
         if self.reference is not None:
             with self.reference.in_place():
                 for micro_batch, log_probs in self._scored(mini_batches):

@@ -53,7 +53,15 @@ PANELS = (
     Panel("Policy KL (ppo_kl)", {"ppo_kl": "old policy to new"}, {}),
     Panel("Share of clipped ratios", {"pg_clipfrac": "clipped", "pg_clipfrac_lower": "dual-clipped"}, {}),
     Panel("Gradient norm", {"grad_norm": "before clipping"}, {}),
-    Panel("Mean |trainer − engine| log-prob", {"log_prob_diff_mean": "difference"}, {}),
+    Panel(
+        "Mean |trainer − engine| log-prob",
+        {
+            "log_prob_diff_mean": "whole response",
+            "log_prob_diff_quarter_1": "first quarter",
+            "log_prob_diff_quarter_4": "last quarter",
+        },
+        {},
+    ),
     Panel("Tokens a second", {"tokens_per_second": "whole step"}, {}),
     Panel(
         "Seconds in each phase",

@@ -7,7 +7,7 @@ itself; tests/policy/test_layouts.py compares every rank's metrics.
 import pytest
 import torch
 
-from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, ratio_histograms, to_vector
+from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, part_means, ratio_histograms, to_vector
 
 TOKENS = {"count/tokens": torch.tensor(1.0)}
 
@@ -56,3 +56,13 @@ def test_a_cut_and_the_wire_change_nothing() -> None:
     sent = [from_vector(to_vector(part), part) for part in parts]
     combined = combine(sent)
     assert all(torch.equal(combined[name], value.double()) for name, value in whole.items())
+
+
+def test_means_of_parts_have_their_own_counts() -> None:
+    """Three parts of different sizes over two micro-batches; the empty one is left out."""
+    values = torch.tensor([[1.0, 2.0, 3.0, 10.0]])
+    first = torch.tensor([[True, True, False, False]])
+    parts = {"a": first, "b": ~first & (values < 5), "none": torch.zeros_like(first)}
+    found = metrics(TOKENS | combine([part_means(values, parts), part_means(values + 1, parts)]))
+    assert (found["a"], found["b"]) == (2.0, 3.5)
+    assert "none" not in found

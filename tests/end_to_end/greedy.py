@@ -30,7 +30,7 @@ def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> 
                 [len(ids)],
                 [torch.zeros(1)],
                 torch.zeros(1),
-                torch.ones(1, dtype=torch.bool),
+                torch.zeros(1, dtype=torch.int64),
                 [1],
             )
             (mini_batch,) = policy.plan(sequences)

@@ -70,7 +70,7 @@ def read_sequences(path: str) -> Sequences:
         prompt_lengths=prompts,
         rollout_log_probs=list(data["old_log_probs"].split(responses)),
         advantages=data["advantages"],
-        fresh=torch.ones(len(lengths), dtype=torch.bool),
+        weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
         mini_batch_sizes=[len(lengths)],
     )
 

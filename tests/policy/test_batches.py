@@ -17,7 +17,7 @@ def make_sequences() -> Sequences:
         prompt_lengths=[3, 2],
         rollout_log_probs=[torch.tensor([-0.1, -0.2, -0.3, -0.4]), torch.tensor([-0.5, -0.6])],
         advantages=torch.tensor([1.0, -1.0]),
-        fresh=torch.tensor([True, False]),
+        weight_lag=torch.tensor([0, 2]),
         mini_batch_sizes=[2],
     )
 
@@ -50,7 +50,8 @@ def test_what_belongs_to_the_responses(packed: bool) -> None:
     engine = torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
     assert torch.equal(batch.rollout_log_probs[batch.response_mask], engine)
     assert batch.advantages[batch.response_mask].tolist() == [1, 1, 1, 1, -1, -1]
-    assert batch.fresh[batch.response_mask].tolist() == [True] * 4 + [False] * 2
+    assert batch.weight_lag[batch.response_mask].tolist() == [0] * 4 + [2] * 2
+    assert batch.response_quarter[batch.response_mask].tolist() == [0, 1, 2, 3, 0, 2]
     assert batch.response_lengths.tolist() == [4, 2]
 
 
@@ -64,7 +65,7 @@ def test_context_parallel_parts_are_the_whole(packed: bool) -> None:
         assert [part.local_lengths.tolist() for part in parts if part.local_lengths is not None] == [[4, 2]] * 2
     else:
         assert [part.position_ids[0].tolist() for part in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    for name in ("labels", "rollout_log_probs", "advantages"):
+    for name in ("labels", "rollout_log_probs", "advantages", "weight_lag", "response_quarter"):
         joined = torch.cat([getattr(part, name)[part.response_mask] for part in parts])
         assert joined.sort().values.tolist() == getattr(whole, name)[whole.response_mask].sort().values.tolist()
 

@@ -101,6 +101,6 @@ def _sequences(vocabulary: int) -> Sequences:
         prompt_lengths=[PROMPT] * SEQUENCES,
         rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
         advantages=torch.randn(SEQUENCES, generator=generator),
-        fresh=torch.ones(SEQUENCES, dtype=torch.bool),
+        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
         mini_batch_sizes=[SEQUENCES],
     )

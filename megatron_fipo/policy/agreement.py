@@ -1,0 +1,112 @@
+"""Whether trainer and engine agree on the log-probs of the sampled tokens, and what follows when they do not.
+
+Both compute the same function of the same weights, in other orders of addition. So the mean difference is what their
+precision rounds, or something is wrong: weights that did not arrive, a stale cache, another architecture.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_fipo.algorithm.statistics import part_means, token_statistics
+from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy.batches import MicroBatch
+
+
+@dataclass(frozen=True)
+class Limits:
+    """On the mean |log π_trainer − log π_engine| a sampled token, in nats."""
+
+    warn: float
+    stop: float
+
+
+# What rounding gives in practice, times ten or so: fp32 1e-7 … 1e-4, bf16 0.005 … 0.04, FP8 0.02 … 0.1. A wrong rotary
+# embedding, a stale prefix cache or lost weights give 0.5 to 10.
+_BY_PRECISION = {"float32": Limits(1e-3, 0.05), "bfloat16": Limits(0.06, 0.3), "fp8": Limits(0.15, 0.6)}
+
+
+def agreement_limits(config: Config) -> Limits:
+    """The configured limits; where they are null, those of the coarser one of the trainer's and engine's precision."""
+    model, rollout = config.model, config.rollout
+    if model.fp8 != "off" or rollout.quantization:
+        precision = "fp8"
+    elif model.dtype == rollout.dtype == "float32":
+        precision = "float32"
+    else:
+        precision = "bfloat16"
+    usual = _BY_PRECISION[precision]
+    return Limits(
+        warn=usual.warn if rollout.log_prob_diff_warn is None else rollout.log_prob_diff_warn,
+        stop=usual.stop if rollout.log_prob_diff_stop is None else rollout.log_prob_diff_stop,
+    )
+
+
+def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str, Tensor]:
+    """Statistics of |log π_trainer − log π_engine| over a micro-batch's response tokens.
+
+    `log_prob_diff`, mean and maximum, is over tokens of the very weights that the trainer has: of lag 0. Those have
+    means by quarter of their response too: a broken rotary embedding grows from quarter to quarter. Tokens of older
+    weights differ because the policy has moved; they are kept apart by their lag.
+
+    Args:
+        log_probs: [rows, local tokens] fp32, by the trainer.
+    """
+    gap = (log_probs - micro_batch.rollout_log_probs).abs()
+    mask, lag = micro_batch.response_mask, micro_batch.weight_lag
+    present = mask & (lag == 0)
+    parts = {f"log_prob_diff_quarter_{q + 1}": present & (micro_batch.response_quarter == q) for q in range(4)}
+    parts |= {"log_prob_diff_lag_1": mask & (lag == 1), "log_prob_diff_lag_2_or_more": mask & (lag > 1)}
+    return token_statistics(present, {"log_prob_diff": gap}, {"log_prob_diff": gap}) | part_means(gap, parts)
+
+
+class AgreementCheck:
+    """Judges each step's differences; warns once a run."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._first = True
+        self._warned = False
+
+    def judge(self, metrics: dict[str, float]) -> str | None:
+        """The warning to show, or None. `metrics` are `Policy.score`'s of a step, alike on every rank.
+
+        Raises:
+            FipoError: the difference is above the second limit in this process's first step, of a run or of a resume.
+        """
+        mean = metrics.get("log_prob_diff_mean")
+        if mean is None:  # nothing was sampled with the present weights
+            return None
+        first, self._first = self._first, False
+        # Written so that NaN, which no comparison holds for, is no agreement.
+        if first and not mean <= self._limits.stop:
+            raise FipoError(
+                f"{_describe(metrics)}, above rollout.log_prob_diff_stop={self._limits.stop:g}: a weight, the "
+                f"architecture or the tokens are not the same on both sides{_shape_of(metrics)}"
+            )
+        if self._warned or mean <= self._limits.warn:
+            return None
+        self._warned = True
+        return (
+            f"{_describe(metrics)}, above rollout.log_prob_diff_warn={self._limits.warn:g}. Usual causes: a stale "
+            "prefix cache, a rotary embedding or context length that only one side has, another precision "
+            f"(rollout.dtype, quantization), top-p or top-k sampling{_shape_of(metrics)}. Said once; "
+            "metrics.jsonl has every step"
+        )
+
+
+def _describe(metrics: dict[str, float]) -> str:
+    return f"the log-probs of trainer and engine differ by {metrics['log_prob_diff_mean']:.2g} nats a token"
+
+
+def _shape_of(metrics: dict[str, float]) -> str:
+    """What the quarters of the responses say, where all four have tokens."""
+    quarters = [metrics.get(f"log_prob_diff_quarter_{q}") for q in range(1, 5)]
+    known = [value for value in quarters if value is not None]
+    if len(known) < 4:
+        return ""
+    shown = ", ".join(f"{value:.2g}" for value in known)
+    if known[-1] > 3 * known[0]:
+        return f". By quarter of the response {shown}: it grows with position, as with a wrong rotary embedding"
+    return f". By quarter of the response {shown}: it does not grow with position"

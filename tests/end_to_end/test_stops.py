@@ -1,0 +1,62 @@
+"""Runs that end by themselves, in one line, because what they would train on is wrong.
+
+Why: each of these looks healthy from outside: samples come, rewards come, losses fall. Not covered: the limits in
+between, which tests/policy/test_agreement.py and tests/rewards/test_failed_checks.py have.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.rollout.service import RolloutService
+from tests.end_to_end import runs
+from tests.end_to_end.runs import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server_with_another_rope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+    """A server of the embedded model, but for the base of its rotary embedding, which no weight update carries."""
+    model = tmp_path_factory.mktemp("another-rope") / "model"
+    shutil.copytree(resolve_embedded("embedded:tiny"), model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100.0}
+    config.pop("rope_theta", None)
+    (model / "config.json").write_text(json.dumps(config))
+    settings = load_config([*SMALL, "rollout.weight_transfer=process_group"]).rollout
+    with RolloutService(settings, model, tmp_path_factory.mktemp("server"), seed=0) as service:
+        service.start()
+        service.wait_ready()
+        yield service
+
+
+def stopped(server: RolloutService, directory: Path, *overrides: str) -> str:
+    """The output of a run on that server, which has to end with an error and without a traceback."""
+    token = server.headers["Authorization"].removeprefix("Bearer ")
+    address = f"rollout.addresses=[{server.servers[0].url}]"
+    settings = [*SMALL, "rollout.servers=0", address, "rollout.weight_transfer=process_group", *overrides]
+    process = runs.start(directory, *settings, token=token)
+    assert process.wait(timeout=200) == 1
+    output = runs.output(directory)
+    assert "Traceback" not in output, output
+    assert not runs.rows(directory), "it trained on what is wrong"
+    return output
+
+
+def test_an_engine_of_another_rotary_embedding(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
+    output = stopped(server_with_another_rope, tmp_path)
+    assert "the log-probs of trainer and engine differ by" in output
+    assert "rollout.log_prob_diff_stop=0.05" in output
+
+
+def test_a_verifier_that_never_answers_in_time(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
+    output = stopped(server_with_another_rope, tmp_path, "reward.timeout_s=0.000001")
+    # A verdict may slip in while the next deadline is awaited.
+    assert re.search(r"\d+ of 32 checks in this step failed \(\d+ timeout; reward\.rule=exact_match\)", output)
