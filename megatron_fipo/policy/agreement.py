@@ -106,7 +106,5 @@ def _shape_of(metrics: dict[str, float]) -> str:
     known = [value for value in quarters if value is not None]
     if len(known) < 4:
         return ""
-    shown = ", ".join(f"{value:.2g}" for value in known)
-    if known[-1] > 3 * known[0]:
-        return f". By quarter of the response {shown}: it grows with position, as with a wrong rotary embedding"
-    return f". By quarter of the response {shown}: it does not grow with position"
+    grows = ", growing with position as with a wrong rotary embedding" if known[-1] > 3 * known[0] else ""
+    return f". By quarter of the response: {', '.join(f'{value:.2g}' for value in known)}{grows}"

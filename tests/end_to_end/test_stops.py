@@ -57,6 +57,7 @@ def test_an_engine_of_another_rotary_embedding(server_with_another_rope: Rollout
 
 
 def test_a_verifier_that_never_answers_in_time(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
-    output = stopped(server_with_another_rope, tmp_path, "reward.timeout_s=0.000001")
-    # A verdict may slip in while the next deadline is awaited.
-    assert re.search(r"\d+ of 32 checks in this step failed \(\d+ timeout; reward\.rule=exact_match\)", output)
+    # Some verdicts slip in within the millisecond that a deadline has at least.
+    limits = ["reward.timeout_s=0.000001", "reward.failed_share_warn=0", "reward.failed_share_stop=0"]
+    output = stopped(server_with_another_rope, tmp_path, *limits)
+    assert re.search(r"\d+ of 32 checks in this step failed \(\d+ timeout; reward\.rule=math_verify\)", output)
