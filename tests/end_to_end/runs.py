@@ -65,14 +65,14 @@ def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]
             end(process)
 
 
-def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 300) -> str:
-    """Wait for a run that has to succeed; its output."""
+def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 300, exit_code: int = 0) -> str:
+    """Wait for a run that has to succeed, or to end with `exit_code`; its output."""
     try:
         code = process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         end(process)
         raise AssertionError(f"not done after {timeout_s} s:\n{output(directory)[-4000:]}") from None
-    assert code == 0, f"exit code {code}:\n{output(directory)[-6000:]}"
+    assert code == exit_code, f"exit code {code}:\n{output(directory)[-6000:]}"
     return output(directory)
 
 

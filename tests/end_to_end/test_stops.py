@@ -42,9 +42,7 @@ def stopped(server: RolloutService, directory: Path, *overrides: str) -> str:
     token = server.headers["Authorization"].removeprefix("Bearer ")
     address = f"rollout.addresses=[{server.servers[0].url}]"
     settings = [*SMALL, "rollout.servers=0", address, "rollout.weight_transfer=process_group", *overrides]
-    process = runs.start(directory, *settings, token=token)
-    assert process.wait(timeout=200) == 1
-    output = runs.output(directory)
+    output = runs.finish(runs.start(directory, *settings, token=token), directory, exit_code=1)
     assert "Traceback" not in output, output
     assert not runs.rows(directory), "it trained on what is wrong"
     return output
