@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # NVIDIA's apex is no requirement: the name on PyPI belongs to another project, and Megatron-Core works without.
 RUNTIME = [
+    # Knows a hub dataset's splits.
+    "datasets>=4",
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",
