@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BATCH_ROWS = 4096
 
 
@@ -109,8 +110,8 @@ def _parquet_rows(path: Path, required: Sequence[str], optional: str) -> Iterato
 
     with _arrow_errors(path, "a parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
-        present = file.schema_arrow
-    wanted = _top_columns(path, present.names, required, optional)
+        present = file.schema_arrow.names
+    wanted = _top_columns(path, present, required, optional)
     yield from _batches(path, lambda: file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted))
 
 
@@ -124,11 +125,14 @@ def _arrow_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[
             file = pyarrow.ipc.open_file(source)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))
         except pyarrow.ArrowInvalid:  # the datasets library writes streams
+            length = len(_END_OF_STREAM)
+            if source.size() < length or source.read_at(length, source.size() - length) != _END_OF_STREAM:
+                raise ValueError("it is cut off") from None
             source.seek(0)
             file = pyarrow.ipc.open_stream(source)
             batches = iter(file)
-        present = file.schema
-    wanted = _top_columns(path, present.names, required, optional)
+        present = file.schema.names
+    wanted = _top_columns(path, present, required, optional)
     yield from _batches(path, lambda: (batch.select(wanted) for batch in batches))
 
 
