@@ -118,7 +118,7 @@ def test_gsm8k_answers_follow_the_mark(solution: str, text: str) -> None:
 
 @pytest.mark.parametrize("solution", ["42", "####", "#### ", "#### 4\nand more", 42, ["#### 4"], True])
 def test_what_is_not_gsm8ks_form_is_refused(solution: Any) -> None:
-    with pytest.raises(ValueError, match="data.answer_format=gsm8k"):
+    with pytest.raises(ValueError, match=r"data\.answer_format=gsm8k"):
         answer_text(solution, "gsm8k")
 
 

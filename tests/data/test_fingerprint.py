@@ -23,7 +23,9 @@ ROWS = [row("1+6=?"), row("2+2=?", "4"), row("3+3=?", "6")]
 def load(tmp_path: Path):
     write_tokenizer(tmp_path / "model")
 
-    def fingerprint(rows: list[dict], suffix: str = ".jsonl", template: str | None = None, limit: int = 20) -> Fingerprint:
+    def fingerprint(
+        rows: list[dict], suffix: str = ".jsonl", template: str | None = None, limit: int = 20
+    ) -> Fingerprint:
         path = tmp_path / "model" / "chat_template.jinja"
         path.unlink(missing_ok=True)
         if template is not None:

@@ -1,4 +1,4 @@
-"""Why: a glob over a data set's files mixes its train and its test split, and a run then trains on what it is judged by.
+"""Why: a glob over a data set's files mixes its splits, and a run then trains on what it is judged by.
 
 The hub cannot be reached here: data sets lie in directories and in the hub's cache, as a download leaves them.
 """
@@ -41,7 +41,12 @@ def lay_out(directory: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def with_card(tmp_path: Path) -> Path:
-    files = {"README.md": CARD, "main/train-0.jsonl": "1+6=?", "main/test-0.jsonl": "2+5=?", "socratic/a.jsonl": "3+4=?"}
+    files = {
+        "README.md": CARD,
+        "main/train-0.jsonl": "1+6=?",
+        "main/test-0.jsonl": "2+5=?",
+        "socratic/a.jsonl": "3+4=?",
+    }
     return lay_out(tmp_path / "gsm", files)
 
 
@@ -71,8 +76,11 @@ def test_a_card_says_which_files_are_a_split(with_card: Path, entry: str, split:
         (["train.jsonl", "test.jsonl"], "train", ["train.jsonl"]),
         (["train.jsonl", "test.jsonl"], "validation", ["test.jsonl"]),
         (["train.jsonl", "test.jsonl", "validation.jsonl"], "validation", ["validation.jsonl"]),
-        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],)
-        + ("train", ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]),
+        (
+            ["data/train-0-of-2.jsonl", "data/train-1-of-2.jsonl", "data/test-0-of-1.jsonl"],
+            "train",
+            ["train-0-of-2.jsonl", "train-1-of-2.jsonl"],
+        ),
         (["train/a.jsonl", "test/b.jsonl"], "train", ["a.jsonl"]),
         (["data/dapo-math-17k.jsonl"], "train", ["dapo-math-17k.jsonl"]),
         (["aime.jsonl"], "validation", ["aime.jsonl"]),

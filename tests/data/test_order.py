@@ -42,7 +42,15 @@ def test_state_of_other_data_is_refused(other):
 
 @pytest.mark.parametrize(
     "change",
-    [{"position": 11}, {"position": -1}, {"position": "3"}, {"position": None}, {"epoch": -1}, {"epoch": 0.5}, {"x": 1}],
+    [
+        {"position": 11},
+        {"position": -1},
+        {"position": "3"},
+        {"position": None},
+        {"epoch": -1},
+        {"epoch": 0.5},
+        {"x": 1},
+    ],
 )
 def test_a_position_that_does_not_exist_is_refused_and_does_not_draw_for_ever(change):
     order = ProblemOrder(10, 0, True)

@@ -124,7 +124,9 @@ def test_problems_of_validation_are_not_trained_on(tmp_path, tokenizer, suffix):
 
 def test_a_held_out_problem_is_known_under_another_template_and_other_columns(tmp_path, tokenizer):
     asked = "Find x\nif x+1 = 3."
-    train = write(tmp_path / "train.jsonl", [row(RECIPE_PROMPT.replace("{question}", asked)), row("Find X if x+1 = 3.")])
+    train = write(
+        tmp_path / "train.jsonl", [row(RECIPE_PROMPT.replace("{question}", asked)), row("Find X if x+1 = 3.")]
+    )
     validation = write(tmp_path / "validation.jsonl", [{"problem": "Find  x if x+1 = 3.", "answer": 2}])
     columns = ValidationColumnsConfig(prompt="problem", answer="answer")
     for template in (RECIPE_PROMPT, "{question}", "Q: {question}"):
@@ -149,7 +151,8 @@ def test_conflicting_answers_are_warned_about(tmp_path, tokenizer):
 def test_a_template_that_refuses_a_row_names_it(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}{{ messages[0].content }}"
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}"
+        "{{ messages[0].content }}"
     )
     system = row("1+6=?") | {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1"}]}
     file = write(tmp_path / "a.jsonl", [row("1+6=?"), system])

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fipo.data.column_sums import BOS_ID, EOS_ID, PAD_ID, write_tokenizer
@@ -85,7 +85,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-WORDS = "solve the math problem step by step user system answer is two add".split()
+WORDS = ["solve", "the", "math", "problem", "step", "by", "step", "user", "system", "answer", "is", "two", "add"]
 
 
 def save_sentencepiece(directory: Path, template: str | None = None, **settings: Any) -> SentencePieceProcessor:
