@@ -9,6 +9,7 @@ RUNTIME = [
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",
+    "jinja2",
     "math-verify",
     "matplotlib",
     # The newest version for Python 3.11; policy/ relies on its internals.

@@ -17,12 +17,12 @@ from torch import Tensor
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
-from megatron_fipo.data.fingerprint import Fingerprint
+from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary, outside
-from megatron_fipo.errors import DataError, RolloutError
+from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
@@ -51,7 +51,10 @@ class Experience:
         self.problems, self.fingerprint = train.problems, train.fingerprint
         self.held_out: list[Problem] = []
         if validates:
-            self.held_out = load_problems(config.data, "validation", self.tokenizer, length).problems
+            validation = load_problems(config.data, "validation", self.tokenizer, length)
+            for warning in validation.warnings:
+                console.warn(warning)
+            self.held_out = validation.problems
         self.problem_counts = train.counts
         self.order = ProblemOrder(len(self.problems), config.run.seed, config.data.shuffle)
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
@@ -139,32 +142,17 @@ class Experience:
 
         DataError where the data is another, unless data.allow_change; its order then begins a new epoch.
         """
-        if self._is_same_data(state):
+        keeps_order, warning = compare_for_resume(self.fingerprint, state.get("data"), self.config.data.allow_change)
+        if warning:
+            self.console.warn(warning)
+        if keeps_order:
             self.order.load_state_dict(state["order"])
         else:
             self.order.start_over(state["order"])
         self.sampling.load_state_dict(state["sampling"])
+        for carried in state["sampling"]["kept"]:
+            self._check_token_ids(Group.from_dict(carried), "the checkpoint")
         self.drawn = state["drawn"]
-
-    def _is_same_data(self, state: dict[str, Any]) -> bool:
-        if "data" not in state:
-            self.console.warn("the checkpoint does not say what data it was trained on: a change would not be noticed")
-            return True
-        saved = Fingerprint.from_dict(state["data"])
-        change = self.fingerprint.difference(saved)
-        if change and not self.config.data.allow_change:
-            raise DataError(
-                f"the data has changed since the checkpoint: {change} (resume with the same data and model directory, "
-                "or data.allow_change=true)"
-            )
-        if change:
-            self.console.warn(f"the data has changed since the checkpoint: {change}; a new epoch of it begins")
-        elif saved.prompts != self.fingerprint.prompts:
-            self.console.warn(
-                "the prompts have changed since the checkpoint, the problems have not: another chat template, "
-                "variable, date (data.chat_template_date), tokenizer or rollout.max_prompt_length"
-            )
-        return change is None
 
     def _sample(
         self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
@@ -174,7 +162,7 @@ class Experience:
         judged: list[Future[Group]] = []
 
         def judge(group: Group) -> None:
-            self._check_token_ids(group)
+            self._check_token_ids(group, "a server's answer")
             group.text = [self.tokenizer.decode(response.token_ids) for response in group.responses]
             judged.append(self.verifiers.submit(group))
             phase.progress(len(judged), len(problems), "groups")
@@ -188,13 +176,13 @@ class Experience:
                 verifying.progress(done, len(judged), "groups")
         return groups
 
-    def _check_token_ids(self, group: Group) -> None:
+    def _check_token_ids(self, group: Group, whence: str) -> None:
         """Raise RolloutError for an id that the policy has no embedding for, before anything is trained on it."""
-        for response in group.responses:
-            if (token := outside(response.token_ids, self.vocab_size)) is not None:
+        for token_ids in (group.problem.token_ids, *(response.token_ids for response in group.responses)):
+            if (token := outside(token_ids, self.vocab_size)) is not None:
                 raise RolloutError(
-                    f"a server returned the token id {token} for problem {group.problem.id}, outside the model's "
-                    f"{self.vocab_size} token ids: it does not serve {self.config.model.path}"
+                    f"{whence} has the token id {token} for problem {group.problem.id}, outside the {self.vocab_size} "
+                    f"of the model {self.config.model.path}"
                 )
 
     def _sampling(self, temperature: float, top_p: float, top_k: int) -> Sampling:

@@ -1,7 +1,7 @@
 """Why: what rank 0 finds wrong with tokenizer, data or samples has to stop a run before it trains on it.
 
 An Experience with the embedded model and problems, whose server address nobody listens at: sampling itself is
-tests/end_to_end, servers are tests/rollout.
+tests/end_to_end, servers are tests/rollout, what a resume compares is tests/data/test_fingerprint.py.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.errors import ConfigError, DataError, FipoError, RolloutError
+from megatron_fipo.errors import ConfigError, DataError, RolloutError
 from megatron_fipo.experience import Experience
 from megatron_fipo.samples import Group, Response
 from megatron_fipo.tracking.console import Console
@@ -34,10 +34,9 @@ def experience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     def make(*overrides: str, warned: list[str] | None = None, **architecture: Any) -> Experience:
         settings = json.loads((resolve_embedded("embedded:tiny") / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(settings | architecture))
-        server = ["rollout.servers=0", "rollout.addresses=[http://127.0.0.1:9]", "reward.workers=1"]
-        config = load_config(
-            [f"model.path={model}", *server, "reward=recipe", "reward.overlong_buffer.len=8", *overrides]
-        )
+        server = ["rollout.servers=0", "rollout.addresses=[http://127.0.0.1:9]"]
+        reward = ["reward.rule=exact_match", "reward.workers=1"]
+        config = load_config([f"model.path={model}", *server, *reward, *overrides])
         with Console(1, 0, enabled=False) as console:
             monkeypatch.setattr(console, "warn", ([] if warned is None else warned).append)
             made.append(Experience(config, model, tmp_path, console))
@@ -80,8 +79,16 @@ def test_a_response_with_an_id_outside_the_vocabulary_is_refused(experience) -> 
 
     for token in (VOCABULARY, -1):
         run.client = Garbling(token)  # type: ignore[assignment]
-        with pytest.raises(RolloutError, match=rf"token id {token} for problem \w+, outside the model's 38"):
-            run.collect(run.console.phase("sample"))  # type: ignore[arg-type]
+        with (
+            pytest.raises(RolloutError, match=rf"a server's answer has the token id {token} for .* outside the 38 of"),
+            run.console.phase("sample") as phase,
+        ):
+            run.collect(phase)
+    group = Group(run.problems[0], [Response([5, VOCABULARY], [-1.0, -1.0], "stop", 0)])
+    state = run.state_dict()
+    state["sampling"]["kept"] = [group.to_dict()]
+    with pytest.raises(RolloutError, match="the checkpoint has the token id 38"):
+        run.load_state_dict(state)
 
 
 def test_a_resume_goes_on_with_the_same_data_and_refuses_another(experience, tmp_path: Path) -> None:
@@ -110,27 +117,6 @@ def test_a_resume_goes_on_with_the_same_data_and_refuses_another(experience, tmp
         "seed": 0,
         "shuffle": True,
     }
-
-
-def test_a_resume_says_when_only_the_prompts_have_changed(experience, tmp_path: Path) -> None:
-    state = experience().state_dict()
-    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}A")
-    warned: list[str] = []
-    run = experience(warned=warned)
-    run.load_state_dict(state)
-    assert len(warned) == 1 and "the prompts have changed since the checkpoint" in warned[0]
-    assert run.state_dict()["order"] == state["order"]
-
-
-def test_a_checkpoint_without_a_fingerprint_is_taken_with_a_warning(experience) -> None:
-    warned: list[str] = []
-    run = experience(warned=warned)
-    state = run.state_dict()
-    del state["data"]
-    run.load_state_dict(state)
-    assert "does not say what data it was trained on" in warned[0]
-    with pytest.raises(FipoError, match="fingerprint of the data cannot be read"):
-        run.load_state_dict(state | {"data": {}})
 
 
 def test_prompts_with_todays_date_are_warned_about(experience, tmp_path: Path) -> None:

@@ -40,6 +40,35 @@ class Fingerprint:
         return f"{self.count} training problems as the checkpoint, but others, in another order or with other answers"
 
 
+def compare_for_resume(present: Fingerprint, saved: Any, allow_change: bool) -> tuple[bool, str | None]:
+    """Whether a run may go on in the checkpoint's order of problems, and a warning where something has changed.
+
+    Args:
+        saved: `to_dict` of the checkpoint's fingerprint; None from before checkpoints had one.
+        allow_change: data.allow_change.
+
+    Raises:
+        DataError: the data is another, and that is not allowed.
+    """
+    if saved is None:
+        return True, "the checkpoint does not say what data it was trained on: a change would not be noticed"
+    before = Fingerprint.from_dict(saved)
+    change = present.difference(before)
+    if change and not allow_change:
+        raise DataError(
+            f"the data has changed since the checkpoint: {change} "
+            "(resume with the same data, or data.allow_change=true)"
+        )
+    if change:
+        return False, f"the data has changed since the checkpoint: {change}; a new epoch of it begins"
+    if present.prompts != before.prompts:
+        return True, (
+            "the prompts have changed since the checkpoint, the problems have not: another chat template, variable, "
+            "date (data.chat_template_date), tokenizer or rollout.max_prompt_length"
+        )
+    return True, None
+
+
 class Fingerprinter:
     """Takes problems one after the other."""
 

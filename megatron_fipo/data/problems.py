@@ -72,7 +72,7 @@ def load_problems(
     counts = ProblemCounts()
     held_out = _questions(config) if split == "train" and validates else set()
     problems, fingerprinter = [], Fingerprinter()
-    for raw in _not_held_out(_unique(_rows(config, split), counts), held_out, counts):
+    for raw in _not_held_out(_unique(_rows(config, split), counts), held_out, config.prompt_template, counts):
         problem = _tokenise(raw, tokenizer, max_prompt_length, config.overlong_prompts, counts)
         if problem is not None:
             problems.append(problem)
@@ -90,9 +90,9 @@ def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iter
             f"{counts.conflicting_answers} {split} rows repeat a prompt with another answer; "
             "the first answer of each prompt is used"
         )
-    if tokenizer.template is not None and tokenizer.template.depends_on_date:
+    if split == "train" and tokenizer.template is not None and tokenizer.template.depends_on_date:
         yield (
-            f"the chat template writes today's date into the {split} prompts, which are others tomorrow; "
+            "the chat template writes today's date into the prompts, which are others tomorrow; "
             "data.chat_template_date=YYYY-MM-DD pins it"
         )
 
@@ -117,7 +117,7 @@ def _questions(config: DataConfig) -> set[str]:
     """What validation asks, if there is any."""
     if config.source != "reasoning_gym" and not config.validation:
         return set()
-    return {raw.same_question() for raw in _rows(config, "validation")}
+    return {raw.same_question(config.prompt_template) for raw in _rows(config, "validation")}
 
 
 def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawProblem]:
@@ -137,10 +137,12 @@ def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawPr
             yield raw
 
 
-def _not_held_out(unique: Iterator[RawProblem], held_out: set[str], counts: ProblemCounts) -> Iterator[RawProblem]:
+def _not_held_out(
+    unique: Iterator[RawProblem], held_out: set[str], prompt_template: str, counts: ProblemCounts
+) -> Iterator[RawProblem]:
     """Keeps training apart from validation: training sets hold benchmarks, and small tasks repeat themselves."""
     for raw in unique:
-        if held_out and raw.same_question() in held_out:
+        if held_out and raw.same_question(prompt_template) in held_out:
             counts.dropped_held_out += 1
         else:
             yield raw

@@ -23,16 +23,21 @@ class RawProblem:
 
     messages: list[Message]
     question: str
-    """What is asked, without roles, system messages and the prompt template; empty where the row asks nothing."""
+    """What is asked, without roles and system messages; empty where the row asks nothing."""
     ground_truth: str
     data_source: str
     where: str
     """File and row, for messages."""
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def same_question(self) -> str:
-        """Equal for problems that ask the same, whatever spaces and template they are written with."""
-        return " ".join(unicodedata.normalize("NFC", self.question).split())
+    def same_question(self, prompt_template: str) -> str:
+        """Equal for problems that ask the same, in whatever spaces, and in this template, the recipe's or none."""
+        text = self.question.strip()
+        for known in (prompt_template, RECIPE_PROMPT):
+            before, after = (part.strip() for part in known.split(QUESTION, 1))
+            if text.startswith(before) and text.endswith(after):
+                text = text.removeprefix(before).removesuffix(after).strip()
+        return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ def read_files(names: list[str], layout: Layout, data_source: str | None = None)
     """
     for name in names:
         path = resolve_embedded(name).expanduser()
+        name_of_all = data_source or path.stem
         for number, row in read_rows(path, (layout.prompt, layout.answer), layout.source):
-            yield _raw_problem(row, layout, data_source or path.stem, f"{path}, row {number}")
+            yield _raw_problem(row, layout, name_of_all, f"{path}, row {number}")
 
 
 def _raw_problem(row: Row, layout: Layout, data_source: str, where: str) -> RawProblem:
@@ -117,7 +123,7 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
     if messages and messages[-1]["role"] == "assistant":
         raise DataError(f"{where}: ends with the assistant's message, which the policy is to write")
     asked = [message["content"] for message in messages if message["role"] not in ("system", "developer")]
-    return messages, "\n".join(_without_template(content, layout.prompt_template) for content in asked).strip()
+    return messages, "\n".join(asked).strip()
 
 
 def _message(value: Any, where: str) -> Message:
@@ -130,16 +136,6 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where}: no chat message has the role {role[:40]!r}; it is one of {', '.join(_ROLES)}")
     _check_text(content, where)
     return {"role": role, "content": content}
-
-
-def _without_template(content: str, template: str) -> str:
-    """The question that a prompt template was put around, by configuration or by those who made the file."""
-    text = content.strip()
-    for known in (template, RECIPE_PROMPT):
-        before, after = (part.strip() for part in known.split(QUESTION, 1))
-        if text.startswith(before) and text.endswith(after):
-            text = text.removeprefix(before).removesuffix(after).strip()
-    return text
 
 
 def _check_text(text: str, where: str) -> None:

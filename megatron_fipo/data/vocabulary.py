@@ -1,7 +1,7 @@
 """Token ids against the model's embedding. An id beyond it is an IndexError on one rank, or garbage over several."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,12 @@ def check_vocabulary(directory: Path, size: int, ends: dict[int, str], vocab_siz
         )
 
 
-def outside(token_ids: Iterable[int], vocab_size: int) -> int | None:
-    """The first id that the embedding has no row for, if there is one."""
-    return next((token for token in token_ids if not 0 <= token < vocab_size), None)
+def outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
+    """An id that the embedding has no row for, if there is one."""
+    if not token_ids:
+        return None
+    least, greatest = min(token_ids), max(token_ids)
+    return greatest if greatest >= vocab_size else least if least < 0 else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:

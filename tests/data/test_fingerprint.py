@@ -10,7 +10,7 @@ import pytest
 
 from megatron_fipo.config import DataConfig
 from megatron_fipo.data.column_sums import write_tokenizer
-from megatron_fipo.data.fingerprint import Fingerprint
+from megatron_fipo.data.fingerprint import Fingerprint, compare_for_resume
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.errors import DataError
@@ -68,3 +68,19 @@ def test_other_prompts_of_the_same_problems_are_told_apart(load) -> None:
 def test_a_garbled_fingerprint_is_refused(state: object) -> None:
     with pytest.raises(DataError, match="fingerprint of the data cannot be read"):
         Fingerprint.from_dict(state)
+
+
+def test_a_resume_goes_on_refuses_or_warns() -> None:
+    known = Fingerprint(3, "a", "b")
+    assert compare_for_resume(known, known.to_dict(), allow_change=False) == (True, None)
+    goes_on, warning = compare_for_resume(known, {"count": 3, "problems": "a", "prompts": "c"}, allow_change=False)
+    assert goes_on and "the prompts have changed since the checkpoint" in str(warning)
+    other = {"count": 4, "problems": "c", "prompts": "c"}
+    with pytest.raises(
+        DataError, match=r"3 training problems, the checkpoint was trained on 4 .*data\.allow_change=true"
+    ):
+        compare_for_resume(known, other, allow_change=False)
+    goes_on, warning = compare_for_resume(known, other, allow_change=True)
+    assert not goes_on and "a new epoch of it begins" in str(warning)
+    goes_on, warning = compare_for_resume(known, None, allow_change=False)
+    assert goes_on and "does not say what data" in str(warning)

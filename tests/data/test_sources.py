@@ -257,4 +257,5 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
 
 def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
     file = write(tmp_path / "a.jsonl", [row(RECIPE_PROMPT.replace("{question}", "What is\n 2+2?"))])
-    assert [problem.same_question() for problem in read(file)] == ["What is 2+2?"]
+    for template in (RECIPE_PROMPT, "{question}", "Q: {question}"):
+        assert [problem.same_question(template) for problem in read(file)] == ["What is 2+2?"]
