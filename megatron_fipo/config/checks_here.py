@@ -31,7 +31,7 @@ def _check_data_files(config: Config) -> None:
         for path in paths:
             if not resolve_embedded(path).is_file():
                 raise ConfigError(
-                    key, f"{path} is no file here", "a parquet or JSONL file, or data.source=hub for a dataset name"
+                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
                 )
             if Path(path).suffix not in FILE_SUFFIXES:
                 raise ConfigError(

@@ -48,7 +48,12 @@ def read_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tu
 
 
 def nested(row: Any, column: str) -> Any:
-    """The value of a column, into nested ones at its dots. LookupError that says what is missing and what is there."""
+    """The value of a column, into nested ones at its dots; None where what it is nested in is null.
+
+    Raises LookupError that says what is missing and what is there.
+    """
+    if row is None:
+        return None
     if isinstance(row, dict) and column in row:
         return row[column]
     name, _, rest = column.partition(".")

@@ -162,6 +162,13 @@ def test_what_is_no_answer_is_refused_with_row_and_column(tmp_path, suffix, answ
         read(file)
 
 
+def test_a_null_around_the_answer_is_a_missing_answer(tmp_path):
+    for suffix in FORMATS:
+        file = write(tmp_path / f"a{suffix}", [row("1+1=?"), row("1+1=?") | {"reward_model": None}])
+        with pytest.raises(DataError, match=r"row 2, column reward_model\.ground_truth: the answer is missing"):
+            read(file)
+
+
 def test_a_name_of_the_data_set_that_is_no_text_is_refused(tmp_path):
     with pytest.raises(DataError, match="row 1, column data_source: should be a text, not a int"):
         read(write(tmp_path / "a.jsonl", [row("1+1=?") | {"data_source": 3}]))
