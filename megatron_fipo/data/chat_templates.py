@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.errors import ConfigError, DataError, one_line
 
 Message = dict[str, str]
 """One chat message: {"role": …, "content": …}."""
@@ -37,7 +37,7 @@ class ChatTemplate:
             known = _get_template_variables(source)
         except TemplateError as error:
             raise ConfigError(
-                "model.path", f"the chat template cannot be compiled: {_one_line(error)}", "a Jinja template"
+                "model.path", f"the chat template cannot be compiled: {one_line(error)}", "a Jinja template"
             ) from error
         for name in variables:
             if name in _OWN_VARIABLES:
@@ -73,7 +73,7 @@ class ChatTemplate:
                 **self._context,
             )
         except Exception as error:  # a template is a program: it can raise anything
-            raise DataError(f"the chat template fails: {_one_line(error)}") from error
+            raise DataError(f"the chat template fails: {one_line(error)}") from error
         text = "".join(rendered[0])
         if not text:
             raise DataError("the chat template writes nothing")
@@ -113,7 +113,3 @@ def find_template(directory: Path, settings: dict[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise DataError(f"{directory}/tokenizer_config.json: chat_template should be a text")
     return template
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

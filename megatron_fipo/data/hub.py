@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config.data import FILE_SUFFIXES
-from megatron_fipo.errors import DataError
+from megatron_fipo.errors import DataError, one_line
 
 _CARD_FILES = ("README.md", ".huggingface.yaml")
 _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
@@ -75,7 +75,7 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
         folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])
     except Exception as error:  # the client raises many kinds, of several libraries
         raise DataError(
-            f"{name}: cannot be fetched from the hub ({type(error).__name__}: {' '.join(str(error).split())}); "
+            f"{name}: cannot be fetched from the hub ({one_line(error)}); "
             "download it elsewhere and give its directory, or its files with data.source=files"
         ) from error
     return Path(folder), parts[2] if len(parts) == 3 else None, parts[-1] if len(parts) < 3 else parts[1]
@@ -89,5 +89,5 @@ def _splits(entry: str, folder: Path, config: str | None) -> dict[str, list[str]
         try:
             builder = load_dataset_builder(str(folder), config, cache_dir=cache)
         except Exception as error:  # whatever a dataset's card may make the library raise
-            raise DataError(f"{entry}: {' '.join(str(error).split())}") from error
+            raise DataError(f"{entry}: {one_line(error)}") from error
     return {str(split): sorted(map(str, files)) for split, files in (builder.config.data_files or {}).items()}

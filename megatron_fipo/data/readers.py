@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.config.data import FILE_SUFFIXES
-from megatron_fipo.errors import DataError
+from megatron_fipo.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +44,7 @@ def read_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tu
         else:
             yield from _json_rows(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def nested(row: Any, column: str) -> Any:
@@ -92,7 +92,7 @@ def _parse(text: bytes, where: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be read") from error
     except ValueError as error:  # a number of too many digits, a key that stands twice
-        raise DataError(f"{where}: cannot be read ({_one_line(error)})") from error
+        raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
 
 
 def _decimal(text: str) -> Decimal:
@@ -201,9 +201,4 @@ def _arrow_errors(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not {expected}: damaged or of another format ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]} …"
+        raise DataError(f"{path}: not {expected}: damaged or of another format ({one_line(error)})") from error

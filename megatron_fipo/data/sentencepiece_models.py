@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.data.vocabulary import read_settings
-from megatron_fipo.errors import DataError
+from megatron_fipo.errors import DataError, one_line
 
 _SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
@@ -30,7 +30,7 @@ class SentencePieceModel:
             inner = model if settings.get("legacy") or not pieces else _without_prefix(model)
             self._inner = SentencePieceProcessor(model_proto=inner)
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"{path}: is no sentencepiece model ({' '.join(str(error).split())[:200]})") from error
+            raise DataError(f"{path}: is no sentencepiece model ({one_line(error)})") from error
         if not pieces:
             raise DataError(f"{path}: is an empty sentencepiece model")
         self._pieces = pieces

@@ -7,7 +7,7 @@ from megatron_fipo.config import DataConfig
 from megatron_fipo.data.chat_templates import ChatTemplate, Message, find_template
 from megatron_fipo.data.sentencepiece_models import SentencePieceModel
 from megatron_fipo.data.vocabulary import end_tokens, read_settings
-from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.errors import ConfigError, DataError, one_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -112,7 +112,7 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # of several libraries, by what the files hold
-            raise DataError(f"{directory}: transformers cannot read its tokenizer ({_one_line(error)})") from error
+            raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
         tokenizer = self._tokenizer
         special = dict(tokenizer.special_tokens_map)
         super().__init__(directory, data, tokenizer.eos_token_id, tokenizer.pad_token_id, special)
@@ -125,7 +125,3 @@ class HuggingFaceTokenizer(_ModelTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
