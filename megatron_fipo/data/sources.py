@@ -1,5 +1,6 @@
 """Rows of problem files as problems: which columns are read, what a prompt and an answer may be, what is refused."""
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from megatron_fipo.data.readers import Row, nested, read_rows
 from megatron_fipo.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 _DEFAULT_SOURCE_COLUMN = ColumnsConfig().source
 
 
@@ -112,6 +114,8 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
     """The chat messages of a prompt, and what it asks."""
     if isinstance(value, str):
         _check_text(value, where)
+        if _MESSAGES_AS_TEXT.match(value):
+            raise DataError(f"{where}: is the text of a list of chat messages; it should be the list itself")
         text = layout.prompt_template.replace(QUESTION, value)
         return [{"role": "user", "content": text}], value.strip()
     if not isinstance(value, list):

@@ -144,6 +144,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "3"}],
             "ends with the assistant's message",
         ),
+        ('[{"role": "user", "content": "a"}]', "is the text of a list of chat messages"),
+        ("[{'content': 'a', 'role': 'user'}]", "is the text of a list of chat messages"),
         ("\ud800", "no valid Unicode text"),
         ([{"role": "user", "content": "\ud800"}], "no valid Unicode text"),
     ],
