@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_fipo.config import DataConfig
 from megatron_fipo.data.column_sums import BOS_ID, EOS_ID, PAD_ID, write_tokenizer
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.errors import DataError
@@ -43,6 +44,18 @@ def test_a_chat_template_is_applied_and_nothing_added_to_it(tmp_path):
     ids = tokenizer.encode(text)
     assert (ids.count(0), ids.count(1)) == (3, 2)
     assert tokenizer.decode(ids) == "system:Add.user:1+2=?\nassistant:"
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
+def test_a_prompt_is_what_transformers_itself_would_make_of_it(tmp_path, variables):
+    thinking = "{{ bos_token }}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    save_byte_tokenizer(tmp_path, TEMPLATE + thinking)
+    ours = load_tokenizer(tmp_path, DataConfig(chat_template_variables=variables))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **variables)
+    assert ours.render(MESSAGES) == text
+    ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False, **variables)
+    assert ours.encode(ours.render(MESSAGES)) == ids
 
 
 def test_without_a_template_the_contents_are_joined_and_the_model_gets_its_bos(tmp_path):
