@@ -156,7 +156,7 @@ def _top_columns(path: Path, present: Sequence[str], required: Sequence[str], op
 
 
 def _batches(path: Path, read: "Callable[[], Iterator[pyarrow.RecordBatch]]") -> Iterator[tuple[int, Row]]:
-    """The rows of record batches, checked, since values of a damaged file need not be where its offsets say."""
+    """The rows of record batches, checked: a damaged file's offsets point anywhere, and reading there kills us."""
     number = 0
     batches: Iterator[pyarrow.RecordBatch] | None = None
     while True:
