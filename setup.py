@@ -4,9 +4,12 @@ from setuptools import find_packages, setup
 
 # NVIDIA's apex is no requirement: the name on PyPI belongs to another project, and Megatron-Core works without.
 RUNTIME = [
+    # Knows a hub dataset's splits.
+    "datasets>=4",
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",
+    "jinja2",
     "math-verify",
     "matplotlib",
     # The newest version for Python 3.11; policy/ relies on its internals.

@@ -81,7 +81,8 @@ def _default(entry: Field) -> str:
     value: Any = entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
     if value is None:
         return "`null`"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "empty"
+    text = str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
+    return f"`{text}`" if text else "empty"
 
 
 def _meaning(entry: Field) -> str:

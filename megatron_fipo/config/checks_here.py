@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.data import FILE_SUFFIXES
 from megatron_fipo.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
@@ -30,7 +31,11 @@ def _check_data_files(config: Config) -> None:
         for path in paths:
             if not resolve_embedded(path).is_file():
                 raise ConfigError(
-                    key, f"{path} is no file here", "a parquet or JSONL file, or data.source=hub for a dataset name"
+                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
+                )
+            if Path(path).suffix not in FILE_SUFFIXES:
+                raise ConfigError(
+                    key, f"{path} is of another format", f"a file that ends in {', '.join(FILE_SUFFIXES)}"
                 )
 
 
