@@ -172,7 +172,7 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
         before = len(tokens)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
             pairs = zip(group.responses, group.judgements, strict=True)
-            judged = [(response, judgement) for response, judgement in pairs if judgement.outcome == "judged"]
+            judged = [(response, judgement) for response, judgement in pairs if judgement.was_judged]
             prompt = group.problem.token_ids
             tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
             prompts += [len(prompt)] * len(judged)

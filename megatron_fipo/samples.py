@@ -44,7 +44,12 @@ class Judgement:
     answer: str
     """What was extracted, for consensus voting and for readers."""
     outcome: str
-    """judged, timeout or crash: a check that failed is not a wrong answer."""
+    """judged; too_long, an answer above the rule's limit, which is wrong; timeout or crash, where the check failed."""
+
+    @property
+    def was_judged(self) -> bool:
+        """Whether there is a verdict: a check that failed is not a wrong answer."""
+        return self.outcome in ("judged", "too_long")
 
 
 @dataclass

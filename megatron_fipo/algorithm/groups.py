@@ -97,7 +97,7 @@ def _reason_to_drop(group: Group) -> str | None:
 
     Only verdicts count: a response whose check failed must not make a solved problem look half solved.
     """
-    accuracies = [judgement.accuracy for judgement in group.judgements if judgement.outcome == "judged"]
+    accuracies = [judgement.accuracy for judgement in group.judgements if judgement.was_judged]
     if len(set(accuracies)) > 1:
         return None
     if len(accuracies) < 2:

@@ -81,7 +81,7 @@ def consensus(judgements: list[Judgement]) -> float:
     """
     votes: dict[str, list[float]] = defaultdict(list)
     for judgement in judgements:
-        if judgement.outcome == "judged" and judgement.answer.strip():
+        if judgement.was_judged and judgement.answer.strip():
             votes[judgement.answer.strip()].append(judgement.accuracy)
     if not votes:
         return 0.0
@@ -100,7 +100,7 @@ def _scores(groups: list[Group], k: int) -> ValidationScores:
         pass_at_k=fmean(pass_at_k(len(group.judgements), _right(group), k) for group in groups),
         response_length_mean=fmean(len(response.token_ids) for response in responses),
         truncated=fmean(response.finish_reason == "length" for response in responses),
-        not_judged=sum(judgement.outcome != "judged" for judgement in judgements),
+        not_judged=sum(not judgement.was_judged for judgement in judgements),
     )
 
 
