@@ -33,13 +33,19 @@ _WRAPPERS = (r"\text{", r"\textbf{", r"\overline{")
 _BOX = r"\boxed{"
 
 
-def last_answer_line(text: str) -> str | None:
-    """What follows the last "Answer:" (any case), up to the end of its line; None if there is no such line.
+def published_answer(text: str) -> str | None:
+    """What the published rule finds: what follows the last "Answer:" (any case) up to the end of its line, or None.
 
     Of several on one line the first counts. Space before the answer is skipped, line ends too; space after it stays.
     """
     matches = _ANSWER_LINE.findall(text)
     return matches[-1] if matches else None
+
+
+def last_answer_line(text: str) -> str | None:
+    """The same without space around it."""
+    answer = published_answer(text)
+    return None if answer is None else answer.strip()
 
 
 def last_answer_tag(text: str) -> str | None:

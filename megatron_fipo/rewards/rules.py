@@ -39,7 +39,7 @@ def exact_match(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
     Equal to verl's `math_dapo` on every pair of texts. Like there, a response without an "Answer:" is compared as
     "[INVALID]"; but it has no vote in a consensus.
     """
-    found = extraction.last_answer_line(text[-_TAIL_CHARACTERS:])
+    found = extraction.published_answer(text[-_TAIL_CHARACTERS:])
     normalised = extraction.normalise_answer(_NO_ANSWER if found is None else found)
     accuracy = float(normalised == extraction.normalise_answer(ground_truth))
     return Verdict(accuracy, "" if found is None else normalised)
@@ -72,7 +72,7 @@ def reasoning_gym(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdic
     """
     answer = extraction.last_answer_tag(text)
     answer = extraction.last_answer_line(text) if answer is None else answer
-    answer = (text if answer is None else answer).strip()
+    answer = text.strip() if answer is None else answer
     scorer = _scorer(extra["task"], repr(sorted(extra["options"].items())))
     return Verdict(float(scorer(answer, ast.literal_eval(extra["entry"]))), answer)
 

@@ -39,7 +39,7 @@ def same(left: Reading, right: Reading, tolerance: float) -> bool:
         return one is not None and other is not None and _same_set(one, other, tolerance)
     if isinstance(left, Several) and isinstance(right, Several):
         return _same_several(left, right, tolerance)
-    return isinstance(left, Text) and left == right
+    return isinstance(left, Text) and left == right and left.text != ""
 
 
 def canonical(reading: Reading) -> str:

@@ -76,6 +76,8 @@ def symbol(name: str) -> sympy.Symbol:
 
 def power(base: Expr, exponent: Expr) -> Expr:
     """base^exponent, unless its digits or its evaluation would be out of all proportion."""
+    if base == 0 and exponent == 0:
+        raise Unreadable("0^0")
     if exponent.is_Rational:
         if base.is_Rational and exponent.is_Integer:
             size = max(abs(base.p).bit_length(), base.q.bit_length())

@@ -186,17 +186,20 @@ def _read_relation(tokens: Sequence[Token]) -> Reading:
 
 
 def _read_equation(sides: Sequence[Sequence[Token]], is_approximate: bool) -> Reading:
-    """x = 5 and x = 10/2 = 5 name a value; 10/2 = 5 is one; anything else with two sides is an equation."""
+    """x = 5, 5 = x and x = 10/2 = 5 name a value; 10/2 = 5 is one; anything else with two sides is an equation."""
     name = parse_name(sides[0]) or _tuple_name(sides[0])
     if name is not None:
         values = [_read_side(side) for side in sides[1:]]
         if len(values) > 1:
             _check_all_equal(values)
         return Named(name, values[-1])
+    if len(sides) == 2 and (name := parse_name(sides[1])) is not None:
+        return Named(name, _read_side(sides[0]))
     if is_approximate:
         raise Unreadable("what is approximated")
     values = [_read_side(side) for side in sides]
-    if all(isinstance(value, Value) and value.expression.is_number for value in values):
+    is_computation = any(len(side) > 1 for side in sides[:-1])
+    if is_computation and all(isinstance(value, Value) and value.expression.is_number for value in values):
         _check_all_equal(values)
         return values[-1]
     if len(values) == 2 and isinstance(values[0], Value) and isinstance(values[1], Value):
@@ -263,7 +266,8 @@ def _tuple_name(tokens: Sequence[Token]) -> str | None:
 
 def _as_set(reading: Reading) -> Reading:
     found = to_real_set(reading)
-    return reading if found is None else RealSet(found)
+    is_finite = isinstance(reading, Several) and reading.brackets == r"\{\}"
+    return reading if found is None or is_finite else RealSet(found)
 
 
 def _read_side(tokens: Sequence[Token]) -> Reading:
@@ -281,6 +285,8 @@ def _read_side(tokens: Sequence[Token]) -> Reading:
     if tokens[0].text in _OPENING and _closing_place(tokens) == len(tokens) - 1:
         inside = _split(tokens[1:-1], lambda token: token.text in (",", ";"))
         brackets = tokens[0].text + tokens[-1].text
+        if brackets in ("()", "[]") and tokens[1].text.startswith("begin "):
+            return _read_matrix(tokens[1:-1])
         if len(inside) > 1 or brackets == r"\{\}":
             items = tuple(_read_relation(part) for part in inside)
             return Several({"<||>": "()", "{}": r"\{\}"}.get(brackets, brackets), items)
@@ -291,11 +297,15 @@ def _read_value(tokens: Sequence[Token]) -> Value:
     unit = ""
     if tokens[0].text == "dollar" and tokens[0].kind == "unit":
         unit, tokens = "dollar", tokens[1:]
-    elif tokens[-1].kind == "unit" and len(tokens) > 1:
+    elif tokens[-1].kind == "unit" and len(tokens) > 1 and not _is_angle_in_function(tokens):
         unit, tokens = tokens[-1].text, tokens[:-1]
     number = [token for token in tokens if token.text not in ("-", "+", "%", "{", "}")]
     is_decimal = len(number) == 1 and number[0].kind == "number" and "." in number[0].text
     return Value(parse_expression(tokens), is_decimal and "\\" not in number[0].text, unit)
+
+
+def _is_angle_in_function(tokens: Sequence[Token]) -> bool:
+    return tokens[-1].text == "degree" and any(token.kind == "function" for token in tokens)
 
 
 def _special_set(texts: Sequence[str]) -> Reading | None:

@@ -6,6 +6,8 @@ response, and at most quadratic in LONGEST_ANSWER.
 
 import re
 
+from megatron_fipo.rewards.extraction import last_boxed
+
 LONGEST_ANSWER = 1000
 """Characters. The longest answer of the MATH data set has 159; a longer one than this is wrong without being read."""
 
@@ -23,7 +25,7 @@ _PAIRS = (
 )
 # What stays at the end when the opening half stood before "Answer:".
 _CLOSING = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"))
-_WRAPPERS = re.compile(r"\\(?:boxed|fbox|mathbf|boldsymbol|bm|displaystyle)\s*\{")
+_WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|emph|mathbf|boldsymbol|bm|displaystyle)\s*\{")
 _GROUPED = re.compile(
     r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:]|[~ ])\d{3})+(?![\d/]| *\\frac)"
 )  # 1{,}000, 1\,000, 1,\!000, 1 000
@@ -68,7 +70,7 @@ def find_answer(text: str) -> str | None:
         answer = _to_its_end(text[match.end() :].lstrip(_DRESS_AFTER_COLON))
         if answer.strip(_DRESS_AFTER_COLON):
             return answer
-    return _last_box(text)
+    return last_boxed(text)
 
 
 def undress(text: str) -> str:
@@ -100,13 +102,6 @@ def _is_open(text: str) -> bool:
     )
 
 
-def _last_box(text: str) -> str | None:
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    opening = text.find("{", start) if start >= 0 else -1
-    end = _closing_brace(text, opening) if opening >= 0 else -1
-    return text[opening + 1 : end] if end >= 0 else None
-
-
 def _closing_brace(text: str, opening: int) -> int:
     r"""The place of the brace that closes the one at `opening`, \{ and \} aside; -1 if there is none."""
     depth = 0
@@ -136,7 +131,7 @@ def _without_outer(text: str) -> str:
     lead_in = _LEAD_IN.match(text)
     if lead_in and lead_in.end() < len(text):
         return text[lead_in.end() :]
-    stripped = text.removesuffix("**").removesuffix("`").removeprefix("**").removeprefix("# ")
+    stripped = text.removesuffix("**").removesuffix("`").removesuffix("_").removeprefix("**").removeprefix("# ")
     return stripped or text
 
 

@@ -123,8 +123,8 @@ class _Lexer:
             self._add("connective", letters, end)
         elif letters in FUNCTIONS:
             self._add("function", letters, end)
-        elif letters == "pi":
-            self._add("symbol", r"\pi", end)
+        elif letters == "pi" or (letters in GREEK and len(letters) > 3):
+            self._add("symbol", f"\\{letters}", end)
         elif letters in ("infinity", "oo"):
             self._add("command", "infty", end)
         elif letters in UNITS:

@@ -8,8 +8,8 @@ def _words(text: str) -> frozenset[str]:
 TEXT_COMMANDS = _words("text textbf textit textrm textnormal mathrm mbox operatorname mathsf")
 """What stands in their braces is words, roman letters or a unit."""
 IGNORED = _words(
-    r"left right big Big bigl bigr Bigl Bigr bigg displaystyle quad qquad limits mathbf boldsymbol bm mathit boxed fbox"
-    r" , ; : ! ( ) [ ]"
+    "left right big Big bigl bigr Bigl Bigr bigg displaystyle quad qquad limits large Large mathbf boldsymbol bm mathit"
+    " boxed fbox underline emph , ; : ! ( ) [ ]"
 ) | {" "}
 """They say how something looks; an argument of theirs stays, in its braces."""
 SPELLINGS = {
