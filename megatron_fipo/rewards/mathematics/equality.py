@@ -8,6 +8,7 @@ import math
 import mpmath
 import sympy
 from sympy.core.expr import Expr
+from sympy.core.function import AppliedUndef
 
 from megatron_fipo.rewards.mathematics.parser import SYMPY_REFUSES
 
@@ -26,6 +27,10 @@ def equal(left: Expr, right: Expr) -> bool:
         return True
     if left.is_Rational and right.is_Rational:
         return False
+    # An unknown function may have any value: each of its terms is a variable.
+    unknown = left.atoms(AppliedUndef) | right.atoms(AppliedUndef)
+    terms = {term: sympy.Dummy(str(term), real=True) for term in unknown}
+    left, right = left.xreplace(terms), right.xreplace(terms)
     try:
         return agree_numerically(left, right) and is_zero(left - right)
     except SYMPY_REFUSES:
@@ -44,8 +49,7 @@ def agree_numerically(left: Expr, right: Expr) -> bool:
         if abs(a - b) > mpmath.mpf(10) ** (10 - _DIGITS) * max(abs(a), abs(b), 1):
             return False
         agreed = True
-    # A function without a formula has no values; then a proof alone decides.
-    return agreed or bool((left - right).atoms(sympy.core.function.AppliedUndef))
+    return agreed
 
 
 def is_zero(difference: Expr) -> bool:
@@ -128,6 +132,8 @@ class _Bound:
             return math.log2(max(abs(value.p), 1)), math.log2(value.q)
         if value is sympy.I:
             return self._root_of_unity(sympy.Rational(1, 2), 0.0)
+        if value.func is sympy.exp:
+            return self._root_of_unity(value.args[0] / (sympy.I * sympy.pi), 0.0)
         if value.func in (sympy.cos, sympy.sin, sympy.tan):
             return self._root_of_unity(value.args[0] / sympy.pi, 1.0)
         if value.is_Add:
@@ -168,6 +174,9 @@ def _evaluate(value: Expr) -> mpmath.mpc:
         return mpmath.mpf(int(value.p)) / int(value.q)
     if value is sympy.I:
         return mpmath.mpc(0, 1)
+    if value.func is sympy.exp:
+        half_turns = value.args[0] / (sympy.I * sympy.pi)
+        return mpmath.expjpi(mpmath.mpf(int(half_turns.p)) / int(half_turns.q))
     if value.func in (sympy.cos, sympy.sin, sympy.tan):
         half_turns = value.args[0] / sympy.pi
         return getattr(mpmath, value.func.__name__)(mpmath.pi * int(half_turns.p) / int(half_turns.q))

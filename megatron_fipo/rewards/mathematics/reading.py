@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 from sympy.core.expr import Expr
+from sympy.core.function import AppliedUndef
 
 from megatron_fipo.rewards.mathematics.equality import equal
 from megatron_fipo.rewards.mathematics.parser import SYMPY_REFUSES, parse_expression, parse_name
@@ -99,7 +100,8 @@ def plain_text(text: str) -> str:
     words = text.split()
     joined = words[0] if words else ""
     for word in words[1:]:
-        joined += f" {word}" if joined[-1].isalnum() and word[0].isalnum() else word
+        # "1, 234" is a list and "1,234" a number.
+        joined += f" {word}" if (joined[-1].isalnum() or joined[-1] == ",") and word[0].isalnum() else word
     if choice := _CHOICE.fullmatch(joined):
         return choice[1]
     letters = joined.replace(" ", "").replace("-", "").replace("'", "")
@@ -287,10 +289,28 @@ def _read_side(tokens: Sequence[Token]) -> Reading:
         brackets = tokens[0].text + tokens[-1].text
         if brackets in ("()", "[]") and tokens[1].text.startswith("begin "):
             return _read_matrix(tokens[1:-1])
-        if len(inside) > 1 or brackets == r"\{\}":
+        if brackets == r"\{\}" and any(token.text == "|" for token in tokens):
+            return _read_set_of_all(tokens[1:-1])
+        if len(inside) > 1 or brackets in (r"\{\}", "[]"):
             items = tuple(_read_relation(part) for part in inside)
             return Several({"<||>": "()", "{}": r"\{\}"}.get(brackets, brackets), items)
     return _read_value(tokens)
+
+
+def _read_set_of_all(tokens: Sequence[Token]) -> Reading:
+    r"""Inside \{x | x > 2\}; with elements that hold a modulus, a set like any other."""
+    parts = _split(tokens, lambda token: token.text == "|")
+    if len(parts) == 2:
+        condition = _read_list(parts[1])
+        if (
+            isinstance(condition, Named)
+            and isinstance(condition.of, RealSet)
+            and parse_name(parts[0]) == condition.name
+        ):
+            return condition.of
+        raise Unreadable("the condition of a set")
+    inside = _split(tokens, lambda token: token.text in (",", ";"))
+    return Several(r"\{\}", tuple(_read_relation(part) for part in inside))
 
 
 def _read_value(tokens: Sequence[Token]) -> Value:
@@ -322,7 +342,7 @@ def _read_set_operation(tokens: Sequence[Token]) -> Reading:
     if len(set(signs)) != 1 or (signs[0] == "setminus" and len(signs) > 1):
         raise Unreadable("which set operation comes first")
     sets = [to_real_set(_read_side(side)) for side in _split(tokens, lambda token: token.text in _SET_OPERATIONS)]
-    if any(part is None or part.free_symbols or part.has(sympy.core.function.AppliedUndef) for part in sets):
+    if any(part is None or part.free_symbols or part.has(AppliedUndef) for part in sets):
         raise Unreadable("an operation on something else than sets of numbers")
     operation = {"cup": sympy.Union, "cap": sympy.Intersection, "setminus": sympy.Complement}[signs[0]]
     try:

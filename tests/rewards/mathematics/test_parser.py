@@ -1,7 +1,7 @@
 r"""Why: a parser that reads one expression as another makes wrong answers right without anybody noticing.
 
-Trees of exact arithmetic are written in LaTeX in many ways, and Python's Fraction says what they are worth. Whole answers
-are test_pairs.py.
+Trees of exact arithmetic are written in LaTeX in many ways, and Python's Fraction says what they are worth. Whole
+answers: test_pairs.py.
 """
 
 from collections.abc import Callable
