@@ -1,11 +1,11 @@
-"""Mathematical equality of two answers in text: text → tokens → parser → reading → comparison.
+"""Mathematical equality of two answers in text: text → tokens → reading (with the parser) → comparison (with equality).
 
 Imported only by the verifier of this rule, since it imports sympy.
 """
 
 from megatron_fipo.rewards.mathematics.comparison import canonical, same
-from megatron_fipo.rewards.mathematics.reading import plain_text, read
-from megatron_fipo.rewards.mathematics.text import LONGEST_ANSWER, find_answer, undress
+from megatron_fipo.rewards.mathematics.reading import read
+from megatron_fipo.rewards.mathematics.text import LONGEST_ANSWER, find_answer, plain_text, undress
 
 __all__ = ["LONGEST_ANSWER", "find_answer", "judge"]
 

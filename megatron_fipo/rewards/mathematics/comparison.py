@@ -12,7 +12,7 @@ from sympy.core.expr import Expr
 
 from megatron_fipo.rewards.mathematics.equality import equal
 from megatron_fipo.rewards.mathematics.parser import symbol
-from megatron_fipo.rewards.mathematics.reading import (
+from megatron_fipo.rewards.mathematics.records import (
     Named,
     Reading,
     RealSet,

@@ -1,12 +1,11 @@
 r"""Reads an answer into its structure: a value, a text, a list, tuple, set or matrix of answers, an equation.
 
 The pieces are found by commas, connectives and relations outside of brackets; the parser reads what is left. What has
-no reading is a text. The readings are records, and comparison.py says what equals what.
+no reading is a text. comparison.py says which of the results are the same.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import sympy
 from sympy.core.expr import Expr
@@ -14,70 +13,25 @@ from sympy.core.function import AppliedUndef
 
 from megatron_fipo.rewards.mathematics.equality import equal
 from megatron_fipo.rewards.mathematics.parser import SYMPY_REFUSES, parse_expression, parse_name
+from megatron_fipo.rewards.mathematics.records import (
+    Named,
+    Reading,
+    RealSet,
+    Relation,
+    Several,
+    Text,
+    Value,
+    to_real_set,
+)
+from megatron_fipo.rewards.mathematics.text import plain_text
 from megatron_fipo.rewards.mathematics.tokens import Token, Unreadable, tokenise
-from megatron_fipo.rewards.mathematics.vocabulary import is_word
 
 _OPENING = frozenset(("(", "[", r"\{", "<|", "{"))
 _CLOSING = frozenset((")", "]", r"\}", "|>", "}"))
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in", "approx"))
 _SET_OPERATIONS = frozenset(("cup", "cap", "setminus"))
-_CHOICE = re.compile(r"\(([A-Z])\)")
 _MOST_ITEMS = 100
 _MATRICES = ("pmatrix", "bmatrix", "matrix", "array")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number or a function of variables, exact."""
-
-    expression: Expr
-    is_decimal: bool = False
-    """Whether it was written as a decimal number, which may be a rounded one."""
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Words, or what has no mathematical reading here."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Several:
-    """A list without brackets, or what stands in brackets."""
-
-    brackets: str
-    """list, matrix, row, interval, or the opening and the closing bracket."""
-    items: tuple["Reading", ...]
-
-
-@dataclass(frozen=True)
-class RealSet:
-    """Intervals, points and their unions."""
-
-    set: sympy.Set
-
-
-@dataclass(frozen=True)
-class Named:
-    """x = 5, f(x) = 2x, x ∈ [1, 2]: something and what it is called."""
-
-    name: str
-    of: "Reading"
-
-
-@dataclass(frozen=True)
-class Relation:
-    """An equation, inequation or inequality that is more than a name."""
-
-    sign: str
-    """=, !=, > or >=."""
-    difference: Expr
-    """Left side minus right side."""
-
-
-Reading = Value | Text | Several | RealSet | Named | Relation
 
 
 def read(text: str) -> Reading:
@@ -88,51 +42,21 @@ def read(text: str) -> Reading:
         return Text(plain_text(text))
 
 
-def plain_text(text: str) -> str:
-    r"""An undressed answer as a string to compare: without $ and \text{…}, without spaces but between two words.
-
-    In lower case if it is words alone. Otherwise nothing is dropped: texts that agree in it are the same answer.
-    """
-    for command in (r"\textbf{", r"\textit{", r"\text{", r"\mathrm{", r"\mbox{"):
-        while (start := text.find(command)) >= 0 and (end := text.find("}", start)) >= 0:
-            text = f"{text[:start]} {text[start + len(command) : end]} {text[end + 1 :]}"
-    text = text.replace(r"\$", "\\dollar ").replace("$", "")
-    words = text.split()
-    joined = words[0] if words else ""
-    for word in words[1:]:
-        # "1, 234" is a list and "1,234" a number.
-        joined += f" {word}" if (joined[-1].isalnum() or joined[-1] == ",") and word[0].isalnum() else word
-    if choice := _CHOICE.fullmatch(joined):
-        return choice[1]
-    letters = joined.replace(" ", "").replace("-", "").replace("'", "")
-    is_words = letters.isalpha() and any(is_word(word) for word in words)
-    return joined.casefold() if is_words else joined
-
-
-def to_real_set(reading: Reading) -> sympy.Set | None:
-    """The set of real numbers that is meant where a set is expected; None if it is none."""
-    if isinstance(reading, RealSet):
-        return reading.set
-    if not isinstance(reading, Several) or not all(isinstance(item, Value) for item in reading.items):
-        return None
-    values = [item.expression for item in reading.items if isinstance(item, Value)]
-    if reading.brackets == r"\{\}":
-        return sympy.FiniteSet(*values)
-    is_interval = reading.brackets in ("()", "[]", "(]", "[)") and len(values) == 2
-    if is_interval and all(value.is_extended_real for value in values):
-        return sympy.Interval(*values, reading.brackets[0] == "(", reading.brackets[1] == ")")
-    return None
-
-
 def _read_list(tokens: Sequence[Token]) -> Reading:
     if sum(token.text in (",", ";", "or", "and", "cup") for token in tokens) >= _MOST_ITEMS:
         raise Unreadable("too many parts")
+    if not tokens:
+        raise Unreadable("nothing")
+    # The comma of "1, 2, and 3" separates nothing.
+    follows = [token.kind == "connective" for token in tokens[1:]] + [False]
+    tokens = [token for token, last in zip(tokens, follows, strict=True) if not (last and token.text == ",")]
     pieces = _split(tokens, lambda token: token.kind == "connective" or token.text in (",", ";"))
-    pieces = [piece for piece in pieces if piece] if any(t.kind == "connective" for t in tokens) else pieces
     items = [reading for piece in pieces for reading in _read_with_sign(piece)]
     if len(items) == 1:
         return items[0]
     names = {item.name for item in items if isinstance(item, Named)}
+    if 1 < len(names) < sum(isinstance(item, Named) for item in items):
+        return _read_alternatives(tokens)
     if len(names) == 1 and isinstance(items[0], Named):
         # x = 1 or x = 2; x = 1, 2
         values = tuple(item.of if isinstance(item, Named) else item for item in items)
@@ -141,6 +65,14 @@ def _read_list(tokens: Sequence[Token]) -> Reading:
             return Named(items[0].name, _combine(values, connectives))
         return Named(items[0].name, Several("list", values))
     return Several("list", tuple(items))
+
+
+def _read_alternatives(tokens: Sequence[Token]) -> Reading:
+    """x = 1, y = 2 or x = 2, y = 1: what belongs together is between the "or"s, or between semicolons."""
+    separator = next((mark for mark in ("or", ";") if any(token.text == mark for token in tokens)), None)
+    if separator is None:
+        raise Unreadable("which of the values belong together")
+    return Several("list", tuple(_read_list(part) for part in _split(tokens, lambda token: token.text == separator)))
 
 
 def _combine(sets: Sequence[Reading], connectives: set[str]) -> Reading:
@@ -156,7 +88,7 @@ def _combine(sets: Sequence[Reading], connectives: set[str]) -> Reading:
 def _read_with_sign(tokens: Sequence[Token]) -> list[Reading]:
     """One piece; two where it has a ±, with the upper signs and with the lower."""
     signs = [token for token in tokens if token.text in ("pm", "mp")]
-    if not signs:
+    if not signs or _are_in_sets(tokens):
         return [_read_relation(tokens)]
     if sum(token.text == "pm" for token in signs) != 1:
         raise Unreadable("which signs go together")
@@ -169,6 +101,16 @@ def _read_with_sign(tokens: Sequence[Token]) -> list[Reading]:
     if all(isinstance(item, Named) for item in both):
         return both
     return [Named(both[0].name, item) if isinstance(both[0], Named) else item for item in both]
+
+
+def _are_in_sets(tokens: Sequence[Token]) -> bool:
+    """Whether each ± belongs to an element of a set in braces."""
+    depth = 0
+    for token in tokens:
+        depth += (token.text == r"\{") - (token.text == r"\}")
+        if depth == 0 and token.text in ("pm", "mp"):
+            return False
+    return True
 
 
 def _read_relation(tokens: Sequence[Token]) -> Reading:
@@ -292,7 +234,7 @@ def _read_side(tokens: Sequence[Token]) -> Reading:
         if brackets == r"\{\}" and any(token.text == "|" for token in tokens):
             return _read_set_of_all(tokens[1:-1])
         if len(inside) > 1 or brackets in (r"\{\}", "[]"):
-            items = tuple(_read_relation(part) for part in inside)
+            items = tuple(item for part in inside for item in _read_with_sign(part))
             return Several({"<||>": "()", "{}": r"\{\}"}.get(brackets, brackets), items)
     return _read_value(tokens)
 

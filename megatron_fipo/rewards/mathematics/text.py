@@ -7,6 +7,7 @@ response, and at most quadratic in LONGEST_ANSWER.
 import re
 
 from megatron_fipo.rewards.extraction import last_boxed
+from megatron_fipo.rewards.mathematics.vocabulary import is_word
 
 LONGEST_ANSWER = 1000
 """Characters. The longest answer of the MATH data set has 159; a longer one than this is wrong without being read."""
@@ -27,9 +28,10 @@ _PAIRS = (
 _CLOSING = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"))
 _WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|emph|mathbf|boldsymbol|bm|displaystyle)\s*\{")
 _GROUPED = re.compile(
-    r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:]|[~ ])\d{3})+(?![\d/]| *\\frac)"
+    r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:] ?|[~ ])\d{3})+(?![\d/]| *\\frac)"
 )  # 1{,}000, 1\,000, 1,\!000, 1 000
 _GROUP_MARK = re.compile(r"[^\d]+")
+_CHOICE = re.compile(r"\(([A-Z])\)")
 _SPACES = re.compile(r"\s+")
 _SIGNS = {
     **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " "),
@@ -81,6 +83,27 @@ def undress(text: str) -> str:
         before = text
         text = _without_outer(text.strip(" "))
     return _GROUPED.sub(lambda match: _GROUP_MARK.sub("", match[0]), text)
+
+
+def plain_text(text: str) -> str:
+    r"""An undressed answer as a string to compare: without $ and \text{…}, without spaces but between two words.
+
+    In lower case if it is words alone. Otherwise nothing is dropped: texts that agree in it are the same answer.
+    """
+    for command in (r"\textbf{", r"\textit{", r"\text{", r"\mathrm{", r"\mbox{"):
+        while (start := text.find(command)) >= 0 and (end := text.find("}", start)) >= 0:
+            text = f"{text[:start]} {text[start + len(command) : end]} {text[end + 1 :]}"
+    text = text.replace(r"\$", "\\dollar ").replace("$", "")
+    words = text.split()
+    joined = words[0] if words else ""
+    for word in words[1:]:
+        # "1, 234" is a list and "1,234" a number.
+        joined += f" {word}" if (joined[-1].isalnum() or joined[-1] == ",") and word[0].isalnum() else word
+    if choice := _CHOICE.fullmatch(joined):
+        return choice[1]
+    letters = joined.replace(" ", "").replace("-", "").replace("'", "")
+    is_words = letters.isalpha() and any(is_word(word) for word in words)
+    return joined.casefold() if is_words else joined
 
 
 def _to_its_end(text: str) -> str:
