@@ -66,6 +66,8 @@ def test_failed_checks_and_truncation_are_counted():
     group.responses[3].finish_reason = "length"
     scores = score([group], k=4).overall
     assert (scores.not_judged, scores.truncated, scores.avg) == (2, 0.25, 0.25)
+    group.judgements[1].outcome = "too_long"
+    assert score([group], k=4).overall.not_judged == 1
 
 
 def test_each_source_has_its_own_scores():
