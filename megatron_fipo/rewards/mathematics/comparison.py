@@ -110,6 +110,8 @@ def _same_relation(left: Relation, right: Relation) -> bool:
 
 def _constant_factor(left: Expr, right: Expr) -> Expr | None:
     """The number that `left` is times `right`, if there is one; found at one place, and not yet proved."""
+    if any(power.exp.free_symbols for power in (left * right).atoms(sympy.Pow)):
+        return None
     variables = sorted(left.free_symbols | right.free_symbols, key=str)
     places = {name: sympy.Rational(2 * index + 7, index + 3) for index, name in enumerate(variables)}
     above, below = left.xreplace(places), right.xreplace(places)

@@ -43,7 +43,7 @@ def agree_numerically(left: Expr, right: Expr) -> bool:
     agreed = False
     for turn in range(_TRIES if variables else 1):
         places = {name: _PLACES[(turn + index) % len(_PLACES)] for index, name in enumerate(variables)}
-        a, b = _number(left.xreplace(places)), _number(right.xreplace(places))
+        a, b = _number(left, places), _number(right, places)
         if a is None or b is None:
             continue
         if abs(a - b) > mpmath.mpf(10) ** (10 - _DIGITS) * max(abs(a), abs(b), 1):
@@ -67,9 +67,10 @@ def is_zero(difference: Expr) -> bool:
     return bool(difference.count_ops() <= _MOST_OPERATIONS and sympy.simplify(difference) == 0)
 
 
-def _number(value: Expr) -> mpmath.mpc | None:
-    """Its value to fifty digits; None where it has none."""
-    number = value.evalf(_DIGITS, maxn=4 * _DIGITS)
+def _number(value: Expr, places: dict[sympy.Symbol, sympy.Rational]) -> mpmath.mpc | None:
+    """Its value to fifty digits where variables have these values; None where it has none."""
+    # Not by substitution, after which sympy would look for exact roots of large fractions.
+    number = value.evalf(_DIGITS, subs=places, maxn=4 * _DIGITS)
     real, imaginary = number.as_real_imag()
     if not (real.is_Number and imaginary.is_Number and real.is_finite and imaginary.is_finite):
         return None

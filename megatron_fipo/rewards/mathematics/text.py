@@ -27,9 +27,8 @@ _PAIRS = (
 # What stays at the end when the opening half stood before "Answer:".
 _CLOSING = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"))
 _WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|emph|mathbf|boldsymbol|bm|displaystyle)\s*\{")
-_GROUPED = re.compile(
-    r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:] ?|[~ ])\d{3})+(?![\d/]| *\\frac)"
-)  # 1{,}000, 1\,000, 1,\!000, 1 000
+# 1{,}000, 1\,000, 1,\!000, 1 000
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:] ?|[~ ])\d{3})+(?![\d/]| *\\frac)")
 _GROUP_MARK = re.compile(r"[^\d]+")
 _CHOICE = re.compile(r"\(([A-Z])\)")
 _SPACES = re.compile(r"\s+")
@@ -39,27 +38,17 @@ _SIGNS = {
     **dict(zip("０１２３４５６７８９（）［］｛｝", "0123456789()[]{}", strict=True)),
     **dict(zip("，．：；＝＋－！／％＜＞。｡、", ",.:;=+-!/%<>..,", strict=True)),
     **dict(zip("−﹣‐‑–÷∕⁄’", "-----///'", strict=True)),
-    **{digit: f"^{{{value}}}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     **{"½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}"},
-    **{"ℝ": r"\mathbb{R}", "°": r"^\circ ", "º": r"^\circ "},
+    **{"ℝ": r"\mathbb{R}", "°": r"^\circ ", "º": r"^\circ ", "√": " sqrt "},
 }
-_COMMANDS = {
-    **{
-        "×": "times",
-        "·": "cdot",
-        "⋅": "cdot",
-        "∙": "cdot",
-        "±": "pm",
-        "∓": "mp",
-        "∞": "infty",
-        "√": "sqrt",
-        "≈": "approx",
-    },
-    **{"≤": "le", "≥": "ge", "≠": "ne", "∪": "cup", "∩": "cap", "∖": "setminus", "∈": "in", "∅": "emptyset"},
-    **{"⟨": "langle", "⟩": "rangle", "π": "pi", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "θ": "theta"},
-    **{"λ": "lambda", "μ": "mu", "σ": "sigma", "φ": "phi", "ω": "omega", "Δ": "Delta"},
-}
+_NAMES = (
+    "times cdot cdot cdot pm mp infty approx le ge ne cup cap setminus in emptyset langle rangle pi alpha beta gamma"
+    " delta theta lambda mu sigma phi omega Delta"
+)
+_COMMANDS = dict(zip("×·⋅∙±∓∞≈≤≥≠∪∩∖∈∅⟨⟩παβγδθλμσφωΔ", _NAMES.split(), strict=True))
 _CHARACTERS = str.maketrans(_SIGNS | {sign: f"\\{command} " for sign, command in _COMMANDS.items()})
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 
 def find_answer(text: str) -> str | None:
@@ -77,6 +66,7 @@ def find_answer(text: str) -> str | None:
 
 def undress(text: str) -> str:
     """The answer itself, in ASCII signs and LaTeX commands where there is one, each run of spaces a single one."""
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
     text = _SPACES.sub(" ", text.translate(_CHARACTERS))
     before = None
     while text != before:

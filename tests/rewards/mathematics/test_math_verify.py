@@ -93,6 +93,8 @@ DEGENERATE = {
     "a huge angle": r"Answer: \sin(10^{6000})",
     "a huge hyperbolic cosine": r"Answer: \cosh(2006!)",
     "a huge binomial": r"Answer: \binom{10^{9}}{10^{8}}",
+    "a fraction to the power of a variable": r"Answer: (n\%)^{x}",
+    "a huge number to the power of a variable": r"Answer: (2008!)^{z}",
     "many boxes": r"\boxed{" * 30_000,
     "many closed boxes": r"Answer: " + r"\boxed{1}" * 100,
     "a long sum": "Answer: " + "1+" * 490 + "x",
