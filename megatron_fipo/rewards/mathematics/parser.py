@@ -20,6 +20,8 @@ _DEEPEST = 40
 _LARGEST_FACTORIAL = 3000
 _LARGEST_ARGUMENT = 10**6
 _MOST_BITS = 20_000
+_MOST_ARGUMENT_BITS = 2_000
+_MOST_ROOT_BITS = 400
 _APPLIED = frozenset("fghFGHPQ")
 _MARKS = ("overline", "bar", "vec", "hat", "overrightarrow")
 _CONSTANTS = {r"\pi": sympy.pi, "e": sympy.E, "i": sympy.I}
@@ -80,19 +82,22 @@ def power(base: Expr, exponent: Expr) -> Expr:
         raise Unreadable("0^0")
     if exponent.is_Rational:
         if base.is_Rational and exponent.is_Integer:
-            size = max(abs(base.p).bit_length(), base.q.bit_length())
-            _bound(abs(int(exponent)) * size <= _MOST_BITS)
+            _bound(abs(int(exponent)) * _size(base) <= _MOST_BITS)
         elif exponent.is_Integer:
             _bound(abs(int(exponent)) <= 1000)
         else:
             # Of a number sympy looks for factors.
-            digits = max(abs(base.p), base.q).bit_length() if base.is_Rational else 0
-            _bound(max(abs(exponent.p), exponent.q) <= 60 and digits <= 400)
+            _bound(max(abs(exponent.p), exponent.q) <= 60 and (not base.is_Rational or _size(base) <= _MOST_ROOT_BITS))
     elif exponent.is_number:
         _bound(abs(exponent.evalf(15)) <= 1000)
     else:
         _bound(not any(inner.exp.free_symbols for inner in exponent.atoms(sympy.Pow, sympy.exp)))
     return base**exponent
+
+
+def _size(value: sympy.Rational) -> int:
+    """In bits."""
+    return int(max(abs(value.p).bit_length(), value.q.bit_length()))
 
 
 def _bound(holds: bool) -> None:
@@ -283,6 +288,8 @@ class _Reader:
             function, exponent = _INVERSES[name], None
         outside, self._in_function = self._in_function, True
         argument = self._function_argument(name)
+        if argument.is_Rational:
+            _bound(_size(argument) <= _MOST_ARGUMENT_BITS)
         if argument.is_number and name not in ("ln", "log", "lg", "sqrt"):
             _bound(abs(argument.evalf(15)) <= _LARGEST_ARGUMENT)
         value = function(argument)
