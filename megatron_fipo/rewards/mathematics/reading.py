@@ -21,6 +21,8 @@ from megatron_fipo.rewards.mathematics.records import (
     Several,
     Text,
     Value,
+    interval,
+    is_quickly_placed,
     to_real_set,
 )
 from megatron_fipo.rewards.mathematics.text import plain_text
@@ -136,9 +138,9 @@ def _read_equation(sides: Sequence[Sequence[Token]], is_approximate: bool) -> Re
         values = [_read_side(side) for side in sides[1:]]
         if len(values) > 1:
             _check_all_equal(values)
-        return Named(name, values[-1])
+        return _named(name, values[-1])
     if len(sides) == 2 and (name := parse_name(sides[1])) is not None:
-        return Named(name, _read_side(sides[0]))
+        return _named(name, _read_side(sides[0]))
     if is_approximate:
         raise Unreadable("what is approximated")
     values = [_read_side(side) for side in sides]
@@ -149,6 +151,15 @@ def _read_equation(sides: Sequence[Sequence[Token]], is_approximate: bool) -> Re
     if len(values) == 2 and isinstance(values[0], Value) and isinstance(values[1], Value):
         return Relation("=", values[0].expression - values[1].expression)
     raise Unreadable("an equation of something else than two values")
+
+
+def _named(name: str, value: Reading) -> Reading:
+    """x = 5; but x = 2x − 5 is an equation."""
+    if isinstance(value, Value):
+        own = next((term for term in value.expression.atoms(sympy.Symbol, AppliedUndef) if str(term) == name), None)
+        if own is not None:
+            return Relation("=", own - value.expression)
+    return Named(name, value)
 
 
 def _check_all_equal(values: Sequence[Reading]) -> None:
@@ -168,19 +179,16 @@ def _read_inequality(sides: Sequence[Sequence[Token]], signs: Sequence[str]) -> 
     if len(values) == 2:
         return _read_single_inequality(values[0], values[1], signs[0])
     upper, middle, lower = values[0], values[1], values[-1]
-    if (
-        len(values) == 3
-        and set(signs) <= {">", ">="}
-        and middle.is_Symbol
-        and upper.is_extended_real
-        and lower.is_extended_real
-        and not (upper.free_symbols | lower.free_symbols)
-    ):
-        return Named(str(middle), RealSet(sympy.Interval(lower, upper, signs[1] == ">", signs[0] == ">")))
-    raise Unreadable("a chain of relations")
+    between = interval(lower, upper, left_open=signs[1] == ">", right_open=signs[0] == ">")
+    is_known = len(values) == 3 and set(signs) <= {">", ">="} and not (upper.free_symbols | lower.free_symbols)
+    if not is_known or not middle.is_Symbol or between is None:
+        raise Unreadable("a chain of relations")
+    return Named(str(middle), RealSet(between))
 
 
 def _read_single_inequality(left: Expr, right: Expr, sign: str) -> Reading:
+    if not is_quickly_placed(left) or not is_quickly_placed(right):
+        return Relation(sign, left - right)
     if left.is_Symbol and right.is_number and right.is_extended_real:
         sets = {
             "!=": sympy.Complement(sympy.S.Reals, sympy.FiniteSet(right)),

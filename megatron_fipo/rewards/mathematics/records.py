@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import sympy
 from sympy.core.expr import Expr
 
+_LARGEST_END = 10**100
+
 
 @dataclass(frozen=True)
 class Value:
@@ -67,9 +69,22 @@ def to_real_set(reading: Reading) -> sympy.Set | None:
     if not isinstance(reading, Several) or not all(isinstance(item, Value) for item in reading.items):
         return None
     values = [item.expression for item in reading.items if isinstance(item, Value)]
-    if reading.brackets == r"\{\}":
+    if reading.brackets == r"\{\}" and all(map(is_quickly_placed, values)):
         return sympy.FiniteSet(*values)
-    is_interval = reading.brackets in ("()", "[]", "(]", "[)") and len(values) == 2
-    if is_interval and all(value.is_extended_real for value in values):
-        return sympy.Interval(*values, reading.brackets[0] == "(", reading.brackets[1] == ")")
+    if reading.brackets in ("()", "[]", "(]", "[)") and len(values) == 2:
+        return interval(*values, left_open=reading.brackets[0] == "(", right_open=reading.brackets[1] == ")")
     return None
+
+
+def interval(start: Expr, end: Expr, *, left_open: bool, right_open: bool) -> sympy.Set | None:
+    """None if it is empty: whoever writes (3, 1) does not mean the empty set."""
+    if not start.is_extended_real or not end.is_extended_real:
+        return None
+    if not is_quickly_placed(start) or not is_quickly_placed(end) or (end - start).is_extended_positive is False:
+        return None
+    return sympy.Interval(start, end, left_open, right_open)
+
+
+def is_quickly_placed(value: Expr) -> bool:
+    """Whether sympy finds the place of a number among others at once: beside a logarithm, 2006! takes it long."""
+    return all(max(abs(number.p), number.q) < _LARGEST_END for number in value.atoms(sympy.Rational))
