@@ -153,12 +153,10 @@ def _same_several(left: Several, right: Several, tolerance: float) -> bool:
         return _match(lone[0], lone[1], lambda a, b: same(a, b, tolerance))
     if len(left.items) != len(right.items):
         return False
+    # x = 1, y = 2 beside 1, 2: the order says which is which.
     names = [{item.name if isinstance(item, Named) else "" for item in each.items} for each in (left, right)]
-    if (
-        kinds <= set(_UNORDERED)
-        and not (len(names[0]) > 1 and names[1] == {""})
-        and not (len(names[1]) > 1 and names[0] == {""})
-    ):
+    is_in_order = {""} in names and any(len(each) > 1 for each in names)
+    if kinds <= set(_UNORDERED) and not is_in_order:
         return _match(left.items, right.items, lambda a, b: same(a, b, tolerance))
     if len(kinds) > 1 and kinds != {"list", "()"}:
         return False

@@ -180,8 +180,8 @@ class _Lexer:
         words, end = opening[1].strip(" "), opening.end()
         if words == "" or words in ("th", "st", "nd", "rd"):
             self._spaced, self._place = True, end
-        elif words.strip(",") in ("or", "and"):
-            self._add("connective", words.strip(","), end)
+        elif words.strip(", ") in ("or", "and"):
+            self._add("connective", words.strip(", "), end)
         elif words in TEXT_UNITS and self._tokens and self._tokens[-1].text not in ("(", ","):
             self._unit(TEXT_UNITS[words], end)
         elif words in FUNCTIONS:
@@ -203,7 +203,6 @@ def _repeating(lead: str, period: str) -> Fraction:
 
 
 def _based(digits: str, base: int) -> Fraction:
-    try:
-        return Fraction(int(digits, base)) if base >= 2 else Fraction(-1, 0)
-    except (ValueError, ZeroDivisionError):
-        raise Unreadable(f"{digits} in base {base}") from None
+    if not 2 <= base <= 10 or any(int(digit) >= base for digit in digits):
+        raise Unreadable(f"{digits} in base {base}")
+    return Fraction(int(digits, base))
