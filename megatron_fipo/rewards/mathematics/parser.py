@@ -251,7 +251,9 @@ class _Reader:
         while self._is("'"):
             name += self._take().text
         if token.text in _APPLIED and self._is("("):
-            return sympy.Function(name, real=True)(self._group())
+            argument = self._group()
+            _bound(all(_size(number) <= _MOST_ARGUMENT_BITS for number in argument.atoms(sympy.Rational)))
+            return sympy.Function(name, real=True)(argument)
         return symbol(name)
 
     def _raw(self) -> str:

@@ -95,6 +95,7 @@ DEGENERATE = {
     "a huge binomial": r"Answer: \binom{10^{9}}{10^{8}}",
     "a fraction to the power of a variable": r"Answer: (n\%)^{x}",
     "a huge number to the power of a variable": r"Answer: (2008!)^{z}",
+    "a function of a huge number": r"Answer: x = f(2006!) or x = f(2005!)",
     "many boxes": r"\boxed{" * 30_000,
     "many closed boxes": r"Answer: " + r"\boxed{1}" * 100,
     "a long sum": "Answer: " + "1+" * 490 + "x",
