@@ -125,8 +125,8 @@ def test_the_comparison_tells_a_lenient_rule_from_the_published_one():
         ("**Answer:** 42", "42", 0.0, "**42"),
         ("it is 9", "9", 0.0, ""),
         ("it is 9", "[INVALID]", 1.0, ""),
-        ("Answer: 9" + " " * 300, "9", 0.0, ""),
-        ("Answer: 9" + " " * 290, "9", 1.0, "9"),
+        ("Answer: 9" + " " * 291, "9", 1.0, "9"),
+        ("Answer: 9" + " " * 292, "9", 0.0, ""),
         ("Answer: 9", "x = 9 dollars", 1.0, "9"),
     ],
 )
