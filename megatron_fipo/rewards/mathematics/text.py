@@ -22,7 +22,7 @@ _LEAD_IN = re.compile(
 )
 _PAIRS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*"), ("__", "__"), ("_", "_")),
-    *(("`", "`"), ('"', '"'), ("“", "”"), ("'", "'")),
+    *(('"', '"'), ("“", "”"), ("'", "'")),
 )
 # What stays at the end when the opening half stood before "Answer:".
 _CLOSING = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"))
@@ -30,11 +30,12 @@ _WRAPPERS = re.compile(r"\\(?:boxed|fbox|underline|emph|mathbf|boldsymbol|bm|dis
 # 1{,}000, 1\,000, 1,\!000, 1 000
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,?\\[!,;:] ?|[~ ])\d{3})+(?![\d/]| *\\frac)")
 _GROUP_MARK = re.compile(r"[^\d]+")
+_BOLD = re.compile(r"(?:(?<=[ =(:,])|^)\*\*([^* ][^*]*)\*\*(?=[ ,.;:)]|$)")
 _CHOICE = re.compile(r"\(([A-Z])\)")
 _SPACES = re.compile(r"\s+")
 _SIGNS = {
     **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " "),
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+    **dict.fromkeys("`\u200b\u200c\u200d\u2060\ufeff", ""),
     **dict(zip("０１２３４５６７８９（）［］｛｝", "0123456789()[]{}", strict=True)),
     **dict(zip("，．：；＝＋－！／％＜＞。｡、", ",.:;=+-!/%<>..,", strict=True)),
     **dict(zip("−﹣‐‑–÷∕⁄’", "-----///'", strict=True)),
@@ -67,7 +68,7 @@ def find_answer(text: str) -> str | None:
 def undress(text: str) -> str:
     """The answer itself, in ASCII signs and LaTeX commands where there is one, each run of spaces a single one."""
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_LOWERED)}}}", text)
-    text = _SPACES.sub(" ", text.translate(_CHARACTERS))
+    text = _BOLD.sub(r" \1 ", _SPACES.sub(" ", text.translate(_CHARACTERS)))
     before = None
     while text != before:
         before = text
@@ -128,6 +129,8 @@ def _closing_brace(text: str, opening: int) -> int:
 
 def _without_outer(text: str) -> str:
     """Without one layer of dress; the same text if there is none."""
+    if text.endswith(r"\\"):
+        return text[:-2]
     if text[-1:] in (".", ",", ";") and not text.endswith(("..", "\\,", "\\;")):
         return text[:-1]
     for opening, closing in _PAIRS:
@@ -144,7 +147,7 @@ def _without_outer(text: str) -> str:
     lead_in = _LEAD_IN.match(text)
     if lead_in and lead_in.end() < len(text):
         return text[lead_in.end() :]
-    stripped = text.removesuffix("**").removesuffix("`").removesuffix("_").removeprefix("**").removeprefix("# ")
+    stripped = text.removesuffix("**").removesuffix("_").removeprefix("**").removeprefix("# ")
     return stripped or text
 
 

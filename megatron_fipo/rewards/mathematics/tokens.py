@@ -178,7 +178,7 @@ class _Lexer:
         if opening is None:
             raise Unreadable("\\text without its words")
         words, end = opening[1].strip(" "), opening.end()
-        if words == "" or words in ("th", "st", "nd", "rd"):
+        if words in ("", ".", ",") or words in ("th", "st", "nd", "rd"):
             self._spaced, self._place = True, end
         elif words.strip(", ") in ("or", "and"):
             self._add("connective", words.strip(", "), end)
