@@ -76,7 +76,7 @@ TEXTS = st.lists(PIECES, max_size=15).map("".join)
 RESPONSES = st.builds(lambda before, after, tail: f"{before}Answer:{after}{tail}", TEXTS, TEXTS, TEXTS)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(answer=TEXTS)
 @example("\\text{\n}")
 @example("\\boxed{1\n}")
@@ -84,7 +84,7 @@ def test_the_normal_form_is_the_published_one(answer):
     assert normalise_answer(answer) == published_rule.normal_form(answer)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(response=st.one_of(TEXTS, RESPONSES), truth=TEXTS, data=st.data())
 def test_exact_match_is_the_published_rule(response, truth, data):
     # A truth of chance is nearly always wrong: others are made from the answer, in several dresses.

@@ -89,7 +89,7 @@ def combine(children: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
     )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.recursive(numbers(), combine, max_leaves=10))
 def test_arithmetic_has_the_value_that_python_gives_it(node):
     value = parse(node[0])
