@@ -10,10 +10,10 @@ RUNTIME = [
     "huggingface_hub",
     "hydra-core>=1.3",
     "jinja2",
-    "math-verify",
     "matplotlib",
     # The newest version for Python 3.11; policy/ relies on its internals.
     "megatron-core==0.16.1",
+    "mpmath",
     "numpy",
     "omegaconf>=2.3",
     # Megatron-Core's checkpoints hang without psutil, and do not declare it.

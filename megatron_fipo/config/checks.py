@@ -303,6 +303,8 @@ def _reward(config: Config) -> Iterator[str]:
         )
     if config.data.source == "reasoning_gym" and reward.rule != "reasoning_gym":
         yield f"reward.rule: {reward.rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
+    if reward.math_tolerance and reward.rule != "math_verify":
+        yield f"reward.math_tolerance is not read with reward.rule={reward.rule}; reward.rule=math_verify does"
     if reward.correct <= reward.incorrect:
         raise ConfigError(
             "reward.correct",

@@ -39,9 +39,16 @@ class RewardConfig:
 
     rule: str = setting(
         "exact_match",
-        "exact_match: the recipe's 'Answer: …' string comparison; math_verify: sympy equivalence; "
+        "exact_match: the recipe's 'Answer: …' string comparison; math_verify: mathematical equality by sympy; "
         "reasoning_gym: the task's own scorer.",
         choices=("exact_match", "math_verify", "reasoning_gym"),
+    )
+    math_tolerance: float = setting(
+        0.0,
+        "With rule=math_verify: relative tolerance where the answer or the ground truth is a decimal number, such as "
+        "0.333 for 1/3. 0 is exact.",
+        minimum=0,
+        maximum=0.1,
     )
     correct: float = setting(1.0, "Reward of a right answer.")
     incorrect: float = setting(-1.0, "Reward of a wrong answer. One that could not be judged has none.")
