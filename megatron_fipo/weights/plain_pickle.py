@@ -6,6 +6,7 @@ state is given to instances of those classes alone, so that a pickle cannot chan
 """
 
 import pickle
+import reprlib
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, BinaryIO, TypeVar
@@ -62,7 +63,7 @@ class _Unpickler(_PYTHON_UNPICKLER):
     def load_build(self) -> None:
         target = self.stack[-2]
         if type(target) not in self._classes:
-            raise pickle.UnpicklingError(f"gives state to {target!r}, which is no record")
+            raise pickle.UnpicklingError(f"gives state to an object of {type(target).__name__}, which is no record")
         super().load_build()
 
     dispatch = _PYTHON_UNPICKLER.dispatch | {pickle.BUILD[0]: load_build}
@@ -73,4 +74,4 @@ def _enum_member(*arguments: Any) -> Enum:
     match arguments:
         case (type() as enum, str(name)) if issubclass(enum, Enum) and name in enum.__members__:
             return enum.__members__[name]
-    raise pickle.UnpicklingError(f"calls getattr{arguments!r}, which gives no member of an enum")
+    raise pickle.UnpicklingError(f"calls getattr{reprlib.repr(arguments)}, which gives no member of an enum")
