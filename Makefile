@@ -12,7 +12,7 @@ USABLE_PYTHON := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env train test test-fast test-real test-gpu lint format clean
+.PHONY: help env train test test-fast test-all test-real test-gpu lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,11 +22,18 @@ env: $(STAMP) ## Create the virtual environment, once; again only when setup.py,
 train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... key=value' says
 	@$(PYTHON) -m megatron_fipo.train $(ARGS)
 
-test: $(STAMP) ## Every test that needs no GPU (under 30 minutes)
-	@$(PYTHON) -m pytest $(ARGS)
+# Most of a test's time is imports of servers and trainers, one after the other on one core: two at a time take half.
+# JOBS=0 runs one after the other, with half the memory.
+JOBS ?= 2
+
+test: $(STAMP) ## The tests that need no GPU, every feature in some layout (under 20 minutes)
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
 	@$(PYTHON) -m pytest -m 'not slow and not real' $(ARGS)
+
+test-all: $(STAMP) ## The same, and every feature in every layout
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m 'not real' $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)

@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the name to import is not the name to install.
-DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "xdist": "pytest-xdist", "yaml": "pyyaml"}
 # The engine is one of two packages, which the extras cpu and cuda choose between; both bring torch's own companions.
 ENGINE = {"vllm"}
 # A dependency of torch's CUDA builds, imported only where there is CUDA.

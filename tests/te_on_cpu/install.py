@@ -25,6 +25,7 @@ CAPABILITY = "TE_ON_CPU_CAPABILITY"
 """Environment variable: the compute capability to pretend; MXFP8 is for 10.0."""
 
 FUNCTIONS = kernels.FUNCTIONS | attention.FUNCTIONS | fp8.FUNCTIONS
+UNUSED = ("triton", "triton.language", "triton.language.standard", "onnxscript", "onnx")
 CONSTANTS = ("DType", "FP8FwdTensors", "FP8BwdTensors", "NVTE_QKV_Format", "NVTE_Mask_Type", "NVTE_Fused_Attn_Backend")
 
 
@@ -62,8 +63,8 @@ def install() -> Any:
     _pretend_a_gpu()
     sys.path.insert(0, str(ENGINE))
     # Imported for kernels and exports that nothing here uses.
-    unused = [name for name in ("triton", "triton.language", "onnxscript", "onnx") if not _is_installed(name)]
-    sys.modules |= {name: MagicMock() for name in unused}
+    unused = [name for name in UNUSED if not _is_installed(name)]
+    sys.modules |= {name: MagicMock(__version__="0") for name in unused}
     engine = _import_without_libraries()
     # Nothing here draws at random.
     engine.pytorch.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
