@@ -9,10 +9,12 @@ RUNTIME = [
     "hydra-core>=1.3",
     "math-verify",
     "matplotlib",
-    # The newest version for Python 3.11; policy/ relies on its internals.
-    "megatron-core==0.16.1",
+    # The newest for each Python. policy/ relies on its internals; megatron_versions.py there names what differs.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
     "numpy",
     "omegaconf>=2.3",
+    "packaging",
     # Megatron-Core's checkpoints hang without psutil, and do not declare it.
     "psutil",
     "pyarrow",

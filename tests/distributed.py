@@ -22,7 +22,11 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: str, world_size: int, arguments: dict[str, Any] | None = None, timeout: float = 120
+    function: str,
+    world_size: int,
+    arguments: dict[str, Any] | None = None,
+    timeout: float = 120,
+    python: str = sys.executable,
 ) -> list[Any]:
     """Call `module:function(**arguments)` on every rank and return what each returned, by rank.
 
@@ -31,7 +35,7 @@ def run_ranks(
     killed.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
-        command = [sys.executable, "-m", "tests.distributed_worker", function, str(world_size), directory]
+        command = [python, "-m", "tests.distributed_worker", function, str(world_size), directory]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
