@@ -136,7 +136,7 @@ def _note_the_version(saved: Path, version: str | None) -> str:
     """Have a checkpoint say that this Megatron-Core wrote it, or say nothing; what it said before."""
     path = saved / "trainer.json"
     state = json.loads(path.read_text())
-    before = state.pop("megatron_core")
+    before = state.pop("megatron_core", "")
     path.write_text(json.dumps(state | ({"megatron_core": version} if version else {})))
     return before
 

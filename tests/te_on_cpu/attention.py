@@ -16,9 +16,12 @@ CAUSAL = (NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MA
 UNMASKED = (NVTE_Mask_Type.NVTE_NO_MASK, NVTE_Mask_Type.NVTE_PADDING_MASK)
 
 
-def get_fused_attn_backend(*_: Any) -> int:
-    """The one for bf16 and any length; fp32 goes through Transformer Engine's own matrix products and softmax."""
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+def get_fused_attn_backend(_: Any) -> tuple[int, str]:
+    """The one for bf16 and any length; fp32 goes through Transformer Engine's own matrix products and softmax.
+
+    And why there is none.
+    """
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
 def get_cudnn_version() -> int:
@@ -38,10 +41,13 @@ def fused_attn_fwd(
     dropout: float,
     _fast_zero_fill: bool,
     _layout: int,
+    _out_format: int,
+    _scale_format: int,
     _bias_type: int,
     mask: int,
     _softmax_type: int,
     _window: tuple[int, int],
+    _bottom_right: bool,
     query_offsets: Tensor,
     key_offsets: Tensor,
     query: Tensor,
@@ -75,10 +81,16 @@ def fused_attn_bwd(
     _dropout: float,
     _fast_zero_fill: bool,
     _layout: int,
+    _out_format: int,
+    _gradient_format: int,
+    _gradients_layout: int,
+    _scale_format: int,
+    _gradient_scale_format: int,
     _bias_type: int,
     mask: int,
     _softmax_type: int,
     _window: tuple[int, int],
+    _bottom_right: bool,
     _deterministic: bool,
     query_offsets: Tensor,
     key_offsets: Tensor,
@@ -88,7 +100,6 @@ def fused_attn_bwd(
     out: Tensor,
     gradient: Tensor,
     _dtype: torch.dtype,
-    _gradient_dtype: int,
     auxiliary: list[Tensor],
     query_starts: Tensor | None,
     key_starts: Tensor | None,
@@ -195,15 +206,30 @@ def thd_out_correction(
 
 
 def thd_grad_correction(gradient: Tensor, of_step: Tensor, offsets: Tensor, first: str, second: str) -> None:
-    """Take over a step's gradient of each half: "add", "copy" or "none", of which it has no values."""
+    """Take over a step's gradient of each half: "add" or "copy"; of the other kinds it has no values."""
     taken = 0
     for action, places in zip((first, second), (_half(offsets, 0), _half(offsets, 1)), strict=True):
-        if action == "none":
+        if action == "zero":
+            gradient[places] = 0
+        if action in ("none", "zero"):
             continue
         values = of_step[places] if len(of_step) == len(gradient) else of_step
         taken += len(places)
         gradient[places] = values if action == "copy" else gradient[places] + values
     assert taken == len(of_step), "each value belongs to one half"
+
+
+NO_FORMAT, NO_CORNER = 0, False
+
+
+def _fused_attn_fwd_of_2_11(*given: Any) -> list[Tensor]:
+    """Without formats after the layout, and without the corner that a mask starts from after the window."""
+    return fused_attn_fwd(*given[:7], *[NO_FORMAT] * 2, *given[7:11], NO_CORNER, *given[11:])
+
+
+def _fused_attn_bwd_of_2_11(*given: Any) -> list[Tensor | None]:
+    """The same, and with the gradient's type after the other's."""
+    return fused_attn_bwd(*given[:6], *[NO_FORMAT] * 5, *given[6:10], NO_CORNER, *given[10:19], *given[20:])
 
 
 FUNCTIONS = {
@@ -219,4 +245,9 @@ FUNCTIONS = {
         thd_out_correction,
         thd_grad_correction,
     )
+}
+FUNCTIONS_OF_2_11 = FUNCTIONS | {
+    "get_fused_attn_backend": lambda *given: get_fused_attn_backend(given)[0],
+    "fused_attn_fwd": _fused_attn_fwd_of_2_11,
+    "fused_attn_bwd": _fused_attn_bwd_of_2_11,
 }
