@@ -6,6 +6,7 @@ asks for a version. CPU stand-ins for names of torch.cuda that only one of them 
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from packaging.version import Version
@@ -20,10 +21,24 @@ def installed() -> Version:
     return Version(megatron.core.__version__)
 
 
+_ADVICE = (
+    # To a class that 0.16.1 does not have.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # To work out beforehand what is worked out here as in 0.16.1.
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    # To a way of saving in the background, which is not used.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+)
+
+
 def quiet_warnings() -> None:
-    """Leave out 0.19's advice, once a model, to move from GPTModel to a class that 0.16.1 does not have."""
-    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
-    logger.addFilter(lambda record: not record.getMessage().startswith("GPTModel IS DEPRECATED"))
+    """Leave out 0.19's advice to move from what both versions have to what only it has."""
+    for name, start in _ADVICE:
+        logging.getLogger(name).addFilter(partial(_is_not, start))
+
+
+def _is_not(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
 
 
 def dequantise(state: dict[str, Any]) -> None:

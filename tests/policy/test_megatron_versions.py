@@ -38,12 +38,12 @@ def test_rates_reach_every_group_of_every_optimizer_and_nothing_else() -> None:
         return [{"max_lr": 1.0, "wd_mult": 0.0, "step": 7}, {"max_lr": 1.0, "wd_mult": 1.0, "eps": 0.1}]
 
     states = {0: {"optimizer": {"param_groups": groups(), "state": {}}}, 1: {"param_groups": groups()}}
-    megatron_versions.set_rates(states, {"max_lr": 3.0, "eps": 0.2})  # type: ignore[arg-type]
-    found = [*states[0]["optimizer"]["param_groups"], *states[1]["param_groups"]]  # type: ignore[call-overload, index]
+    megatron_versions.set_rates(states, {"max_lr": 3.0, "eps": 0.2})
+    found = [*states[0]["optimizer"]["param_groups"], *states[1]["param_groups"]]
     assert found == [{"max_lr": 3.0, "wd_mult": 0.0, "step": 7}, {"max_lr": 3.0, "wd_mult": 1.0, "eps": 0.2}] * 2
 
 
-def test_only_the_advice_to_change_classes_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_advice_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
     before = list(logger.filters)
     megatron_versions.quiet_warnings()
