@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in $(PYTHON_CANDIDATES); do \
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env python train test test-fast test-real test-gpu lint format clean
+.PHONY: help env python train test test-fast test-layouts test-real test-gpu lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ test: $(STAMP) ## Every test that needs no GPU (under 30 minutes)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
 	@$(PYTHON) -m pytest -m 'not slow and not real' $(ARGS)
+
+test-layouts: $(STAMP) ## The policy's layouts alone: what another Megatron-Core or Transformer Engine can break
+	@$(PYTHON) -m pytest tests/policy tests/te_on_cpu $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)

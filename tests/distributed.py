@@ -22,11 +22,7 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: str,
-    world_size: int,
-    arguments: dict[str, Any] | None = None,
-    timeout: float = 120,
-    python: str = sys.executable,
+    function: str, world_size: int, arguments: dict[str, Any] | None = None, timeout: float = 120
 ) -> list[Any]:
     """Call `module:function(**arguments)` on every rank and return what each returned, by rank.
 
@@ -35,7 +31,7 @@ def run_ranks(
     killed.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
-        command = [python, "-m", "tests.distributed_worker", function, str(world_size), directory]
+        command = [sys.executable, "-m", "tests.distributed_worker", function, str(world_size), directory]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",

@@ -9,6 +9,7 @@ other one. Not covered: Transformer Engine itself (tests/te_on_cpu, tests/gpu).
 
 import json
 import os
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,13 @@ import pytest
 from packaging.version import Version
 
 from megatron_fipo.weights.conversion import to_huggingface
-from tests.distributed import run_ranks
+from tests.distributed import ROOT, run_ranks
 from tests.weights.models import SMALL_MODELS, write_model
 
 pytestmark = pytest.mark.slow
+
+ALONE = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+"""What a rank without others finds in its environment."""
 
 
 def test_extra_state_is_kept_where_it_is_wanted_and_not_missed(tmp_path: Path) -> None:
@@ -49,8 +53,15 @@ def test_an_older_megatron_cores_checkpoints_load_bit_for_bit_and_a_newer_ones_a
     model = str(write_model(next(model for model in SMALL_MODELS if model.name == "qwen3-tied"), tmp_path))
 
     def run(function: str, python: str, **arguments: str) -> Any:
-        given = {"model_dir": model, "seed": 1} | arguments
-        return run_ranks(f"tests.policy.checkpoints:{function}", 1, given, python=python)[0]
+        given = json.dumps({"model_dir": model, "seed": 1} | arguments)
+        command = (
+            f"import json; from tests.policy import checkpoints; print(json.dumps(checkpoints.{function}(**{given})))"
+        )
+        ended = subprocess.run(
+            [python, "-c", command], cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout.splitlines()[-1])
 
     here, there = sys.executable, os.environ["OTHER_STACK"]
     found = []

@@ -72,9 +72,7 @@ def install() -> Any:
     sys.path.insert(0, str(ENGINE))
     # Imported for kernels and exports that nothing here uses.
     unused = [name for name in UNUSED if not _is_installed(name)]
-    for name in unused:
-        sys.modules[name] = MagicMock()
-        sys.modules[name].__version__ = "0"  # which is asked for
+    sys.modules |= {name: MagicMock(__version__="0") for name in unused}
     engine = _import_without_libraries()
     # Nothing here draws at random.
     engine.pytorch.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
