@@ -193,25 +193,25 @@ def thd_second_half_lse_correction(statistics: Tensor, of_step: Tensor, offsets:
 def thd_out_correction(
     out: Tensor,
     of_step: Tensor,
+    statistics_before: Tensor,
     statistics: Tensor,
     statistics_of_step: Tensor,
     offsets: Tensor,
     only_second_half: bool,
     _packed: bool,
 ) -> None:
-    """Add a step's output by its share of the softmax."""
+    """Scale the output to the statistics that include a step's keys, and add the step's by its share of the softmax."""
     places = _half(offsets, 1) if only_second_half else torch.arange(len(out))
+    kept = (statistics_before - statistics)[:, places].exp().T[..., None]
     share = (statistics_of_step - statistics[:, places]).exp().T[..., None]
-    out[places] += (of_step.view(-1, *out.shape[1:]) * share).to(out.dtype)
+    out[places] = (out[places] * kept + of_step.view(-1, *out.shape[1:]) * share).to(out.dtype)
 
 
 def thd_grad_correction(gradient: Tensor, of_step: Tensor, offsets: Tensor, first: str, second: str) -> None:
-    """Take over a step's gradient of each half: "add" or "copy"; of the other kinds it has no values."""
+    """Take over a step's gradient of each half: "add", "copy" or "none", of which it has no values."""
     taken = 0
     for action, places in zip((first, second), (_half(offsets, 0), _half(offsets, 1)), strict=True):
-        if action == "zero":
-            gradient[places] = 0
-        if action in ("none", "zero"):
+        if action == "none":
             continue
         values = of_step[places] if len(of_step) == len(gradient) else of_step
         taken += len(places)
@@ -246,8 +246,16 @@ FUNCTIONS = {
         thd_grad_correction,
     )
 }
+
+
+def _thd_out_correction_of_2_11(out: Tensor, of_step: Tensor, statistics: Tensor, *given: Any) -> None:
+    """Once all steps are done: the statistics have them all, and the output begins at zero."""
+    thd_out_correction(out, of_step, statistics, statistics, *given)
+
+
 FUNCTIONS_OF_2_11 = FUNCTIONS | {
     "get_fused_attn_backend": lambda *given: get_fused_attn_backend(given)[0],
     "fused_attn_fwd": _fused_attn_fwd_of_2_11,
     "fused_attn_bwd": _fused_attn_bwd_of_2_11,
+    "thd_out_correction": _thd_out_correction_of_2_11,
 }
