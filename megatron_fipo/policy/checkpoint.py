@@ -6,6 +6,7 @@ model by itself. It is written under another name and renamed when all ranks are
 complete by construction and there is no tracker file to go stale.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -96,9 +97,10 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     Raises:
         FipoError: the checkpoint does not fit this model, is damaged, or is of a newer Megatron-Core.
     """
+    check_version(checkpoint)
     try:
         trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        megatron_versions.check_readable(checkpoint, trainer_state.pop(_WRITTEN_BY, None))
+        trainer_state.pop(_WRITTEN_BY, None)
         state = _sharded_state(policy, is_loading=True)
         megatron_versions.dequantise(state)
         # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
@@ -118,6 +120,13 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return trainer_state
+
+
+def check_version(checkpoint: Path) -> None:
+    """Raise FipoError where a newer Megatron-Core than the installed one wrote a checkpoint."""
+    with contextlib.suppress(OSError, ValueError):  # which `load` names; a converted model's has no such file
+        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
+        megatron_versions.check_readable(checkpoint, trainer_state.get(_WRITTEN_BY))
 
 
 def _raise_if_lost(checkpoint: Path, keys: set[str]) -> None:

@@ -15,10 +15,10 @@ from megatron_fipo.errors import FipoError
 
 
 def installed() -> Version:
-    """The version of Megatron-Core that is imported."""
+    """The version of Megatron-Core that is imported, without the commit that some builds add to it."""
     import megatron.core
 
-    return Version(megatron.core.__version__)
+    return Version(Version(megatron.core.__version__).public)
 
 
 _ADVICE = (
@@ -88,6 +88,6 @@ def check_readable(checkpoint: object, written_by: str | None) -> None:
     written, here = Version(written_by), installed()
     if written.release[:2] > here.release[:2]:
         raise FipoError(
-            f"{checkpoint}: cannot be resumed from: Megatron-Core {written} wrote it, and {here}, which is installed, "
+            f"{checkpoint}: cannot be loaded: Megatron-Core {written} wrote it, and {here}, which is installed, "
             f"reads no newer one's checkpoints: install {written.major}.{written.minor} or newer (setup.py: its Python)"
         )

@@ -4,13 +4,17 @@ rates of yesterday do, must not depend on which of the two runs the tests.
 Not covered: the checkpoints themselves (test_checkpoint.py); FP8 weights on their way through one (tests/te_on_cpu).
 """
 
+import json
 import logging
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.policy import megatron_versions
+from megatron_fipo.policy.checkpoint import check_version
 
 
 @pytest.mark.parametrize("written_by", [None, "0.15.3", "0.16.1", "0.16.2"])
@@ -31,6 +35,20 @@ def test_a_newer_versions_checkpoint_is_refused_in_one_line(
     message = str(refusal.value)
     assert message.startswith("runs/a/step-000010: ") and "\n" not in message
     assert f"Megatron-Core {written_by} wrote it" in message and here in message
+
+
+def test_what_a_checkpoint_notes_is_asked(tmp_path: Path) -> None:
+    check_version(tmp_path)  # a converted model notes nothing
+    for noted in ({}, {"megatron_core": None}, {"megatron_core": str(megatron_versions.installed())}):
+        (tmp_path / "trainer.json").write_text(json.dumps({"step": 3} | noted))
+        check_version(tmp_path)
+    (tmp_path / "trainer.json").write_text(json.dumps({"step": 3, "megatron_core": "99.1.0"}))
+    with pytest.raises(FipoError, match=r"99\.1\.0 wrote it"):
+        check_version(tmp_path)
+
+
+def test_the_version_noted_has_no_commit() -> None:
+    assert str(megatron_versions.installed()) == version("megatron-core")
 
 
 def test_rates_reach_every_group_of_every_optimizer_and_nothing_else() -> None:
