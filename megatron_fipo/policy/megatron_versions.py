@@ -88,6 +88,6 @@ def check_readable(checkpoint: object, written_by: str | None) -> None:
     written, here = Version(written_by), installed()
     if written.release[:2] > here.release[:2]:
         raise FipoError(
-            f"{checkpoint}: cannot be loaded: Megatron-Core {written} wrote it, and {here}, which is installed, reads no "
-            f"newer one's checkpoints: install {written.major}.{written.minor} or newer, with the Python that it needs"
+            f"{checkpoint}: cannot be loaded: Megatron-Core {written} wrote it, and {here}, which is installed, reads "
+            f"no newer one's checkpoints: install {written.major}.{written.minor} or newer, and the Python it needs"
         )
