@@ -15,7 +15,7 @@ from megatron_fipo.errors import FipoError
 
 
 def installed() -> Version:
-    """The version of Megatron-Core that is imported, without the commit that some builds add to it."""
+    """The version of Megatron-Core that is imported, without the commit of the repository around, which 0.19 adds."""
     import megatron.core
 
     return Version(Version(megatron.core.__version__).public)
