@@ -181,8 +181,10 @@ def megatron_logits(checkpoint: Path, geometry: Geometry, tokens: "torch.Tensor"
 
     from megatron_fipo.config import Config
     from megatron_fipo.policy import platform
+    from megatron_fipo.policy.checkpoint import check_version
     from megatron_fipo.policy.model import build_model, start_model_parallel
 
+    check_version(checkpoint)
     config = Config()
     config.model.layers, config.model.dtype = "local", "float32"
     platform.start_process_group(timeout_s=600)
