@@ -95,7 +95,7 @@ UNDERSTOOD: Mapping[str, Kind] = {
         lambda value: isinstance(value, list) and len(value) == 1 and value[0] in list(FAMILIES),
     ),
     "model_type": _only(*(family.model_type for family in FAMILIES.values())),
-    "num_hidden_layers": _whole(1, 10_000),
+    "num_hidden_layers": _whole(1, 1000),
     "hidden_size": _whole(1, 2**20),
     "intermediate_size": _whole(1, 2**24),
     "num_attention_heads": _whole(1, 2**16),
