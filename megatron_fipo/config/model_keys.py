@@ -145,15 +145,15 @@ REFUSED: Mapping[str, Kind] = {
     "vision_config": _NONE,
     "text_config": _NONE,
     # Experts.
-    "num_experts": _ZERO,
-    "num_local_experts": _ZERO,
-    "n_routed_experts": _ZERO,
+    "num_experts": _only(0),
+    "num_local_experts": _only(0),
+    "n_routed_experts": _only(0),
     "num_experts_per_tok": _ZERO,
     "moe_intermediate_size": _ZERO,
     "shared_expert_intermediate_size": _ZERO,
     "num_nextn_predict_layers": _ZERO,
     # Factors in the forward pass.
-    "logit_scale": _ONE,
+    "logit_scale": _only(1),
     "logits_scaling": _ONE,
     "residual_multiplier": _ONE,
     "embedding_multiplier": _ONE,
@@ -164,7 +164,7 @@ REFUSED: Mapping[str, Kind] = {
     "attn_temperature_tuning": _OFF,
     "clip_qkv": _NONE,
     # Attention of another kind.
-    "is_causal": _only(None, True),
+    "is_causal": _only(True),
     "use_bidirectional_attention": _OFF,
     "is_decoder": _OFF,
     "is_encoder_decoder": _OFF,
@@ -189,7 +189,7 @@ REFUSED: Mapping[str, Kind] = {
     "alibi": _OFF,
     "position_embedding_type": _only(None, "rope"),
 }
-"""Keys that would make another model of it, each with the values that do not."""
+"""Keys that would make another model of it, each with the values that do not. vLLM takes not every null for absent."""
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "Dropout and initialisation: a run draws no weights and trains without dropout": (
