@@ -273,6 +273,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     ),
     "Where the file comes from": (
         "_name_or_path",
+        "_model_name_or_path",
         "_commit_hash",
         "transformers_version",
         "transformers.js_config",

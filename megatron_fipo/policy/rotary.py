@@ -51,36 +51,37 @@ def probe_positions(geometry: Geometry, context: int) -> list[int]:
 def check_rotary_embedding(model_chunks: Sequence[GPTModel], geometry: Geometry, model_dir: str, context: int) -> None:
     """Compare the angles of this rank's model with transformers', over the whole context. Every rank calls it.
 
-    Rank 0 asks transformers, so that the other ranks need not import it. Raises ConfigError, naming the position, on
-    each rank whose rotary embedding is another one, and on all if transformers refuses the directory.
+    Rank 0 asks transformers, so that the other ranks need not import it. Raises the same ConfigError on every rank,
+    naming the position, if one of them has another rotary embedding or transformers refuses the directory.
     """
     expected, scale = _from_rank_0(model_dir, context - 1)
-    for chunk in model_chunks:
-        compare_angles(chunk.rotary_pos_emb, expected, scale, probe_positions(geometry, context), model_dir)
+    positions = probe_positions(geometry, context)
+    problems = [angle_problem(chunk.rotary_pos_emb, expected, scale, positions) for chunk in model_chunks]
+    said = [problem for text in gather_texts(json.dumps(problems), platform.device()) for problem in json.loads(text)]
+    if any(said):
+        remedy = "a rotary embedding that both compute alike: see its keys in config.json"
+        raise ConfigError("model.path", f"{model_dir}: the rotary embedding {next(filter(None, said))}", remedy)
 
 
-def compare_angles(
-    rotary: RotaryEmbedding, frequencies: Tensor, scale: float, positions: Iterable[int], model_dir: str
-) -> None:
-    """ConfigError if the angles at a position are not `frequencies` × position, or cosine and sine have a factor."""
-    problem = None if scale == 1.0 else f"has a factor of {scale:g} on its cosines in transformers, here none"
+def angle_problem(rotary: RotaryEmbedding, frequencies: Tensor, scale: float, positions: Iterable[int]) -> str:
+    """Where the angles are not `frequencies` × position, or a factor on cosine and sine; empty if all is well."""
+    if scale != 1.0:
+        return f"has a factor of {scale:g} on its cosines in transformers, here none"
     for position in positions:
         found = rotary.get_freqs_non_repeated(1, offset=position)[0].double().cpu()
         wanted = frequencies.double() * position
-        if problem is None and found.shape != wanted.shape:
-            problem = f"turns {len(found)} pairs of a head's values, {len(wanted)} in transformers"
-        if problem is None and not torch.allclose(found, wanted, rtol=RELATIVE_TOLERANCE, atol=1e-7):
-            pair = int(((found - wanted).abs() / wanted.abs().clamp(min=1e-7)).nan_to_num(nan=torch.inf).argmax())
-            problem = (
-                f"turns pair {pair} at position {position} by {found[pair]:.6g} radians, {wanted[pair]:.6g} in "
-                "transformers"
-            )
-    if problem is not None:
-        remedy = "a rotary embedding that both compute alike: see its keys in config.json"
-        raise ConfigError("model.path", f"{model_dir}: the rotary embedding {problem}", remedy)
+        if found.shape != wanted.shape:
+            return f"turns {len(found)} pairs of a head's values, {len(wanted)} in transformers"
+        wrong = ~torch.isclose(found, wanted, rtol=RELATIVE_TOLERANCE, atol=1e-7)
+        if wrong.any():
+            pair = int(wrong.nonzero()[0])
+            here, there = float(found[pair]), float(wanted[pair])
+            return f"turns pair {pair} at position {position} by {here:.6g} radians, {there:.6g} in transformers"
+    return ""
 
 
 def _from_rank_0(model_dir: str, last: int) -> tuple[Tensor, float]:
+    """`rotary_frequencies` of rank 0, or its ConfigError, on every rank."""
     said: dict[str, Any] = {}
     if torch.distributed.get_rank() == 0:
         try:

@@ -12,7 +12,7 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
 from megatron_fipo.policy.probe import Trace, check_traces, megatron_trace, probes, transformers_trace
-from megatron_fipo.policy.rotary import check_rotary_embedding, compare_angles
+from megatron_fipo.policy.rotary import angle_problem, check_rotary_embedding
 from megatron_fipo.weights.reshard import load_into
 from megatron_fipo.weights.transformers_model import rotary_frequencies
 
@@ -44,8 +44,8 @@ def compare(right: dict[str, str], spoilt: dict[str, str], refused: str, context
         ]
     found["refused"] = _start(geometry, model, refused, context)
     frequencies, _ = rotary_frequencies(directory, 7)
-    found["fewer pairs"] = _said(compare_angles, model.rotary_pos_emb, frequencies[:4], 1.0, [0, 1], directory)
-    found["a factor"] = _said(compare_angles, model.rotary_pos_emb, frequencies, 1.2, [0, 1], directory)
+    found["fewer pairs"] = angle_problem(model.rotary_pos_emb, frequencies[:4], 1.0, [0, 1])
+    found["a factor"] = angle_problem(model.rotary_pos_emb, frequencies, 1.2, [0, 1])
     platform.stop_process_group()
     return found
 
