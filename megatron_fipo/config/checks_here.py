@@ -70,8 +70,8 @@ def _check_model(config: Config) -> None:
     if not path:
         raise ConfigError("model.path", "is empty", "a Hugging Face model directory, or embedded:tiny")
     directory = resolve_embedded(path)
-    if not (directory / "config.json").is_file():
-        problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
+    if not os.path.isfile(directory / "config.json"):
+        problem = f"{path} holds no config.json" if os.path.isdir(directory) else f"there is no directory {path}"
         raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
     _check_layout(config, read_architecture(directory))
 

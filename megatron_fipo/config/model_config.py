@@ -6,6 +6,7 @@ built of it. Preflight, planner, training, conversion and the engines' plugin al
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -92,7 +93,7 @@ def read_architecture(model_dir: str | Path) -> Geometry:
     """
     path = Path(model_dir) / "config.json"
     for name in QUANTIZATION_FILES:
-        if (path.parent / name).exists():
+        if os.path.exists(path.parent / name):
             raise ConfigError("model.path", f"{path.parent} is quantised: it holds {name}", QUANTIZED_REMEDY)
     config = _read(path)
     family = _family(path, config)
@@ -133,7 +134,7 @@ def _refusal(path: Path, key: str, problem: str, remedy: str) -> ConfigError:
 def _read(path: Path) -> dict[str, Any]:
     """The object in the file. Numbers too long for any use, NaN and infinity are left for the keys' own checks."""
     remedy = "config.json is a JSON object, as transformers writes it"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it never raises
         raise ConfigError("model.path", f"{path} does not exist", "give a Hugging Face model directory")
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -154,11 +155,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise _refusal(path, _name(twice), "is there twice", "keep one of the two")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _refusal(path, _name(key), "is there twice", "keep one of the two")
+        found[key] = value
     return found
 
 
@@ -168,7 +169,8 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
             raise _refusal(path, key, "is missing", UNDERSTOOD[key].expected)
     named = config["architectures"]
     if isinstance(named, list) and len(named) == 1 and named[0] not in list(FAMILIES):
-        problem = f"names one that is unknown: architecture {_name(str(named[0]))} is not supported"
+        name = _name(named[0]) if isinstance(named[0], str) else shown(named[0])
+        problem = f"names one that is unknown: architecture {name} is not supported"
         raise _refusal(path, "architectures", problem, f"supported: {', '.join(FAMILIES)}")
     _check_key(path, "architectures", named)
     architecture = named[0]
@@ -186,7 +188,7 @@ def _check_key(path: Path, key: str, value: Any) -> None:
             raise _refusal(path, key, f"= {shown(value)}: the weights are quantised", QUANTIZED_REMEDY)
         raise _refusal(path, key, f"= {shown(value)} is not supported", f"it must be {kind.expected}")
     if kind is None and key not in HARMLESS_KEYS:
-        near = get_close_matches(key, [*UNDERSTOOD, *HARMLESS_KEYS], n=1, cutoff=0.85)
+        near = get_close_matches(key[:80], [*UNDERSTOOD, *HARMLESS_KEYS], n=1, cutoff=0.85)
         meant = f"did you mean {near[0]}? " if near else ""
         raise _refusal(
             path,

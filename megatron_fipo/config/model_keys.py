@@ -213,6 +213,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "add_eos_token",
         "chat_template",
         "model_max_length",
+        "max_sequence_length",
     ),
     "Sampling: a run sends its own with every request": (
         "max_length",

@@ -250,6 +250,7 @@ def test_rotary_keys_that_are_passed_over_elsewhere_are_named(
         (b'{"vocab_size": 5, "vocab_size": 6}', "vocab_size is there twice"),
         (b'{"architectures": ["Qwen2ForCausalLM"]}', "hidden_size is missing"),
         (b" " * (9 << 20), "has more than 8 MiB"),
+        (b'{"architectures": [' + b"[" * 900 + b"]" * 900 + b"]}", "hidden_size is missing"),
         (b'{"x": ' + b"9" * 5000 + b"}", "architectures is missing"),
     ],
 )
