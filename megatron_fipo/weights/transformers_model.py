@@ -1,7 +1,6 @@
 """transformers' own reading of a model directory, which knows nothing of our tables: what ours is compared with."""
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from megatron_fipo.errors import ConfigError
 
 def transformers_config(model_dir: str | Path) -> Any:
     """The PretrainedConfig of the directory, without asking the network. ConfigError, in one line, if it is refused."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # it validates by exceptions of many classes, some of them Exception's own children
         raise refused(model_dir, error) from error
 
