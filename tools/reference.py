@@ -61,7 +61,7 @@ the vLLM plugin read the file through one function, `megatron_fipo/config/model_
 * a value that is not computed exactly here, a size that cannot be, a key that is there twice;
 * a rotary embedding that is described in two places in two ways: programs differ in which of them they follow;
 * quantised weights (FP8, AWQ, GPTQ and others), by `quantization_config` or by a file such as quantize_config.json
-  beside config.json. Types of the stored tensors are looked at too.
+  beside config.json, and adapters (adapter_config.json). Types of the stored tensors are looked at too.
 
 At the start of a run each rank compares the rotary embedding that it built with transformers', at positions over the
 whole context; `tools/convert_hf.py --verify` compares logits there ([weights.md](weights.md)).

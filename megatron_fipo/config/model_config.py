@@ -20,6 +20,9 @@ from megatron_fipo.errors import ConfigError
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """What AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside the weights that they quantise."""
 
+ADAPTER_FILE = "adapter_config.json"
+"""What PEFT writes beside an adapter, which transformers would add to the weights and vLLM would not."""
+
 QUANTIZED_REMEDY = "a directory with the original weights, in float32, bfloat16 or float16"
 
 _LARGEST_FILE = 8 << 20
@@ -92,9 +95,7 @@ def read_architecture(model_dir: str | Path) -> Geometry:
     at, a value that cannot be computed exactly, and quantised weights.
     """
     path = Path(model_dir) / "config.json"
-    for name in QUANTIZATION_FILES:
-        if os.path.exists(path.parent / name):
-            raise ConfigError("model.path", f"{path.parent} is quantised: it holds {name}", QUANTIZED_REMEDY)
+    _check_files_beside(path.parent)
     config = _read(path)
     family = _family(path, config)
     for key, value in config.items():
@@ -125,6 +126,15 @@ def read_architecture(model_dir: str | Path) -> Geometry:
         max_position_embeddings=config["max_position_embeddings"],
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
     )
+
+
+def _check_files_beside(directory: Path) -> None:
+    for name in QUANTIZATION_FILES:
+        if os.path.exists(directory / name):
+            raise ConfigError("model.path", f"{directory} is quantised: it holds {name}", QUANTIZED_REMEDY)
+    if os.path.exists(directory / ADAPTER_FILE):
+        problem = f"{directory} holds {ADAPTER_FILE}, and adapters are not read"
+        raise ConfigError("model.path", problem, "merge the adapter into the weights and remove the file")
 
 
 def _refusal(path: Path, key: str, problem: str, remedy: str) -> ConfigError:

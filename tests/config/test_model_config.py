@@ -276,6 +276,12 @@ def test_quantised_directories_are_refused(tmp_path: Path, name: str) -> None:
         read(tmp_path, MODELS["qwen2"])
 
 
+def test_a_directory_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds adapter_config\.json"):
+        read(tmp_path, MODELS["qwen2"])
+
+
 @pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors", "mxfp4"])
 def test_a_quantisation_config_is_refused(tmp_path: Path, method: str) -> None:
     refusal = judge(tmp_path, MODELS["qwen2"] | {"quantization_config": {"quant_method": method}})
