@@ -50,6 +50,22 @@ def compare(right: dict[str, str], spoilt: dict[str, str], refused: str, context
     return found
 
 
+def spoil_last_rank(directory: str, refused: str, context: int) -> list[str]:
+    """What each rank says where one of them built another rotary embedding, and of a directory that is refused."""
+    platform.start_process_group(60)
+    config = Config()
+    config.parallel.tensor = torch.distributed.get_world_size()
+    config.model.layers, config.model.dtype = "local", "float32"
+    start_model_parallel(config.parallel, seed=0)
+    geometry = read_architecture(directory)
+    chunks = build_model(config, geometry)
+    if torch.distributed.get_rank() == config.parallel.tensor - 1:
+        _change_base(chunks[0])
+    said = [_start(geometry, chunks[0], where, context) for where in (directory, refused)]
+    platform.stop_process_group()
+    return said
+
+
 def _built(directory: str) -> tuple[Geometry, Any]:
     config = Config()
     config.model.layers, config.model.dtype = "local", "float32"

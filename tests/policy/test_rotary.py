@@ -42,17 +42,22 @@ def small(directory: Path, name: str, rope: dict[str, Any], kind: str = "Llama")
     return str(write_model(SmallModel(name, kind, heads=4, groups=2, vocab=61, tied=False, extra=extra), directory))
 
 
+def refused_by_transformers(directory: str) -> str:
+    refused = f"{directory}-refused"
+    shutil.copytree(directory, refused)
+    config = json.loads(Path(refused, "config.json").read_text())
+    Path(refused, "config.json").write_text(json.dumps(config | {"use_cache": "perhaps"}))
+    assert read_architecture(refused) == read_architecture(directory), "the key changes nothing that we compute"
+    return refused
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("models")
     right = {name: small(directory, name, rope) for name, rope in KINDS.items()}
     spoilt = small(directory, "qwen3", KINDS["default"], "Qwen3")
-    refused = directory / "refused"
-    shutil.copytree(spoilt, refused)
-    config = json.loads((refused / "config.json").read_text())
-    (refused / "config.json").write_text(json.dumps(config | {"use_cache": "perhaps"}))
-    assert read_architecture(refused) == read_architecture(spoilt), "the key changes nothing that we compute"
-    arguments = {"right": right, "spoilt": dict.fromkeys(NAMED, spoilt), "refused": str(refused), "context": CONTEXT}
+    refused = refused_by_transformers(spoilt)
+    arguments = {"right": right, "spoilt": dict.fromkeys(NAMED, spoilt), "refused": refused, "context": CONTEXT}
     return run_ranks("tests.policy.rotary_ranks:compare", 1, arguments, timeout=200)[0]
 
 
@@ -102,3 +107,12 @@ def test_other_ways_of_rotating_are_noticed(found: dict[str, Any]) -> None:
 def test_what_transformers_refuses_is_one_line(found: dict[str, Any]) -> None:
     assert re.search(r"transformers refuses .*config\.json: .*use_cache", found["refused"])
     assert "\n" not in found["refused"]
+
+
+@pytest.mark.slow
+def test_every_rank_raises_what_one_rank_finds(tmp_path: Path) -> None:
+    """Or the others would wait for it in the next collective."""
+    directory = small(tmp_path, "model", KINDS["default"])
+    arguments = {"directory": directory, "refused": refused_by_transformers(directory), "context": CONTEXT}
+    first, second = run_ranks("tests.policy.rotary_ranks:spoil_last_rank", 2, arguments)
+    assert first == second and "the rotary embedding turns pair" in first[0] and "use_cache" in first[1]
