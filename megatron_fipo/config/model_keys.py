@@ -106,8 +106,8 @@ UNDERSTOOD: Mapping[str, Kind] = {
     "rms_norm_eps": number(0, 1),
     "eos_token_id": _or_null(_either(_TOKEN, _list_of(_TOKEN))),
     # Positions; config/model_rope.py reads what is inside.
-    "max_position_embeddings": _whole(1, 2**30),
-    "original_max_position_embeddings": _whole(1, 2**30),
+    "max_position_embeddings": _whole(1, 10**9),
+    "original_max_position_embeddings": _whole(1, 10**9),
     "rope_theta": number(1, 1e15),
     "rope_parameters": _DICTIONARY,
     "rope_scaling": _DICTIONARY,
