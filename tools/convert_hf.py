@@ -156,6 +156,7 @@ def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | N
 
     transformers loads the directory and Megatron-Core the checkpoint, each by its own code, one after the other.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before Megatron-Core is imported
     from transformers import AutoModelForCausalLM
 
     from megatron_fipo.policy.probe import check_traces, megatron_trace, probes, transformers_trace
@@ -182,7 +183,6 @@ def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | N
 def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]":
     """The model in a checkpoint, whole and in fp32, loaded as a training run loads it."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron.core import dist_checkpointing
 
     from megatron_fipo.config import Config

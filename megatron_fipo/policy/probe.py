@@ -4,7 +4,6 @@ Three probes, each of a handful of tokens: one token, where no position has any 
 over the whole context, which one short sequence holds. The first that fails tells which kind of layer is to blame.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,10 +89,9 @@ def check_traces(found: Sequence[Trace], expected: Sequence[Trace], made: Sequen
     for probe, one, other in zip(made, found, expected, strict=True):
         gap, allowed = _gap(one, other, "output layer")
         if not gap <= allowed:
-            layer = next(name for name in other if not operator.le(*_gap(one, other, name)))
             raise WeightError(
                 f"logits of a probe of {probe.name} differ by {gap:.3g} ({allowed:.3g} allowed), values from "
-                f"{layer} on; suspected: {probe.suspect}"
+                f"{_first_difference(one, other)} on; suspected: {probe.suspect}"
             )
         largest = max(largest, (gap, allowed))
     return largest
@@ -119,6 +117,15 @@ def _watched(embedding: nn.Module, layers: Iterable[nn.Module], *, sequence_firs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _first_difference(found: Trace, expected: Trace) -> str:
+    """The first layer whose values differ; the logits come last, and do."""
+    for name in expected:
+        gap, allowed = _gap(found, expected, name)
+        if not gap <= allowed:
+            break
+    return name
 
 
 def _gap(found: Trace, expected: Trace, name: str) -> tuple[float, float]:
