@@ -27,6 +27,7 @@ from megatron_fipo.rewards.mathematics.records import (
 )
 from megatron_fipo.rewards.mathematics.text import plain_text
 from megatron_fipo.rewards.mathematics.tokens import Token, Unreadable, tokenise
+from megatron_fipo.rewards.mathematics.vocabulary import CURRENCIES
 
 _OPENING = frozenset(("(", "[", r"\{", "<|", "{"))
 _CLOSING = frozenset((")", "]", r"\}", "|>", "}"))
@@ -265,8 +266,8 @@ def _read_set_of_all(tokens: Sequence[Token]) -> Reading:
 
 def _read_value(tokens: Sequence[Token]) -> Value:
     unit = ""
-    if tokens[0].text == "dollar" and tokens[0].kind == "unit":
-        unit, tokens = "dollar", tokens[1:]
+    if tokens[0].text in CURRENCIES.values() and tokens[0].kind == "unit":
+        unit, tokens = tokens[0].text, tokens[1:]
     elif tokens[-1].kind == "unit" and len(tokens) > 1 and not _is_angle_in_function(tokens):
         unit, tokens = tokens[-1].text, tokens[:-1]
     number = [token for token in tokens if token.text not in ("-", "+", "%", "{", "}")]
@@ -281,7 +282,7 @@ def _is_angle_in_function(tokens: Sequence[Token]) -> bool:
 def _special_set(texts: Sequence[str]) -> Reading | None:
     if list(texts) in (["emptyset"], [r"\{", r"\}"]):
         return RealSet(sympy.S.EmptySet)
-    if list(texts) == ["mathbb", "{", "R", "}"]:
+    if list(texts) == ["mathbb", "{", "R", "}"] or list(texts) == ["mathbb", "R"]:
         return RealSet(sympy.S.Reals)
     return None
 
