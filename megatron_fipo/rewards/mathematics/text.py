@@ -25,13 +25,15 @@ _DRESS = " \t\r\n*_`}"
 _CLOSING_OF = str.maketrans("“([", "”)]")
 _LEAD_IN = re.compile(
     r"""(?:so|thus|therefore|hence)\b,?
-    |the\ (?:final\ |correct\ |total\ )?(?:answer|result|value|option|choice|solution|sum|product|number|probability|area
-        |volume|remainder|minimum|maximum)s?(?:\ of\ [^,.]{1,60}?)?\ (?:is|are|equals)\b:?
+    |the\ (?:final\ |correct\ |total\ |minimum\ |maximum\ |smallest\ |largest\ )?
+        (?:answer|result|value|option|choice|solution|sum|product|number|probability|area|volume|remainder|minimum
+        |maximum)s?(?:\ of\ [^,.]{1,60}?)?\ (?:is|are|equals)\b:?
     |(?:final\ |correct\ )?(?:answer|result|value)\ (?:is|equals)\b:?
     |(?:option|choice)\ (?=\(?[A-Z]\b)
     |it\ is\b|approximately\b|=""",
     re.IGNORECASE | re.VERBOSE,
 )
+_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _CLOSING_WORDS = re.compile(r"\.? I hope (?:it|this) is correct$")
 _OUTER_TAG = re.compile(r"^<(?:[a-z]{1,9}|\|\w{1,30}\|)>|(?:</[a-z]{1,9}>|<br ?/?>|<\|\w{1,30}\|>)$")
 _END_OF_PROOF = re.compile(r"(?:\\(?:blacksquare|square|Box|qed)\b|[∎■□✓✔✅\ufe0f])$")
@@ -54,7 +56,7 @@ _DIGIT = re.compile(r"\d")
 _ROOT = re.compile(r"([√∛∜]) ?(\d+|[A-Za-z])(?![\dA-Za-z.(])")
 _INDEX_OF_ROOT = {"√": "", "∛": "[3]", "∜": "[4]"}
 _REWRITTEN = (
-    (re.compile(r"\\(?:text)?color ?\{\w{1,20}\}"), ""),
+    (re.compile(r"\\(?:text)?color ?\{\w{1,20}\}"), " "),
     (re.compile(r"\\(?:[hv]space\*?|[hv]?phantom) ?\{[^{}]*\}"), " "),
     # The space between two rows of a matrix.
     (re.compile(r"\\\\ ?\[[\d.]+ ?[a-z]{2}\]"), r"\\\\ "),
@@ -70,22 +72,28 @@ _SIGNS = {
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
     **dict(zip("（）［］｛｝", "()[]{}", strict=True)),
     **dict(zip("，．：；＝＋－！／％＜＞。｡、।۔٫٬،؛", ",.:;=+-!/%<>..,...,,;", strict=True)),
-    **dict(zip("−﹣‐‑–÷∕⁄’′", "-----///''", strict=True)),
+    **dict(zip("−﹣‐‑–÷∕⁄‘’′", "-----///'''", strict=True)),
     **{"ℝ": r"\mathbb{R}", "°": r"^\circ ", "º": r"^\circ ", "√": " sqrt ", "…": r"\ldots "},
 }
 _NAMES = (
     "times cdot cdot cdot pm mp infty approx le ge ne cup cap setminus in emptyset langle rangle pi alpha beta gamma"
-    " delta theta lambda mu sigma phi omega Delta angle triangle euro pounds yen rupee"
+    " delta theta lambda mu sigma phi omega Delta angle triangle euro pounds yen rupee lfloor rfloor lceil rceil"
 )
-_COMMANDS = dict(zip("×·⋅∙±∓∞≈≤≥≠∪∩∖∈∅⟨⟩παβγδθλμσφωΔ∠△€£¥₹", _NAMES.split(), strict=True))
+_COMMANDS = dict(zip("×·⋅∙±∓∞≈≤≥≠∪∩∖∈∅⟨⟩παβγδθλμσφωΔ∠△€£¥₹⌊⌋⌈⌉", _NAMES.split(), strict=True))
 _FRACTIONS = {
     sign: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄")) for sign in "½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
 }
 _CHARACTERS = str.maketrans(_SIGNS | _FRACTIONS | {sign: f"\\{command} " for sign, command in _COMMANDS.items()})
 _SMALL = re.compile("(?P<raised>[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+)|[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+")
 # In what has no reading: commands that look alike, and braces around one sign.
-_COMMAND = re.compile(r"\\([A-Za-z]+|[,;:! ])")
-_ALIKE = SPELLINGS | dict.fromkeys(("dots", "cdots", "dotsc"), "ldots")
+_COMMAND = re.compile(r"\\([A-Za-z]+|[\\,;:! ])")
+_ALIKE = SPELLINGS | {
+    **dict.fromkeys(("dots", "cdots", "dotsc"), "ldots"),
+    **{"neq": "ne", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge"},
+}
+_SHORT_FRACTION = re.compile(r"\\frac (\w)(\w)(?!\w)")
+_ABBREVIATED = re.compile(r"(?<=[a-z])\.$")
+_APART = re.compile(r"[^\W_] [^\W_]|, \d{3}(?!\d)|\. \d|\d [.,]\d")
 _IN_BRACES = re.compile(r"(\\[A-Za-z]+|[\^_]) ?\{ ?(\w) ?\}")
 
 
@@ -128,12 +136,14 @@ def plain_text(text: str) -> str:
         while (start := text.find(command)) >= 0 and (end := text.find("}", start)) >= 0:
             text = f"{text[:start]} {text[start + len(command) : end]} {text[end + 1 :]}"
     text = _COMMAND.sub(_plain_command, text.replace(r"\$", "\\dollar ").replace("$", " "))
-    text = _IN_BRACES.sub(r"\1 \2", text)
+    text = _IN_BRACES.sub(r"\1 \2", _SHORT_FRACTION.sub(r"\\frac {\1}{\2}", text))
     words = text.split()
     joined = words[0] if words else ""
     for word in words[1:]:
-        # "1, 234" is a list and "1,234" a number.
-        joined += f" {word}" if (joined[-1].isalnum() or joined[-1] == ",") and word[0].isalnum() else word
+        # "1, 234" is a list and "1,234" a number; "5. 3" is not 5.3.
+        keeps_apart = _APART.search(f"{joined[-1]} {word[:4]}")
+        joined += f" {word}" if keeps_apart else word
+    joined = _ABBREVIATED.sub("", joined)
     if choice := _CHOICE.fullmatch(joined):
         return choice[1]
     letters = joined.replace(" ", "").replace("-", "").replace("'", "")
@@ -143,6 +153,8 @@ def plain_text(text: str) -> str:
 
 def _plain_command(match: re.Match[str]) -> str:
     name = _ALIKE.get(match[1], match[1])
+    if name == "\\":
+        return match[0]
     return " " if name in IGNORED else ": " if name == "colon" else f"\\{name} "
 
 
@@ -210,6 +222,9 @@ def _without_outer(text: str) -> str:
     lead_in = _LEAD_IN.match(text)
     if lead_in and lead_in.end() < len(text):
         return text[lead_in.end() :]
+    words = _TEXT.match(text)
+    if words and words.end() < len(text) and _LEAD_IN.fullmatch(words[1].strip(" ")):
+        return text[words.end() :]
     stripped = text.removesuffix("**").removesuffix("_").removeprefix("**").removeprefix("# ")
     return stripped or text
 

@@ -93,11 +93,18 @@ class _Lexer:
                 self._add("unit", f"degree {scale}" if scale else "degree", degree.end())
             elif sign == "\\":
                 self._command()
+            elif sign == ":" and self._is_in_set():
+                self._operator("|", self._place + 1)
             elif operator := _OPERATOR.match(self._text, self._place):
                 self._operator({"**": "^"}.get(operator[0], operator[0]), operator.end())
             else:
                 raise Unreadable(f"the sign {sign!r}")
         return self._tokens
+
+    def _is_in_set(self) -> bool:
+        """Whether a colon is that of {x : x > 2}."""
+        before = self._text[: self._place]
+        return before.count(r"\{") > before.count(r"\}")
 
     def _add(self, kind: str, text: str, end: int, value: Fraction | None = None) -> None:
         self._tokens.append(Token(kind, text, value, self._spaced))
@@ -198,15 +205,15 @@ class _Lexer:
         elif words.rstrip(".") in TEXT_UNITS and self._tokens and self._tokens[-1].text not in ("(", ","):
             self._unit(TEXT_UNITS[words.rstrip(".")], end)
         elif (per := _UNIT_PER_UNIT.fullmatch(words)) and self._tokens:
-            self._add("unit", f"{TEXT_UNITS[per[1]]}/{TEXT_UNITS[per[2]]}", end)
+            self._unit(f"{TEXT_UNITS[per[1]]}/{TEXT_UNITS[per[2]]}", end)
         elif words == "percent":
             self._operator("%", end)
         elif words in FUNCTIONS:
             self._add("function", words, end)
         elif words in ("e", "i", "pi", r"\pi"):
             self._add("symbol", r"\pi" if "pi" in words else words, end)
-        elif _DIGIT_OR_SIGN.search(words) or _POWER_OF_UNIT.fullmatch(words):
-            self._tokens += _Lexer(words).run()
+        elif _DIGIT_OR_SIGN.search(words) or _POWER_OF_UNIT.fullmatch(words.rstrip(".")):
+            self._tokens += _Lexer(words.rstrip(".")).run()
             self._place = end
         else:
             self._add("word", words, end)

@@ -15,7 +15,14 @@ IGNORED = _words(
 SPELLINGS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("dbinom", "tbinom"), "binom"),
-    **{"lbrace": "{", "rbrace": "}", "varnothing": "emptyset", "backslash": "setminus", "measuredangle": "angle"},
+    **{
+        "lbrace": "{",
+        "rbrace": "}",
+        "varnothing": "emptyset",
+        "backslash": "setminus",
+        "measuredangle": "angle",
+        "bar": "overline",
+    },
 }
 """Commands that mean the same as another."""
 OPERATORS = {
@@ -29,7 +36,7 @@ OPERATORS = {
 }
 """Commands that are operators or brackets, and how those are written in a token."""
 COMMANDS = _words(
-    "frac sqrt binom pm mp cup cap setminus in infty emptyset approx lfloor rfloor lceil rceil overline bar vec hat"
+    "frac sqrt binom pm mp cup cap setminus in infty emptyset approx lfloor rfloor lceil rceil overline vec hat"
     " overrightarrow angle triangle mathbb"
 )
 """Commands that parser.py or reading.py knows by name."""

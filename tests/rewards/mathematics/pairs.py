@@ -165,7 +165,7 @@ SAME: dict[str, list[tuple[str, str]]] = {
             ("x>y", "y<x"),
             ("2x=10", "x=5"),
             ("x=2x-5", "x=5"),
-        ],
+        ]
     ],
     "matrices": [
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & \frac{8}{2} \end{bmatrix}"),
@@ -187,7 +187,64 @@ SAME: dict[str, list[tuple[str, str]]] = {
             ("1/0", "1/0"),
             ("3:4", "3 : 4"),
             ("9^{9^{9}}", "$9^{9^{9}}$"),
+        ]
+    ],
+    "what a web page, a chat or a language's own script adds": [
+        *[("*42*", "42"), ("***42***", "42"), ("42।", "42"), ("42۔", "42"), ("٤٢", "42"), ("४२", "42"), ("‘6’", "6")],
+        *[("<answer>42</answer>", "42"), ("42</s>", "42"), ("42<|im_end|>", "42"), ("<b>42</b>", "42"), ("42 ∎", "42")],
+        *[("x &lt; 5", "x<5"), ("&minus;5", "-5"), ("5&nbsp;cm", "5"), ("&frac12;", "1/2"), (r"42 \blacksquare", "42")],
+        *[(r"\color{red}{42}", "42"), (r"\bf 42", "42"), (r"\hspace{1em}42", "42"), (r"\boxed{42", "42")],
+        *[(r"\begin{aligned} x &= 5 \end{aligned}", "5"), (r"\begin{cases} x=5 \\ y=6 \end{cases}", "(5,6)")],
+    ],
+    "lead-ins": [
+        *[("Thus, 5", "5"), ("The value of $x + y$ is 5", "5"), (r"$\text{The answer is } 42$", "42")],
+        *[
+            ("The correct option is C", "C"),
+            ("C)", "C"),
+            ("approximately 3.14", "3.14"),
+            ("The minimum value is 2.", "2"),
         ],
+        ("The final answer is $12$. I hope it is correct.", "12"),
+    ],
+    "currencies and compound units": [
+        *[
+            ("€18", "18"),
+            ("18 £", "£18"),
+            ("USD 18", r"\$18"),
+            (r"-\$5", "-5"),
+            ("50 percent", "50%"),
+            ("15 min", "15"),
+        ],
+        *[("60 miles per hour", "60 mph"), (r"60\text{ mi/hr}", "60"), ("25 sq. units", "25"), (r"3\text{ in.}", "3")],
+        *[("25 square centimeters", "25 cm^2"), (r"9.8\text{ m/s}^2", "9.8"), (r"45\degree", "45"), ("20°C", "20")],
+    ],
+    "other spellings": [
+        *[("√3/2", r"\frac{\sqrt3}{2}"), ("∛2", r"\sqrt[3]{2}"), ("3⅞", "31/8"), ("xⁿ⁺¹", "x^{n+1}"), ("x₁", "x_1")],
+        *[
+            ("1.2 x 10^5", "120000"),
+            (r"1\ 000\ 000", "10^6"),
+            (r"{1 \over 2}", "0.5"),
+            (r"{n \choose 2}", r"\binom n2"),
+        ],
+        *[
+            (r"0.\dot{3}", r"\frac13"),
+            (r"\mathbb R", r"\mathbb{R}"),
+            (r"x \not= 3", r"x \ne 3"),
+            (r"\bar z", r"\bar{z}"),
+        ],
+        *[(r"\{x : x>2\}", "x>2"), (r"\{x \in \mathbb{R} \mid x>2\}", "x>2"), ("(0,1) ∪ {3}", r"\{3\}\cup(0,1)")],
+        *[("∠ABC = 60°", "60"), (r"m\angle A = 60^\circ", "60"), ("p(x) = x^2", "x^2"), ("f^{-1}(x) = x", "x")],
+        *[(r"(x,y)\in\{(1,2),(2,1)\}", "(1,2),(2,1)"), ("2!3!", "12"), ("⌊2.5⌋", "2")],
+        (r"\begin{pmatrix}1\\[2pt]2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ],
+    "other spellings of texts without a value": [
+        *[
+            (r"\{1, 2, \ldots\}", r"\{1,2,\dots\}"),
+            (r"3\colon2", "3:2"),
+            (r"\frac{1}{2}:\frac{1}{3}", r"\frac12:\frac13"),
+        ],
+        *[(r"3 \pmod 7", r"3\pmod{7}"), (r"3:30\text{ p.m.}", "3:30 p.m."), ("x>2, x\\ne3", r"x > 2, x \neq 3")],
+        (r"\displaystyle\int_{0}^{1} x^{2}\,dx", r"\int_0^1 x^2 dx"),
     ],
 }
 DIFFERENT: dict[str, list[tuple[str, str]]] = {
@@ -237,6 +294,9 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
             ("(1,234)", "1234"),
             ("-34", "34"),
             ("1, 234", "1,234"),
+            ("5. 3", "5.3"),
+            ("5 .3", "5.3"),
+            ("1 ,234", "1,234"),
         ],
     ],
     "nearly equal numbers": [
@@ -333,6 +393,23 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
             (r"\overline{AB}", "AB"),
             (r"\triangle ABC", r"\triangle ABD"),
         ],
+    ],
+    "dress between two parts": [
+        *[("$4$$2$", "42"), ("$4$2", "42"), ("`4``2`", "42"), (r"4\color{red}2", "42"), ("<b>4</b>2", "42")],
+        *[
+            ("0,001", "1"),
+            ("0,000", "0"),
+            (r"\begin{cases}1\\2\end{cases}", "12"),
+            (r"\begin{aligned}1&2\end{aligned}", "12"),
+        ],
+        *[
+            ("The value of x is 3 and the value of y is 4", "4"),
+            ("So not 42", "42"),
+            ("The answer is either 4 or 5", "4"),
+        ],
+        *[("x=1 or y=2", "(1,2)"), ("x=1 or y=2", "x=1, y=2"), (r"\begin{cases}x=5\\y=6\end{cases}", "(6,5)")],
+        *[("€5", "£5"), ("20°C", "20°F"), ("5 km/h", "5 km"), ("5 percent", "5"), ("x₁", "x₂"), ("x⁻¹", "-x")],
+        *[(r"4\phantom{3}2", "42"), (r"\{x : x>2\}", r"x\ge2"), (r"\{x\in\mathbb{Z} : x>2\}", "x>2"), ("√23", "3√2")],
     ],
     "nothing": [("", ""), ("$$", "$$"), ("", "5"), (r"\frac{", "7")],
 }
