@@ -21,6 +21,8 @@ _ANSWER = re.compile(
     (?:</[a-z]{1,9}>|[*_`]{0,3}(?:[ ]?\})?)(?:\s*```\w{0,20}\n)?""",
     re.IGNORECASE | re.VERBOSE,
 )
+_MOST_TRIED = 100
+_OPENING_TAG = re.compile("<answer>", re.IGNORECASE)
 _DRESS = " \t\r\n*_`}"
 _CLOSING_OF = str.maketrans("“([", "”)]")
 _LEAD_IN = re.compile(
@@ -66,6 +68,7 @@ _REWRITTEN = (
     # 1.2 x 10^5
     (re.compile(r"(?<=\d) ?[xX] ?(?=10 ?\^)"), r"\\times "),
     (re.compile(r"\bm ?\\angle\b"), r"\\angle "),
+    (re.compile(r"\( ?(?:\\(?:text|mathrm) ?\{mod\}|\\?b?mod\b) ?([^()]*)\)"), r"\\pmod{\1}"),
 )
 _SIGNS = {
     **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000`", " "),
@@ -77,9 +80,9 @@ _SIGNS = {
 }
 _NAMES = (
     "times cdot cdot cdot pm mp infty approx le ge ne cup cap setminus in emptyset langle rangle pi alpha beta gamma"
-    " delta theta lambda mu sigma phi omega Delta angle triangle euro pounds yen rupee lfloor rfloor lceil rceil"
+    " delta theta lambda mu sigma phi omega Delta angle triangle euro pounds yen rupee lfloor rfloor lceil rceil equiv"
 )
-_COMMANDS = dict(zip("×·⋅∙±∓∞≈≤≥≠∪∩∖∈∅⟨⟩παβγδθλμσφωΔ∠△€£¥₹⌊⌋⌈⌉", _NAMES.split(), strict=True))
+_COMMANDS = dict(zip("×·⋅∙±∓∞≈≤≥≠∪∩∖∈∅⟨⟩παβγδθλμσφωΔ∠△€£¥₹⌊⌋⌈⌉≡", _NAMES.split(), strict=True))
 _FRACTIONS = {
     sign: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄")) for sign in "½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
 }
@@ -98,17 +101,26 @@ _IN_BRACES = re.compile(r"(\\[A-Za-z]+|[\^_]) ?\{ ?(\w) ?\}")
 
 
 def find_answer(text: str) -> str | None:
-    r"""What follows the last "Answer:" that something follows; else the last <answer>…</answer>, or \boxed{…}; or None.
+    r"""What follows the last "Answer:", or an <answer>…</answer> after it; without both the last \boxed{…}; else None.
 
+    An "Answer:" that nothing follows does not count, nor what stands before </think> if something stands behind it.
     "Answer:" may be in bold or in \text{…}. The answer ends with its line, or with the $…$, \[…\] or environment that
     the line opens.
     """
-    for match in reversed([*_ANSWER.finditer(text)]):
-        answer = _to_its_end(text[match.end() :].lstrip())
+    # What is thought aloud before the response proper is no answer, where one follows.
+    proper = text.rpartition("</think>")[2]
+    text = proper if proper.strip() else text
+    tagged = last_answer_tag(text)
+    tag = -1 if tagged is None else [*_OPENING_TAG.finditer(text)][-1].start()
+    # Each that nothing follows costs a look at the rest of the text.
+    for match in reversed([*_ANSWER.finditer(text)][-_MOST_TRIED:]):
+        rest = text[match.end() :].lstrip()
+        answer = _to_its_end(rest)
+        if len(text) - len(rest) + len(answer) < tag:
+            break
         if answer.strip(_DRESS):
             closing = (match["opening"] or "")[::-1].translate(_CLOSING_OF)
             return answer.rstrip(" .\r").removesuffix(closing) if closing else answer
-    tagged = last_answer_tag(text)
     return last_boxed(text) if tagged is None else last_boxed(tagged) or tagged
 
 

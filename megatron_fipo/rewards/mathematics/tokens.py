@@ -58,6 +58,7 @@ _DEGREE = re.compile(
 )
 _OPERATOR = re.compile(r"!=|<=|>=|\*\*|[-+*/^_(){}\[\]|,;=<>!&%']")
 
+_WITHOUT_SET = re.compile(r"- ?\\\{")
 _UNIT = "|".join(sorted(TEXT_UNITS, key=len, reverse=True))
 _POWER_OF_UNIT = re.compile(rf"(square|sq\.?|cubic|cu\.?) ({_UNIT})(?![A-Za-z])")
 _PER_UNIT = re.compile(rf"(?:/| per )({_UNIT})(?![A-Za-z])")
@@ -96,7 +97,10 @@ class _Lexer:
             elif sign == ":" and self._is_in_set():
                 self._operator("|", self._place + 1)
             elif operator := _OPERATOR.match(self._text, self._place):
-                self._operator({"**": "^"}.get(operator[0], operator[0]), operator.end())
+                if self._tokens and _WITHOUT_SET.match(self._text, self._place):
+                    self._add("command", "setminus", operator.end())
+                else:
+                    self._operator({"**": "^"}.get(operator[0], operator[0]), operator.end())
             else:
                 raise Unreadable(f"the sign {sign!r}")
         return self._tokens

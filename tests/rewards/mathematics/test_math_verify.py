@@ -49,6 +49,8 @@ MOST_SECONDS = 5.0
         "<answer>42</answer>",
         "\\boxed{41} <answer>it is \\boxed{42}</answer>",
         "<answer>Answer: 42</answer>",
+        "<think>Answer: 41</think><answer>42</answer>",
+        "<answer>41</answer> No. Answer: 42",
         "Answer:\n\\begin{align*}\nx &= 42\n\\end{align*}",
     ],
 )
@@ -123,6 +125,7 @@ DEGENERATE = {
     "plus or minus": "Answer: " + r"\pm " * 200,
     "asterisks": "Answer: " + "*" * 200_000,
     "dollars": "Answer: " + "$" * 900,
+    "answers of an asterisk": "Answer: *\n" * 50_000,
     "only tags": "<answer>" * 50_000,
     "many answers in asterisks": "***Answer: 1" * 20_000,
     "an open delimiter": "Answer: $\n" + "x\n" * 100_000,
