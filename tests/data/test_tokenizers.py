@@ -164,6 +164,22 @@ def test_added_tokens_are_decoded_unless_they_are_special(tmp_path):
     assert tokenizer.decode([*ids, size + 500]) == "add<think>the answer"
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_special_token_that_does_not_exist_is_refused(tmp_path, name):
+    """sentencepiece's own </s> stood for it in silence, and no chat turn ended."""
+    save_sentencepiece(tmp_path, CHAT, **{name: "<|nope|>"})
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {name} '<\|nope\|>' is no token"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_added_token_without_a_text_is_refused(tmp_path):
+    """It would be found between any two characters."""
+    save_sentencepiece(tmp_path, CHAT)
+    (tmp_path / "added_tokens.json").write_text('{"": 330}')
+    with pytest.raises(DataError, match="empty text"):
+        load_tokenizer(tmp_path)
+
+
 def test_without_a_template_the_name_of_a_special_token_is_text(tmp_path):
     processor = save_sentencepiece(tmp_path)
     text = "add </s> <|im_start|>"
