@@ -92,9 +92,8 @@ class SentencePieceModel:
         """DataError for a special token that the configuration names and nobody has: another would stand for it."""
         text = self.special_tokens.get(f"{name}_token")
         if text is not None and text not in self._ids and self._model.piece_to_id(text) == self._model.unk_id():
-            raise DataError(
-                f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r} is no token of tokenizer.model, nor added"
-            )
+            where = f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r}"
+            raise DataError(f"{where} is no token of tokenizer.model, nor added to it")
 
     def _id_of(self, name: str) -> int:
         """The id of a special token as configured, or the model's own; −1 if it has none."""

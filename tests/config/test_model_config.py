@@ -290,8 +290,12 @@ def test_a_quantisation_config_is_refused(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "right"),
-    [("bos_token_id", [1], 1), ("attention_dropout", None, 0.5), ("initializer_range", 1, 0.02)]
-    + [("activation", "gelu", "swiglu")],
+    [
+        ("bos_token_id", [1], 1),
+        ("attention_dropout", None, 0.5),
+        ("initializer_range", 1, 0.02),
+        ("activation", "gelu", "swiglu"),
+    ],
 )
 def test_what_transformers_would_refuse_late_is_refused_at_once(
     tmp_path: Path, key: str, value: Any, right: Any

@@ -172,6 +172,18 @@ def test_a_special_token_that_does_not_exist_is_refused(tmp_path, name):
         load_tokenizer(tmp_path)
 
 
+def test_an_end_token_that_tokenizer_json_does_not_have_is_refused(tmp_path):
+    """transformers gives it a new id, which may fit into a padded embedding and which the model never samples."""
+    save_byte_tokenizer(tmp_path, TEMPLATE)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token": "<|nope|>"}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"eos_token '<\|nope\|>' is not in tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    path.write_text(json.dumps(settings | {"added_tokens_decoder": {"258": {"content": "<|nope|>", "special": True}}}))
+    assert load_tokenizer(tmp_path).eos_ids == [258]
+
+
 def test_an_added_token_without_a_text_is_refused(tmp_path):
     """It would be found between any two characters."""
     save_sentencepiece(tmp_path, CHAT)
