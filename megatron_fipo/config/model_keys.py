@@ -126,9 +126,7 @@ UNDERSTOOD: Mapping[str, Kind] = {
     "torch_dtype": _DTYPE,
     # Not used, but transformers refuses the whole file for other values.
     "attention_dropout": Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e15),
-    "initializer_range": Kind(
-        "a number with a decimal point", lambda value: type(value) is float and abs(value) < 1e15
-    ),
+    "initializer_range": Kind("a number from 0.0 to 1.0", lambda value: type(value) is float and 0 <= value <= 1),
     "bos_token_id": _or_null(_whole(-1, 2**31 - 1)),
 }
 """Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands."""
