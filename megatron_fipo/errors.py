@@ -24,6 +24,14 @@ class DataError(FipoError):
         super().__init__(_printable(message))
 
 
+class RefusedOnRank0(FipoError):
+    """What rank 0 refused, on the other ranks: its text and its exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class WeightError(FipoError):
     """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
 
