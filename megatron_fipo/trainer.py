@@ -51,6 +51,7 @@ class Trainer:
         self.model_dir = resolve_embedded(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
+        self.agreement = AgreementCheck(agreement_limits(config))
         implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
         # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
@@ -68,7 +69,6 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self._by_rank_0(lambda: self._open_run_files(stack))
         self.stand_by = StandBy(trainer_store())
-        self.agreement = AgreementCheck(agreement_limits(config))
         self.version = self.step
         """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
