@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 # NVIDIA's apex is no requirement: the name on PyPI belongs to another project, and Megatron-Core works without.
 RUNTIME = [
+    "filelock>=4.2",
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",

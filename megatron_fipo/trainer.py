@@ -16,13 +16,14 @@ from megatron.core import parallel_state
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.errors import FipoError, RolloutError
+from megatron_fipo.errors import RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.agreement import AgreementCheck, agreement_limits
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.update import Policy, gather_parameters
+from megatron_fipo.run_directory import take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
@@ -53,15 +54,9 @@ class Trainer:
         platform.start_process_group(config.run.collective_timeout_s)
         implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
-        # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
-        # on shared storage one node may see a checkpoint later than another.
         self.first = torch.distributed.get_rank() == 0
-        found = self._checkpoint_to_resume(Path(config.run.directory)) if self.first else None
-        told = [config.run.directory, str(found) if found else ""]
-        torch.distributed.broadcast_object_list(told, src=0)
-        self.directory = Path(told[0])
-        self.resume_from = Path(told[1]) if told[1] else None
-        self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
+        self.place = take_directory(config.run, stack)
+        self.directory, self.step = self.place.path, self.place.step
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation)
         self.experience: Experience | None = None
@@ -83,8 +78,8 @@ class Trainer:
             geometry = read_architecture(self.model_dir)
             self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
-            if self.resume_from is not None:
-                self._load(self.resume_from)
+            if self.place.resume_from is not None:
+                self._load(self.place.resume_from)
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
@@ -138,6 +133,7 @@ class Trainer:
         """Write and show one step."""
         if self.metrics is None or self.experience is None:
             return
+        self._check_lock()
         metrics |= self.experience.service.end_step()
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
@@ -181,6 +177,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the policy and of the loop."""
         state: dict[str, Any] = {}
+        self._check_lock()
         if self.experience is not None:
             state = {
                 "step": self.step,
@@ -251,7 +248,6 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def _open_run_files(self, stack: ExitStack) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_config(self.directory, self.config)
         write_environment(self.directory, world_size=torch.distributed.get_world_size())
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
@@ -260,11 +256,10 @@ class Trainer:
         counts = {name: count for name, count in self.experience.problem_counts.items() if count}
         self.console.note("problems: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
-    def _checkpoint_to_resume(self, directory: Path) -> Path | None:
-        found = checkpoint.newest(directory / "checkpoints")
-        if self.config.run.resume == "never" and (found or (directory / "metrics.jsonl").exists()):
-            raise FipoError(f"{directory} already holds a run (give another run.directory, or run.resume=auto)")
-        return found if self.config.run.resume == "auto" else None
+    def _check_lock(self) -> None:
+        """Before anything is written: nobody else has taken the directory."""
+        if self.place.lock is not None:
+            self.place.lock.check()
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(self.policy, path)
