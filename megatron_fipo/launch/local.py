@@ -21,7 +21,7 @@ import psutil
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
-from megatron_fipo.processes import die_with_parent, kill_descendants, no_descendant_left
+from megatron_fipo.processes import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
@@ -30,9 +30,6 @@ _TAIL_LINES = 30
 _KILL_TIMEOUT_S = 10.0
 _SAME_CTRL_C_S = 0.5
 _LOOPBACK = "127.0.0.1"
-
-LISTENER_VARIABLE = "FIPO_STORE_FD"
-"""The listening socket at which the ranks meet, which rank 0 inherits."""
 
 
 def already_launched() -> bool:
