@@ -6,27 +6,47 @@ PIP_INSTALL := $(PYTHON) -m pip install --disable-pip-version-check --constraint
 
 # Written last, so that an interrupted installation never looks finished; named after what was installed.
 STAMP := $(VENV)/complete-$(shell cat setup.py constraints.txt Makefile | cksum | cut -d' ' -f1)
-PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3
-USABLE_PYTHON := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+# Newest first, and the first one with all it takes: a version that Megatron-Core has wheels for, the venv module, and for
+# a dependency of reasoning_gym that comes as C source, headers and a compiler.
+PYTHON_CANDIDATES := python3.13 python3.12 python3.11 python3
+USABLE_PYTHON := import ensurepip, os, shutil, sys, sysconfig as s, venv; \
+  sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13) and os.path.exists(s.get_path("include") + "/Python.h") \
+  and shutil.which((os.environ.get("CC") or s.get_config_var("CC")).split()[0])))
+FIND_PYTHON = for candidate in $(PYTHON_CANDIDATES); do \
+  if $$candidate -c '$(USABLE_PYTHON)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env train test test-fast test-real test-gpu lint format clean
+.PHONY: help env python train test test-fast test-all test-layouts test-real test-gpu lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 env: $(STAMP) ## Create the virtual environment, once; again only when setup.py, constraints.txt or this Makefile change
 
+python: ## Say which Python `make env` takes
+	@python="$$($(FIND_PYTHON))"; test -n "$$python" && echo "$$python"
+
 train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... key=value' says
 	@$(PYTHON) -m megatron_fipo.train $(ARGS)
 
-test: $(STAMP) ## Every test that needs no GPU (under 30 minutes)
-	@$(PYTHON) -m pytest $(ARGS)
+# Most of a test's time is imports of servers and trainers, one after the other on one core: two at a time take half.
+# JOBS=0 runs one after the other, with half the memory.
+JOBS ?= 2
+
+test: $(STAMP) ## The tests that need no GPU, every feature in some layout (under 20 minutes)
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
 	@$(PYTHON) -m pytest -m 'not slow and not real' $(ARGS)
+
+test-all: $(STAMP) ## The same, and every feature in every layout
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m 'not real' $(ARGS)
+
+test-layouts: $(STAMP) ## The policy's layouts alone: what another Megatron-Core or Transformer Engine can break
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) tests/policy tests/te_on_cpu $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)
@@ -64,16 +84,15 @@ $(STAMP):
 	  rm -f $(VENV)/complete-*; \
 	  echo "Bringing $(VENV) up to date with setup.py, constraints.txt and Makefile."; \
 	else \
-	  for candidate in $(PYTHON_CANDIDATES) none; do \
-	    if $$candidate -c '$(USABLE_PYTHON)' >/dev/null 2>&1; then break; fi; \
-	  done; \
-	  if [ $$candidate = none ]; then \
-	    echo "error: no Python 3.11 or newer with its venv module was found among: $(PYTHON_CANDIDATES)." >&2; \
-	    echo "Install one (Debian and Ubuntu: apt-get install python3 python3-venv), then call make again." >&2; \
+	  python="$$($(FIND_PYTHON))"; \
+	  if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11, 3.12 or 3.13 with its venv module, its headers and a C compiler was found among:" \
+	      "$(PYTHON_CANDIDATES)." >&2; \
+	    echo "Install them (Debian and Ubuntu: apt-get install python3-venv python3-dev gcc), then call make again." >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "Setting up $(VENV) with $$($$candidate --version), once: 2 to 6 GB, several minutes."; \
-	  $$candidate -m venv --clear $(VENV); \
+	  echo "Setting up $(VENV) with $$($$python --version), once: 3 to 7 GB, several minutes."; \
+	  $$python -m venv --clear $(VENV); \
 	fi; \
 	$(PIP_INSTALL) $$quiet --upgrade pip setuptools; \
 	echo "[1/3] PyTorch"; \

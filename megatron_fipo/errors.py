@@ -43,3 +43,9 @@ class RolloutError(FipoError):
 
 class RewardError(FipoError):
     """Responses could not be judged at all: no verifier process can be started. Says why."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's error for a message of ours: its kind and its text, in one line and not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:300]} …"

@@ -17,9 +17,11 @@ from torch import Tensor
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.data.vocabulary import check_vocabulary, outside
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
@@ -30,6 +32,7 @@ from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
+from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.deadline import Deadline
 
 
@@ -39,14 +42,21 @@ class Experience:
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
         """Load the problems and start servers and verifiers, without waiting for them."""
         self.config, self.console = config, console
-        self.tokenizer = load_tokenizer(model_dir)
-        length = config.rollout.max_prompt_length
-        train = load_problems(config.data, "train", self.tokenizer, length)
-        self.problems = train.problems
+        self.vocab_size = read_architecture(model_dir).vocab_size
+        self.tokenizer = load_tokenizer(model_dir, config.data)
+        check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
+        length, validates = config.rollout.max_prompt_length, config.validation.every > 0
+        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates)
+        for warning in train.warnings:
+            console.warn(warning)
+        self.problems, self.fingerprint = train.problems, train.fingerprint
         self.held_out: list[Problem] = []
-        if config.validation.every:
-            self.held_out = load_problems(config.data, "validation", self.tokenizer, length).problems
-        self.problem_counts = vars(train.counts)
+        if validates:
+            validation = load_problems(config.data, "validation", self.tokenizer, length)
+            for warning in validation.warnings:
+                console.warn(warning)
+            self.held_out = validation.problems
+        self.problem_counts = train.counts
         self.order = ProblemOrder(len(self.problems), config.run.seed, config.data.shuffle)
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
         self.drawn = 0
@@ -131,12 +141,28 @@ class Experience:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state between two steps."""
-        return {"order": self.order.state_dict(), "sampling": self.sampling.state_dict(), "drawn": self.drawn}
+        return {
+            "data": self.fingerprint.to_dict(),
+            "order": self.order.state_dict(),
+            "sampling": self.sampling.state_dict(),
+            "drawn": self.drawn,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` stood: no problem skipped, none repeated."""
-        self.order.load_state_dict(state["order"])
+        """Go on where `state_dict` stood: no problem skipped, none repeated.
+
+        DataError where the data is another, unless data.allow_change; its order then begins a new epoch.
+        """
+        keeps_order, warning = compare_for_resume(self.fingerprint, state.get("data"), self.config.data.allow_change)
+        if warning:
+            self.console.warn(warning)
+        if keeps_order:
+            self.order.load_state_dict(state["order"])
+        else:
+            self.order.start_over(state["order"])
         self.sampling.load_state_dict(state["sampling"])
+        for carried in state["sampling"]["kept"]:
+            self._check_token_ids(Group.from_dict(carried), "the checkpoint")
         self.drawn = state["drawn"]
 
     def _sample(
@@ -147,6 +173,7 @@ class Experience:
         judged: list[Future[Group]] = []
 
         def judge(group: Group) -> None:
+            self._check_token_ids(group, "a server's answer")
             group.text = [self.tokenizer.decode(response.token_ids) for response in group.responses]
             judged.append(self.verifiers.submit(group))
             phase.progress(len(judged), len(problems), "groups")
@@ -159,6 +186,15 @@ class Experience:
                 future.result()
                 verifying.progress(done, len(judged), "groups")
         return groups
+
+    def _check_token_ids(self, group: Group, whence: str) -> None:
+        """Raise RolloutError for an id that the policy has no embedding for, before anything is trained on it."""
+        for token_ids in (group.problem.token_ids, *(response.token_ids for response in group.responses)):
+            if (token := outside(token_ids, self.vocab_size)) is not None:
+                raise RolloutError(
+                    f"{whence} has the token id {token} for problem {group.problem.id}, outside the {self.vocab_size} "
+                    f"of the model {self.config.model.path}"
+                )
 
     def _sampling(self, temperature: float, top_p: float, top_k: int) -> Sampling:
         longest = self.config.rollout.max_response_length

@@ -7,7 +7,6 @@ does not fit.
 """
 
 import dataclasses
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.table import Table
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import run_with_config
-from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.errors import WeightError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, remedies, trainer_world_size
 from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
@@ -40,6 +39,7 @@ def main(config: Config) -> None:
     check(config, world_size=trainer_world_size(config), local=False)
     directory, is_copy = geometry_directory(config.model.path)
     geometry = read_architecture(directory)
+    _check_stored_weights(directory, geometry)
     result = estimate(config, geometry)
     counted = verify_weights(config, geometry, directory, result.world_size)
     changes = remedies(config, geometry) if result.tight or not result.fits else []
@@ -61,6 +61,16 @@ def main(config: Config) -> None:
     console.print(f"written to {path}", soft_wrap=True)
     if not result.fits:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
+    """As training does before it builds anything, where the weights are here."""
+    # Not above: these import torch, which a configuration that is refused need not wait for.
+    from megatron_fipo.weights.distributed_checkpoint import is_checkpoint
+    from megatron_fipo.weights.source import check_source
+
+    if is_checkpoint(directory) or any(directory.glob("*.safetensors")):
+        check_source(directory, geometry)
 
 
 def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_size: int) -> dict[str, Any]:
@@ -96,16 +106,18 @@ def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_si
 
 def _transformers_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the model's parameters as transformers, which knows nothing of our tables, builds it."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_fipo.weights.transformers_model import refused, transformers_config
+
+    settings = transformers_config(model_dir)
+    from transformers import AutoModelForCausalLM
 
     try:
-        settings = AutoConfig.from_pretrained(model_dir)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
-    except (OSError, ValueError) as error:
-        raise FipoError(f"transformers cannot build the model of {model_dir}: {error}") from error
+    except Exception as error:
+        raise refused(model_dir, error) from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -47,7 +47,7 @@ class Judgement:
     answer: str
     """What was extracted, for consensus voting and for readers."""
     outcome: str
-    """judged, or one of FAILED_CHECKS."""
+    """judged; too_long, an answer above the rule's limit, which is wrong; or one of FAILED_CHECKS."""
 
     @property
     def was_judged(self) -> bool:

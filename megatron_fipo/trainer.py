@@ -253,8 +253,7 @@ class Trainer:
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
         stack.callback(self.metrics.close)
         self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
-        counts = {name: count for name, count in self.experience.problem_counts.items() if count}
-        self.console.note("problems: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+        self.console.note(f"problems: {self.experience.problem_counts}")
 
     def _check_lock(self) -> None:
         """Before anything is written: nobody else has taken the directory."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from pathlib import PurePath
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,24 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 for stop, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(stop) is signal.SIG_IGN:
         signal.signal(stop, usual)
+
+
+SHARED_BY_A_FOLDER = ("tests/rollout", "tests/slurm")
+"""Folders whose tests share a server or a cluster, and so a process of `make test`; others share by file at most."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal tests to the processes of `make test` by what they share."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharing(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = str(PurePath(file).parent)
+            return folder if folder in SHARED_BY_A_FOLDER else file
+
+    return BySharing(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

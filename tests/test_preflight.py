@@ -7,8 +7,6 @@ Not covered: how near the estimated seconds come to a cluster's.
 import json
 import os
 import re
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
 from megatron_fipo.launch.memory import GIB
@@ -27,11 +26,9 @@ QWEN_32B = 32_763_876_352
 """Parameters of Qwen2.5-32B: 2 × 152064 × 5120 for the vocabulary, 64 layers of 487,653,376, one norm."""
 
 
-def run(module: str, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(module: str, directory: Path, *overrides: str) -> Ended:
     command = [sys.executable, "-m", f"megatron_fipo.{module}", f"run.directory={directory}", *overrides]
-    return subprocess.run(
-        command, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
+    return run_measured(command, 120, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     assert (first["weights"], first["gradients"], first["optimizer"]) == (built[0] * 2, built[0] * 4, built[0] * 6)
     assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
     assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20, "in KiB: 2 GiB"
+    assert ended.peak_bytes < 2 * GIB
 
 
 @pytest.mark.slow

@@ -31,11 +31,9 @@ from megatron_fipo.weights.plan import format_transfers, plan_transfers
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.models.gpt import GPTModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-PROBE_SHAPE = (2, 16)
-PROBE_TOLERANCE = 1e-4
-"""Largest difference of fp32 logits, as a share of the largest logit (of 1 if that is smaller)."""
 
 
 def main() -> int:
@@ -146,43 +144,53 @@ def verify(checkpoint: Path, directory: Path, dtype: "torch.dtype | None", *, wi
         raise WeightError(f"verification failed: {len(different)} tensors differ: {', '.join(different)}")
     print("verified: every tensor is equal, bit for bit")
     if with_logits:
-        difference, allowed = logits_difference(checkpoint, directory, dtype)
-        if not difference <= allowed:
-            raise WeightError(
-                f"verification failed: logits of a probe differ by {difference:.3g} ({allowed:.3g} allowed)"
-            )
-        print(f"verified: logits of Megatron-Core and transformers differ by {difference:.3g} at most, in fp32")
+        gap, allowed = logits_difference(checkpoint, directory, dtype)
+        print(
+            f"verified: logits of Megatron-Core and transformers differ by {gap:.3g} at most, in fp32, at positions "
+            f"over the whole context ({allowed:.3g} allowed)"
+        )
 
 
 def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | None") -> tuple[float, float]:
-    """Largest difference of the logits of random tokens, and what is allowed.
+    """Largest difference of the logits of random tokens, and what is allowed; WeightError if it is more.
 
     transformers loads the directory and Megatron-Core the checkpoint, each by its own code, one after the other.
     """
-    import torch
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before Megatron-Core is imported
     from transformers import AutoModelForCausalLM
 
+    from megatron_fipo.policy.probe import check_traces, megatron_trace, probes, transformers_trace
+    from megatron_fipo.weights.transformers_model import refused
+
     geometry = read_architecture(directory)
-    tokens = torch.randint(geometry.vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
-    network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").float().eval()
-    with torch.no_grad():
-        expected = network(tokens).logits
-        del network
-        found = megatron_logits(checkpoint, geometry, tokens)[..., : geometry.vocab_size]
-    return float((found - expected).abs().max()), PROBE_TOLERANCE * max(1.0, float(expected.abs().max()))
+    made = probes(geometry, geometry.max_position_embeddings)
+    asked = [(probe.tokens(geometry.vocab_size), probe.positions) for probe in made]
+    try:
+        network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").float().eval()
+    except Exception as error:
+        raise refused(directory, error) from error
+    expected = [transformers_trace(network, *probe) for probe in asked]
+    del network
+    with megatron_model(checkpoint, geometry) as model:
+        found = [megatron_trace(model, *probe) for probe in asked]
+    try:
+        return check_traces(found, expected, made)
+    except WeightError as error:
+        raise WeightError(f"verification failed: {error}") from None
 
 
-def megatron_logits(checkpoint: Path, geometry: Geometry, tokens: "torch.Tensor") -> "torch.Tensor":
-    """fp32 logits [sequences, length, vocabulary] of the model in a checkpoint, loaded as a training run loads it."""
+@contextmanager
+def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]":
+    """The model in a checkpoint, whole and in fp32, loaded as a training run loads it."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
     from megatron.core import dist_checkpointing
 
     from megatron_fipo.config import Config
     from megatron_fipo.policy import platform
+    from megatron_fipo.policy.checkpoint import check_version
     from megatron_fipo.policy.model import build_model, start_model_parallel
 
+    check_version(checkpoint)
     config = Config()
     config.model.layers, config.model.dtype = "local", "float32"
     platform.start_process_group(timeout_s=600)
@@ -191,8 +199,7 @@ def megatron_logits(checkpoint: Path, geometry: Geometry, tokens: "torch.Tensor"
         model = build_model(config, geometry)[0].eval()
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
         model.load_state_dict(loaded["model"])
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model(tokens, positions, None)
+        yield model
     finally:
         platform.stop_process_group()
 

@@ -1,7 +1,9 @@
-"""Writes docs/configuration.md from the schema and conf/, so that neither can drift from its documentation.
+"""Writes docs/configuration.md from the schema and conf/, and docs/models.md from the keys of config.json.
 
-python tools/reference.py            writes it
-python tools/reference.py --check    fails if it is out of date
+So neither can drift from its documentation.
+
+python tools/reference.py            writes them
+python tools/reference.py --check    fails if one is out of date
 """
 
 import argparse
@@ -14,8 +16,10 @@ from typing import Any, get_args
 
 from megatron_fipo.config import every_setting, sections
 from megatron_fipo.config.configure import configuration_directory, configuration_groups
+from megatron_fipo.config.model_keys import FAMILIES, HARMLESS, REFUSED, UNDERSTOOD
+from megatron_fipo.config.model_rope import KEYS_OF_TYPE
 
-_OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+_DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 _HEADER = """\
 # Configuration
@@ -41,9 +45,53 @@ recipes' "10 warm-up steps" are training steps; `optimizer.warmup_updates` count
 the updates a step.
 """
 
+_MODELS_HEADER = """\
+# Models
+
+<!-- Written by tools/reference.py from megatron_fipo/config/model_keys.py: change that, then `make format`. -->
+
+A model comes as a Hugging Face directory, or as a distributed checkpoint with config.json and tokenizer beside it.
+Dense models of these architectures are covered: {architectures}.
+
+Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
+the vLLM plugin read the file through one function, `megatron_fipo/config/model_config.py`, which refuses in one line
+
+* a key that is in no list, since it may change the model. If the model computes the same without it, remove it from the
+  file; if it should be allowed for everybody, add it to the list that is right for it;
+* a value that is not computed exactly here, a size that cannot be, a key that is there twice;
+* a rotary embedding that is described in two places in two ways: programs differ in which of them they follow;
+* quantised weights (FP8, AWQ, GPTQ and others), by `quantization_config` or by a file such as quantize_config.json
+  beside config.json, and adapters (adapter_config.json). Types of the stored tensors are looked at too.
+
+At the start of a run each rank compares the rotary embedding that it built with transformers', at positions over the
+whole context; `tools/convert_hf.py --verify` compares logits there ([weights.md](weights.md)).
+
+`attention_dropout` is harmless whatever it is: a run trains without dropout, so that old and new log-probs are of one
+model. `model.max_position_embeddings` raises the context without another rotary embedding, as the 7B recipe does.
+"""
+
+
+def models() -> str:
+    """The page of the keys of config.json."""
+    return "\n".join([_MODELS_HEADER.format(architectures=", ".join(f"`{name}`" for name in FAMILIES)), *_model_keys()])
+
+
+def _model_keys() -> Iterator[str]:
+    yield "## Understood\n\n| key | value |\n| --- | --- |"
+    yield from (f"| `{key}` | {kind.expected} |" for key, kind in UNDERSTOOD.items())
+    yield "\nInside `rope_parameters`, or `rope_scaling` as transformers 4 wrote it:\n"
+    yield "| rope_type | keys besides `rope_theta` |\n| --- | --- |"
+    for kind, keys in KEYS_OF_TYPE.items():
+        yield f"| `{kind}` | {', '.join(f'`{key}`' for key in keys) or 'none'} |"
+    yield "\n## Refused, but for values that change nothing\n\n| key | value that is allowed |\n| --- | --- |"
+    yield from (f"| `{key}` | {kind.expected} |" for key, kind in REFUSED.items())
+    yield "\n## Harmless\n"
+    for reason, keys in HARMLESS.items():
+        yield f"* {reason}: {', '.join(f'`{key}`' for key in keys)}."
+
 
 def reference() -> str:
-    """The whole page."""
+    """The page of the keys of conf/."""
     return "\n".join([_HEADER, "## Groups\n", *_groups(), "\n## Keys", *_keys()])
 
 
@@ -81,7 +129,8 @@ def _default(entry: Field) -> str:
     value: Any = entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
     if value is None:
         return "`null`"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "empty"
+    text = str(value).lower() if isinstance(value, bool) else str(value).replace("\n", "\\n")
+    return f"`{text}`" if text else "empty"
 
 
 def _meaning(entry: Field) -> str:
@@ -98,15 +147,16 @@ def _meaning(entry: Field) -> str:
 
 
 def main() -> None:
-    """Write the page, or with --check compare it with the one that is there."""
+    """Write the pages, or with --check compare them with those that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if docs/configuration.md is out of date")
-    page = reference()
-    if not parser.parse_args().check:
-        _OUTPUT.write_text(page + "\n", encoding="utf-8")
-        print(f"wrote {_OUTPUT}")
-    elif not _OUTPUT.is_file() or _OUTPUT.read_text(encoding="utf-8") != page + "\n":
-        sys.exit(f"error: {_OUTPUT} is out of date (python tools/reference.py writes it)")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
+    only_check = parser.parse_args().check
+    for path, page in ((_DOCS / "configuration.md", reference()), (_DOCS / "models.md", models())):
+        if not only_check:
+            path.write_text(page + "\n", encoding="utf-8")
+            print(f"wrote {path}")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != page + "\n":
+            sys.exit(f"error: {path} is out of date (python tools/reference.py writes it)")
 
 
 if __name__ == "__main__":

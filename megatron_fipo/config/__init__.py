@@ -17,9 +17,9 @@ from megatron_fipo.config.algorithm import (
     OptimizerConfig,
 )
 from megatron_fipo.config.cluster import ClusterConfig, HardwareConfig
+from megatron_fipo.config.data import ColumnsConfig, DataConfig, ValidationColumnsConfig
 from megatron_fipo.config.loop import (
     CheckpointConfig,
-    DataConfig,
     OverlongBufferConfig,
     RewardConfig,
     RunConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "ClusterConfig",
+    "ColumnsConfig",
     "Config",
     "DataConfig",
     "FilterGroupsConfig",
@@ -48,6 +49,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrackingConfig",
+    "ValidationColumnsConfig",
     "ValidationConfig",
     "every_setting",
     "sections",

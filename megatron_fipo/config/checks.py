@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config, every_setting
+from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.errors import ConfigError
@@ -24,7 +25,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     model directory, the problem files, servers to sample from and their token.
     """
     _check_ranges(config)
-    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, _data, _reward, _schedule)
+    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, _reward, _schedule)
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
@@ -292,23 +293,6 @@ def _check_shared_gpu(config: Config) -> None:
         )
 
 
-def _data(config: Config) -> Iterator[str]:
-    data = config.data
-    if data.source == "reasoning_gym":
-        if not data.task:
-            raise ConfigError("data.task", "is empty", "the name of a reasoning-gym task, such as data.task=chain_sum")
-        if data.train or data.validation:
-            yield "data.train, data.validation: reasoning-gym generates its problems; these files are not read"
-        return
-    kind = "files" if data.source == "files" else "datasets"
-    if not data.train:
-        raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={data.source}")
-    if config.validation.every and not data.validation:
-        raise ConfigError("data.validation", f"lists no {kind}", "at least one, or validation.every=0")
-    if data.task or data.task_options:
-        yield f"data.task: {data.task} is not read with data.source={data.source}; data.source=reasoning_gym does"
-
-
 def _reward(config: Config) -> Iterator[str]:
     reward = config.reward
     if reward.rule == "reasoning_gym" and config.data.source != "reasoning_gym":
@@ -319,6 +303,8 @@ def _reward(config: Config) -> Iterator[str]:
         )
     if config.data.source == "reasoning_gym" and reward.rule != "reasoning_gym":
         yield f"reward.rule: {reward.rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
+    if reward.math_tolerance and reward.rule != "math_verify":
+        yield f"reward.math_tolerance is not read with reward.rule={reward.rule}; reward.rule=math_verify does"
     if reward.correct <= reward.incorrect:
         raise ConfigError(
             "reward.correct",

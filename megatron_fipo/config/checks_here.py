@@ -1,16 +1,15 @@
 """Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
 
 import ctypes
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
 
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 
@@ -30,7 +29,11 @@ def _check_data_files(config: Config) -> None:
         for path in paths:
             if not resolve_embedded(path).is_file():
                 raise ConfigError(
-                    key, f"{path} is no file here", "a parquet or JSONL file, or data.source=hub for a dataset name"
+                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
+                )
+            if Path(path).suffix not in FILE_SUFFIXES:
+                raise ConfigError(
+                    key, f"{path} is of another format", f"a file that ends in {', '.join(FILE_SUFFIXES)}"
                 )
 
 
@@ -73,34 +76,15 @@ def _check_model(config: Config) -> None:
     if not path:
         raise ConfigError("model.path", "is empty", "a Hugging Face model directory, or embedded:tiny")
     directory = resolve_embedded(path)
-    if not (directory / "config.json").is_file():
-        problem = f"{path} holds no config.json" if directory.is_dir() else f"there is no directory {path}"
+    if not os.path.isfile(directory / "config.json"):
+        problem = f"{path} holds no config.json" if os.path.isdir(directory) else f"there is no directory {path}"
         raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
-    try:
-        architecture = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        _check_architecture(config, directory, architecture)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "model.path", f"{directory / 'config.json'} is not JSON: {error}", "a Hugging Face config.json"
-        ) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            "model.path",
-            f"{directory / 'config.json'} lacks or garbles {error}",
-            "the config.json of a causal language model",
-        ) from None
+    _check_layout(config, read_architecture(directory))
 
 
-def _check_architecture(config: Config, directory: Path, architecture: dict[str, Any]) -> None:
-    names = architecture["architectures"]
-    if not set(names) & set(SUPPORTED_ARCHITECTURES):
-        raise ConfigError(
-            "model.path", f"{directory} is a {', '.join(names)}", f"one of {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
+def _check_layout(config: Config, geometry: Geometry) -> None:
     parallel = config.parallel
-    heads = architecture["num_attention_heads"]
-    groups = architecture.get("num_key_value_heads") or heads
-    layers = architecture["num_hidden_layers"]
+    heads, groups, layers = geometry.num_attention_heads, geometry.num_query_groups, geometry.num_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     for key, size, count, name in (
         ("parallel.tensor", parallel.tensor, heads, "attention heads"),
@@ -114,7 +98,7 @@ def _check_architecture(config: Config, directory: Path, architecture: dict[str,
             raise ConfigError(
                 key, f"{what} does not divide the model's {count} {name}", f"divisors: {', '.join(divisors)}"
             )
-    context = config.model.max_position_embeddings or architecture["max_position_embeddings"]
+    context = config.model.max_position_embeddings or geometry.max_position_embeddings
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if longest > context:
         raise ConfigError(

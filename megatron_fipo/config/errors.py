@@ -12,7 +12,7 @@ from megatron_fipo.config import every_setting
 from megatron_fipo.errors import ConfigError
 
 _DOCS = "docs/configuration.md lists every key"
-_OPEN_SECTION = "data.task_options."
+_OPEN_SECTIONS = ("data.task_options", "data.chat_template_variables")
 _OPTIONAL_SECTION = "algorithm.future_kl"
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -47,7 +47,7 @@ def below_null_section() -> ConfigError:
 def unknown_key(key: str, groups: Iterable[str]) -> ConfigError:
     """The refusal of a key that the schema does not have, with the nearest one that it has."""
     known = [name for name, _ in every_setting()]
-    if key.startswith(_OPEN_SECTION):
+    if key.startswith(_OPEN_SECTIONS):
         return ConfigError(key, "is not set yet", f"add it with a plus: +{key}=VALUE")
     if key in known:
         return ConfigError(key, "cannot be added or removed, only set", f"{key}=VALUE")

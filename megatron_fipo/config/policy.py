@@ -38,7 +38,10 @@ class ModelConfig:
         choices=("none", "selective", "full"),
     )
     max_position_embeddings: int | None = setting(
-        None, "Context length in tokens; null keeps the model's own. The 7B recipe raises it to 32768.", minimum=1
+        None,
+        "Context length in tokens; null keeps the model's own. The 7B recipe raises it to 32768.",
+        minimum=1,
+        maximum=10**9,
     )
 
 

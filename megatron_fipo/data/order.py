@@ -39,13 +39,26 @@ class ProblemOrder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` stood. DataError if it belongs to other data, another seed or another shuffle."""
         expected = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != expected.keys():
+            raise DataError(f"the checkpoint's problem order cannot be read: {state!r}")
         for key in ("size", "seed", "shuffle"):
             if state[key] != expected[key]:
                 raise DataError(
                     f"the checkpoint's problem order has {key}={state[key]}, this run has {expected[key]}: prompts "
                     "would be skipped or repeated; resume with the same data, run.seed and data.shuffle"
                 )
-        self._epoch, self._position = state["epoch"], state["position"]
+        epoch, position = state["epoch"], state["position"]
+        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and 0 <= position <= self._size):
+            raise DataError(f"the checkpoint's problem order stands at {position!r} of {self._size} problems")
+        self._epoch, self._position = epoch, position
+        self._order = self._epoch_order()
+
+    def start_over(self, state: dict[str, Any]) -> None:
+        """Begins the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
+        epoch = state.get("epoch") if isinstance(state, dict) else None
+        if not isinstance(epoch, int) or epoch < 0:
+            raise DataError(f"the checkpoint's problem order cannot be read: {state!r}")
+        self._epoch, self._position = epoch + 1, 0
         self._order = self._epoch_order()
 
     def _epoch_order(self) -> list[int]:

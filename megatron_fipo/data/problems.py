@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_fipo.config import DataConfig
+from megatron_fipo.data.fingerprint import Fingerprint, Fingerprinter
+from megatron_fipo.data.hub import fetch_split
 from megatron_fipo.data.reasoning_tasks import generate
-from megatron_fipo.data.sources import RawProblem, fetch_hub_files, read_files
+from megatron_fipo.data.sources import Layout, RawProblem, read_files
 from megatron_fipo.data.tokenizers import Tokenizer
+from megatron_fipo.data.vocabulary import outside
 from megatron_fipo.errors import ConfigError, DataError
 from megatron_fipo.samples import Problem
 
@@ -34,46 +37,87 @@ class ProblemCounts:
     dropped_empty: int = 0
     dropped_overlong: int = 0
     dropped_held_out: int = 0
-    """Generated training problems that validation holds."""
+    """Training problems whose question validation asks too."""
     truncated: int = 0
     """Kept, with the left part of an over-long prompt cut off."""
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {count}" for name, count in vars(self).items() if count)
 
-@dataclass
+
+@dataclass(frozen=True)
 class ProblemSet:
     """The problems of one split and how they came to be these."""
 
     problems: list[Problem]
     counts: ProblemCounts
+    fingerprint: Fingerprint
+    warnings: list[str]
+    """What the user should know about them."""
 
 
-def load_problems(config: DataConfig, split: Split, tokenizer: Tokenizer, max_prompt_length: int) -> ProblemSet:
+def load_problems(
+    config: DataConfig, split: Split, tokenizer: Tokenizer, max_prompt_length: int, *, validates: bool = True
+) -> ProblemSet:
     """The problems of one split, in the order of their source, unique by prompt.
 
-    `max_prompt_length` in tokens. DataError names file, row and column of what is wrong, or says that nothing is left.
+    Args:
+        max_prompt_length: in tokens.
+        validates: whether the run validates, so that training leaves the validation problems out.
+
+    Raises:
+        DataError: names file, row and column of what is wrong, or says that nothing is left.
+        ConfigError: a key asks for what there is not.
     """
     counts = ProblemCounts()
-    unique = _unique(_rows(config, split), counts)
-    problems = [
-        problem
-        for raw in _not_held_out(unique, config, split, counts)
-        if (problem := _tokenise(raw, tokenizer, max_prompt_length, config.overlong_prompts, counts)) is not None
-    ]
+    held_out = _questions(config) if split == "train" and validates else set()
+    problems, fingerprinter = [], Fingerprinter()
+    for raw in _not_held_out(_unique(_rows(config, split), counts), held_out, config.prompt_template, counts):
+        problem = _tokenise(raw, tokenizer, max_prompt_length, config.overlong_prompts, counts)
+        if problem is not None:
+            problems.append(problem)
+            fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids)
     counts.kept = len(problems)
-    report = ", ".join(f"{name} {count}" for name, count in vars(counts).items() if count)
-    _logger.info("%s problems: %s", split, report)
+    _logger.info("%s problems: %s", split, counts)
     if not problems:
-        raise DataError(f"no {split} problem is left: {report or 'the source is empty'}")
-    return ProblemSet(problems, counts)
+        raise DataError(f"no {split} problem is left: {str(counts) or 'the source is empty'}")
+    return ProblemSet(problems, counts, fingerprinter.fingerprint(), list(_warnings(split, counts, tokenizer)))
 
 
-def _rows(config: DataConfig, split: Split) -> Iterable[RawProblem]:
+def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iterator[str]:
+    if counts.conflicting_answers:
+        yield (
+            f"{counts.conflicting_answers} {split} rows repeat a prompt with another answer; "
+            "the first answer of each prompt is used"
+        )
+    if split == "train" and tokenizer.template is not None and tokenizer.template.depends_on_date:
+        yield (
+            "the chat template writes today's date into the prompts, which are others tomorrow; "
+            "data.chat_template_date=YYYY-MM-DD pins it"
+        )
+
+
+def _rows(config: DataConfig, split: Split) -> Iterator[RawProblem]:
     if config.source == "reasoning_gym":
-        return generate(config, split)
+        yield from generate(config, split)
+        return
     names = config.train if split == "train" else config.validation
     if not names:
         raise ConfigError(f"data.{split}", "names no file", "give at least one, or embedded:NAME")
-    return read_files(fetch_hub_files(names) if config.source == "hub" else names)
+    layout = Layout.of(config, split)
+    if config.source == "files":
+        yield from read_files(names, layout)
+        return
+    for name in names:
+        files = fetch_split(name, split)
+        yield from read_files(files.paths, layout, files.data_source)
+
+
+def _questions(config: DataConfig) -> set[str]:
+    """What validation asks, if there is any."""
+    if config.source != "reasoning_gym" and not config.validation:
+        return set()
+    return {raw.same_question(config.prompt_template) for raw in _rows(config, "validation")}
 
 
 def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawProblem]:
@@ -81,10 +125,10 @@ def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawPr
     answers: dict[str, str] = {}
     for raw in rows:
         counts.rows += 1
-        if not any(message["content"].strip() for message in raw.messages):
+        if not raw.question.strip():
             counts.dropped_empty += 1
             continue
-        key = _key(raw)
+        key = json.dumps([(message["role"], message["content"]) for message in raw.messages])
         if key in answers:
             counts.duplicates += 1
             counts.conflicting_answers += answers[key] != raw.ground_truth
@@ -94,28 +138,29 @@ def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawPr
 
 
 def _not_held_out(
-    unique: Iterator[RawProblem], config: DataConfig, split: Split, counts: ProblemCounts
+    unique: Iterator[RawProblem], held_out: set[str], prompt_template: str, counts: ProblemCounts
 ) -> Iterator[RawProblem]:
-    """Keeps generated training problems apart from validation: a small task draws the same question in both."""
-    held_out: set[str] = set()
-    if config.source == "reasoning_gym" and split == "train":
-        held_out = {_key(raw) for raw in generate(config, "validation")}
+    """Keeps training apart from validation: training sets hold benchmarks, and small tasks repeat themselves."""
     for raw in unique:
-        if _key(raw) in held_out:
+        if held_out and raw.same_question(prompt_template) in held_out:
             counts.dropped_held_out += 1
         else:
             yield raw
 
 
-def _key(raw: RawProblem) -> str:
-    return json.dumps([(message["role"], message["content"]) for message in raw.messages])
-
-
 def _tokenise(
     raw: RawProblem, tokenizer: Tokenizer, max_prompt_length: int, overlong_prompts: str, counts: ProblemCounts
 ) -> Problem | None:
-    text = tokenizer.render(raw.messages)
+    try:
+        text = tokenizer.render(raw.messages)
+    except DataError as error:
+        raise DataError(f"{raw.where}, prompt: {error}") from error
     token_ids = tokenizer.encode(text)
+    if (token := outside(token_ids, tokenizer.size)) is not None:
+        raise DataError(f"{raw.where}: the prompt has the token id {token}, outside the tokenizer's {tokenizer.size}")
+    if not token_ids:
+        counts.dropped_empty += 1
+        return None
     # From the whole text: truncated prompts may agree.
     identity = hashlib.sha256(text.encode()).hexdigest()[:16]
     if len(token_ids) > max_prompt_length:

@@ -28,7 +28,8 @@ def generate(config: DataConfig, split: str) -> Iterator[RawProblem]:
         extra = {"task": config.task, "options": dict(config.task_options), "entry": _literal(entry, where)}
         message = {"role": "user", "content": content}
         # Some tasks have many right answers and so no reference; their scorers do not read it.
-        yield RawProblem([message], str(entry["answer"] or ""), config.task, where, extra)
+        answer = "" if entry["answer"] is None else str(entry["answer"])
+        yield RawProblem([message], entry["question"], answer, config.task, where, extra)
 
 
 def _create(config: DataConfig, size: int, seed: int) -> Any:

@@ -1,120 +1,149 @@
-"""Rows of problem files in the DAPO-Math-17k / AIME column layout: parquet or JSONL, local or from the hub.
+"""Rows of problem files as problems: which columns are read, what a prompt and an answer may be, what is refused."""
 
-    prompt                      list of chat messages, {role, content}
-    reward_model.ground_truth   the answer
-    data_source                 name of the dataset; the file's stem where the column is missing
-
-Other columns (ability, extra_info) are not read.
-"""
-
-import json
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.data.tokenizers import Message
+from megatron_fipo.config import DataConfig
+from megatron_fipo.config.data import QUESTION, RECIPE_PROMPT, ColumnsConfig
+from megatron_fipo.data.answers import answer_text
+from megatron_fipo.data.chat_templates import Message
+from megatron_fipo.data.readers import Row, nested, read_rows
 from megatron_fipo.errors import DataError
 
-_REQUIRED_COLUMNS = ("prompt", "reward_model")
-_LAYOUT = "the columns of DAPO-Math-17k: prompt, reward_model.ground_truth, data_source"
-_SUFFIXES = (".parquet", ".jsonl")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_DEFAULT_SOURCE_COLUMN = ColumnsConfig().source
 
 
-@dataclass
+@dataclass(frozen=True)
 class RawProblem:
     """A problem before its chat template and tokens."""
 
     messages: list[Message]
+    question: str
+    """What is asked, without roles and system messages; empty where the row asks nothing."""
     ground_truth: str
     data_source: str
     where: str
     """File and row, for messages."""
     extra: dict[str, Any] = field(default_factory=dict)
 
-
-def read_files(paths: list[str]) -> Iterator[RawProblem]:
-    """The rows of parquet and JSONL files, in order. DataError names file, row (from 1) and column."""
-    for name in paths:
-        path = resolve_embedded(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"{name}: no such file")
-        if path.suffix not in _SUFFIXES:
-            raise DataError(f"{name}: neither .parquet nor .jsonl")
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-        for number, row in enumerate(rows, start=1):
-            yield _raw_problem(row, path, number)
+    def same_question(self, prompt_template: str) -> str:
+        """Equal for problems that ask the same, in whatever spaces, and in this template, the recipe's or none."""
+        text = self.question.strip()
+        for known in (prompt_template, RECIPE_PROMPT):
+            before, after = (part.strip() for part in known.split(QUESTION, 1))
+            if text.startswith(before) and text.endswith(after):
+                text = text.removeprefix(before).removesuffix(after).strip()
+        return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def fetch_hub_files(datasets: list[str]) -> list[str]:
-    """Downloads the parquet and JSONL files of hub datasets into the hub's cache; local paths, sorted within a dataset.
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a split's files are read, and how."""
 
-    A dataset is `owner/name`, or `owner/name:PATTERN` for the files that match a glob pattern. DataError if the hub
-    cannot be reached and the cache does not hold the dataset.
+    prompt: str
+    answer: str
+    source: str
+    answer_format: str
+    prompt_template: str
+
+    @classmethod
+    def of(cls, config: DataConfig, split: str) -> "Layout":
+        """The layout of train or validation, whose own columns stand in for the general ones."""
+        columns, own = config.columns, config.validation_columns
+        general = cls(columns.prompt, columns.answer, columns.source, config.answer_format, config.prompt_template)
+        if split == "train":
+            return general
+        return cls(
+            own.prompt or general.prompt,
+            own.answer or general.answer,
+            own.source or general.source,
+            own.answer_format or general.answer_format,
+            general.prompt_template,
+        )
+
+
+def read_files(names: list[str], layout: Layout, data_source: str | None = None) -> Iterator[RawProblem]:
+    """The problems of files, in order. `data_source` names rows without a name of their own; None: the file's stem.
+
+    Raises:
+        DataError: a file or a row cannot be used. Names file, row (from 1) and column.
     """
-    from huggingface_hub import snapshot_download
-
-    paths: list[str] = []
-    for dataset in datasets:
-        name, _, pattern = dataset.partition(":")
-        try:
-            folder = snapshot_download(
-                name, repo_type="dataset", allow_patterns=pattern or [f"*{suffix}" for suffix in _SUFFIXES]
-            )
-        except Exception as error:  # the client raises many kinds, of several libraries
-            raise DataError(
-                f"{dataset}: cannot be fetched from the hub ({type(error).__name__}: {error}); download its files "
-                "elsewhere and name them with data.source=files"
-            ) from error
-        found = sorted(str(path) for path in Path(folder).rglob(pattern or "*") if path.suffix in _SUFFIXES)
-        if not found:
-            raise DataError(f"{dataset}: the hub dataset has no .parquet or .jsonl file of that name")
-        paths += found
-    return paths
+    for name in names:
+        path = resolve_embedded(name).expanduser()
+        name_of_all = data_source or path.stem
+        for number, row in read_rows(path, (layout.prompt, layout.answer), layout.source):
+            yield _raw_problem(row, layout, name_of_all, f"{path}, row {number}")
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _raw_problem(row: Row, layout: Layout, data_source: str, where: str) -> RawProblem:
+    messages, question = _prompt(_value(row, layout.prompt, where), layout, f"{where}, column {layout.prompt}")
+    value = _value(row, layout.answer, where)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from error
-    present = set(file.schema_arrow.names)
-    for column in _REQUIRED_COLUMNS:
-        if column not in present:
-            raise DataError(f"{path}: no column {column}; it has {sorted(present)}, and should have {_LAYOUT}")
-    columns = [name for name in (*_REQUIRED_COLUMNS, "data_source") if name in present]
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+        answer = answer_text(value, layout.answer_format)
+    except ValueError as error:
+        raise DataError(f"{where}, column {layout.answer}: {error}") from error
+    return RawProblem(messages, question, answer, _source(row, layout, where) or data_source, where)
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, row {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number}: not a JSON object with {_LAYOUT}")
-            yield row
+def _value(row: Row, column: str, where: str) -> Any:
+    try:
+        return nested(row, column)
+    except LookupError as error:
+        raise DataError(f"{where}, column {column}: {error}") from error
 
 
-def _raw_problem(row: dict[str, Any], path: Path, number: int) -> RawProblem:
-    where = f"{path}, row {number}"
-    messages = row.get("prompt")
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise DataError(f"{where}, column prompt: should be a list of chat messages with role and content")
-    reward_model = row.get("reward_model")
-    answer = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    if answer is None or not str(answer).strip():
-        raise DataError(f"{where}, column reward_model.ground_truth: the answer is missing")
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return RawProblem(messages, str(answer), row.get("data_source") or path.stem, where)
+def _source(row: Row, layout: Layout, where: str) -> str | None:
+    """The row's own name of its data set, if the column is there; only the usual column may be missing."""
+    if layout.source == _DEFAULT_SOURCE_COLUMN and layout.source not in row:
+        return None
+    value = _value(row, layout.source, where)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}, column {layout.source}: should be a text, not a {type(value).__name__}")
+    if value:
+        _check_text(value, f"{where}, column {layout.source}")
+    return value
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]:
+    """The chat messages of a prompt, and what it asks."""
+    if isinstance(value, str):
+        _check_text(value, where)
+        if _MESSAGES_AS_TEXT.match(value):
+            raise DataError(f"{where}: is the text of a list of chat messages; it should be the list itself")
+        text = layout.prompt_template.replace(QUESTION, value)
+        return [{"role": "user", "content": text}], value.strip()
+    if not isinstance(value, list):
+        raise DataError(
+            f"{where}: should be a question or a list of chat messages with role and content, "
+            f"not {'missing' if value is None else f'a {type(value).__name__}'}"
+        )
+    messages = [_message(message, where) for message in value]
+    if messages and messages[-1]["role"] == "assistant":
+        raise DataError(f"{where}: ends with the assistant's message, which the policy is to write")
+    asked = [message["content"] for message in messages if message["role"] not in ("system", "developer")]
+    return messages, "\n".join(asked).strip()
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: should be a list of chat messages with role and content")
+    role, content = value.get("role"), value.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{where}: a chat message should have the texts role and content; it has {sorted(value)}")
+    if role not in _ROLES:
+        raise DataError(f"{where}: no chat message has the role {role[:40]!r}; it is one of {', '.join(_ROLES)}")
+    _check_text(content, where)
+    return {"role": role, "content": content}
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: is no valid Unicode text ({error.reason})") from error

@@ -1,24 +1,36 @@
 """Text to token ids and back, for models with a sentencepiece `tokenizer.model` and for Hugging Face tokenizers."""
 
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_fipo.errors import DataError
+from megatron_fipo.config import DataConfig
+from megatron_fipo.data.chat_templates import ChatTemplate, Message, find_template
+from megatron_fipo.data.sentencepiece_models import SentencePieceModel
+from megatron_fipo.data.vocabulary import end_tokens, read_settings
+from megatron_fipo.errors import ConfigError, DataError, one_line
 
-Message = dict[str, str]
-"""One chat message: {"role": …, "content": …}."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Tokenizer(Protocol):
     """What the loop needs of a tokenizer."""
 
-    eos_ids: list[int]
-    """Every token that ends a response, the model's own first; never empty."""
+    ends: dict[int, str]
+    """Every token that ends a response, with the file that names it; the model's own first; never empty."""
     pad_id: int
+    size: int
+    """The largest token id plus one."""
+    template: ChatTemplate | None
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The keys of `ends`."""
 
     def render(self, messages: list[Message]) -> str:
-        """The prompt as the model reads it: the chat template with the reply opened, or the contents joined."""
+        """The prompt as the model reads it: the chat template with the reply opened, or the contents joined.
+
+        DataError if the template fails on these messages.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt. Only models without a chat template get a bos token, if they want one."""
@@ -27,87 +39,89 @@ class Tokenizer(Protocol):
         """Text without special tokens, otherwise exactly as it was."""
 
 
-def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory. DataError if it has none, or no end-of-sequence token."""
+def load_tokenizer(model_dir: str | Path, data: DataConfig | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face model directory; `data` has the variables and the date of its chat template.
+
+    A directory without tokenizer.json is read by sentencepiece itself: transformers would make a tokenizer of
+    tokenizer.model by the model's type, and for many types one with other ids.
+
+    Raises:
+        DataError: there is no tokenizer, it cannot be read, or nothing names an end-of-sequence token.
+        ConfigError: data.chat_template_variables does not fit the template, or there is no template.
+    """
     directory = Path(model_dir)
-    settings = _read_json(directory / "tokenizer_config.json")
-    has_fast_tokenizer = (directory / "tokenizer.json").is_file()
-    if (directory / "tokenizer.model").is_file() and not has_fast_tokenizer and "chat_template" not in settings:
-        return SentencePieceTokenizer(directory)
-    if not has_fast_tokenizer and not settings:
-        raise DataError(
-            f"{directory}: no tokenizer.json, tokenizer.model or tokenizer_config.json in the model directory"
-        )
-    return HuggingFaceTokenizer(directory)
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise DataError(f"{directory}: no {', '.join(_TOKENIZER_FILES)} in the model directory")
+    data = data or DataConfig()
+    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+        return SentencePieceTokenizer(directory, data)
+    return HuggingFaceTokenizer(directory, data)
 
 
-class SentencePieceTokenizer:
-    """A bare sentencepiece model without a chat template."""
+class _ModelTokenizer:
+    """What both kinds share: the model's end tokens and its chat template."""
 
-    def __init__(self, directory: Path):
-        from sentencepiece import SentencePieceProcessor
+    def __init__(self, directory: Path, data: DataConfig, eos: int | None, pad: int | None, special: dict[str, Any]):
+        self.ends = end_tokens(directory, eos)
+        self.pad_id = self.eos_ids[0] if pad is None or pad < 0 else pad
+        source = find_template(directory, read_settings(directory / "tokenizer_config.json"))
+        if source is None and data.chat_template_variables:
+            raise ConfigError(
+                "data.chat_template_variables", f"{directory} has no chat template to read them", "leave them out"
+            )
+        self.template: ChatTemplate | None = None
+        if source is not None:
+            self.template = ChatTemplate(source, special, data.chat_template_variables, data.chat_template_date)
 
-        self._model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        self.eos_ids = _end_ids(directory, self._model.eos_id())
-        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_ids[0]
-        configured = (
-            _read_json(directory / name).get("add_bos_token") for name in ("tokenizer_config.json", "config.json")
-        )
-        self._prefix = [self._model.bos_id()] if any(configured) else []
+    @property
+    def eos_ids(self) -> list[int]:
+        return list(self.ends)
 
     def render(self, messages: list[Message]) -> str:
-        return _join(messages)
+        if self.template:
+            return self.template.render(messages)
+        return "\n".join(message["content"] for message in messages)
+
+
+class SentencePieceTokenizer(_ModelTokenizer):
+    """A sentencepiece model, with a chat template or without."""
+
+    def __init__(self, directory: Path, data: DataConfig):
+        settings = read_settings(directory / "tokenizer_config.json")
+        self._model = SentencePieceModel(directory / "tokenizer.model", settings)
+        special = self._model.special_tokens
+        super().__init__(directory, data, self._model.eos_id, self._model.pad_id, special)
+        self.size = self._model.size
+        wants_bos = settings.get("add_bos_token") or read_settings(directory / "config.json").get("add_bos_token")
+        self._prefix = [self._model.bos_id] if wants_bos and not self.template else []
 
     def encode(self, text: str) -> list[int]:
-        return self._prefix + self._model.encode(text)
+        # Only a template writes special tokens; in a plain text their names are text.
+        return self._model.encode(text) if self.template else self._prefix + self._model.encode_plain(text)
 
     def decode(self, ids: list[int]) -> str:
-        # A model's vocabulary may be padded beyond the tokenizer's, and such an id can be sampled.
-        known = [i for i in ids if i < self._model.get_piece_size() and not self._model.is_control(i)]
-        return self._model.decode(known)
+        return self._model.decode(ids)
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_ModelTokenizer):
     """Anything transformers' AutoTokenizer reads."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, data: DataConfig):
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        self.eos_ids = _end_ids(directory, self._tokenizer.eos_token_id)
-        pad_id = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except Exception as error:  # of several libraries, by what the files hold
+            raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
+        tokenizer = self._tokenizer
+        special = dict(tokenizer.special_tokens_map)
+        super().__init__(directory, data, tokenizer.eos_token_id, tokenizer.pad_token_id, special)
+        self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
         # A chat template writes its own bos; without one, the tokenizer knows whether the model expects it.
-        bos_id = self._tokenizer.bos_token_id
-        self._prefix = [] if self._tokenizer.chat_template else [i for i in self._tokenizer.encode("") if i == bos_id]
-
-    def render(self, messages: list[Message]) -> str:
-        if not self._tokenizer.chat_template:
-            return _join(messages)
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        self._prefix = [] if self.template else [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]
 
     def encode(self, text: str) -> list[int]:
         return self._prefix + self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _join(messages: list[Message]) -> str:
-    return "\n".join(message["content"] for message in messages)
-
-
-def _end_ids(directory: Path, tokenizer_eos: int | None) -> list[int]:
-    """The union of what the model's files name as end of sequence: chat models end turns with more than one token."""
-    ids: list[int | None] = []
-    for name in ("generation_config.json", "config.json"):
-        configured = _read_json(directory / name).get("eos_token_id")
-        ids += configured if isinstance(configured, list) else [configured]
-    known = dict.fromkeys(i for i in [*ids, tokenizer_eos] if i is not None and i >= 0)
-    if not known:
-        raise DataError(f"{directory}: no eos_token_id in generation_config.json, config.json or the tokenizer")
-    return list(known)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

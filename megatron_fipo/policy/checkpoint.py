@@ -6,6 +6,7 @@ model by itself. It is written under another name and renamed when all ranks are
 complete by construction and there is no tracker file to go stale.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -16,20 +17,21 @@ import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.files import sync, write_json_atomically
-from megatron_fipo.policy import platform
+from megatron_fipo.policy import megatron_versions, platform
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 _TRAINER_STATE = "trainer.json"
+# The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
+_WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
 # Optimizer state by parameter and not by rank, so that it loads under another layout.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -74,13 +76,13 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     state = _sharded_state(policy, is_loading=False)
-    # FP8 weights would be pickled as Transformer Engine's objects, which loading refuses.
-    force_all_tensors_to_non_fp8(state)
+    megatron_versions.dequantise(state)
     dist_checkpointing.save(state, str(partial))
     torch.distributed.barrier()
     if first:
         carry_files(model_dir, partial, policy.megatron_config.params_dtype)
-        write_json_atomically(partial / _TRAINER_STATE, trainer_state)
+        written_by = {_WRITTEN_BY: str(megatron_versions.installed())}
+        write_json_atomically(partial / _TRAINER_STATE, trainer_state | written_by)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         sync(directory)
@@ -98,28 +100,38 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         The state of the loop that `save` was given.
 
     Raises:
-        FipoError: the checkpoint does not fit this model or is damaged.
+        FipoError: the checkpoint does not fit this model, is damaged, or is of a newer Megatron-Core.
     """
+    check_version(checkpoint)
     try:
-        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
-        loaded, _, absent = dist_checkpointing.load(
-            _sharded_state(policy, is_loading=True), str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED
-        )
         trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
+        trainer_state.pop(_WRITTEN_BY, None)
+        state = _sharded_state(policy, is_loading=True)
+        megatron_versions.dequantise(state)
+        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
+        loaded, _, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
     except (OSError, ValueError, KeyError, CheckpointingException, CheckpointException) as error:
         raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
     _raise_if_lost(checkpoint, absent)
     for name, chunk in _named_chunks(policy):
         unmatched = chunk.load_state_dict(loaded[name], strict=False)
         _raise_if_lost(checkpoint, {*unmatched.missing_keys, *unmatched.unexpected_keys})
+    settings = policy.config.optimizer
+    betas = (settings.beta1, settings.beta2)
+    # What the configuration says now, not what it said then.
+    rates = {"max_lr": settings.lr, "min_lr": settings.min_lr, "eps": settings.eps, "betas": betas}
+    megatron_versions.set_rates(loaded["optimizer"], rates)
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
         policy.optimizer.load_state_dict(loaded["optimizer"])
-    settings = policy.config.optimizer
-    for group in policy.optimizer.param_groups:  # what the configuration says now, not what it said then
-        group |= {"max_lr": settings.lr, "min_lr": settings.min_lr, "eps": settings.eps}
-        group["betas"] = (settings.beta1, settings.beta2)
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return trainer_state
+
+
+def check_version(checkpoint: Path) -> None:
+    """Raise FipoError where a newer Megatron-Core than the installed one wrote a checkpoint."""
+    with contextlib.suppress(OSError, ValueError):  # which `load` names; a converted model's has no such file
+        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
+        megatron_versions.check_readable(checkpoint, trainer_state.get(_WRITTEN_BY))
 
 
 def _raise_if_lost(checkpoint: Path, keys: set[str]) -> None:

@@ -21,6 +21,7 @@ from megatron_fipo.errors import ConfigError
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention
 from megatron_fipo.policy.precision import check_recipe, check_widths, precision_settings, this_machine
+from megatron_fipo.policy.rotary import stretch
 from megatron_fipo.weights.architectures import Geometry
 
 
@@ -161,23 +162,28 @@ def build_model(config: Config, geometry: Geometry, device: torch.device | None 
     return [_build_chunk(config, geometry, megatron, with_te, stage).to(place) for stage in stages]
 
 
+def context_length(config: Config, geometry: Geometry) -> int:
+    """Tokens of the longest sequence of a run: the model's own context, or what the configuration raises it to."""
+    return config.model.max_position_embeddings or geometry.max_position_embeddings
+
+
 def _build_chunk(
     config: Config, geometry: Geometry, megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
 ) -> GPTModel:
-    return GPTModel(
+    chunk = GPTModel(
         megatron,
         _layer_specification(megatron, with_te, virtual_stage),
         vocab_size=geometry.padded_vocab_size(config.parallel.tensor),
-        max_sequence_length=config.model.max_position_embeddings or geometry.max_position_embeddings,
+        max_sequence_length=context_length(config, geometry),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         share_embeddings_and_output_weights=geometry.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=geometry.rope_theta,
-        rope_scaling=geometry.rope_scaling is not None,
-        rope_scaling_factor=geometry.rope_scaling.factor if geometry.rope_scaling else 8.0,
         vp_stage=virtual_stage,
     )
+    stretch(chunk.rotary_pos_emb, geometry.rope_scaling)
+    return chunk
 
 
 def _layer_specification(

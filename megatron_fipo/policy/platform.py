@@ -1,6 +1,6 @@
 """The one place that knows CPU + gloo from CUDA + NCCL.
 
-Megatron-Core 0.16.1 names `torch.cuda` in many places that have nothing to do with a GPU: a device for a buffer, a
+Megatron-Core names `torch.cuda` in many places that have nothing to do with a GPU: a device for a buffer, a
 random state, a synchronisation before a send. `install` points those names at the CPU where there is no CUDA. It holds
 no logic of training; on a GPU machine all it does is to stand in for a fused Adam where none is installed.
 
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fipo.policy.megatron_versions import quiet_warnings
 from megatron_fipo.policy.rendezvous import meeting_point
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
-_CUDA_NAMES = ("current_device", "synchronize", "manual_seed", "get_rng_state", "set_rng_state")
+_CUDA_NAMES = ("current_device", "current_stream", "synchronize", "manual_seed", "get_rng_state", "set_rng_state")
 _installed = False
 
 
@@ -54,6 +55,7 @@ def install() -> None:
             setattr(torch, name, _on_cpu(getattr(torch, name)))
         _redirect_tensor_methods()
     _install_adam()
+    quiet_warnings()
     _installed = True
 
 
@@ -71,6 +73,25 @@ def _check_names_exist() -> None:
 def _redirect_device_queries() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: IdleStream()  # type: ignore[assignment,return-value]
+
+
+class IdleStream:
+    """The current stream where there is no CUDA: nothing runs on it, so whatever it is told to wait for is done.
+
+    Megatron-Core 0.19 asks for it whenever gradients are reduced, Transformer Engine around its own streams.
+    """
+
+    cuda_stream = 0
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
 
 
 def _redirect_random_state() -> None:

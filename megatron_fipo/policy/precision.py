@@ -29,7 +29,7 @@ class Recipe:
     below: tuple[int, int]
     """First compute capability that it does not run on any more."""
     transformer_engine: tuple[int, ...]
-    """Least version in which Megatron-Core 0.16.1 finds it."""
+    """Least version in which Megatron-Core finds it."""
     cuda: tuple[int, int]
     """Least CUDA version that torch was built for."""
     formats: str = "hybrid"

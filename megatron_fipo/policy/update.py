@@ -34,12 +34,13 @@ from megatron_fipo.policy import platform
 from megatron_fipo.policy.agreement import log_prob_differences
 from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
-from megatron_fipo.policy.model import build_model, uses_transformer_engine
+from megatron_fipo.policy.model import build_model, context_length, uses_transformer_engine
 from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
 from megatron_fipo.policy.precision import check_exact_values, optimizer_settings, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
+from megatron_fipo.policy.rotary import check_rotary_embedding
 from megatron_fipo.weights.architectures import Geometry
-from megatron_fipo.weights.reshard import load_into
+from megatron_fipo.weights.reshard import check_before_building, load_into
 
 MiniBatch = list[MicroBatch]
 
@@ -58,8 +59,11 @@ class Policy:
             updates: optimizer updates of the whole run, which a decaying learning rate spans.
         """
         self.config, self.geometry = config, geometry
+        if model_dir is not None:
+            check_before_building(model_dir, geometry, platform.device())
         chunks = build_model(config, geometry)
         if model_dir is not None:
+            check_rotary_embedding(chunks, geometry, model_dir, context_length(config, geometry))
             load_into(chunks, model_dir, geometry)
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)

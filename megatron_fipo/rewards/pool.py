@@ -52,11 +52,11 @@ class VerifierPool:
         """Starts the processes in the background. `max_response_length` in tokens, for the overlong penalty."""
         self._config = config
         self._max_response_length = max_response_length
-        self._counts: Counter[str] = Counter(judged=0, timeout=0, crash=0)
+        self._counts: Counter[str] = Counter(judged=0, too_long=0, timeout=0, crash=0)
         self._counts_lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
         self._closed = False
-        self._processes = [VerifierProcess(config.rule) for _ in range(config.workers)]
+        self._processes = [VerifierProcess(config.rule, config.math_tolerance) for _ in range(config.workers)]
         self._threads = [
             threading.Thread(target=self._supervise, args=(process,), name=f"verifier-{index}", daemon=True)
             for index, process in enumerate(self._processes)
@@ -72,7 +72,7 @@ class VerifierPool:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Responses by outcome since the pool was made: judged, timeout, crash."""
+        """Responses by outcome since the pool was made: judged, too_long, timeout, crash."""
         with self._counts_lock:
             return dict(self._counts)
 
@@ -139,7 +139,7 @@ class VerifierPool:
                 self._settle(ticket, pending.popleft(), {"outcome": "crash"})
 
     def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
-        outcome = result.get("outcome", "crash" if "error" in result else "judged")
+        outcome = result.get("outcome", "crash")
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
         with self._counts_lock:
             self._counts[outcome] += 1

@@ -31,8 +31,9 @@ class VerifierDied(Exception):
 class VerifierProcess:
     """One `megatron_fipo.rewards.worker`, restarted on demand. Used by one thread, except for `retire`."""
 
-    def __init__(self, rule: str):
+    def __init__(self, rule: str, math_tolerance: float):
         self._rule = rule
+        self._math_tolerance = math_tolerance
         self._lock = threading.Lock()
         self._retired = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -68,8 +69,9 @@ class VerifierProcess:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
         environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
         with theirs:
+            arguments = [str(theirs.fileno()), self._rule, repr(self._math_tolerance)]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_fipo.rewards.worker", str(theirs.fileno()), self._rule],
+                [sys.executable, "-m", "megatron_fipo.rewards.worker", *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

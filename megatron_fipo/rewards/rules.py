@@ -5,17 +5,16 @@ they are used, so that a worker of the exact-match rule stays small and starts a
 """
 
 import ast
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from megatron_fipo.rewards import extraction
 
 # The recipe looks for the answer only at the end: an early "Answer:" in a long response is not its conclusion.
 _TAIL_CHARACTERS = 300
-_INTEGER = re.compile(r"[+-]?\d{1,100}")
+_NO_ANSWER = "[INVALID]"
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Verdict:
     """From 0, wrong, to 1, right."""
     answer: str
     """The extracted answer in its normal form, for consensus voting; empty where there is none."""
+    outcome: str = "judged"
+    """judged, or too_long for an answer above the rule's limit, which is wrong."""
 
 
 Rule = Callable[[str, str, dict[str, Any]], Verdict]
@@ -33,42 +34,33 @@ Rule = Callable[[str, str, dict[str, Any]], Verdict]
 
 
 def exact_match(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
-    """The recipe's rule: the last "Answer: …" of the last 300 characters, compared as a normalised string."""
-    answer = extraction.last_answer_line(text[-_TAIL_CHARACTERS:])
-    if answer is None:
-        return Verdict(0.0, "")
-    normalised = extraction.normalise_answer(answer)
-    return Verdict(float(normalised == extraction.normalise_answer(ground_truth)), normalised)
+    """The published rule: the last "Answer: …" of the last 300 characters, compared as a normalised string.
 
-
-def math_verify(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
-    r"""Mathematical equivalence by sympy of the last "Answer: …" line, or else of the last \boxed{…}.
-
-    Equal normalised strings are right and two different integers are wrong without asking sympy.
+    Equal to verl's `math_dapo` on every pair of texts. Like there, a response without an "Answer:" is compared as
+    "[INVALID]"; but it has no vote in a consensus.
     """
-    answer = extraction.last_answer_line(text)
-    answer = extraction.last_boxed(text) if answer is None else (extraction.last_boxed(answer) or answer)
+    found = extraction.published_answer(text[-_TAIL_CHARACTERS:])
+    normalised = extraction.normalise_answer(_NO_ANSWER if found is None else found)
+    accuracy = float(normalised == extraction.normalise_answer(ground_truth))
+    return Verdict(accuracy, "" if found is None else normalised)
+
+
+def math_verify(text: str, ground_truth: str, extra: dict[str, Any], tolerance: float = 0.0) -> Verdict:
+    r"""Mathematical equality of the last "Answer: …", or else of the last \boxed{…}, with the ground truth.
+
+    "Right" is proved by exact arithmetic and sympy; what cannot be read or proved is right only where the two are the
+    same text. An answer of more than LONGEST_ANSWER characters is wrong unread. docs/rewards.md says what counts as
+    dress. `tolerance`: relative, for numbers of which one is a decimal.
+    """
+    from megatron_fipo.rewards import mathematics
+
+    answer = mathematics.find_answer(text)
     if answer is None:
         return Verdict(0.0, "")
-    normalised, truth = extraction.normalise_answer(answer), extraction.normalise_answer(ground_truth)
-    if normalised == truth and normalised:
-        return Verdict(1.0, normalised)
-    if _INTEGER.fullmatch(normalised) and _INTEGER.fullmatch(truth):
-        return Verdict(float(int(normalised) == int(truth)), normalised)
-    return Verdict(float(_sympy_equal(ground_truth, answer)), normalised)
-
-
-def _sympy_equal(ground_truth: str, answer: str) -> bool:
-    """Whether both parse to equal expressions. What cannot be parsed equals nothing; other errors are raised."""
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # Only the LaTeX reading, inside one box: the plain-expression reading would evaluate text that a model wrote.
-    def read(source: str) -> list[Any]:
-        boxed = rf"\boxed{{{source.replace('$', '')}}}"
-        return parse(boxed, [LatexExtractionConfig()], parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
-
-    # The library's own limits rest on signals; here the pool's deadline kills the whole process.
-    return verify(read(ground_truth), read(answer), timeout_seconds=None, raise_on_error=True)
+    if len(answer) > mathematics.LONGEST_ANSWER:
+        return Verdict(0.0, "", "too_long")
+    is_right, normal_form = mathematics.judge(answer, ground_truth, tolerance)
+    return Verdict(float(is_right), normal_form)
 
 
 def reasoning_gym(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
@@ -97,10 +89,14 @@ RULES: dict[str, Rule] = {"exact_match": exact_match, "math_verify": math_verify
 """By their name in `reward.rule`."""
 
 
-def prepare(rule: str) -> Rule:
+def prepare(rule: str, math_tolerance: float) -> Rule:
     """The rule of that name with its libraries imported and warm, so that no response's deadline pays for that."""
     if rule == "math_verify":
-        _sympy_equal(r"\frac{1}{2}", "0.5")
+        # One answer by each way: read, refuted, proved.
+        for answer in ("7", r"\sin^2 x + \cos^2 x", r"\sqrt{3 + 2\sqrt{2}}"):
+            math_verify(f"Answer: {answer}", r"1 + \sqrt{2}", {})
+            math_verify(f"Answer: {answer}", "1", {})
+        return partial(math_verify, tolerance=math_tolerance)
     if rule == "reasoning_gym":
         import reasoning_gym  # noqa: F401
     return RULES[rule]

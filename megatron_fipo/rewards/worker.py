@@ -1,10 +1,10 @@
 """The verifier's child process: reads batches of responses from its socket, writes one verdict a line.
 
-    python -m megatron_fipo.rewards.worker SOCKET_FD RULE
+    python -m megatron_fipo.rewards.worker SOCKET_FD RULE MATH_TOLERANCE
 
 A process of its own, not a fork and not multiprocessing's spawn, which would import the trainer's main module and torch
 with it. JSON lines both ways. A request is a list of {text, ground_truth, extra}; for each item in turn one line
-comes back: {accuracy, answer}, or {error} where the rule raised.
+comes back: {accuracy, answer, outcome}, or {error} where the rule raised.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def judge(rule: Rule, item: dict[str, Any]) -> dict[str, Any]:
         verdict = rule(item["text"], item["ground_truth"], item["extra"])
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"accuracy": verdict.accuracy, "answer": verdict.answer}
+    return {"accuracy": verdict.accuracy, "answer": verdict.answer, "outcome": verdict.outcome}
 
 
 def serve(connection: socket.socket, rule: Rule) -> None:
@@ -51,13 +51,13 @@ def _tie_life_to_parent() -> None:
 
 def main() -> None:
     """Entry point; the file descriptor is inherited from VerifierProcess."""
-    descriptor, rule_name = int(sys.argv[1]), sys.argv[2]
+    descriptor, rule_name, math_tolerance = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     _tie_life_to_parent()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
     with socket.socket(fileno=descriptor) as connection:
         try:
-            serve(connection, prepare(rule_name))
+            serve(connection, prepare(rule_name, math_tolerance))
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
 

@@ -157,7 +157,8 @@ class RolloutClient:
             async with asyncio.TaskGroup() as running:
                 for index in missing:
                     running.create_task(sample(index))
-        except* Exception as failures:
+        # No `except*`: what is raised in one is a group again in Python 3.11.0 to 3.11.3.
+        except BaseExceptionGroup as failures:
             raise _first(failures) from None
         finally:
             for watch in self._watches.values():
@@ -341,7 +342,7 @@ def _version(spans: list[dict[str, Any]] | None, where: str) -> int:
         raise RolloutError(f"{where} has weight versions {spans}; each should be an integer") from None
 
 
-def _first(failures: BaseExceptionGroup[Exception]) -> BaseException:
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first failure itself: the others are its consequences or its equals."""
     error: BaseException = failures
     while isinstance(error, BaseExceptionGroup):

@@ -25,7 +25,7 @@ _PACKAGES = (
     "megatron-core",
     "transformer-engine",
     "transformers",
-    "math-verify",
+    "sympy",
     "reasoning-gym",
 )
 

@@ -31,6 +31,7 @@ def _verdicts(sampled: list[Group]) -> dict[str, float]:
     judged = [judgement for judgement in judgements if judgement.was_judged]
     outcomes = Counter(judgement.outcome for judgement in judgements)
     metrics: dict[str, float] = {f"verifier_{_PLURALS[kind]}": outcomes[kind] for kind in FAILED_CHECKS}
+    metrics["answers_too_long"] = outcomes["too_long"]
     if judgements:
         metrics |= {f"verifier_{kind}_rate": outcomes[kind] / len(judgements) for kind in FAILED_CHECKS}
     if judged:

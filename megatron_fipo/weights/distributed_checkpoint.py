@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
+from megatron_fipo.weights import plain_pickle
 from megatron_fipo.weights.architectures import EMBEDDING, FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
@@ -68,9 +69,13 @@ class CheckpointReader:
         try:
             found = json.loads((directory / "metadata.json").read_text())
             with (directory / METADATA).open("rb") as file:
-                self._metadata: Metadata = _MetadataUnpickler(file).load()
-        except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+                self._metadata = plain_pickle.read(file, Metadata, _is_in_metadata)
+        except (OSError, ValueError) as error:
             raise WeightError(f"{directory} is not a distributed checkpoint, or is damaged: {error}") from None
+        except pickle.UnpicklingError as error:
+            raise WeightError(
+                f"{directory} is not a distributed checkpoint, or is damaged: {METADATA} {error}"
+            ) from None
         if found.get("sharded_backend") != FORMAT["sharded_backend"]:
             raise WeightError(f"{directory} is in the format {found.get('sharded_backend')}; torch_dist can be read")
         self.tensors = {
@@ -282,13 +287,9 @@ class _FileView(io.RawIOBase):
         return int(self._file.readinto(view))
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's checkpoint metadata and nothing else: a pickle may otherwise run whatever it names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA_NAMES.get(module, ()) or (module == "torch" and _is_dtype(name)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}, which no metadata needs")
+def _is_in_metadata(module: str, name: str) -> bool:
+    """Whether torch's checkpoint metadata names it."""
+    return name in _METADATA_NAMES.get(module, ()) or (module == "torch" and _is_dtype(name))
 
 
 def _is_dtype(name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_fipo.config.model_config import QUANTIZED_REMEDY
 from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.architectures import Geometry, Parameter
 
@@ -142,5 +143,6 @@ class HuggingFaceReader:
 
 def _torch_dtype(path: Path, name: str, safetensors_dtype: str) -> torch.dtype:
     if safetensors_dtype not in SAFETENSORS_TYPES:
-        raise WeightError(f"{path}: {name} has type {safetensors_dtype}; supported: {', '.join(SAFETENSORS_TYPES)}")
+        supported = ", ".join(SAFETENSORS_TYPES)
+        raise WeightError(f"{path}: {name} has type {safetensors_dtype}; supported: {supported} ({QUANTIZED_REMEDY})")
     return SAFETENSORS_TYPES[safetensors_dtype]

@@ -26,12 +26,25 @@ from megatron_fipo.weights.architectures import (
     check_tensor_parallel,
     parameters,
 )
-from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, is_checkpoint
+from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
+from megatron_fipo.weights.source import check_source, joined, open_source
 
 logger = logging.getLogger(__name__)
+
+
+def check_before_building(model_dir: str | Path, geometry: Geometry, device: torch.device) -> None:
+    """`check_source` on rank 0; the same WeightError on every rank."""
+    said = ""
+    if dist.get_rank() == 0:
+        try:
+            check_source(model_dir, geometry)
+        except WeightError as error:
+            said = str(error)
+    if said := json.loads(gather_texts(json.dumps(said), device)[0]):
+        raise WeightError(said)
 
 
 def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry: Geometry) -> None:
@@ -50,8 +63,7 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry
     problems = _model_problems(held, table)
     reader: HuggingFaceReader | CheckpointReader | None = None
     try:
-        directory = Path(model_dir)
-        reader = CheckpointReader(directory) if is_checkpoint(directory) else HuggingFaceReader(directory)
+        reader = open_source(model_dir)
         problems += reader.problems([entry for entry in table.values() if entry.exported], geometry)
     except WeightError as error:
         problems.append(str(error))
@@ -240,9 +252,7 @@ def _raise_together(problems: Sequence[str], device: torch.device) -> None:
             problem if len(found) == everywhere else f"{problem} (rank {', '.join(map(str, found))})"
             for problem, found in ranks.items()
         ]
-        raise WeightError(
-            "\n  ".join([f"{len(lines)} problems with the weights:", *lines]) if len(lines) > 1 else lines[0]
-        )
+        raise WeightError(joined(lines))
 
 
 @torch.no_grad()

@@ -52,6 +52,14 @@ def test_a_failed_check_is_no_contrast_to_right_answers():
     assert (counts.trained, counts.dropped_all_right, counts.dropped_no_contrast) == (0, 1, 2)
 
 
+def test_an_answer_above_the_limit_is_a_wrong_answer():
+    group = make_group("contrast", 1, failed=1)
+    group.judgements[1].outcome = "too_long"
+    sampling = DynamicSampling(FilterGroupsConfig(), prompts_per_step=1)
+    sampling.add([group])
+    assert sampling.take().counts.trained == 1
+
+
 def test_overlong_penalties_do_not_make_a_group_vary():
     group = make_group("right", 1, 1)
     group.judgements[0].reward = 0.3

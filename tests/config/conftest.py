@@ -14,6 +14,10 @@ def model_directory(tmp_path: Path):
     def write(**changes: Any) -> str:
         architecture = {
             "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "vocab_size": 151936,
             "num_attention_heads": 14,
             "num_key_value_heads": 2,
             "num_hidden_layers": 24,

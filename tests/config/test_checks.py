@@ -133,6 +133,7 @@ WARNED = {
     "optimizer.warmup_updates=1000": "warm up",
     "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "importance_sampling_cap",
     "data=chain_sum": "reward.rule=reasoning_gym",
+    "reward.rule=exact_match reward.math_tolerance=0.01": "not read",
     "data.task=chain_sum": "not read",
     "data.source=reasoning_gym data.task=chain_sum": "not read",
 }

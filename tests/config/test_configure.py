@@ -5,14 +5,13 @@ Not covered: which combinations are refused (test_checks.py).
 """
 
 import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.usage import Ended, run_measured
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, every_setting
 from megatron_fipo.config.checks import check
@@ -40,27 +39,19 @@ run_with_config(main)
 """
 
 
-def run_probe(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_probe(directory: Path, *arguments: str, **environment: str) -> Ended:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, "-c", PROBE, *arguments],
-        cwd=directory,
-        env={**clean, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-c", PROBE, *arguments]
+    return run_measured(command, 60, cwd=directory, env={**clean, "PYTHONPATH": str(ROOT), **environment})
 
 
 class TestCommandLine:
     """The entry point as a user sees it: one process each."""
 
     def test_a_mistake_costs_one_line_and_two_seconds(self, tmp_path: Path) -> None:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = run_probe(tmp_path, "run.stepz=1")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         # Processor time: what the clock would show on a machine that does nothing else.
-        assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 2.0
+        assert ended.cpu_seconds < 2.0
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.splitlines() == [
             "error: run.stepz: there is no such key (did you mean run.steps? docs/configuration.md lists every key)"

@@ -40,6 +40,42 @@ def test_state_of_other_data_is_refused(other):
         ProblemOrder(*other).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": 11},
+        {"position": -1},
+        {"position": "3"},
+        {"position": None},
+        {"epoch": -1},
+        {"epoch": 0.5},
+        {"x": 1},
+    ],
+)
+def test_a_position_that_does_not_exist_is_refused_and_does_not_draw_for_ever(change):
+    order = ProblemOrder(10, 0, True)
+    with pytest.raises(DataError, match="problem order"):
+        order.load_state_dict(order.state_dict() | change)
+    assert len(order.take(25)) == 25
+
+
+def test_no_state_at_all_is_refused():
+    for state in (None, [], {}):
+        with pytest.raises(DataError, match="cannot be read"):
+            ProblemOrder(10, 0, True).load_state_dict(state)
+        with pytest.raises(DataError, match="cannot be read"):
+            ProblemOrder(10, 0, True).start_over(state)
+
+
+def test_other_data_begins_with_an_epoch_that_has_not_been_drawn():
+    before = ProblemOrder(10, 0, True)
+    before.take(27)
+    after = ProblemOrder(5, 0, True)
+    after.start_over(json.loads(json.dumps(before.state_dict())))
+    assert after.state_dict() == {"epoch": 3, "position": 0, "size": 5, "seed": 0, "shuffle": True}
+    assert sorted(after.take(5)) == list(range(5))
+
+
 def test_nothing_to_draw_from_is_refused():
     with pytest.raises(DataError, match="no training problem"):
         ProblemOrder(0, 0, True)

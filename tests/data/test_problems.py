@@ -1,20 +1,21 @@
 """Why: a row that is lost, doubled or misread in silence is trained on, or not, for weeks.
 
-Files are written here in the published column layout. The hub is covered only where it cannot be reached.
+Files are written here in the published column layout. Other columns, formats and damaged files are test_sources.py,
+answers test_answers.py, the hub test_hub.py.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from megatron_fipo.config import DataConfig
+from megatron_fipo.config import DataConfig, ValidationColumnsConfig
+from megatron_fipo.config.data import RECIPE_PROMPT
 from megatron_fipo.data.column_sums import write_tokenizer
 from megatron_fipo.data.problems import ProblemSet, load_problems
 from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_fipo.errors import ConfigError, DataError
+from tests.data.problem_files import FORMATS, row, write
 
 
 @pytest.fixture
@@ -23,30 +24,12 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return load_tokenizer(tmp_path / "model")
 
 
-def row(content: str, answer: object = "7") -> dict:
-    return {
-        "data_source": "math_dapo",
-        "prompt": [{"content": content, "role": "user"}],
-        "ability": "MATH",
-        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
-        "extra_info": {"index": "0"},
-    }
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    return str(path)
-
-
 def load(tokenizer: Tokenizer, *files: str, overlong: str = "drop", limit: int = 20) -> ProblemSet:
     config = DataConfig(train=list(files), overlong_prompts=overlong)
     return load_problems(config, "train", tokenizer, limit)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_rows_are_read_deduplicated_and_counted(tmp_path, tokenizer, suffix):
     rows = [row("1+6=?"), row("1+6=?"), row("  "), row("1+6=?", "8"), row("2" * 30), row("3+3=?", "6")]
     loaded = load(tokenizer, write(tmp_path / f"data{suffix}", rows))
@@ -90,7 +73,7 @@ def test_overlong_prompts_are_truncated_on_the_left_or_refused(tmp_path, tokeniz
         (row("1+1=?", None), r"bad\.jsonl, row 2, column reward_model\.ground_truth: the answer is missing"),
         (row("1+1=?", " "), r"row 2, column reward_model\.ground_truth"),
         ({"prompt": [{"role": "user", "content": "1"}]}, r"row 2, column reward_model\.ground_truth"),
-        ({"prompt": "1+1=?", "reward_model": {"ground_truth": "2"}}, "row 2, column prompt"),
+        ({"prompt": 3, "reward_model": {"ground_truth": "2"}}, "row 2, column prompt"),
         ({"reward_model": {"ground_truth": "2"}}, "row 2, column prompt"),
     ],
 )
@@ -122,9 +105,56 @@ def test_nothing_left_is_an_error_that_says_where_it_went(tmp_path, tokenizer):
         load(tokenizer)
 
 
-def test_an_unreachable_hub_is_a_clear_error(tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = DataConfig(source="hub", train=["nobody/no-such-dataset"])
-    with pytest.raises(DataError, match="nobody/no-such-dataset: cannot be fetched from the hub"):
+def held_out(tokenizer: Tokenizer, train: str, validation: str, **settings: Any) -> ProblemSet:
+    config = DataConfig(train=[train], validation=[validation], **settings)
+    return load_problems(config, "train", tokenizer, 400)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_problems_of_validation_are_not_trained_on(tmp_path, tokenizer, suffix):
+    train = write(tmp_path / f"train{suffix}", [row("1+6=?"), row("1+6=?"), row("2+2=?", "4"), row("3+3=?", "6")])
+    validation = write(tmp_path / f"validation{suffix}", [row(" 2+2=? \n", "4"), row("9+9=?")])
+    loaded = held_out(tokenizer, train, validation)
+    assert [problem.text for problem in loaded.problems] == ["1+6=?", "3+3=?"]
+    counts = loaded.counts
+    assert (counts.rows, counts.kept, counts.duplicates, counts.dropped_held_out) == (4, 2, 1, 1)
+    with pytest.raises(DataError, match="no train problem is left: rows 4, duplicates 1, dropped_held_out 3"):
+        held_out(tokenizer, train, train)
+
+
+def test_a_held_out_problem_is_known_under_another_template_and_other_columns(tmp_path, tokenizer):
+    asked = "Find x\nif x+1 = 3."
+    train = write(
+        tmp_path / "train.jsonl", [row(RECIPE_PROMPT.replace("{question}", asked)), row("Find X if x+1 = 3.")]
+    )
+    validation = write(tmp_path / "validation.jsonl", [{"problem": "Find  x if x+1 = 3.", "answer": 2}])
+    columns = ValidationColumnsConfig(prompt="problem", answer="answer")
+    for template in (RECIPE_PROMPT, "{question}", "Q: {question}"):
+        loaded = held_out(tokenizer, train, validation, validation_columns=columns, prompt_template=template)
+        assert [problem.text for problem in loaded.problems] == ["Find X if x+1 = 3."]
+        assert loaded.counts.dropped_held_out == 1
+
+
+def test_without_validation_its_files_are_not_read(tmp_path, tokenizer):
+    config = DataConfig(train=[write(tmp_path / "a.jsonl", [row("1+6=?")])], validation=[str(tmp_path / "none.jsonl")])
+    assert load_problems(config, "train", tokenizer, 20, validates=False).counts.kept == 1
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         load_problems(config, "train", tokenizer, 20)
+
+
+def test_conflicting_answers_are_warned_about(tmp_path, tokenizer):
+    loaded = load(tokenizer, write(tmp_path / "a.jsonl", [row("1+6=?"), row("1+6=?", "8"), row("1+6=?")]))
+    assert len(loaded.warnings) == 1 and "1 train rows repeat a prompt with another answer" in loaded.warnings[0]
+    assert load(tokenizer, write(tmp_path / "a.jsonl", [row("1+6=?"), row("1+6=?")])).warnings == []
+
+
+def test_a_template_that_refuses_a_row_names_it(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    system = row("1+6=?") | {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1"}]}
+    file = write(tmp_path / "a.jsonl", [row("1+6=?"), system])
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2, prompt: the chat template fails: .*no system role$"):
+        load(load_tokenizer(tmp_path), file)

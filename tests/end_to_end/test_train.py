@@ -23,13 +23,18 @@ from tests.end_to_end.runs import SMALL
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
-    "tp2": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence=true"],
-    "pp2": [],
-    "tp2-pp2-packed": ["parallel.tensor=2", "parallel.packing=true"],
-    "pp2-vpp2": ["parallel.virtual_pipeline=2"],
+    "tp2-pp2-vpp2-packed": [
+        *("parallel.tensor=2", "parallel.sequence=true", "parallel.virtual_pipeline=2", "parallel.packing=true")
+    ],
     "cp2-packed": ["parallel.context=2", "parallel.pipeline=1", "parallel.packing=true"],
     "dp2": ["parallel.data=2", "parallel.pipeline=1"],
 }
+REPEATED = {
+    "tp2": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence=true"],
+    "pp2": [],  # the other tests' layout
+    "pp2-vpp2": ["parallel.virtual_pipeline=2"],
+}
+"""One by one what LAYOUTS has together."""
 
 
 def check_rows(rows: list[dict[str, float]], steps: int) -> None:
@@ -61,9 +66,9 @@ def run_on(server: RolloutService, directory: Path, *overrides: str) -> None:
     runs.run(directory, *SMALL, "rollout.servers=0", address, plane, *overrides, token=token)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in REPEATED)])
 def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
-    run_on(server, tmp_path, *LAYOUTS[layout])
+    run_on(server, tmp_path, *(LAYOUTS | REPEATED)[layout])
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"

@@ -1,5 +1,6 @@
 """What the ranks of test_checkpoint.py run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_fipo.policy import platform
 
 platform.install()
 
-from megatron_fipo.policy import checkpoint, model  # noqa: E402
+from megatron_fipo.policy import checkpoint, megatron_versions, model  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
 from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
@@ -46,7 +47,13 @@ def save_and_load(model_dir: str, directory: str) -> dict[str, Any]:
             assert state == STATE
             seen[f"{kind.__name__} to {other.__name__}"] = _differing(policy, _policy(model_dir, kind))
     seen["rates"] = _rates(_policy(model_dir, RMSNorm, lr=3e-3), Path(seen["RMSNorm"]))
-    seen["other model"] = _refusal(model_dir, Path(seen["RMSNorm"]))
+    seen["other model"] = _refusal_of_another_model(model_dir, Path(seen["RMSNorm"]))
+    noted = _note_the_version(Path(seen["RMSNorm"]), "99.1.0")
+    seen["newer version"] = _refusal(_policy(model_dir, RMSNorm), Path(seen["RMSNorm"]))
+    _note_the_version(Path(seen["RMSNorm"]), None)
+    assert checkpoint.load(_policy(model_dir, RMSNorm), Path(seen["RMSNorm"])) == STATE
+    _note_the_version(Path(seen["RMSNorm"]), noted)
+    seen["noted"] = noted
     platform.stop_process_group()
     return seen
 
@@ -110,12 +117,55 @@ def _rates(policy: Policy, saved: Path) -> list[float]:
     return [group["lr"] for group in policy.optimizer.param_groups]
 
 
-def _refusal(model_dir: str, saved: Path) -> str:
+def _refusal_of_another_model(model_dir: str, saved: Path) -> str:
     """What a model with an output layer of its own says to a checkpoint without one."""
     policy = _policy(model_dir, RMSNorm)
     policy.chunks[0].module.module.extra_layer = torch.nn.Linear(2, 2)
+    return _refusal(policy, saved)
+
+
+def _refusal(policy: Policy, saved: Path) -> str:
     try:
         checkpoint.load(policy, saved)
     except FipoError as error:
         return str(error)
     return ""
+
+
+def _note_the_version(saved: Path, version: str | None) -> str:
+    """Have a checkpoint say that this Megatron-Core wrote it, or say nothing; what it said before."""
+    path = saved / "trainer.json"
+    state = json.loads(path.read_text())
+    before = state.pop("megatron_core", "")
+    path.write_text(json.dumps(state | ({"megatron_core": version} if version else {})))
+    return before
+
+
+def save_one(model_dir: str, directory: str, seed: int) -> str:
+    """Save weights, master copies and moments that are random by the seed; where."""
+    platform.start_process_group(60)
+    model.start_model_parallel(Config().parallel, seed=0)
+    policy = _policy(model_dir, RMSNorm)
+    _fill_at_random(policy, seed)
+    saved = _save(policy, model_dir, Path(directory))
+    platform.stop_process_group()
+    return str(saved)
+
+
+def load_one(model_dir: str, saved: str, seed: int) -> dict[str, Any]:
+    """Load what `save_one` saved: what differs from it, by name, or the refusal; and this Megatron-Core's version."""
+    platform.start_process_group(60)
+    model.start_model_parallel(Config().parallel, seed=0)
+    policy, expected = _policy(model_dir, RMSNorm, lr=3e-3), _policy(model_dir, RMSNorm)
+    _fill_at_random(expected, seed)
+    found: dict[str, Any] = {"version": str(megatron_versions.installed()), "refusal": _refusal(policy, Path(saved))}
+    if not found["refusal"]:
+        found["differing"] = _differing(policy, expected)
+    platform.stop_process_group()
+    return found
+
+
+def _fill_at_random(policy: Policy, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for value in _values(policy).values():
+        value.copy_(torch.rand(value.shape, generator=generator))

@@ -81,7 +81,34 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
     return found
 
 
-def _policy(model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: float = 1e-4) -> Policy:
+def reload(
+    model: dict[str, Any], parallel: dict[str, Any], directory: str, dequantised: bool = True
+) -> dict[str, float]:
+    """How far each weight of a loaded checkpoint is from the one that was saved, relative to its norm.
+
+    Args:
+        dequantised: whether FP8 weights are made ones of `model.dtype` before they are filled.
+    """
+    platform.start_process_group(60)
+    policy = _policy(model, parallel, updates=1)
+    expected = _exported(policy)
+    saved = checkpoint.save(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL)
+    policy = _policy(model, parallel, updates=1, start=None)
+    if not dequantised:
+        checkpoint.megatron_versions.dequantise = lambda state: None  # type: ignore[assignment]
+    checkpoint.load(policy, saved)
+    found = _exported(policy)
+    platform.stop_process_group()
+    return {name: float((found[name] - value).norm() / value.norm()) for name, value in expected.items()}
+
+
+def _exported(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.float().clone() for name, tensor in export(policy.chunks, policy.geometry)}
+
+
+def _policy(
+    model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: float = 1e-4, start: Path | None = MODEL
+) -> Policy:
     config = Config(
         model=ModelConfig(**model),
         parallel=ParallelConfig(**({"micro_batch_tokens": 512} | parallel)),
@@ -90,7 +117,7 @@ def _policy(model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: f
     )
     if not parallel_state.model_parallel_is_initialized():
         start_model_parallel(config.parallel, 0)
-    return Policy(config, read_architecture(MODEL), str(MODEL), updates)
+    return Policy(config, read_architecture(MODEL), str(start) if start else None, updates)
 
 
 def _sequences(vocabulary: int) -> Sequences:

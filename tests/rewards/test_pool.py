@@ -1,6 +1,7 @@
 """Why: a check that hangs, crashes or outlives the run must cost one response its verdict, never the run its result.
 
-The hanging check is real: sympy asked for 9^9^9^9. Which answers are right is tests/rewards/test_rules.py.
+The hanging check is real: a reasoning-gym scorer that asks sympy for 9^9^9^9. Which answers are right is
+tests/rewards/test_rules.py and test_mathematics.py.
 """
 
 import signal
@@ -16,12 +17,20 @@ from megatron_fipo.errors import RewardError
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.samples import Group, Problem, Response
 
-HANGING = "Answer: $9^{9^{9^9}}$"
+HANGING = "Answer: 9**9**9**9"
+COUNTDOWN = {"task": "countdown", "options": {}, "entry": "{'metadata': {'numbers': [3, 4], 'target': 7}}"}
+# Read as one endless answer, this took more than the default deadline; 5,000 lines of it, longer still.
+DEGENERATE = "Answer: so x is 3 and " * 5000
 
 
 def make_group(texts: list[str], truth: str = "7", extra: dict | None = None, length: int = 2) -> Group:
     responses = [Response([1] * length, [0.0] * length, "stop", 0) for _ in texts]
-    return Group(Problem("p", "3+4=?", [2], truth, "sums", extra or {}), responses, text=list(texts))
+    return Group(Problem("p", "3+4=?", [2], truth, "sums", extra or COUNTDOWN), responses, text=list(texts))
+
+
+def hanging_pool(workers: int, timeout_s: float) -> VerifierPool:
+    """A pool whose rule hangs on HANGING."""
+    return VerifierPool(RewardConfig(rule="reasoning_gym", workers=workers, timeout_s=timeout_s), 100)
 
 
 def wait_until(condition, timeout_s: float = 20.0) -> None:
@@ -45,20 +54,21 @@ def wait_until_busy(workers: list[psutil.Process]) -> None:
 
 @pytest.mark.slow
 def test_a_hanging_check_is_a_timeout_and_its_neighbours_are_judged():
-    group = make_group(["Answer: 7", HANGING, "Answer: 14/2", "Answer: 8"])
-    with VerifierPool(RewardConfig(rule="math_verify", workers=1, timeout_s=1.0), 100) as pool:
+    group = make_group(["Answer: 3+4", HANGING, "Answer: 4+3", "Answer: 8"])
+    with hanging_pool(workers=1, timeout_s=3.0) as pool:
         pool.judge([group])
-        assert pool.counts == {"judged": 3, "timeout": 1, "crash": 0}
+        assert pool.counts == {"judged": 3, "too_long": 0, "timeout": 1, "crash": 0}
     assert [judgement.outcome for judgement in group.judgements] == ["judged", "timeout", "judged", "judged"]
-    assert [judgement.accuracy for judgement in group.judgements] == [1.0, 0.0, 1.0, 0.0]
-    assert [judgement.reward for judgement in group.judgements] == [1.0, -1.0, 1.0, -1.0]
+    assert [judgement.was_judged for judgement in group.judgements] == [True, False, True, True]
+    assert [judgement.accuracy for judgement in group.judgements] == [1.0, 0.0, 1.0, 0.05]
+    assert [judgement.reward for judgement in group.judgements] == [1.0, -1.0, 1.0, -0.9]
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_a_crash_and_the_next_response_gets_a_new_one():
-    group = make_group([HANGING, "Answer: 7"])
-    with VerifierPool(RewardConfig(rule="math_verify", workers=1, timeout_s=60), 100) as pool:
-        pool.judge([make_group(["Answer: 7"])])
+    group = make_group([HANGING, "Answer: 3+4"])
+    with hanging_pool(workers=1, timeout_s=60) as pool:
+        pool.judge([make_group(["Answer: 3+4"])])
         (child,) = children()
         future = pool.submit(group)
         wait_until_busy([child])
@@ -87,6 +97,27 @@ def test_many_short_answers_take_well_under_half_a_second():
     assert all([j.accuracy for j in group.judgements] == [0, 0, 0, 0, 0, 0, 0, 1] for group in groups)
 
 
+@pytest.mark.slow
+def test_degenerate_answers_are_wrong_and_not_timeouts():
+    long = "Answer: " + "7" * 32_000
+    nested = "Answer: " + r"\sqrt{2+" * 90 + "2" + "}" * 90
+    group = make_group([DEGENERATE] * 12 + [DEGENERATE.replace("and ", "and\n"), long, nested, "Answer: $9^{9^{9^9}}$"])
+    with VerifierPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
+        pool.judge([group])
+        assert pool.counts == {"judged": 15, "too_long": 1, "timeout": 0, "crash": 0}
+    assert group.judgements[13].outcome == "too_long" and group.judgements[13].was_judged
+    assert [judgement.reward for judgement in group.judgements] == [-1.0] * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tolerance", "accuracy"), [(0.0, 0.0), (0.01, 1.0)])
+def test_the_tolerance_reaches_the_rule(tolerance, accuracy):
+    group = make_group(["Answer: 0.333"], truth=r"\frac{1}{3}")
+    with VerifierPool(RewardConfig(rule="math_verify", workers=1, math_tolerance=tolerance), 100) as pool:
+        pool.judge([group])
+    assert group.judgements[0].accuracy == accuracy
+
+
 def test_rewards_are_configured_and_lowered_by_the_overlong_penalty():
     overlong = OverlongBufferConfig(enable=True, len=50, penalty_factor=1.0)
     config = RewardConfig(correct=2.0, incorrect=-0.5, overlong_buffer=overlong, workers=1)
@@ -109,8 +140,8 @@ def test_fractional_accuracy_is_paid_in_proportion():
 
 @pytest.mark.slow
 def test_closing_leaves_no_process_and_fails_what_waits():
-    pool = VerifierPool(RewardConfig(rule="math_verify", workers=2, timeout_s=60), 100)
-    pool.judge([make_group(["Answer: 7"])])
+    pool = hanging_pool(workers=2, timeout_s=60)
+    pool.judge([make_group(["Answer: 3+4"])])
     waiting = [pool.submit(make_group([HANGING])) for _ in range(4)]
     wait_until_busy(children())
     pool.close()
@@ -125,9 +156,9 @@ def test_closing_leaves_no_process_and_fails_what_waits():
 def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
     script = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from tests.rewards.test_pool import HANGING, RewardConfig, VerifierPool, make_group\n"
-        "pool = VerifierPool(RewardConfig(rule='math_verify', workers=1, timeout_s=600), 100)\n"
-        "pool.judge([make_group(['Answer: 7'])])\n"
+        "from tests.rewards.test_pool import HANGING, hanging_pool, make_group\n"
+        "pool = hanging_pool(workers=1, timeout_s=600)\n"
+        "pool.judge([make_group(['Answer: 3+4'])])\n"
         "print('ready', flush=True)\n"
         "pool.submit(make_group([HANGING])).result()\n"
     )

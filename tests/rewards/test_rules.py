@@ -1,6 +1,7 @@
 """Why: a rule that calls a right answer wrong, or the other way round, teaches exactly that.
 
-Runs the real sympy, math-verify and reasoning-gym in this process. Deadlines and crashes: tests/rewards/test_pool.py.
+Runs the real reasoning-gym in this process. exact_match: test_extraction.py. math_verify: tests/rewards/mathematics.
+Deadlines and crashes: test_pool.py.
 """
 
 import subprocess
@@ -10,50 +11,7 @@ import pytest
 
 from megatron_fipo.config import DataConfig
 from megatron_fipo.data.reasoning_tasks import generate
-from megatron_fipo.rewards.rules import exact_match, math_verify, reasoning_gym
-
-
-@pytest.mark.parametrize(
-    ("text", "truth", "accuracy", "answer"),
-    [
-        ("4+5=9. Answer: 9", "9", 1.0, "9"),
-        ("Answer: 1,000", "1000", 1.0, "1000"),
-        ("Answer: 8", "9", 0.0, "8"),
-        ("Answer: 0.5", r"\frac12", 0.0, "0.5"),
-        ("it is 9", "9", 0.0, ""),
-        ("Answer: 9" + " " * 300, "9", 0.0, ""),
-    ],
-)
-def test_exact_match_compares_strings_at_the_end_of_the_response(text, truth, accuracy, answer):
-    verdict = exact_match(text, truth, {})
-    assert (verdict.accuracy, verdict.answer) == (accuracy, answer)
-
-
-@pytest.mark.parametrize(
-    ("answer", "truth", "accuracy"),
-    [
-        ("7", "7", 1.0),
-        ("007", "7", 1.0),
-        ("7", "8", 0.0),
-        ("0.5", r"\frac12", 1.0),
-        ("14/2", "7", 1.0),
-        (r"$\frac{\sqrt{8}}{2}$", r"\sqrt{2}", 1.0),
-        (r"$2(x+1)$", "2x+2", 1.0),
-        ("(1, 2)", "(1,2)", 1.0),
-        ("(2, 1)", "(1,2)", 0.0),
-        (r"\frac{", "7", 0.0),
-        ("0.51", r"\frac12", 0.0),
-        ("no idea", "7", 0.0),
-    ],
-)
-def test_math_verify_judges_by_value(answer, truth, accuracy):
-    assert math_verify(f"So it follows.\nAnswer: {answer}", truth, {}).accuracy == accuracy
-
-
-def test_math_verify_takes_the_answer_line_before_a_box_and_a_box_without_a_line():
-    assert math_verify(r"\boxed{3} Answer: 4", "4", {}).accuracy == 1.0
-    assert math_verify(r"we get \boxed{\frac{1}{2}}", "0.5", {}).accuracy == 1.0
-    assert math_verify("it is 4", "4", {}).accuracy == 0.0
+from megatron_fipo.rewards.rules import reasoning_gym
 
 
 def test_reasoning_gym_uses_the_tasks_own_scorer():
@@ -76,5 +34,11 @@ def test_entries_survive_the_way_to_the_verifier(task):
 
 def test_rules_import_neither_torch_nor_numpy():
     """Many workers run beside the trainer: each must stay small."""
-    code = "import sys, megatron_fipo.rewards.worker; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys; from megatron_fipo.rewards import rules, worker\n"
+        "rules.prepare('exact_match', 0.0)\n"
+        "assert 'sympy' not in sys.modules\n"
+        "rules.prepare('math_verify', 0.0)\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)\n"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

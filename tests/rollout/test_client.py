@@ -6,7 +6,12 @@ nor bf16 or GPU kernels, whose log-probs differ from a direct forward by roundin
 
 import copy
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -143,6 +148,45 @@ def test_without_any_server_the_call_ends(monkeypatch: pytest.MonkeyPatch, tmp_p
         pytest.raises(RolloutError, match=r"no vLLM server is left: http://127.0.0.1:9: ConnectError"),
     ):
         client.generate(problems(1), 2, sampling(), [0])
+
+
+@contextmanager
+def _client_of_a_web_server(
+    directory: Path, answer: Callable[[BaseHTTPRequestHandler], None]
+) -> Iterator[RolloutClient]:
+    """A client whose only address is a web server that is no engine; `answer` gets its POST requests, in threads."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), {"do_POST": answer})) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        config = rollout_config(addresses=[f"http://127.0.0.1:{web.server_port}"])
+        try:
+            with RolloutClient(RolloutService(config, directory, directory, seed=0)) as client:
+                yield client
+        finally:
+            web.shutdown()
+
+
+def test_an_error_comes_out_by_itself_and_in_no_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever Python runs: they differ in their exception groups. Both requests fail."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+    with (
+        _client_of_a_web_server(tmp_path, lambda request: request.send_error(404)) as client,
+        pytest.raises(RolloutError, match="refused a request with 404"),
+    ):
+        client.generate(problems(2), 1, sampling(), range(2))
+
+
+def test_an_interrupt_in_the_middle_of_a_request_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+    interrupted = threading.Event()
+
+    def interrupt(request: BaseHTTPRequestHandler) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        interrupted.wait(60)
+
+    with _client_of_a_web_server(tmp_path, interrupt) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.generate(problems(1), 1, sampling(), [0])
+        interrupted.set()
 
 
 @pytest.mark.slow

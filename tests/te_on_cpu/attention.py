@@ -16,9 +16,12 @@ CAUSAL = (NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MA
 UNMASKED = (NVTE_Mask_Type.NVTE_NO_MASK, NVTE_Mask_Type.NVTE_PADDING_MASK)
 
 
-def get_fused_attn_backend(*_: Any) -> int:
-    """The one for bf16 and any length; fp32 goes through Transformer Engine's own matrix products and softmax."""
-    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+def get_fused_attn_backend(_: Any) -> tuple[int, str]:
+    """The one for bf16 and any length; fp32 goes through Transformer Engine's own matrix products and softmax.
+
+    And why there is none.
+    """
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
 def get_cudnn_version() -> int:
@@ -38,10 +41,13 @@ def fused_attn_fwd(
     dropout: float,
     _fast_zero_fill: bool,
     _layout: int,
+    _out_format: int,
+    _scale_format: int,
     _bias_type: int,
     mask: int,
     _softmax_type: int,
     _window: tuple[int, int],
+    _bottom_right: bool,
     query_offsets: Tensor,
     key_offsets: Tensor,
     query: Tensor,
@@ -75,10 +81,16 @@ def fused_attn_bwd(
     _dropout: float,
     _fast_zero_fill: bool,
     _layout: int,
+    _out_format: int,
+    _gradient_format: int,
+    _gradients_layout: int,
+    _scale_format: int,
+    _gradient_scale_format: int,
     _bias_type: int,
     mask: int,
     _softmax_type: int,
     _window: tuple[int, int],
+    _bottom_right: bool,
     _deterministic: bool,
     query_offsets: Tensor,
     key_offsets: Tensor,
@@ -88,7 +100,6 @@ def fused_attn_bwd(
     out: Tensor,
     gradient: Tensor,
     _dtype: torch.dtype,
-    _gradient_dtype: int,
     auxiliary: list[Tensor],
     query_starts: Tensor | None,
     key_starts: Tensor | None,
@@ -182,16 +193,18 @@ def thd_second_half_lse_correction(statistics: Tensor, of_step: Tensor, offsets:
 def thd_out_correction(
     out: Tensor,
     of_step: Tensor,
+    statistics_before: Tensor,
     statistics: Tensor,
     statistics_of_step: Tensor,
     offsets: Tensor,
     only_second_half: bool,
     _packed: bool,
 ) -> None:
-    """Add a step's output by its share of the softmax."""
+    """Scale the output to the statistics that include a step's keys, and add the step's by its share of the softmax."""
     places = _half(offsets, 1) if only_second_half else torch.arange(len(out))
+    kept = (statistics_before - statistics)[:, places].exp().T[..., None]
     share = (statistics_of_step - statistics[:, places]).exp().T[..., None]
-    out[places] += (of_step.view(-1, *out.shape[1:]) * share).to(out.dtype)
+    out[places] = (out[places] * kept + of_step.view(-1, *out.shape[1:]) * share).to(out.dtype)
 
 
 def thd_grad_correction(gradient: Tensor, of_step: Tensor, offsets: Tensor, first: str, second: str) -> None:
@@ -204,6 +217,19 @@ def thd_grad_correction(gradient: Tensor, of_step: Tensor, offsets: Tensor, firs
         taken += len(places)
         gradient[places] = values if action == "copy" else gradient[places] + values
     assert taken == len(of_step), "each value belongs to one half"
+
+
+NO_FORMAT, NO_CORNER = 0, False
+
+
+def _fused_attn_fwd_of_2_11(*given: Any) -> list[Tensor]:
+    """Without formats after the layout, and without the corner that a mask starts from after the window."""
+    return fused_attn_fwd(*given[:7], *[NO_FORMAT] * 2, *given[7:11], NO_CORNER, *given[11:])
+
+
+def _fused_attn_bwd_of_2_11(*given: Any) -> list[Tensor | None]:
+    """The same, and with the gradient's type after the other's."""
+    return fused_attn_bwd(*given[:6], *[NO_FORMAT] * 5, *given[6:10], NO_CORNER, *given[10:19], *given[20:])
 
 
 FUNCTIONS = {
@@ -219,4 +245,17 @@ FUNCTIONS = {
         thd_out_correction,
         thd_grad_correction,
     )
+}
+
+
+def _thd_out_correction_of_2_11(out: Tensor, of_step: Tensor, statistics: Tensor, *given: Any) -> None:
+    """Once all steps are done: the statistics have them all, and the output begins at zero."""
+    thd_out_correction(out, of_step, statistics, statistics, *given)
+
+
+FUNCTIONS_OF_2_11 = FUNCTIONS | {
+    "get_fused_attn_backend": lambda *given: get_fused_attn_backend(given)[0],
+    "fused_attn_fwd": _fused_attn_fwd_of_2_11,
+    "fused_attn_bwd": _fused_attn_bwd_of_2_11,
+    "thd_out_correction": _thd_out_correction_of_2_11,
 }

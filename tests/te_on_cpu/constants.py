@@ -1,5 +1,6 @@
 """The names of `transformer_engine_torch` that are not functions."""
 
+import enum
 import itertools
 from typing import Any
 
@@ -25,7 +26,28 @@ class Constants(type):
         return number
 
 
-DType = Constants("DType")
+class DType(enum.IntEnum):
+    """Transformer Engine checks that it knows each of these, and no others."""
+
+    kByte = 0
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat4E2M1 = 10
+
+
+class NVTE_Fused_Attn_Backend(enum.IntEnum):
+    """Here too newer versions check that they know all; older ones know one more."""
+
+    NVTE_No_Backend = -1
+    NVTE_F16_arbitrary_seqlen = 1
+    NVTE_FP8 = 2
+    NVTE_F16_max512_seqlen = enum.nonmember(0)
+
+
 _PRODUCTS = (1, 2, 3)  # of a module's matrices
 FP8FwdTensors = Constants(
     "FP8FwdTensors", *(f"GEMM{n}_{kind}" for n in _PRODUCTS for kind in ("INPUT", "WEIGHT", "OUTPUT"))
@@ -33,7 +55,6 @@ FP8FwdTensors = Constants(
 FP8BwdTensors = Constants("FP8BwdTensors", *(f"GRAD_{kind}{n}" for n in _PRODUCTS for kind in ("OUTPUT", "INPUT")))
 NVTE_QKV_Format = Constants("NVTE_QKV_Format")
 NVTE_Mask_Type = Constants("NVTE_Mask_Type")
-NVTE_Fused_Attn_Backend = Constants("NVTE_Fused_Attn_Backend")
 
 _TORCH = {
     DType.kByte: torch.uint8,

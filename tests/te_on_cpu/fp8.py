@@ -98,36 +98,53 @@ def quantize(x: Any, quantizer: Any, out: Any = None, noop: Tensor | None = None
     if hasattr(quantizer, "block_scaling_dim"):
         _quantize_blocks(x.float().reshape(-1, x.shape[-1]), quantizer, out)
         return out
-    if not hasattr(quantizer, "scale"):
-        _quantize_mx(x.float().reshape(-1, x.shape[-1]), quantizer, out)
-        return out
-    if hasattr(quantizer, "use_existing_amax"):
-        _measure(x, quantizer)
-    else:
+    if hasattr(quantizer, "with_amax_reduction"):
+        scale = _scale_at_hand(x, quantizer)
+    elif hasattr(quantizer, "scale"):
         # Delayed scaling: the largest value is for the scales of batches to come.
         quantizer.amax.copy_(x.float().abs().max())
-    data = _round(x.float() * quantizer.scale, quantizer.dtype)
+        scale = quantizer.scale
+    else:
+        _quantize_mx(x.float().reshape(-1, x.shape[-1]), quantizer, out)
+        return out
+    data = _round(x.float() * scale, quantizer.dtype)
     if out._data is not None:
         out._data.copy_(data.view(out._data.shape))
     if out._transpose is not None:
         out._transpose.copy_(data.reshape(-1, data.shape[-1]).T.reshape(out._transpose.shape))
         out._transpose_invalid = False
-    out._scale_inv.copy_(1 / quantizer.scale)
+    out._scale_inv.copy_(1 / scale)
     return out
 
 
-def _measure(x: Tensor, quantizer: Any) -> None:
-    """Set the scale by the values at hand, over all ranks that hold a part of them."""
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, _device: torch.device, _pinned: bool
+) -> Any:
+    """An FP8 tensor without values, laid out as Transformer Engine itself describes it for torch.compile."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+
+    # Of delayed scaling there is no description. Its layout is that of the other recipe with one scale a tensor.
+    kind = Float8CurrentScalingQuantizer if isinstance(quantizer, Float8Quantizer) else type(quantizer)
+    described = kind.storage_metadata(quantizer, dtype)
+    inner = {
+        name: torch.empty(inner_shape, dtype=inner_dtype)
+        for name, (inner_shape, inner_dtype) in kind.inner_tensor_specs(quantizer, tuple(shape)).items()
+    }
+    context = described | {"is_tensor": not quantizer.internal, "requires_grad": False}
+    return described["cls"].__tensor_unflatten__(inner, context, shape, None)
+
+
+def _scale_at_hand(x: Tensor, quantizer: Any) -> Tensor:
+    """The scale by the values at hand, over all ranks that hold a part of them."""
     amax = x.float().abs().max()
     if quantizer.with_amax_reduction:
         torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-    quantizer.amax.copy_(amax)
-    quantizer.scale.copy_(_scale(amax, _largest(quantizer.dtype), quantizer.force_pow_2_scales, quantizer.amax_epsilon))
+    return _scale(amax, _largest(quantizer.dtype), quantizer.force_pow_2_scales, quantizer.amax_epsilon)
 
 
 def _quantize_blocks(x: Tensor, quantizer: Any, out: Any) -> None:
-    """Rows, and columns transposed, as products take them; for an all-gather, which joins rows, in their own order."""
-    square, compact = quantizer.block_scaling_dim == 2, quantizer.all_gather_usage
+    """Rows, and columns transposed, as products take them; 2.11 has them in their own order for an all-gather."""
+    square, compact = quantizer.block_scaling_dim == 2, getattr(quantizer, "all_gather_usage", False)
     for columns, data, inverse in (
         (False, out._rowwise_data, out._rowwise_scale_inv),
         (True, out._columnwise_data, out._columnwise_scale_inv),
@@ -238,6 +255,7 @@ def fp8_block_scaling_partial_cast(
 FUNCTIONS = {
     function.__name__: function
     for function in (
+        create_empty_quantized_tensor,
         quantize,
         dequantize,
         bgrad_quantize,

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,13 +25,20 @@ ENGINE = Path(sys.prefix) / "transformer-engine"
 CAPABILITY = "TE_ON_CPU_CAPABILITY"
 """Environment variable: the compute capability to pretend; MXFP8 is for 10.0."""
 
-FUNCTIONS = kernels.FUNCTIONS | attention.FUNCTIONS | fp8.FUNCTIONS
+UNUSED = ("triton", "triton.language", "triton.language.standard", "onnxscript", "onnx")
 CONSTANTS = ("DType", "FP8FwdTensors", "FP8BwdTensors", "NVTE_QKV_Format", "NVTE_Mask_Type", "NVTE_Fused_Attn_Backend")
 
 
 def is_there() -> bool:
     """Whether the Python code is there."""
     return (ENGINE / "transformer_engine").is_dir()
+
+
+def functions() -> dict[str, Any]:
+    """The stand-ins for the version that is there: 2.11, which Megatron-Core 0.16.1 was released with, or 2.20."""
+    (version,) = (found.version for found in metadata.distributions(path=[str(ENGINE)]))
+    of_attention = attention.FUNCTIONS_OF_2_11 if version.startswith("2.11.") else attention.FUNCTIONS
+    return kernels.FUNCTIONS | of_attention | fp8.FUNCTIONS
 
 
 class Extension(ModuleType):
@@ -54,16 +62,17 @@ def install() -> Any:
     extension = Extension("transformer_engine_torch")
     for name in CONSTANTS:
         setattr(extension, name, getattr(constants, name))
-    for name, function in FUNCTIONS.items():
+    stand_ins = functions()
+    for name, function in stand_ins.items():
         setattr(extension, name, function)
     # Transformer Engine takes all names from it at once; these two stand in a table beside the norm that is used.
-    extension.__all__ = [*FUNCTIONS, "layernorm_fwd", "layernorm_bwd", *CONSTANTS]
+    extension.__all__ = [*stand_ins, "layernorm_fwd", "layernorm_bwd", *CONSTANTS]
     sys.modules[extension.__name__] = extension
     _pretend_a_gpu()
     sys.path.insert(0, str(ENGINE))
     # Imported for kernels and exports that nothing here uses.
-    unused = [name for name in ("triton", "triton.language", "onnxscript", "onnx") if not _is_installed(name)]
-    sys.modules |= {name: MagicMock() for name in unused}
+    unused = [name for name in UNUSED if not _is_installed(name)]
+    sys.modules |= {name: MagicMock(__version__="0") for name in unused}
     engine = _import_without_libraries()
     # Nothing here draws at random.
     engine.pytorch.distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -1,6 +1,7 @@
 """Stand-ins for the kernels of Transformer Engine's layers and optimizer that do not round to FP8, computed in fp32.
 
-Names, arguments and results are those of the functions that `transformer_engine_torch` 2.11 binds.
+Names, arguments and results are those of the functions that `transformer_engine_torch` 2.20 binds, and 2.11 too but for
+what attention.py has for both.
 """
 
 from typing import Any
@@ -149,6 +150,11 @@ def convert_bshd_to_thd(rows: Tensor, offsets: Tensor, tokens: int) -> Tensor:
     return x
 
 
+def swap_first_dims(x: Tensor, *, out: Tensor) -> None:
+    """Transpose the first two of three dimensions."""
+    out.copy_(x.transpose(0, 1))
+
+
 def multi_tensor_adam(
     _chunk: int,
     _overflow: Tensor,
@@ -194,6 +200,7 @@ FUNCTIONS = {
         fused_rope_backward,
         convert_thd_to_bshd,
         convert_bshd_to_thd,
+        swap_first_dims,
         multi_tensor_adam,
         multi_tensor_scale,
         multi_tensor_l2norm,

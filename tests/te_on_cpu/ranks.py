@@ -12,11 +12,11 @@ engine = install()
 
 from tests.policy.checkpoints import exchange_layers  # noqa: E402
 from tests.policy.layouts import one_update  # noqa: E402
-from tests.policy.training import first_ratios, losses, resume  # noqa: E402
+from tests.policy.training import first_ratios, losses, reload, resume  # noqa: E402
 
 from megatron.core.distributed import param_and_grad_buffer  # noqa: E402  isort: skip
 
-__all__ = ["exchange_layers", "first_ratios", "losses", "one_update", "resume"]
+__all__ = ["exchange_layers", "first_ratios", "losses", "one_update", "reload", "resume"]
 
 context_parallel = engine.attention.dot_product_attention.context_parallel
 _communicate = context_parallel.flash_attn_p2p_communicate

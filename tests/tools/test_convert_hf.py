@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.usage import run_measured
 from megatron_fipo.weights.architectures import parameters, read_architecture
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
@@ -102,12 +103,8 @@ def test_memory_is_a_few_tensors_and_not_the_model(tmp_path: Path) -> None:
 
 
 def _peak_bytes(*arguments: str | Path) -> int:
-    """Peak resident memory of a conversion, of a child of a child: the figure of the kernel is over all children."""
-    code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    command = [sys.executable, "-c", code, sys.executable, "tools/convert_hf.py", *map(str, arguments)]
+    """Peak resident memory of a conversion."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=True)
-    return int(result.stdout) * 1024
+    ended = run_measured([sys.executable, "tools/convert_hf.py", *arguments], 200, cwd=ROOT, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    return ended.peak_bytes

@@ -23,6 +23,12 @@ def test_failed_checks_change_no_mean():
     assert sound["verifier_timeout_rate"] == sound["verifier_crash_rate"] == 0
 
 
+def test_an_answer_that_is_too_long_is_wrong():
+    metrics = sampling_metrics(SamplingCounts(), [make_group("9L", "9")])
+    assert (metrics["accuracy"], metrics["answers_too_long"]) == (0.5, 1)
+    assert metrics["verifier_timeout_rate"] == metrics["verifier_crash_rate"] == 0
+
+
 def test_without_a_verdict_there_is_no_mean():
     metrics = sampling_metrics(SamplingCounts(), [make_group("TT", "9")])
     assert "reward_mean" not in metrics and "accuracy" not in metrics

@@ -1,0 +1,57 @@
+"""Judges the section `data` of a configuration: sources, columns, templates."""
+
+from collections.abc import Iterator
+from datetime import date
+
+from megatron_fipo.config import Config, DataConfig
+from megatron_fipo.config.data import QUESTION
+from megatron_fipo.errors import ConfigError
+
+
+def data(config: Config) -> Iterator[str]:
+    """Judge where the run's problems come from and how they become prompts."""
+    settings = config.data
+    _check_prompts(settings)
+    if settings.source == "reasoning_gym":
+        if not settings.task:
+            raise ConfigError("data.task", "is empty", "the name of a reasoning-gym task, such as data.task=chain_sum")
+        if settings.train or settings.validation:
+            yield "data.train, data.validation: reasoning-gym generates its problems; these files are not read"
+        return
+    kind = "files" if settings.source == "files" else "datasets"
+    if not settings.train:
+        raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={settings.source}")
+    if config.validation.every and not settings.validation:
+        raise ConfigError("data.validation", f"lists no {kind}", "at least one, or validation.every=0")
+    if settings.task or settings.task_options:
+        source = settings.source
+        yield f"data.task: {settings.task} is not read with data.source={source}; data.source=reasoning_gym does"
+
+
+def _check_prompts(data: DataConfig) -> None:
+    """How rows become prompts."""
+    for key, column in (
+        ("data.columns.prompt", data.columns.prompt),
+        ("data.columns.answer", data.columns.answer),
+        ("data.columns.source", data.columns.source),
+        ("data.validation_columns.prompt", data.validation_columns.prompt),
+        ("data.validation_columns.answer", data.validation_columns.answer),
+        ("data.validation_columns.source", data.validation_columns.source),
+    ):
+        if column is not None and not all(column.split(".")):
+            raise ConfigError(key, f"{column!r} names no column", "a column, or outer.inner for a nested one")
+    if data.prompt_template.count(QUESTION) != 1:
+        raise ConfigError(
+            "data.prompt_template",
+            f"has {data.prompt_template.count(QUESTION)} places for the question",
+            f"a text with one {QUESTION}, or {QUESTION} alone",
+        )
+    if data.chat_template_date is not None and not _is_date(data.chat_template_date):
+        raise ConfigError("data.chat_template_date", f"{data.chat_template_date!r} is no date", "such as 2026-01-31")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -1,0 +1,288 @@
+"""Every key that a model's config.json may have: understood, refused unless it changes nothing, or harmless.
+
+A key that is in none of the three tables is refused, since nobody has looked at what it does to the model. To allow
+one, find out whether transformers' model or vLLM's reads it, and add it to the table that is right for it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that a key may have."""
+
+    expected: str
+    """What is right, for the user."""
+    accepts: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers assumes of one value of config.json's `architectures`."""
+
+    model_type: str
+    defaults: Mapping[str, Any]
+    """What stands for keys that an older config.json leaves out. `num_key_value_heads` None is the query heads."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim_is_free: bool = True
+    """Whether a head's width may differ from hidden size ÷ heads: vLLM's Qwen2 does not read head_dim."""
+
+
+def _whole(low: int, high: int) -> Kind:
+    return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Kind:
+    """A finite number between the two, which are not meant themselves."""
+
+    def accepts(value: Any) -> bool:
+        return type(value) in (int, float) and low < value < high  # False of NaN
+
+    return Kind(f"a number above {low:g} and below {high:g}", accepts)
+
+
+def _only(*values: Any) -> Kind:
+    """These values and no others; True is not 1 here, but 1 is 1.0."""
+    return Kind(" or ".join(map(shown, values)), lambda found: any(same_value(found, value) for value in values))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Equality as JSON has it: true is not 1, but 1 is 1.0."""
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def shown(value: Any) -> str:
+    """A value as JSON has it, on one line and short."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _or_null(kind: Kind) -> Kind:
+    return Kind(f"{kind.expected}, or null", lambda value: value is None or kind.accepts(value))
+
+
+def _list_of(kind: Kind) -> Kind:
+    return Kind(f"a list of {kind.expected}", lambda value: isinstance(value, list) and all(map(kind.accepts, value)))
+
+
+def _either(one: Kind, other: Kind) -> Kind:
+    return Kind(f"{one.expected}, or {other.expected}", lambda value: one.accepts(value) or other.accepts(value))
+
+
+_BOOL = Kind("true or false", lambda value: type(value) is bool)
+_DICTIONARY = Kind("an object or null", lambda value: value is None or isinstance(value, dict))
+_TOKEN = _whole(0, 2**31 - 1)
+_DTYPE = _only("float32", "bfloat16", "float16", "float64", None)
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family("qwen2", {"max_position_embeddings": 32768}, qkv_bias=True, head_dim_is_free=False),
+    "Qwen3ForCausalLM": Family("qwen3", {"max_position_embeddings": 32768, "head_dim": 128}, qk_norm=True),
+    "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048, "num_key_value_heads": None}),
+}
+"""The dense models that are covered. `weights/architectures.py` has the rules of their tensors."""
+
+UNDERSTOOD: Mapping[str, Kind] = {
+    # What is built.
+    "architectures": Kind(
+        f"a list of one of {', '.join(FAMILIES)}",
+        lambda value: isinstance(value, list) and len(value) == 1 and value[0] in list(FAMILIES),
+    ),
+    "model_type": _only(*(family.model_type for family in FAMILIES.values())),
+    "num_hidden_layers": _whole(1, 1000),
+    "hidden_size": _whole(1, 2**20),
+    "intermediate_size": _whole(1, 2**24),
+    "num_attention_heads": _whole(1, 2**16),
+    "num_key_value_heads": _or_null(_whole(1, 2**16)),
+    "head_dim": _or_null(_whole(2, 2**16)),
+    "vocab_size": _whole(1, 2**24),
+    "tie_word_embeddings": _BOOL,
+    "rms_norm_eps": number(0, 1),
+    "eos_token_id": _or_null(_either(_TOKEN, _list_of(_TOKEN))),
+    # Positions; config/model_rope.py reads what is inside.
+    "max_position_embeddings": _whole(1, 10**9),
+    "original_max_position_embeddings": _whole(1, 10**9),
+    "rope_theta": number(1, 1e15),
+    "rope_parameters": _DICTIONARY,
+    "rope_scaling": _DICTIONARY,
+    "partial_rotary_factor": _only(1.0, None),
+    # What Megatron-Core could compute otherwise and here does in one way.
+    "hidden_act": _only("silu"),
+    "attention_bias": _only(False),
+    "mlp_bias": _only(False),
+    "use_sliding_window": _only(False),
+    "layer_types": _or_null(_list_of(_only("full_attention"))),
+    # Read only where use_sliding_window is true.
+    "sliding_window": _or_null(_whole(0, 2**31 - 1)),
+    "max_window_layers": _whole(0, 2**31 - 1),
+    # The type of the stored weights; a run's own are model.dtype and rollout.dtype.
+    "dtype": _DTYPE,
+    "torch_dtype": _DTYPE,
+}
+"""Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands."""
+
+_NONE = _only(None)
+_OFF = _only(None, False)
+_ONE = _only(None, 1)
+_ZERO = _only(None, 0)
+_EMPTY = _only(None, {}, [])
+
+REFUSED: Mapping[str, Kind] = {
+    # Weights that are not plain numbers, or another model's code.
+    "quantization_config": _NONE,
+    "quantization": _NONE,
+    "compression_config": _NONE,
+    "auto_map": _NONE,
+    "pruned_heads": _only(None, {}),
+    "per_layer_config": _only(None, {}),
+    "block_configs": _EMPTY,
+    "vision_config": _NONE,
+    "text_config": _NONE,
+    # Experts.
+    "num_experts": _only(0),
+    "num_local_experts": _only(0),
+    "n_routed_experts": _only(0),
+    "num_experts_per_tok": _ZERO,
+    "moe_intermediate_size": _ZERO,
+    "shared_expert_intermediate_size": _ZERO,
+    "num_nextn_predict_layers": _ZERO,
+    # Factors in the forward pass.
+    "logit_scale": _only(1),
+    "logits_scaling": _ONE,
+    "residual_multiplier": _ONE,
+    "embedding_multiplier": _ONE,
+    "attention_multiplier": _NONE,
+    "query_pre_attn_scalar": _NONE,
+    "attn_logit_softcapping": _NONE,
+    "final_logit_softcapping": _NONE,
+    "attn_temperature_tuning": _OFF,
+    "clip_qkv": _NONE,
+    # Attention of another kind.
+    "is_causal": _only(True),
+    "use_bidirectional_attention": _OFF,
+    "is_decoder": _OFF,
+    "is_encoder_decoder": _OFF,
+    "add_cross_attention": _OFF,
+    "attention_chunk_size": _NONE,
+    "dual_chunk_attention_config": _NONE,
+    "qk_norm": _OFF,
+    "use_qk_norm": _OFF,
+    "qk_layernorm": _OFF,
+    "bias": _OFF,
+    "qkv_bias": _NONE,
+    # Positions of another kind.
+    "rope_interleaved": _OFF,
+    "rotary_pct": _ONE,
+    "rotary_percent": _ONE,
+    "rotary_dim": _NONE,
+    "rope_local_base_freq": _NONE,
+    "use_mrope": _OFF,
+    "mrope_section": _NONE,
+    "no_rope_layers": _EMPTY,
+    "no_rope_layer_interval": _NONE,
+    "alibi": _OFF,
+    "position_embedding_type": _only(None, "rope"),
+}
+"""Keys that would make another model of it, each with the values that do not. vLLM takes not every null for absent."""
+
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "Dropout and initialisation: a run draws no weights and trains without dropout": (
+        "attention_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "resid_pdrop",
+        "embd_pdrop",
+        "initializer_range",
+    ),
+    "Tokens: read by the tokenizer's side, or by nobody": (
+        "bos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "tokenizer_class",
+        "prefix",
+        "add_bos_token",
+        "add_eos_token",
+        "chat_template",
+        "model_max_length",
+        "max_sequence_length",
+    ),
+    "Sampling: a run sends its own with every request": (
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ),
+    "How the same numbers are computed, or what is handed back beside them": (
+        "use_cache",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "pretraining_tp",
+        "gradient_checkpointing",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_flash_attn_2_enabled",
+        "use_flash_attn",
+        "torchscript",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+    ),
+    "Classification heads, which a causal language model has not": (
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "classifier_dropout",
+        "finetuning_task",
+        "task_specific_params",
+    ),
+    "Where the file comes from": (
+        "_name_or_path",
+        "_model_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "transformers.js_config",
+        "is_llama_config",
+        "unsloth_version",
+        "unsloth_fixed",
+    ),
+}
+"""Keys that change nothing that a run computes, by the reason why."""
+
+HARMLESS_KEYS = frozenset(key for keys in HARMLESS.values() for key in keys)

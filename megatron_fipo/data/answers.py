@@ -1,0 +1,163 @@
+r"""The right answer of a row, as text. What is no answer is refused, since it would be compared with in silence.
+
+"34", "\frac{1}{2}", "[0, 1)"     texts are kept
+34, 34.0, 0.5, 1e20               finite numbers become plain digits: 34, 34, 0.5, 100000000000000000000
+true, NaN, [34], {"a": 1}, null   refused
+'["34"]', "{'a': 1}", 'nan'       refused: text that another program's list, object or missing value was turned into
+"""
+
+import ast
+import json
+import math
+import re
+import warnings
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any
+
+_LONGEST_EXPONENT = 400
+"""Decimal places of the largest and the smallest number that is written out: those of a float64 fit."""
+
+_MISSING_VALUES = frozenset({"None", "null", "NaN", "nan", "<NA>"})
+_GSM8K_MARK = "####"
+_WITH_COMMAS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+_LONGEST_LITERAL = 10_000
+_BOX = re.compile(r"\\f?boxed\s*|\\fbox\s*")
+
+
+def answer_text(value: Any, answer_format: str) -> str:
+    """The answer in `value` as text, by `data.answer_format`: plain, gsm8k or boxed.
+
+    Raises ValueError that says what is wrong with the value and what would be right.
+    """
+    if value is None:
+        raise ValueError("the answer is missing")
+    if answer_format == "plain":
+        text = _scalar_text(value)
+        if _GSM8K_MARK in text:
+            raise ValueError(f"{_quoted(text)} is a worked solution of GSM8K's form; data.answer_format=gsm8k reads it")
+    elif not isinstance(value, str):
+        raise ValueError(f"is {_kind(value)}; data.answer_format={answer_format} reads the answer from a text")
+    else:
+        text = _after_mark(value) if answer_format == "gsm8k" else _last_boxed(value)
+    text = text.strip()
+    _check_text(text)
+    return text
+
+
+def _scalar_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Decimal) or (isinstance(value, Real) and not isinstance(value, bool)):
+        return _plain_number(value)
+    raise ValueError(f"is {_kind(value)}; an answer is a text or a number")
+
+
+def _plain_number(value: Any) -> str:
+    """Digits without an exponent; a whole number without a decimal point, since columns with gaps hold 34 as 34.0."""
+    if isinstance(value, Integral):
+        try:
+            return str(int(value))
+        except ValueError as error:  # Python writes out no more than some thousand digits
+            raise ValueError(f"is a whole number of too many digits ({error})") from None
+    # str is the shortest text that reads as the same number, of a numpy float32 too.
+    number = value if isinstance(value, Decimal) else Decimal(str(value))
+    if not number.is_finite():
+        raise ValueError(f"is {value}, no finite number")
+    if number and abs(number.adjusted()) > _LONGEST_EXPONENT:
+        raise ValueError(f"is {value}, which has too many digits to write out")
+    text = format(number, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def _after_mark(solution: str) -> str:
+    """GSM8K's answer: what follows the last ####, and of a number the digits without thousands commas."""
+    _, mark, text = solution.rpartition(_GSM8K_MARK)
+    text = text.strip()
+    if not mark or not text or "\n" in text:
+        raise ValueError(f"has no one-line answer after {_GSM8K_MARK}, which data.answer_format=gsm8k reads")
+    return text.replace(",", "") if _WITH_COMMAS.fullmatch(text) else text
+
+
+def _last_boxed(solution: str) -> str:
+    r"""MATH's answer: the content of the last \boxed{…} or \fbox{…}; \boxed 5 holds one character."""
+    boxes = list(_BOX.finditer(solution))
+    if not boxes:
+        raise ValueError(r"has no \boxed{…}, which data.answer_format=boxed reads")
+    start = boxes[-1].end()
+    if not solution.startswith("{", start):
+        return solution[start : start + 1]
+    depth, position = 0, start
+    while position < len(solution):
+        if solution[position] == "\\":
+            position += 1  # \{ and \} are braces of the text
+        else:
+            depth += {"{": 1, "}": -1}.get(solution[position], 0)
+            if depth == 0:
+                return solution[start + 1 : position]
+        position += 1
+    raise ValueError(r"has a \boxed{ that is never closed")
+
+
+def _check_text(text: str) -> None:
+    if not text:
+        raise ValueError("the answer is missing: it is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is no valid Unicode text ({error.reason})") from None
+    if text in _MISSING_VALUES:
+        raise ValueError(f"is {text!r}, the text of a missing value")
+    if problem := _literal_problem(text):
+        raise ValueError(f"{_quoted(text)} is the text of {problem}; an answer is one text or one number")
+
+
+def _literal_problem(text: str) -> str | None:
+    """What list or object `text` was written from; None for mathematics.
+
+    Two or more numbers in brackets, such as [0, 1], (2, 3) or [[1, 2], [3, 4]], are an interval, a point or a matrix,
+    and so are numbers in braces a set. With anything else inside, a program's value has been turned into text.
+    """
+    if len(text) > _LONGEST_LITERAL or text[0] + text[-1] not in ("[]", "{}", "()"):
+        return None
+    value = _parsed(text)
+    if isinstance(value, dict):
+        return "a JSON object"
+    if isinstance(value, list | tuple) and len(value) < 2:
+        return f"a list of {len(value)}"
+    if isinstance(value, list | tuple | set) and not all(map(_is_numeric, value)):
+        return "a list of other things than numbers"
+    return None
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text or a Python literal; None for all other texts."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about backslashes, of which LaTeX is full
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a truth value", list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}
+    shown = str(value) if isinstance(value, bool) else ""
+    return " ".join(filter(None, (names.get(type(value), f"a {type(value).__name__}"), shown)))
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:28]} … {text[-28:]}")

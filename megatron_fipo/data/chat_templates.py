@@ -1,0 +1,115 @@
+"""A model's chat template: from messages to the prompt's text, by transformers' own renderer.
+
+A template may read variables (enable_thinking), and today's date, which makes prompts another day's others.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.errors import ConfigError, DataError, one_line
+
+Message = dict[str, str]
+"""One chat message: {"role": …, "content": …}."""
+
+TEMPLATE_FILE = "chat_template.jinja"
+_VARIABLES_KEY = "data.chat_template_variables"
+_OWN_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
+)
+# They differ in every field that a date can be written with.
+_ONE_DAY, _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 10, 21, 16, 47, 38)
+
+
+class ChatTemplate:
+    """One template with its variables. `depends_on_date` becomes true when a prompt has today's date in it."""
+
+    def __init__(self, source: str, special_tokens: dict[str, Any], variables: dict[str, Any], date: str | None):
+        """`variables` are data.chat_template_variables, `date` is data.chat_template_date.
+
+        Raises:
+            ConfigError: the template is no Jinja template, or does not read one of the variables.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import _get_template_variables
+
+        try:
+            known = _get_template_variables(source)
+        except TemplateError as error:
+            raise ConfigError(
+                "model.path", f"the chat template cannot be compiled: {one_line(error)}", "a Jinja template"
+            ) from error
+        for name in variables:
+            if name in _OWN_VARIABLES:
+                raise ConfigError(f"{_VARIABLES_KEY}.{name}", "is given by the run", "another variable")
+            if name not in known:
+                rest = sorted(known - _OWN_VARIABLES - special_tokens.keys())
+                remedy = f"it reads {', '.join(rest)}" if rest else "it reads none"
+                raise ConfigError(f"{_VARIABLES_KEY}.{name}", "is not read by the model's chat template", remedy)
+        self.depends_on_date = False
+        self._source = source
+        self._context = special_tokens | variables
+        self._is_pinned = date is not None
+        self._today = datetime.fromisoformat(date) if date else datetime.now()
+
+    def render(self, messages: list[Message]) -> str:
+        """The prompt with the reply opened. DataError with what the template says against the messages."""
+        clock = _Clock(self._today)
+        text = self._render(messages, clock)
+        if clock.was_read and not self._is_pinned and not self.depends_on_date:
+            one, another = (self._render(messages, _Clock(day)) for day in (_ONE_DAY, _ANOTHER_DAY))
+            self.depends_on_date = one != another
+        return text
+
+    def _render(self, messages: list[Message], clock: "_Clock") -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                [messages],
+                chat_template=self._source,
+                add_generation_prompt=True,
+                strftime_now=clock.strftime,
+                **self._context,
+            )
+        except Exception as error:  # a template is a program: it can raise anything
+            raise DataError(f"the chat template fails: {one_line(error)}") from error
+        text = "".join(rendered[0])
+        if not text:
+            raise DataError("the chat template writes nothing")
+        return text
+
+
+class _Clock:
+    """Today's date as templates ask for it."""
+
+    def __init__(self, now: datetime):
+        self.was_read = False
+        self._now = now
+
+    def strftime(self, form: str) -> str:
+        self.was_read = True
+        return self._now.strftime(form)
+
+
+def find_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template of a model directory: chat_template.jinja, or else the one in tokenizer_config.json.
+
+    Raises:
+        DataError: the file is no UTF-8 text, or the configuration has several templates and none named default.
+    """
+    path = directory / TEMPLATE_FILE
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise DataError(f"{directory}/tokenizer_config.json: none of its chat templates is named default")
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"{directory}/tokenizer_config.json: chat_template should be a text")
+    return template

@@ -1,0 +1,93 @@
+"""Hugging Face datasets: which files belong to a split, as the datasets library finds it in their card and file names.
+
+owner/name                  the split train, for validation the split validation or test; the only one if it is one
+owner/name:split            that split
+owner/name/config:split     of one configuration of the dataset
+owner/name:PATTERN          the files that match a glob pattern (it has a dot, a slash or a *)
+/some/directory:split       a directory laid out like a dataset, such as a download of one
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.errors import DataError, one_line
+
+_CARD_FILES = ("README.md", ".huggingface.yaml")
+_USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """What one entry of data.train or data.validation stands for."""
+
+    paths: list[str]
+    data_source: str
+    """Name for rows that do not name their data set."""
+
+
+def fetch_split(entry: str, split: str) -> HubFiles:
+    """Downloads a dataset into the hub's cache and finds the files of its part for `split`, train or validation.
+
+    The cache serves where the hub cannot be reached.
+
+    Raises:
+        DataError: neither hub nor cache has the dataset, or it has no such configuration, split or file.
+    """
+    name, _, part = entry.partition(":")
+    pattern = part if set(part) & set("*?[/.") else ""
+    folder, config, data_source = _local_folder(name) or _download(name, pattern)
+    if pattern:
+        found = sorted(str(path) for path in folder.rglob(pattern) if path.suffix in FILE_SUFFIXES)
+        if not found:
+            raise DataError(f"{entry}: the dataset has no file of that name that ends in {', '.join(FILE_SUFFIXES)}")
+        return HubFiles(found, data_source)
+    splits = _splits(entry, folder, config)
+    wanted = (part,) if part else _USUAL_SPLITS[split]
+    chosen = next((name for name in wanted if name in splits), None)
+    if chosen is None and not part and len(splits) == 1:
+        chosen = next(iter(splits))
+    if chosen is None:
+        raise DataError(f"{entry}: has no split {' or '.join(wanted)}; its splits are {', '.join(splits)}: NAME:SPLIT")
+    return HubFiles(splits[chosen], data_source)
+
+
+def _local_folder(name: str) -> tuple[Path, str | None, str] | None:
+    """(directory, configuration, name) where `name` is a directory here, or a configuration below one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None, path.resolve().name
+    if path.parent.is_dir() and len(path.parts) > 1:
+        return path.parent, path.name, path.parent.resolve().name
+    return None
+
+
+def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
+    """(directory, configuration, name) of a dataset of the hub."""
+    from huggingface_hub import snapshot_download
+
+    parts = name.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise DataError(f"{name}: is no dataset; owner/name or owner/name/config is one, a split follows a colon")
+    files = [pattern] if pattern else [f"*{suffix}" for suffix in FILE_SUFFIXES]
+    try:
+        folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])
+    except Exception as error:  # the client raises many kinds, of several libraries
+        raise DataError(
+            f"{name}: cannot be fetched from the hub ({one_line(error)}); "
+            "download it elsewhere and give its directory, or its files with data.source=files"
+        ) from error
+    return Path(folder), parts[2] if len(parts) == 3 else None, parts[-1] if len(parts) < 3 else parts[1]
+
+
+def _splits(entry: str, folder: Path, config: str | None) -> dict[str, list[str]]:
+    """The files of each split of a dataset's configuration."""
+    from datasets import load_dataset_builder
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            builder = load_dataset_builder(str(folder), config, cache_dir=cache)
+        except Exception as error:  # whatever a dataset's card may make the library raise
+            raise DataError(f"{entry}: {one_line(error)}") from error
+    return {str(split): sorted(map(str, files)) for split, files in (builder.config.data_files or {}).items()}

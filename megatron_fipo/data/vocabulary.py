@@ -1,0 +1,75 @@
+"""Token ids against the model's embedding. An id beyond it is an IndexError on one rank, or garbage over several."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.errors import ConfigError, DataError
+
+_END_FILES = ("generation_config.json", "config.json")
+
+
+def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
+    """The ids that end a response, each with the file that names it, those of generation_config.json first.
+
+    Chat models end turns with more than one token, and name them in different files.
+
+    Raises:
+        DataError: a file names something else than ids, or none names any.
+    """
+    found: dict[int, str] = {}
+    for name in _END_FILES:
+        configured = read_settings(directory / name).get("eos_token_id")
+        for token in configured if isinstance(configured, list) else [configured]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise DataError(f"{directory / name}: eos_token_id is {token!r}, which is no token id")
+            found.setdefault(token, name)
+    if tokenizer_eos is not None and tokenizer_eos >= 0:
+        found.setdefault(tokenizer_eos, "the tokenizer")
+    if not found:
+        raise DataError(f"{directory}: no eos_token_id in {', '.join(_END_FILES)} or the tokenizer")
+    return found
+
+
+def check_vocabulary(directory: Path, size: int, ends: dict[int, str], vocab_size: int) -> None:
+    """Raise ConfigError where the tokenizer, or an end token, has an id that the embedding has no row for.
+
+    `size` is the tokenizer's largest id plus one, `ends` come from `end_tokens`, `vocab_size` is config.json's.
+    """
+    for token, name in ends.items():
+        if token >= vocab_size:
+            raise ConfigError(
+                "model.path",
+                f"{directory}: the end-of-sequence id {token} of {name} is outside the model's {vocab_size} token ids",
+                f"an id below vocab_size={vocab_size} of config.json",
+            )
+    if size > vocab_size:
+        raise ConfigError(
+            "model.path",
+            f"{directory}: the tokenizer has {size} token ids, the model's embedding only {vocab_size}",
+            "a tokenizer and a config.json (vocab_size) of one model",
+        )
+
+
+def outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
+    """An id that the embedding has no row for, if there is one."""
+    if not token_ids:
+        return None
+    least, greatest = min(token_ids), max(token_ids)
+    return greatest if greatest >= vocab_size else least if least < 0 else None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object of the model directory; empty where there is no such file. DataError if it is anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: is no JSON object")
+    return settings

@@ -1,0 +1,316 @@
+"""config.json mutated in every key, against what transformers makes of the same file: refused in one line, or right.
+
+Why: a key that is passed over trains another model than the one that was given, in silence, and a size that is not
+checked ends in a traceback or takes all memory. Does not cover that the model built of a geometry computes what
+transformers' does: tests/policy/test_rotary.py and tests/weights/test_reshard.py do.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_fipo.config.model_config import QUANTIZATION_FILES, Geometry, read_architecture
+from megatron_fipo.config.model_keys import FAMILIES, HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.config.model_rope import LinearScaling, Llama3Scaling
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.weights.architectures import LAYER_RULES
+from tests.config.published import LLAMA3, LLAMA_31_8B, QWEN3_8B, QWEN25_32B, SMOLLM2, TRANSFORMERS_4
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 128,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **SIZES,
+        "rope_theta": 1000000.0,
+        "sliding_window": 128,
+        "use_sliding_window": False,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **SIZES,
+        "head_dim": 32,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **SIZES,
+        "rope_scaling": LLAMA3,
+        "rope_theta": 500000.0,
+    },
+}
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, 2, 3, 4, -1, 10**6, 10**12, 10**40),
+    *(0.0, 1.0, 1.5, 4.0, 1e-6, -1e-6, math.nan, math.inf, 1e300),
+    *("", "4", "silu", "gelu", "bfloat16", "int8", "x\ny", "\ud800", "qwen2", "rope"),
+    *([], [4], ["full_attention"], ["full_attention", "sliding_attention"], ["full_attention"] * 2),
+    *(["Qwen2ForCausalLM"], ["LlamaForCausalLM", "Qwen2ForCausalLM"], "Qwen2ForCausalLM", [[]]),
+    *({}, {"rope_type": "default"}, {"quant_method": "fp8"}, {"a": {"b": [1]}}),
+)
+UNKNOWN = ("a_new_kind_of_attention", "num_hidden_layer", "", "line\nbreak")
+
+
+def read(directory: Path, config: dict[str, Any]) -> Geometry:
+    (directory / "config.json").write_text(json.dumps(config))
+    return read_architecture(directory)
+
+
+def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
+    """None where the geometry is the one that transformers has; the refusal, once it is known to be one line."""
+    try:
+        geometry = read(directory, config)
+    except ConfigError as refusal:
+        assert "\n" not in str(refusal) and str(directory / "config.json") in str(refusal)
+        assert len(str(refusal)) < 800
+        return refusal
+    assert geometry == transformers_geometry(config), config
+    return None
+
+
+def transformers_geometry(config: dict[str, Any]) -> Geometry:
+    """The same record from transformers' own reading, which fills in its own defaults."""
+    family = FAMILIES[config["architectures"][0]]
+    kind = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}[family.model_type]
+    found = getattr(transformers, kind).from_dict(copy.deepcopy(config))
+    assert found.hidden_act == "silu" and not getattr(found, "attention_bias", False)
+    assert not getattr(found, "mlp_bias", False) and not getattr(found, "use_sliding_window", False)
+    assert set(getattr(found, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    rope = dict(found.rope_parameters)
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    assert rope.pop("partial_rotary_factor", 1) == 1
+    rope.pop("type", None)
+    scaling = {"default": lambda **none: None, "linear": LinearScaling, "llama3": Llama3Scaling}[rope_type](**rope)
+    assert scaling is not None or not rope
+    eos = found.eos_token_id if "eos_token_id" in config else None
+    return Geometry(
+        architecture=config["architectures"][0],
+        num_layers=found.num_hidden_layers,
+        hidden_size=found.hidden_size,
+        num_attention_heads=found.num_attention_heads,
+        num_query_groups=found.num_key_value_heads,
+        head_dim=getattr(found, "head_dim", None) or found.hidden_size // found.num_attention_heads,
+        ffn_hidden_size=found.intermediate_size,
+        vocab_size=found.vocab_size,
+        tied_embeddings=found.tie_word_embeddings,
+        qkv_bias=family.model_type == "qwen2",
+        qk_norm=family.model_type == "qwen3",
+        rms_norm_eps=found.rms_norm_eps,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=found.max_position_embeddings,
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_with_every_value_is_refused_or_right(tmp_path: Path, name: str) -> None:
+    """Some 4,000 files a model. The unchanged one is accepted, so that not everything is refused."""
+    assert judge(tmp_path, MODELS[name]) is None
+    accepted = []
+    for key in (*UNDERSTOOD, *REFUSED, *UNKNOWN):
+        for value in VALUES:
+            refusal = judge(tmp_path, MODELS[name] | {key: value})
+            if refusal is None:
+                accepted.append(key)
+            else:
+                assert key in str(refusal) or json.dumps(key) in str(refusal), (key, value, refusal)
+    assert not set(accepted) & set(UNKNOWN)
+    assert {"num_hidden_layers", "vocab_size", "rms_norm_eps", "eos_token_id", "quantization_config"} <= set(accepted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_key_that_is_missing_is_refused_or_defaults_as_in_transformers(tmp_path: Path, name: str) -> None:
+    for key in MODELS[name]:
+        refusal = judge(tmp_path, {other: value for other, value in MODELS[name].items() if other != key})
+        assert refusal is None or key in str(refusal)
+
+
+ROPE_KEYS: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("default", "linear", "llama3", "dynamic", "yarn", "longrope", "proportional", "mrope", 7, None),
+    "type": ("default", "linear", "llama3", "mrope"),
+    "rope_theta": (10000.0, 500000.0, 0, "1e4", None),
+    "factor": (1.0, 2.0, 8, 0.5, "2", None, True),
+    "low_freq_factor": (1.0, 2.0, 0),
+    "high_freq_factor": (4.0, 1.0),
+    "original_max_position_embeddings": (64, 8192, 8192.0, 0),
+    "partial_rotary_factor": (1.0, 0.5, 1, True),
+    "mrope_section": ([16, 24, 24],),
+    "attention_factor": (1.0,),
+    "full_attention": ({"rope_type": "default"},),
+}
+OUTER = {
+    "rope_theta": (10000.0, 500000.0),
+    "original_max_position_embeddings": (64, 8192),
+    "partial_rotary_factor": (1.0, 0.5),
+}
+
+
+def some_of(keys: dict[str, tuple[Any, ...]], likely: tuple[str, ...] = ()) -> st.SearchStrategy[dict[str, Any]]:
+    choices = {key: st.sampled_from(values) for key, values in keys.items()}
+    needed = {key: choices.pop(key) for key in likely}
+    return st.fixed_dictionaries(needed, optional=choices)
+
+
+VALID = st.one_of(
+    st.just({"rope_type": "default"}),
+    st.fixed_dictionaries({"rope_type": st.just("linear"), "factor": st.sampled_from([2.0, 4])}),
+    st.just(LLAMA3),
+    st.just({key: value for key, value in LLAMA3.items() if not key.startswith("original")}),
+)
+CHANGED = st.builds(
+    lambda valid, changes: {**valid, **changes},
+    VALID,
+    st.one_of(st.just({}), some_of({key: ROPE_KEYS[key] for key in ("rope_theta", "partial_rotary_factor")})),
+)
+ROPE = st.one_of(CHANGED, some_of(ROPE_KEYS), st.sampled_from([None, {}, 7, []]))
+
+
+@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    places=st.fixed_dictionaries({}, optional={"rope_parameters": ROPE, "rope_scaling": ROPE}),
+    outer=some_of(OUTER),
+)
+def test_rotary_keys_in_any_place_are_refused_or_right(
+    tmp_path: Path, name: str, places: dict[str, Any], outer: dict[str, Any]
+) -> None:
+    plain = {key: value for key, value in MODELS[name].items() if "rope" not in key}
+    judge(tmp_path, plain | places | outer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling", "theta"),
+    [
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}, Llama3Scaling(8.0, 1.0, 4.0, 8192), 500000.0),
+        ({"rope_scaling": LLAMA3, "rope_theta": 500000}, Llama3Scaling(8.0, 1.0, 4.0, 8192), 500000.0),
+        ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3}, Llama3Scaling(8.0, 1.0, 4.0, 8192), 10000.0),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, LinearScaling(2.0), 10000.0),
+        ({"rope_scaling": None, "rope_theta": 5e6}, None, 5e6),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 8192}, Llama3Scaling(8, 1, 4, 8192), 1e4),
+    ],
+)
+def test_the_places_that_agree_are_read(tmp_path: Path, changes: dict[str, Any], scaling: Any, theta: float) -> None:
+    plain = {key: value for key, value in MODELS["llama"].items() if "rope" not in key}
+    found = read(tmp_path, plain | changes)
+    assert (found.rope_scaling, found.rope_theta) == (scaling, theta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}, "rope_scaling.rope_type"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096}, "original_max_position_embeddings"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta"),
+        # transformers follows rope_scaling, where the base is then 10000.
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "default"}},
+            "rope_scaling.rope_theta",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
+        ({"rope_parameters": 7}, "rope_parameters = 7"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention"),
+        ({"sliding_window": 4096}, "sliding_window"),
+    ],
+)
+def test_rotary_keys_that_are_passed_over_elsewhere_are_named(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    plain = {key: value for key, value in MODELS["llama"].items() if "rope" not in key}
+    refusal = judge(tmp_path, plain | changes)
+    assert refusal is not None and named in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[]", "is not JSON of the right kind"),
+        (b"[" * 200_000, "is nested too deeply"),
+        (b'{"vocab_size": 5, "vocab_size": 6}', "vocab_size is there twice"),
+        (b'{"architectures": ["Qwen2ForCausalLM"]}', "hidden_size is missing"),
+        (b" " * (9 << 20), "has more than 8 MiB"),
+        (b'{"architectures": [' + b"[" * 900 + b"]" * 900 + b"]}", "hidden_size is missing"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "architectures is missing"),
+    ],
+)
+def test_what_is_no_config_json_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        read_architecture(tmp_path)
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_directory_without_config_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("name", QUANTIZATION_FILES)
+def test_quantised_directories_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"is quantised: it holds {name}"):
+        read(tmp_path, MODELS["qwen2"])
+
+
+def test_a_directory_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds adapter_config\.json"):
+        read(tmp_path, MODELS["qwen2"])
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "bitsandbytes", "compressed-tensors", "mxfp4"])
+def test_a_quantisation_config_is_refused(tmp_path: Path, method: str) -> None:
+    refusal = judge(tmp_path, MODELS["qwen2"] | {"quantization_config": {"quant_method": method}})
+    assert refusal is not None and "quantization_config" in str(refusal) and "quantised" in str(refusal)
+
+
+def test_every_key_is_in_one_list() -> None:
+    listed = [*UNDERSTOOD, *REFUSED, *(key for keys in HARMLESS.values() for key in keys)]
+    assert len(listed) == len(set(listed))
+    assert FAMILIES.keys() == LAYER_RULES.keys()
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
+def test_what_transformers_writes_is_accepted(tmp_path: Path, kind: str) -> None:
+    """All keys of its dictionary, and the file that it saves."""
+    found = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], eos_token_id=2)
+    assert judge(tmp_path, found.to_dict()) is None
+    found.save_pretrained(tmp_path)
+    assert read_architecture(tmp_path) == transformers_geometry(found.to_dict())
+
+
+def test_what_transformers_4_wrote_is_listed() -> None:
+    known = {*UNDERSTOOD, *REFUSED, *HARMLESS_KEYS}
+    assert [key for key in TRANSFORMERS_4 if key not in known] == []
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN25_32B, QWEN3_8B, LLAMA_31_8B, SMOLLM2], ids=["qwen25", "qwen3", "llama", "smol"]
+)
+def test_published_models_are_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
+    """What stands in these models' own config.json, of transformers 4's time."""
+    assert judge(tmp_path, config) is None

@@ -1,0 +1,128 @@
+"""Why: what rank 0 finds wrong with tokenizer, data or samples has to stop a run before it trains on it.
+
+An Experience with the embedded model and problems, whose server address nobody listens at: sampling itself is
+tests/end_to_end, servers are tests/rollout, what a resume compares is tests/data/test_fingerprint.py.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.errors import ConfigError, DataError, RolloutError
+from megatron_fipo.experience import Experience
+from megatron_fipo.samples import Group, Response
+from megatron_fipo.tracking.console import Console
+
+pytestmark = pytest.mark.slow
+VOCABULARY = 38
+
+
+@pytest.fixture
+def experience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Experience]]:
+    """Makes an Experience of overrides and of changes to the model's config.json; its warnings are in `warned`."""
+    monkeypatch.setenv("FIPO_ROLLOUT_TOKEN", "secret")
+    model = tmp_path / "model"
+    shutil.copytree(resolve_embedded("embedded:tiny"), model)
+    made: list[Experience] = []
+
+    def make(*overrides: str, warned: list[str] | None = None, **architecture: Any) -> Experience:
+        settings = json.loads((resolve_embedded("embedded:tiny") / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(settings | architecture))
+        server = ["rollout.servers=0", "rollout.addresses=[http://127.0.0.1:9]"]
+        reward = ["reward.rule=exact_match", "reward.workers=1"]
+        config = load_config([f"model.path={model}", *server, *reward, *overrides])
+        with Console(1, 0, enabled=False) as console:
+            monkeypatch.setattr(console, "warn", ([] if warned is None else warned).append)
+            made.append(Experience(config, model, tmp_path, console))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.__exit__()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"vocab_size": 30}, "the tokenizer has 38 token ids, the model's embedding only 30"),
+        ({"eos_token_id": [1, 99]}, r"end-of-sequence id 99 of config\.json is outside the model's 38 token ids"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(experience, architecture, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experience(**architecture)
+
+
+def test_a_response_with_an_id_outside_the_vocabulary_is_refused(experience) -> None:
+    run = experience()
+
+    class Garbling:
+        """Answers as a server of another model would."""
+
+        def __init__(self, token: int):
+            self.token = token
+
+        def generate(self, problems: Any, samples: int, sampling: Any, seeds: Any, on_group: Any) -> list[Group]:
+            groups = [Group(problem, [Response([5, self.token], [-1.0, -1.0], "stop", 0)]) for problem in problems]
+            for group in groups:
+                on_group(group)
+            return groups
+
+        def close(self) -> None:
+            pass
+
+    for token in (VOCABULARY, -1):
+        run.client = Garbling(token)  # type: ignore[assignment]
+        with (
+            pytest.raises(RolloutError, match=rf"a server's answer has the token id {token} for .* outside the 38 of"),
+            run.console.phase("sample") as phase,
+        ):
+            run.collect(phase)
+    group = Group(run.problems[0], [Response([5, VOCABULARY], [-1.0, -1.0], "stop", 0)])
+    state = run.state_dict()
+    state["sampling"]["kept"] = [group.to_dict()]
+    with pytest.raises(RolloutError, match="the checkpoint has the token id 38"):
+        run.load_state_dict(state)
+
+
+def test_a_resume_goes_on_with_the_same_data_and_refuses_another(experience, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer.jsonl"
+    lines = resolve_embedded("embedded:tiny_train.jsonl").read_text().splitlines(keepends=True)
+    fewer.write_text("".join(lines[:100]))
+    before = experience()
+    before.order.take(5)
+    state = json.loads(json.dumps(before.state_dict()))
+    warned: list[str] = []
+    same = experience(warned=warned)
+    same.load_state_dict(state)
+    assert same.state_dict() == state and warned == []
+
+    with pytest.raises(
+        DataError, match=r"100 training problems, the checkpoint was trained on 4000 .*allow_change=true"
+    ):
+        experience(f"data.train=[{fewer}]").load_state_dict(state)
+    allowed = experience(f"data.train=[{fewer}]", "data.allow_change=true", warned=warned)
+    allowed.load_state_dict(state)
+    assert "a new epoch of it begins" in warned.pop()
+    assert allowed.state_dict()["order"] | {"seed": 0} == {
+        "epoch": 1,
+        "position": 0,
+        "size": 100,
+        "seed": 0,
+        "shuffle": True,
+    }
+
+
+def test_prompts_with_todays_date_are_warned_about(experience, tmp_path: Path) -> None:
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%d') }}{{ messages[0].content }}")
+    warned: list[str] = []
+    experience(warned=warned)
+    assert len(warned) == 1 and "data.chat_template_date=YYYY-MM-DD" in warned[0]
+    experience("data.chat_template_date=2026-01-31", warned=warned)
+    assert len(warned) == 1
