@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from megatron_fipo.launch.meta_ranks import BuiltStage
 
 DOES_NOT_FIT = 3
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+"""What says that a directory is meant to hold weights; of the last two kinds none can be read."""
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "total")
 
 
@@ -69,7 +71,7 @@ def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
     from megatron_fipo.weights.distributed_checkpoint import is_checkpoint
     from megatron_fipo.weights.source import check_source
 
-    if is_checkpoint(directory) or any(directory.glob("*.safetensors")):
+    if is_checkpoint(directory) or any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
         check_source(directory, geometry)
 
 

@@ -16,9 +16,11 @@ import pytest
 
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
+from megatron_fipo.errors import WeightError
 from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
 from megatron_fipo.launch.memory import GIB
 from megatron_fipo.planner import layouts
+from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,3 +143,12 @@ def test_planner_ranks_what_fits_by_time(geometry: Geometry) -> None:
     chosen = load_config(["experiment=fipo_32b", *fitting[0].overrides().split()])
     assert estimate(chosen, geometry).time == fitting[0].estimate.time, "the printed overrides give that layout"
     assert "too large, mostly" in ranked[-1].reason()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin", "model-Q4_K_M.gguf"])
+def test_weights_that_training_could_not_read_are_refused(tmp_path: Path, geometry: Geometry, name: str) -> None:
+    """Without any file of weights, a directory is a published configuration, and is estimated."""
+    _check_stored_weights(tmp_path, geometry)
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(WeightError, match=r"has neither model.safetensors nor|is not a safetensors index"):
+        _check_stored_weights(tmp_path, geometry)

@@ -124,6 +124,10 @@ UNDERSTOOD: Mapping[str, Kind] = {
     # The type of the stored weights; a run's own are model.dtype and rollout.dtype.
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
+    # Not used, but transformers refuses the whole file for other values.
+    "attention_dropout": Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e15),
+    "initializer_range": Kind("a number from 0.0 to 1.0", lambda value: type(value) is float and 0 <= value <= 1),
+    "bos_token_id": _or_null(_whole(-1, 2**31 - 1)),
 }
 """Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands."""
 
@@ -163,6 +167,7 @@ REFUSED: Mapping[str, Kind] = {
     "final_logit_softcapping": _NONE,
     "attn_temperature_tuning": _OFF,
     "clip_qkv": _NONE,
+    "activation": _only(None, "swiglu"),
     # Attention of another kind.
     "is_causal": _only(True),
     "use_bidirectional_attention": _OFF,
@@ -193,16 +198,13 @@ REFUSED: Mapping[str, Kind] = {
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "Dropout and initialisation: a run draws no weights and trains without dropout": (
-        "attention_dropout",
         "hidden_dropout",
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
         "resid_pdrop",
         "embd_pdrop",
-        "initializer_range",
     ),
     "Tokens: read by the tokenizer's side, or by nobody": (
-        "bos_token_id",
         "pad_token_id",
         "sep_token_id",
         "unk_token_id",
@@ -251,6 +253,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "chunk_size_feed_forward",
         "pretraining_tp",
         "gradient_checkpointing",
+        "neftune_noise_alpha",
         "attn_implementation",
         "_attn_implementation",
         "_attn_implementation_autoset",

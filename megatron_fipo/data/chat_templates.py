@@ -3,6 +3,10 @@
 A template may read variables (enable_thinking), and today's date, which makes prompts another day's others.
 """
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,10 @@ _VARIABLES_KEY = "data.chat_template_variables"
 _OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
 )
+_RENDER_SECONDS = 20.0
+"""A thousand times what a long conversation takes; a template with loops in loops would take days."""
+_LONGEST_ADDED = 1 << 20
+"""Characters that a template may write besides the messages; tokenising many more would look like a hang."""
 # They differ in every field that a date can be written with.
 _ONE_DAY, _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 10, 21, 16, 47, 38)
 
@@ -28,7 +36,7 @@ class ChatTemplate:
         """`variables` are data.chat_template_variables, `date` is data.chat_template_date.
 
         Raises:
-            ConfigError: the template is no Jinja template, or does not read one of the variables.
+            ConfigError: the template is no Jinja template, draws at random, or does not read one of the variables.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _get_template_variables
@@ -39,6 +47,9 @@ class ChatTemplate:
             raise ConfigError(
                 "model.path", f"the chat template cannot be compiled: {one_line(error)}", "a Jinja template"
             ) from error
+        if drawing := _random_part(source):
+            problem = f"the chat template uses Jinja's {drawing}: prompts would be others in every run"
+            raise ConfigError("model.path", problem, "a template whose text follows from the messages")
         for name in variables:
             if name in _OWN_VARIABLES:
                 raise ConfigError(f"{_VARIABLES_KEY}.{name}", "is given by the run", "another variable")
@@ -65,18 +76,23 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self._source,
-                add_generation_prompt=True,
-                strftime_now=clock.strftime,
-                **self._context,
-            )
+            with _time_limit(_RENDER_SECONDS):
+                rendered: Any = render_jinja_template(
+                    [messages],
+                    chat_template=self._source,
+                    add_generation_prompt=True,
+                    strftime_now=clock.strftime,
+                    **self._context,
+                )
+            text = "".join(rendered[0])
+            text.encode()  # a lone surrogate is no text that a tokenizer takes
         except Exception as error:  # a template is a program: it can raise anything
             raise DataError(f"the chat template fails: {one_line(error)}") from error
-        text = "".join(rendered[0])
         if not text:
             raise DataError("the chat template writes nothing")
+        given = sum(len(message["content"]) for message in messages)
+        if len(text) > 2 * given + _LONGEST_ADDED:
+            raise DataError(f"the chat template makes {len(text)} characters of {given}")
         return text
 
 
@@ -90,6 +106,35 @@ class _Clock:
     def strftime(self, form: str) -> str:
         self.was_read = True
         return self._now.strftime(form)
+
+
+def _random_part(source: str) -> str:
+    """The name of what draws at random in a template, empty if nothing does."""
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tree = _compile_jinja_template(source).environment.parse(source)
+    filters = any(entry.name == "random" for entry in tree.find_all(nodes.Filter))
+    return "random" if filters else "lipsum" if any(n.name == "lipsum" for n in tree.find_all(nodes.Name)) else ""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside the block when it takes longer. Only the main thread gets signals; others have no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    earlier = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *earlier)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def find_template(directory: Path, settings: dict[str, Any]) -> str | None:

@@ -41,6 +41,8 @@ class SentencePieceModel:
         self._cut = re.compile("|".join(map(re.escape, names))) if names else None
         self.size = max(self._pieces - 1, *self._added) + 1 if self._added else self._pieces
         self.special_tokens = self._named_tokens(settings)
+        for name in ("bos", "eos"):
+            self._check_exists(path.parent, name)
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(name) for name in ("bos", "eos", "pad"))
 
     def encode_plain(self, text: str) -> list[int]:
@@ -86,6 +88,13 @@ class SentencePieceModel:
                 named[f"{name}_token"] = self._model.id_to_piece(own)
         return named
 
+    def _check_exists(self, directory: Path, name: str) -> None:
+        """DataError for a special token that the configuration names and nobody has: another would stand for it."""
+        text = self.special_tokens.get(f"{name}_token")
+        if text is not None and text not in self._ids and self._model.piece_to_id(text) == self._model.unk_id():
+            where = f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r}"
+            raise DataError(f"{where} is no token of tokenizer.model, nor added to it")
+
     def _id_of(self, name: str) -> int:
         """The id of a special token as configured, or the model's own; −1 if it has none."""
         return self._ids.get(self.special_tokens.get(f"{name}_token", ""), getattr(self._model, f"{name}_id")())
@@ -111,4 +120,6 @@ def _added_tokens(directory: Path, settings: dict[str, Any], pieces: int) -> dic
             added[int(token)] = (str(entry["content"]), bool(entry.get("special")))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{directory}: its added tokens are no table of ids and texts ({error})") from error
+    if any(not text for text, _ in added.values()):
+        raise DataError(f"{directory}: one of its added tokens has an empty text")
     return {token: entry for token, entry in added.items() if token >= pieces}

@@ -114,6 +114,10 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         except Exception as error:  # of several libraries, by what the files hold
             raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
         tokenizer = self._tokenizer
+        if tokenizer.eos_token is not None and not _is_stored(directory, tokenizer.eos_token):
+            raise DataError(
+                f"{directory}/tokenizer_config.json: eos_token {tokenizer.eos_token[:80]!r} is not in tokenizer.json"
+            )
         special = dict(tokenizer.special_tokens_map)
         super().__init__(directory, data, tokenizer.eos_token_id, tokenizer.pad_token_id, special)
         self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -125,3 +129,15 @@ class HuggingFaceTokenizer(_ModelTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _is_stored(directory: Path, token: str) -> bool:
+    """Whether the files give the token an id. transformers adds one that they do not, which no model was trained on."""
+    from tokenizers import Tokenizer as StoredTokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file() or StoredTokenizer.from_file(str(path)).token_to_id(token) is not None:
+        return True
+    added = read_settings(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    named = {entry.get("content") for entry in added.values() if isinstance(entry, dict)}
+    return token in named or token in read_settings(directory / "added_tokens.json")

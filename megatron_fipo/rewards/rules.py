@@ -46,7 +46,7 @@ def exact_match(text: str, ground_truth: str, extra: dict[str, Any]) -> Verdict:
 
 
 def math_verify(text: str, ground_truth: str, extra: dict[str, Any], tolerance: float = 0.0) -> Verdict:
-    r"""Mathematical equality of the last "Answer: …", or else of the last \boxed{…}, with the ground truth.
+    r"""Mathematical equality of the last "Answer: …", <answer> tag or \boxed{…} with the ground truth.
 
     "Right" is proved by exact arithmetic and sympy; what cannot be read or proved is right only where the two are the
     same text. An answer of more than LONGEST_ANSWER characters is wrong unread. docs/rewards.md says what counts as

@@ -120,7 +120,7 @@ class HuggingFaceReader:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             if weight_map and all(Path(file_name).name == file_name for file_name in weight_map.values()):
                 return weight_map
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightError(f"{path} is not a safetensors index: {type(error).__name__}: {error}") from None
         raise WeightError(f"{path} must map each tensor to a file beside it")
 

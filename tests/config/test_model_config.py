@@ -288,6 +288,24 @@ def test_a_quantisation_config_is_refused(tmp_path: Path, method: str) -> None:
     assert refusal is not None and "quantization_config" in str(refusal) and "quantised" in str(refusal)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "right"),
+    [
+        ("bos_token_id", [1], 1),
+        ("attention_dropout", None, 0.5),
+        ("initializer_range", 1, 0.02),
+        ("activation", "gelu", "swiglu"),
+    ],
+)
+def test_what_transformers_would_refuse_late_is_refused_at_once(
+    tmp_path: Path, key: str, value: Any, right: Any
+) -> None:
+    """Falcon 3's activation says of a Llama what it does anyway."""
+    refusal = judge(tmp_path, MODELS["llama"] | {key: value})
+    assert refusal is not None and f"{key} = " in str(refusal)
+    assert judge(tmp_path, MODELS["llama"] | {key: right}) is None
+
+
 def test_every_key_is_in_one_list() -> None:
     listed = [*UNDERSTOOD, *REFUSED, *(key for keys in HARMLESS.values() for key in keys)]
     assert len(listed) == len(set(listed))

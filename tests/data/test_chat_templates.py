@@ -4,6 +4,7 @@ How rendered text becomes token ids is test_tokenizers.py.
 """
 
 import json
+import signal
 from datetime import datetime
 from pathlib import Path
 
@@ -133,6 +134,34 @@ def test_whatever_a_template_raises_is_one_line(source: str, message: str) -> No
     with pytest.raises(DataError, match=message) as refusal:
         template(source).render(MESSAGES)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 'x' * 3000000 }}", "makes 3000000 characters of 5"),
+        (r"{{ '\ud800' }}", "UnicodeEncodeError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "TimeoutError: not done"),
+    ],
+)
+def test_a_template_has_an_end(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "_RENDER_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(DataError, match=message):
+        template(source).render(MESSAGES)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_long_message_is_no_fault_of_the_template() -> None:
+    content = "x" * 3_000_000
+    assert template("{{ messages[0].content }}").render([{"role": "user", "content": content}]) == content
+
+
+@pytest.mark.parametrize("source", ["{{ [1, 2, 3] | random }}", "{{ lipsum(n=1) }}"])
+def test_a_template_that_draws_at_random_is_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.path: the chat template uses Jinja's (random|lipsum)"):
+        template(source)
+    template("{{ messages[0].random }} lipsum")
 
 
 def test_what_is_no_template_is_refused() -> None:

@@ -164,6 +164,34 @@ def test_added_tokens_are_decoded_unless_they_are_special(tmp_path):
     assert tokenizer.decode([*ids, size + 500]) == "add<think>the answer"
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_special_token_that_does_not_exist_is_refused(tmp_path, name):
+    """sentencepiece's own </s> stood for it in silence, and no chat turn ended."""
+    save_sentencepiece(tmp_path, CHAT, **{name: "<|nope|>"})
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {name} '<\|nope\|>' is no token"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_end_token_that_tokenizer_json_does_not_have_is_refused(tmp_path):
+    """transformers gives it a new id, which may fit into a padded embedding and which the model never samples."""
+    save_byte_tokenizer(tmp_path, TEMPLATE)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token": "<|nope|>"}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"eos_token '<\|nope\|>' is not in tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    path.write_text(json.dumps(settings | {"added_tokens_decoder": {"258": {"content": "<|nope|>", "special": True}}}))
+    assert load_tokenizer(tmp_path).eos_ids == [258]
+
+
+def test_an_added_token_without_a_text_is_refused(tmp_path):
+    """It would be found between any two characters."""
+    save_sentencepiece(tmp_path, CHAT)
+    (tmp_path / "added_tokens.json").write_text('{"": 330}')
+    with pytest.raises(DataError, match="empty text"):
+        load_tokenizer(tmp_path)
+
+
 def test_without_a_template_the_name_of_a_special_token_is_text(tmp_path):
     processor = save_sentencepiece(tmp_path)
     text = "add </s> <|im_start|>"

@@ -55,7 +55,11 @@ def test_an_engine_of_another_rotary_embedding(server_with_another_rope: Rollout
 
 
 def test_a_verifier_that_never_answers_in_time(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
-    # Some verdicts slip in within the millisecond that a deadline has at least.
-    limits = ["reward.timeout_s=0.000001", "reward.failed_share_warn=0", "reward.failed_share_stop=0"]
-    output = stopped(server_with_another_rope, tmp_path, *limits)
-    assert re.search(r"\d+ of 32 checks in this step failed \(\d+ timeout; reward\.rule=math_verify\)", output)
+    """The deadline is the millisecond that each check has at least; reading this answer takes longer."""
+    answer = " + ".join(f"\\frac{{1}}{{{n}}}" for n in range(101, 151))
+    row = {"prompt": [{"role": "user", "content": "4+5=?"}], "reward_model": {"ground_truth": answer}}
+    (tmp_path / "slow.jsonl").write_text(json.dumps(row) + "\n")
+    batch = [f"algorithm.{name}=2" for name in ("prompts_per_step", "samples_per_prompt", "mini_batch_prompts")]
+    data = [f"data.train=[{tmp_path / 'slow.jsonl'}]", "reward.timeout_s=0.000001"]
+    output = stopped(server_with_another_rope, tmp_path / "run", *batch, *data)
+    assert re.search(r"\d of 4 checks in this step failed \(\d timeout; reward\.rule=math_verify\)", output)

@@ -85,6 +85,7 @@ def test_memory_is_a_few_tensors_and_not_the_model(tmp_path: Path) -> None:
     config = json.loads((small / "config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 16}
     config |= {"num_key_value_heads": 16, "vocab_size": 2048, "torch_dtype": "bfloat16"}
+    config["layer_types"] = ["full_attention"] * 12
     (source / "config.json").write_text(json.dumps(config))
     table = parameters(read_architecture(source)).values()
     infos = [

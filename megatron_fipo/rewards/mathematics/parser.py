@@ -6,6 +6,7 @@ what mathematicians read in two ways (`1/2x`, `2^3^2`, `3 4`) is Unreadable. Wha
 (9^9^9) or to no number (1/0) is Unreadable too. Variables are real numbers, except z and w.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ _MOST_BITS = 20_000
 _MOST_ARGUMENT_BITS = 2_000
 _MOST_ROOT_BITS = 400
 _APPLIED = frozenset("fghFGHPQ")
-_MARKS = ("overline", "bar", "vec", "hat", "overrightarrow")
+_MARKS = ("overline", "vec", "hat", "overrightarrow")
+_APPLICATION = re.compile(r"[A-Za-z](?:\^\{-1\})?'*\([A-Za-z]\)")
 _CONSTANTS = {r"\pi": sympy.pi, "e": sympy.E, "i": sympy.I}
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 # The base of a logarithm that names none is not known: 10 in school, e elsewhere. Its laws hold for any.
@@ -63,6 +65,8 @@ def parse_name(tokens: Sequence[Token]) -> str | None:
     """The name that the tokens are, such as `x`, `f(x)`, `\\angle ABC` or `Area`; None if they are anything else."""
     if all(token.kind == "word" for token in tokens):
         return " ".join(token.text for token in tokens)
+    if _APPLICATION.fullmatch(spelling := "".join(token.text for token in tokens)):
+        return spelling
     try:
         value = parse_expression(tokens)
     except Unreadable:
@@ -156,7 +160,8 @@ class _Reader:
                 value = value / factor if divided else value * factor
             elif self._starts_factor():
                 # a/bc is (a/b)c to some and a/(bc) to others.
-                if divided or self.kind == "number":
+                follows_factorial = self._tokens[self._place - 1].text == "!"
+                if divided or (self.kind == "number" and not follows_factorial):
                     raise Unreadable("a product without its sign")
                 value = value * self._power()
             else:

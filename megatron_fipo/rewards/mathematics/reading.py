@@ -27,6 +27,7 @@ from megatron_fipo.rewards.mathematics.records import (
 )
 from megatron_fipo.rewards.mathematics.text import plain_text
 from megatron_fipo.rewards.mathematics.tokens import Token, Unreadable, tokenise
+from megatron_fipo.rewards.mathematics.vocabulary import CURRENCIES
 
 _OPENING = frozenset(("(", "[", r"\{", "<|", "{"))
 _CLOSING = frozenset((")", "]", r"\}", "|>", "}"))
@@ -57,8 +58,11 @@ def _read_list(tokens: Sequence[Token]) -> Reading:
     if len(items) == 1:
         return items[0]
     names = {item.name for item in items if isinstance(item, Named)}
-    if 1 < len(names) < sum(isinstance(item, Named) for item in items):
+    named = sum(isinstance(item, Named) for item in items)
+    if 1 < len(names) < named:
         return _read_alternatives(tokens)
+    if 1 < len(names) == named and any(token.text == "or" for token in tokens):
+        raise Unreadable("values of different variables of which one holds")
     if len(names) == 1 and isinstance(items[0], Named):
         # x = 1 or x = 2; x = 1, 2
         values = tuple(item.of if isinstance(item, Named) else item for item in items)
@@ -127,7 +131,7 @@ def _read_relation(tokens: Sequence[Token]) -> Reading:
     if set(signs) <= {"=", "approx"}:
         return _read_equation(sides, "approx" in signs)
     if signs == ["in"]:
-        return Named(_name_of(sides[0]), _as_set(_read_side(sides[1])))
+        return Named(_tuple_name(sides[0]) or _name_of(sides[0]), _as_set(_read_side(sides[1])))
     return _read_inequality(sides, signs)
 
 
@@ -255,7 +259,7 @@ def _read_set_of_all(tokens: Sequence[Token]) -> Reading:
         if (
             isinstance(condition, Named)
             and isinstance(condition.of, RealSet)
-            and parse_name(parts[0]) == condition.name
+            and _name_of_element(parts[0]) == condition.name
         ):
             return condition.of
         raise Unreadable("the condition of a set")
@@ -263,10 +267,19 @@ def _read_set_of_all(tokens: Sequence[Token]) -> Reading:
     return Several(r"\{\}", tuple(_read_relation(part) for part in inside))
 
 
+def _name_of_element(tokens: Sequence[Token]) -> str | None:
+    """Of x, or of x ∈ ℝ."""
+    name, *domain = _split(tokens, lambda token: token.text == "in")
+    is_real = all(_special_set([token.text for token in part]) == RealSet(sympy.S.Reals) for part in domain)
+    return parse_name(name) if is_real else None
+
+
 def _read_value(tokens: Sequence[Token]) -> Value:
     unit = ""
-    if tokens[0].text == "dollar" and tokens[0].kind == "unit":
-        unit, tokens = "dollar", tokens[1:]
+    sign = [token for token in tokens[:1] if token.text in ("-", "+")]
+    rest = tokens[len(sign) :]
+    if len(rest) > 1 and rest[0].text in CURRENCIES.values() and rest[0].kind == "unit":
+        unit, tokens = rest[0].text, [*sign, *rest[1:]]
     elif tokens[-1].kind == "unit" and len(tokens) > 1 and not _is_angle_in_function(tokens):
         unit, tokens = tokens[-1].text, tokens[:-1]
     number = [token for token in tokens if token.text not in ("-", "+", "%", "{", "}")]
@@ -281,7 +294,7 @@ def _is_angle_in_function(tokens: Sequence[Token]) -> bool:
 def _special_set(texts: Sequence[str]) -> Reading | None:
     if list(texts) in (["emptyset"], [r"\{", r"\}"]):
         return RealSet(sympy.S.EmptySet)
-    if list(texts) == ["mathbb", "{", "R", "}"]:
+    if list(texts) == ["mathbb", "{", "R", "}"] or list(texts) == ["mathbb", "R"]:
         return RealSet(sympy.S.Reals)
     return None
 
@@ -291,7 +304,8 @@ def _read_set_operation(tokens: Sequence[Token]) -> Reading:
     signs = [token.text for token in _outer(tokens) if token.text in _SET_OPERATIONS]
     if len(set(signs)) != 1 or (signs[0] == "setminus" and len(signs) > 1):
         raise Unreadable("which set operation comes first")
-    sets = [to_real_set(_read_side(side)) for side in _split(tokens, lambda token: token.text in _SET_OPERATIONS)]
+    sides = _split(tokens, lambda token: token.text in _SET_OPERATIONS)
+    sets = [to_real_set(_read_side(_with_set_braces(side))) for side in sides]
     if any(part is None or part.free_symbols or part.has(AppliedUndef) for part in sets):
         raise Unreadable("an operation on something else than sets of numbers")
     operation = {"cup": sympy.Union, "cap": sympy.Intersection, "setminus": sympy.Complement}[signs[0]]
@@ -299,6 +313,13 @@ def _read_set_operation(tokens: Sequence[Token]) -> Reading:
         return RealSet(operation(*sets))
     except SYMPY_REFUSES:
         raise Unreadable("sets that sympy cannot compute") from None
+
+
+def _with_set_braces(tokens: Sequence[Token]) -> Sequence[Token]:
+    r"""{3} beside a ∪ is \{3\}."""
+    if not tokens or tokens[0].text != "{" or _closing_place(tokens) != len(tokens) - 1:
+        return tokens
+    return [replace(tokens[0], text=r"\{"), *tokens[1:-1], replace(tokens[-1], text=r"\}")]
 
 
 def _read_matrix(tokens: Sequence[Token]) -> Reading:

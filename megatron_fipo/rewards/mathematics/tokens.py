@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from megatron_fipo.rewards.mathematics.vocabulary import (
     COMMANDS,
+    CURRENCIES,
     FUNCTIONS,
     GREEK,
     IGNORED,
@@ -37,10 +38,10 @@ class Token:
 
 
 _NUMBER = re.compile(
-    r"""(?P<repeating>(?P<lead>\d*\.\d*)\\(?:overline|bar)\{(?P<period>\d{1,50})\})
+    r"""(?P<repeating>(?P<lead>\d*\.\d*)\\(?:overline|bar|dot)\{(?P<period>\d{1,50})\})
     |(?P<based>\d+)_(?:\{(?P<base>\d{1,2})\}|(?P<digit>\d)(?!\d))
     |(?P<scientific>(?:\d*\.\d+|1)[eE][+-]?\d{1,4}|\d+e\d{1,4}|\d+E[+-]?\d{1,4})(?![\w.])
-    |(?P<grouped>\d{1,3}(?:,\d{3})+(?:\.\d+)?)(?!\d|,\d)
+    |(?P<grouped>[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?)(?!\d|,\d)
     |(?P<plain>\d+(?:\.\d+)?|\.\d+)""",
     re.VERBOSE | re.ASCII,
 )
@@ -50,10 +51,18 @@ _EXPONENT_OF_UNIT = re.compile(r" ?\^ ?(?:\{ ?([23]) ?\}|([23]))")
 _LETTERS = re.compile("[A-Za-z]+")
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
 _ENVIRONMENT = re.compile(r"\\(begin|end) ?\{([a-z]+)\}(?:(?<=array\})\{[lcr| ]*\})?")
-_DEGREE = re.compile(r"\^ ?(?:\\circ\b|\{ ?\\circ ?\})")
+_DEGREE = re.compile(
+    r"""(?:\^\ ?(?:\\circ(?![A-Za-z])|\{\ ?\\circ\ ?\}|\{\ ?\\(?:text|mathrm)\ ?\{o\}\ ?\})|\\degree(?![A-Za-z]))
+    (?:\ ?(?:\\(?:text|mathrm)\ ?\{\ ?(?P<text>[CF])\ ?\}|(?P<letter>[CF])(?!\w)))?""",
+    re.VERBOSE,
+)
 _OPERATOR = re.compile(r"!=|<=|>=|\*\*|[-+*/^_(){}\[\]|,;=<>!&%']")
 
-_POWER_OF_UNIT = re.compile(rf"(square|sq|cubic) ({'|'.join(sorted(UNITS, key=len, reverse=True))})(?![A-Za-z])")
+_WITHOUT_SET = re.compile(r"- ?\\\{")
+_UNIT = "|".join(sorted(TEXT_UNITS, key=len, reverse=True))
+_POWER_OF_UNIT = re.compile(rf"(square|sq\.?|cubic|cu\.?) ({_UNIT})(?![A-Za-z])")
+_PER_UNIT = re.compile(rf"(?:/| per )({_UNIT})(?![A-Za-z])")
+_UNIT_PER_UNIT = re.compile(rf"({_UNIT}){_PER_UNIT.pattern}")
 _DIGIT_OR_SIGN = re.compile(r"[0-9=<>+\\^]")
 
 
@@ -81,14 +90,25 @@ class _Lexer:
             elif sign.isascii() and sign.isalpha():
                 self._letters()
             elif degree := _DEGREE.match(self._text, self._place):
-                self._add("unit", "degree", degree.end())
+                scale = degree["text"] or degree["letter"]
+                self._add("unit", f"degree {scale}" if scale else "degree", degree.end())
             elif sign == "\\":
                 self._command()
+            elif sign == ":" and self._is_in_set():
+                self._operator("|", self._place + 1)
             elif operator := _OPERATOR.match(self._text, self._place):
-                self._operator({"**": "^"}.get(operator[0], operator[0]), operator.end())
+                if self._tokens and _WITHOUT_SET.match(self._text, self._place):
+                    self._add("command", "setminus", operator.end())
+                else:
+                    self._operator({"**": "^"}.get(operator[0], operator[0]), operator.end())
             else:
                 raise Unreadable(f"the sign {sign!r}")
         return self._tokens
+
+    def _is_in_set(self) -> bool:
+        """Whether a colon is that of {x : x > 2}."""
+        before = self._text[: self._place]
+        return before.count(r"\{") > before.count(r"\}")
 
     def _add(self, kind: str, text: str, end: int, value: Fraction | None = None) -> None:
         self._tokens.append(Token(kind, text, value, self._spaced))
@@ -119,7 +139,9 @@ class _Lexer:
         match = _LETTERS.match(self._text, self._place)
         assert match is not None
         letters, end = match[0], match.end()
-        if letters in ("or", "and"):
+        if letters == "percent":
+            self._operator("%", end)
+        elif letters in ("or", "and"):
             self._add("connective", letters, end)
         elif letters in FUNCTIONS:
             self._add("function", letters, end)
@@ -130,7 +152,7 @@ class _Lexer:
         elif letters in UNITS:
             self._unit(UNITS[letters], end)
         elif power := _POWER_OF_UNIT.match(self._text, match.start()):
-            self._add("unit", f"{UNITS[power[2]]}^{2 if power[1].startswith('sq') else 3}", power.end())
+            self._add("unit", f"{TEXT_UNITS[power[2]]}^{2 if power[1].startswith('sq') else 3}", power.end())
         elif len(letters) == 1 or (letters.isupper() and len(letters) <= 3 and not is_word(letters)):
             self._add("symbol", letters, end)
         elif is_word(letters):
@@ -143,6 +165,8 @@ class _Lexer:
         power = _EXPONENT_OF_UNIT.match(self._text, end)
         if power:
             unit, end = f"{unit}^{power[1] or power[2]}", power.end()
+        elif per := _PER_UNIT.match(self._text, end):
+            unit, end = f"{unit}/{TEXT_UNITS[per[1]]}", per.end()
         self._add("unit", unit, end)
 
     def _command(self) -> None:
@@ -163,8 +187,8 @@ class _Lexer:
             self._add("function", name, match.end())
         elif name in GREEK:
             self._add("symbol", f"\\{name}", match.end())
-        elif name == "$":
-            self._add("unit", "dollar", match.end())
+        elif name in CURRENCIES:
+            self._add("unit", CURRENCIES[name], match.end())
         elif name in ("lor", "land"):
             self._add("connective", "or" if name == "lor" else "and", match.end())
         elif name in COMMANDS:
@@ -182,14 +206,18 @@ class _Lexer:
             self._spaced, self._place = True, end
         elif words.strip(", ") in ("or", "and"):
             self._add("connective", words.strip(", "), end)
-        elif words in TEXT_UNITS and self._tokens and self._tokens[-1].text not in ("(", ","):
-            self._unit(TEXT_UNITS[words], end)
+        elif words.rstrip(".") in TEXT_UNITS and self._tokens and self._tokens[-1].text not in ("(", ","):
+            self._unit(TEXT_UNITS[words.rstrip(".")], end)
+        elif (per := _UNIT_PER_UNIT.fullmatch(words)) and self._tokens:
+            self._unit(f"{TEXT_UNITS[per[1]]}/{TEXT_UNITS[per[2]]}", end)
+        elif words == "percent":
+            self._operator("%", end)
         elif words in FUNCTIONS:
             self._add("function", words, end)
         elif words in ("e", "i", "pi", r"\pi"):
             self._add("symbol", r"\pi" if "pi" in words else words, end)
-        elif _DIGIT_OR_SIGN.search(words) or _POWER_OF_UNIT.fullmatch(words):
-            self._tokens += _Lexer(words).run()
+        elif _DIGIT_OR_SIGN.search(words) or _POWER_OF_UNIT.fullmatch(words.rstrip(".")):
+            self._tokens += _Lexer(words.rstrip(".")).run()
             self._place = end
         else:
             self._add("word", words, end)

@@ -9,13 +9,20 @@ TEXT_COMMANDS = _words("text textbf textit textrm textnormal mathrm mbox operato
 """What stands in their braces is words, roman letters or a unit."""
 IGNORED = _words(
     "left right big Big bigl bigr Bigl Bigr bigg displaystyle quad qquad limits large Large mathbf boldsymbol bm mathit"
-    " boxed fbox underline emph , ; : ! ( ) [ ]"
+    " boxed fbox underline emph bf rm biggl biggr Bigg Biggl Biggr textstyle , ; : ! ( ) [ ]"
 ) | {" "}
 """They say how something looks; an argument of theirs stays, in its braces."""
 SPELLINGS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
     **dict.fromkeys(("dbinom", "tbinom"), "binom"),
-    **{"lbrace": "{", "rbrace": "}", "varnothing": "emptyset", "backslash": "setminus"},
+    **{
+        "lbrace": "{",
+        "rbrace": "}",
+        "varnothing": "emptyset",
+        "backslash": "setminus",
+        "measuredangle": "angle",
+        "bar": "overline",
+    },
 }
 """Commands that mean the same as another."""
 OPERATORS = {
@@ -29,7 +36,7 @@ OPERATORS = {
 }
 """Commands that are operators or brackets, and how those are written in a token."""
 COMMANDS = _words(
-    "frac sqrt binom pm mp cup cap setminus in infty emptyset approx lfloor rfloor lceil rceil overline bar vec hat"
+    "frac sqrt binom pm mp cup cap setminus in infty emptyset approx lfloor rfloor lceil rceil overline vec hat"
     " overrightarrow angle triangle mathbb"
 )
 """Commands that parser.py or reading.py knows by name."""
@@ -43,9 +50,9 @@ GREEK = _words(
 def _units() -> dict[str, str]:
     names = _words(
         "degree dollar cent inch foot yard mile meter liter gram pound ounce gallon second minute hour day week month"
-        " year unit radian"
+        " year unit radian euro yen rupee"
     )
-    units = {name: name for name in _words("mm cm km kg mg ml mL mph ft Hz")}
+    units = {name: name for name in _words("mm cm km kg mg ml mL ft Hz")}
     units |= {name: name for name in names} | {f"{name}s": name for name in names}
     units |= {
         "feet": "foot",
@@ -55,17 +62,23 @@ def _units() -> dict[str, str]:
         "litre": "liter",
         "litres": "liter",
     }
+    for short, long in (("mm", "millimet"), ("cm", "centimet"), ("km", "kilomet"), ("ml", "millilit")):
+        units |= dict.fromkeys((f"{long}er", f"{long}ers", f"{long}re", f"{long}res"), short)
+    for short, long in (("kg", "kilogram"), ("mg", "milligram")):
+        units |= dict.fromkeys((long, f"{long}s"), short)
+    units |= {"mph": "mile/hour", "mL": "ml", "min": "minute", "rad": "radian", "USD": "dollar", "EUR": "euro"}
     return units | {"hr": "hour", "hrs": "hour", "sec": "second", "lb": "pound", "lbs": "pound", "deg": "degree"}
 
 
 UNITS = _units()
 """Words that mean nothing else than a unit, and one name for each. A unit that one side alone gives is dress."""
-TEXT_UNITS = (
-    UNITS
-    | {"m": "meter", "s": "second", "g": "gram", "L": "liter", "h": "hour", "in": "inch"}
-    | {unit: unit for unit in _words("km/h m/s cm/s")}
-)
+TEXT_UNITS = UNITS | {
+    **{"m": "meter", "s": "second", "g": "gram", "L": "liter", "h": "hour", "in": "inch"},
+    **{"mi": "mile", "yd": "yard", "oz": "ounce"},
+}
 r"""Units in \text{…} after a value, where a single letter is no variable."""
+CURRENCIES = {"$": "dollar", "euro": "euro", "pounds": "pound sterling", "yen": "yen", "rupee": "rupee"}
+"""Commands that are units and may stand before their number."""
 _SHORT_WORDS = _words("yes no odd all one two six ten red none not any is as if")
 
 
