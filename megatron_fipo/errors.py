@@ -14,11 +14,22 @@ class ConfigError(FipoError):
 
     def __init__(self, key: str, problem: str, remedy: str):
         self.key, self.problem, self.remedy = key, problem, remedy
-        super().__init__(f"{key}: {problem} ({remedy})")
+        super().__init__(_printable(f"{key}: {problem} ({remedy})"))
 
 
 class DataError(FipoError):
     """A prompt file that cannot be used. Names the file, the row and the column."""
+
+    def __init__(self, message: str):
+        super().__init__(_printable(message))
+
+
+class RefusedOnRank0(FipoError):
+    """What rank 0 refused, on the other ranks: its text and its exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class WeightError(FipoError):
@@ -43,6 +54,11 @@ class RolloutError(FipoError):
 
 class RewardError(FipoError):
     """Responses could not be judged at all: no verifier process can be started. Says why."""
+
+
+def _printable(message: str) -> str:
+    """One line that no terminal takes for commands, whatever stands in file names, columns and rows."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.errors import RolloutError
+from megatron_fipo.errors import FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.agreement import AgreementCheck, agreement_limits
@@ -52,19 +52,25 @@ class Trainer:
         self.model_dir = resolve_embedded(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
+        self.agreement = AgreementCheck(agreement_limits(config))
         implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
+        # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
+        # on shared storage one node may see a checkpoint later than another.
         self.first = torch.distributed.get_rank() == 0
-        self.place = take_directory(config.run, stack)
-        self.directory, self.step = self.place.path, self.place.step
+        self.place = self._by_rank_0(lambda: take_directory(config.run, stack))
+        found = self.place.resume_from if self.place else None
+        told = [config.run.directory, str(found) if found else ""]
+        torch.distributed.broadcast_object_list(told, src=0)
+        self.directory = Path(told[0])
+        self.resume_from = Path(told[1]) if told[1] else None
+        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation)
         self.experience: Experience | None = None
         self.metrics: MetricsWriter | None = None
-        if self.first:
-            self._open_run_files(stack)
+        self._by_rank_0(lambda: self._open_run_files(stack))
         self.stand_by = StandBy(trainer_store())
-        self.agreement = AgreementCheck(agreement_limits(config))
         self.version = self.step
         """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
@@ -78,8 +84,8 @@ class Trainer:
             geometry = read_architecture(self.model_dir)
             self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
-            if self.place.resume_from is not None:
-                self._load(self.place.resume_from)
+            if self.resume_from is not None:
+                self._load(self.resume_from)
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
@@ -243,6 +249,25 @@ class Trainer:
         torch.distributed.broadcast(told, src=0)
         return bool(told.item())
 
+    def _by_rank_0(self, work: Callable[[], _T]) -> _T | None:
+        """What `work` returns on rank 0. What it refuses is refused by every rank.
+
+        The others would else lose rank 0 in the middle of a collective, and tell of that.
+        """
+        refusal: list[Any] = ["", 0]
+        result, refused = None, None
+        if self.first:
+            try:
+                result = work()
+            except FipoError as error:
+                refusal, refused = [str(error), error.exit_code], error
+        torch.distributed.broadcast_object_list(refusal, src=0)
+        if refused is not None:
+            raise refused
+        if refusal[0]:
+            raise RefusedOnRank0(*refusal)
+        return result
+
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""
         return self.seconds_before + time.monotonic() - self.started
@@ -257,15 +282,15 @@ class Trainer:
 
     def _check_lock(self) -> None:
         """Before anything is written: nobody else has taken the directory."""
-        if self.place.lock is not None:
+        if self.place is not None:
             self.place.lock.check()
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(self.policy, path)
         self.seconds_before, self.results = state["seconds"], state["results"]
-        if self.experience is not None:
-            self.experience.load_state_dict(state["experience"])
-            self.console.note(f"resumed from {path}")
+        experience = self.experience
+        self._by_rank_0(lambda: experience.load_state_dict(state["experience"]) if experience else None)
+        self.console.note(f"resumed from {path}")
 
 
 def _over_updates(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -18,6 +18,9 @@ def data(config: Config) -> Iterator[str]:
         if settings.train or settings.validation:
             yield "data.train, data.validation: reasoning-gym generates its problems; these files are not read"
         return
+    for key, names in (("data.train", settings.train), ("data.validation", settings.validation)):
+        if not all(name.strip() for name in names):
+            raise ConfigError(key, f"{names} has an empty name", "a file, or a dataset with data.source=hub")
     kind = "files" if settings.source == "files" else "datasets"
     if not settings.train:
         raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={settings.source}")

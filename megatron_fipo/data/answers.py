@@ -4,6 +4,7 @@ r"""The right answer of a row, as text. What is no answer is refused, since it w
 34, 34.0, 0.5, 1e20               finite numbers become plain digits: 34, 34, 0.5, 100000000000000000000
 true, NaN, [34], {"a": 1}, null   refused
 '["34"]', "{'a': 1}", 'nan'       refused: text that another program's list, object or missing value was turned into
+'"34"', 'np.float64(34.0)'        refused likewise
 """
 
 import ast
@@ -18,7 +19,12 @@ from typing import Any
 _LONGEST_EXPONENT = 400
 """Decimal places of the largest and the smallest number that is written out: those of a float64 fit."""
 
-_MISSING_VALUES = frozenset({"None", "null", "NaN", "nan", "<NA>"})
+_MISSING_VALUES = frozenset({"None", "null", "NULL", "NaN", "nan", "NaT", "<NA>", "N/A", "#N/A"})
+_BRACKETS = ("[]", "{}", "()")
+_QUOTES = ('""', "''", "b'", 'b"')
+_NUMPY_VALUE = re.compile(r"\b((np|numpy)\.\w+|array|tensor|Decimal|Fraction)\(")
+"""How numpy and its like write a value of theirs, inside a list too: [np.float64(34.0)]."""
+
 _GSM8K_MARK = "####"
 _WITH_COMMAS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _LONGEST_LITERAL = 10_000
@@ -87,7 +93,11 @@ def _last_boxed(solution: str) -> str:
         raise ValueError(r"has no \boxed{…}, which data.answer_format=boxed reads")
     start = boxes[-1].end()
     if not solution.startswith("{", start):
-        return solution[start : start + 1]
+        # TeX takes one character here. Whoever writes \boxed 12 or \boxed\frac12 means more than that.
+        character, after = solution[start : start + 1], solution[start + 1 : start + 2]
+        if character and (not character.isalnum() or after.isalnum()):
+            raise ValueError(r"has a \boxed without braces around more than one character; \boxed{…} holds an answer")
+        return character
     depth, position = 0, start
     while position < len(solution):
         if solution[position] == "\\":
@@ -107,27 +117,33 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"is no valid Unicode text ({error.reason})") from None
+    if not any(char.isprintable() and not char.isspace() for char in text):
+        raise ValueError(f"the answer is missing: {text[:20]!a} has no visible character")
     if text in _MISSING_VALUES:
         raise ValueError(f"is {text!r}, the text of a missing value")
     if problem := _literal_problem(text):
-        raise ValueError(f"{_quoted(text)} is the text of {problem}; an answer is one text or one number")
+        raise ValueError(f"{_quoted(text)} is {problem}; an answer is one text or one number")
 
 
 def _literal_problem(text: str) -> str | None:
-    """What list or object `text` was written from; None for mathematics.
+    """What list, object or quoted text `text` was written from; None for mathematics.
 
     Two or more numbers in brackets, such as [0, 1], (2, 3) or [[1, 2], [3, 4]], are an interval, a point or a matrix,
     and so are numbers in braces a set. With anything else inside, a program's value has been turned into text.
     """
-    if len(text) > _LONGEST_LITERAL or text[0] + text[-1] not in ("[]", "{}", "()"):
+    if match := _NUMPY_VALUE.search(text):
+        return f"how a program writes a value, {match[1]}(…)"
+    if len(text) > _LONGEST_LITERAL or text[0] + text[-1] not in (*_BRACKETS, *_QUOTES):
         return None
     value = _parsed(text)
+    if isinstance(value, str | bytes):
+        return "a text in quotation marks, as a program writes it"
     if isinstance(value, dict):
-        return "a JSON object"
+        return "the text of a JSON object"
     if isinstance(value, list | tuple) and len(value) < 2:
-        return f"a list of {len(value)}"
+        return f"the text of a list of {len(value)}"
     if isinstance(value, list | tuple | set) and not all(map(_is_numeric, value)):
-        return "a list of other things than numbers"
+        return "the text of a list of other things than numbers"
     return None
 
 

@@ -28,7 +28,7 @@ class Fingerprint:
         """Inverse of `to_dict`. DataError if a checkpoint holds something else."""
         try:
             return cls(int(state["count"]), str(state["problems"]), str(state["prompts"]))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise DataError(f"the checkpoint's fingerprint of the data cannot be read: {state!r}") from error
 
     def difference(self, saved: "Fingerprint") -> str | None:
@@ -37,7 +37,10 @@ class Fingerprint:
             return None
         if self.count != saved.count:
             return f"{self.count} training problems, the checkpoint was trained on {saved.count}"
-        return f"{self.count} training problems as the checkpoint, but others, in another order or with other answers"
+        return (
+            f"{self.count} training problems as the checkpoint, but others, in another order or with other answers, "
+            "or under another data.prompt_template"
+        )
 
 
 def compare_for_resume(present: Fingerprint, saved: Any, allow_change: bool) -> tuple[bool, str | None]:

@@ -7,6 +7,7 @@ owner/name:PATTERN          the files that match a glob pattern (it has a dot, a
 /some/directory:split       a directory laid out like a dataset, such as a download of one
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,12 @@ def fetch_split(entry: str, split: str) -> HubFiles:
     pattern = part if set(part) & set("*?[/.") else ""
     folder, config, data_source = _local_folder(name) or _download(name, pattern)
     if pattern:
-        found = sorted(str(path) for path in folder.rglob(pattern) if path.suffix in FILE_SUFFIXES)
+        if pattern.startswith("/") or ".." in pattern.split("/"):
+            raise DataError(f"{entry}: the pattern leads out of the dataset; one such as data/*.parquet does not")
+        try:
+            found = sorted(str(path) for path in folder.rglob(pattern) if path.suffix in FILE_SUFFIXES)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{entry}: is no pattern of files that can be read ({one_line(error)})") from error
         if not found:
             raise DataError(f"{entry}: the dataset has no file of that name that ends in {', '.join(FILE_SUFFIXES)}")
         return HubFiles(found, data_source)
@@ -55,10 +61,11 @@ def fetch_split(entry: str, split: str) -> HubFiles:
 
 def _local_folder(name: str) -> tuple[Path, str | None, str] | None:
     """(directory, configuration, name) where `name` is a directory here, or a configuration below one."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    # os.path's answer is false for what Path's raises on, such as names that are too long.
+    if name and os.path.isdir(path):
         return path, None, path.resolve().name
-    if path.parent.is_dir() and len(path.parts) > 1:
+    if os.path.isdir(path.parent) and len(path.parts) > 1:
         return path.parent, path.name, path.parent.resolve().name
     return None
 

@@ -80,8 +80,21 @@ def load_problems(
     counts.kept = len(problems)
     _logger.info("%s problems: %s", split, counts)
     if not problems:
-        raise DataError(f"no {split} problem is left: {str(counts) or 'the source is empty'}")
+        raise DataError(_nothing_left(config, split, counts))
     return ProblemSet(problems, counts, fingerprinter.fingerprint(), list(_warnings(split, counts, tokenizer)))
+
+
+def _nothing_left(config: DataConfig, split: Split, counts: ProblemCounts) -> str:
+    """That every row was dropped, whence, and what would be right."""
+    remedies = {
+        "dropped_held_out": "validation asks all of these questions: give other training or validation problems",
+        "dropped_overlong": "raise rollout.max_prompt_length",
+        "dropped_empty": "give rows that ask something",
+    }
+    names = config.train if split == "train" else config.validation
+    source = f"data.task={config.task}" if config.source == "reasoning_gym" else ", ".join(names)
+    most = max(remedies, key=lambda name: int(getattr(counts, name)))
+    return f"no {split} problem is left: {counts} ({remedies[most]}) of {source}"
 
 
 def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iterator[str]:
@@ -105,12 +118,17 @@ def _rows(config: DataConfig, split: Split) -> Iterator[RawProblem]:
     if not names:
         raise ConfigError(f"data.{split}", "names no file", "give at least one, or embedded:NAME")
     layout = Layout.of(config, split)
-    if config.source == "files":
-        yield from read_files(names, layout)
-        return
     for name in names:
-        files = fetch_split(name, split)
-        yield from read_files(files.paths, layout, files.data_source)
+        if config.source == "files":
+            rows = read_files([name], layout)
+        else:
+            files = fetch_split(name, split)
+            rows = read_files(files.paths, layout, files.data_source)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{name}: has no rows; give one with problems, or leave it out of data.{split}")
+        yield first
+        yield from rows
 
 
 def _questions(config: DataConfig) -> set[str]:

@@ -6,7 +6,9 @@
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -22,6 +24,8 @@ Row = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BATCH_ROWS = 4096
+_SHOWN_NAMES = 20
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tuple[int, Row]]:
@@ -35,8 +39,10 @@ def read_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tu
     """
     if path.suffix not in FILE_SUFFIXES:
         raise DataError(f"{path}: neither {' nor '.join(FILE_SUFFIXES)}, the formats of problem files")
-    if not path.is_file():
-        raise DataError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
+    # os.path's answer is false for what Path's raises on: names that are too long, directories that may not be read.
+    if not os.path.isfile(path):
+        what = "is a directory" if os.path.isdir(path) else "is no regular file" if os.path.lexists(path) else ""
+        raise DataError(f"{path}: {what or 'no such file'}")
     readers = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
     try:
         if path.suffix in readers:
@@ -60,8 +66,14 @@ def nested(row: Any, column: str) -> Any:
     if not isinstance(row, dict):
         raise LookupError(f"no column {column} in a {type(row).__name__}")
     if name not in row:
-        raise LookupError(f"no column {name}; it has {sorted(row)}")
+        raise LookupError(f"no column {name}; it has {shown_names(row)}")
     return nested(row[name], rest) if rest else row[name]
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Names of columns for a message, the first ones where there are many."""
+    cut = [name if len(name) <= 60 else f"{name[:60]}…" for name in sorted(names)]
+    return f"{cut[:_SHOWN_NAMES]}" + (f" and {len(cut) - _SHOWN_NAMES} more" if len(cut) > _SHOWN_NAMES else "")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -72,23 +84,63 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
         file.seek(start)
         rows: Iterator[tuple[int, Any]]
         if is_array:
-            rows = enumerate(_parse(file.read(), str(path)), start=1)
+            rows = _array_rows(path, file.read())
         else:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-            rows = ((number, _parse(line, f"{path}, row {number}")) for number, line in lines)
+            expected = "one object a line" if path.suffix == ".jsonl" else "an array of objects, or one object a line"
+            rows = ((number, _parse(line, f"{path}, row {number}", expected)) for number, line in lines)
         for number, row in rows:
             if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number}: not a JSON object with the columns of a problem")
+                raise DataError(
+                    f"{path}, row {number}: not a JSON object with the columns of a problem but a {_kind(row)}"
+                )
             yield number, row
 
 
-def _parse(text: bytes, where: str) -> Any:
-    try:
+def _array_rows(path: Path, content: bytes) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array, one by one, so that a bad one has a number."""
+    with _json_errors(str(path), "an array of objects"):
+        text = content.decode()
+    decoder = json.JSONDecoder(parse_float=_decimal, object_pairs_hook=_object)
+    position, number = _after_space(text, text.index("[") + 1), 0
+    is_open = not text.startswith("]", position)
+    while is_open:
+        number += 1
+        with _json_errors(f"{path}, row {number}", "an array of objects"):
+            row, position = decoder.raw_decode(text, position)
+            position = _after_space(text, position)
+            is_open = text.startswith(",", position)
+            if not is_open and not text.startswith("]", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if is_open:
+                position = _after_space(text, position + 1)
+        yield number, row
+    if _after_space(text, position + 1) < len(text):
+        raise DataError(f"{path}: not JSON (more text after the array of {number} rows)")
+
+
+def _after_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches everywhere
+
+
+def _kind(value: Any) -> str:
+    return {list: "list", str: "text", type(None): "null", bool: "truth value"}.get(type(value), "number")
+
+
+def _parse(text: bytes, where: str, expected: str) -> Any:
+    with _json_errors(where, expected):
         return json.loads(text.decode(), parse_float=_decimal, object_pairs_hook=_object)
+
+
+@contextmanager
+def _json_errors(where: str, expected: str) -> Iterator[None]:
+    """Turns what Python raises over bad JSON into one line; `expected` says what would be right."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+        raise DataError(f"{where}: not JSON ({error}); the file should have {expected}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be read") from error
     except ValueError as error:  # a number of too many digits, a key that stands twice
@@ -151,7 +203,7 @@ def _top_columns(path: Path, present: Sequence[str], required: Sequence[str], op
         if name in present:
             names.append(name)
         elif column != optional:
-            raise DataError(f"{path}: no column {name}; it has {sorted(present)}")
+            raise DataError(f"{path}: no column {name}; it has {shown_names(present)}")
     return list(dict.fromkeys(names))
 
 
@@ -165,13 +217,33 @@ def _batches(path: Path, read: "Callable[[], Iterator[pyarrow.RecordBatch]]") ->
             batch = next(batches, None)
             if batch is None:
                 return
-            batch.validate(full=True)
-            narrow = [field for field in batch.schema if _has_narrow_floats(field.type)]
-            rows = batch.to_pylist()
-        for row in rows:
+        wanted = batch.schema.names
+        columns = [_values(column, name, path, number) for name, column in zip(wanted, batch.columns, strict=True)]
+        for values in zip(*columns, strict=True):
             number += 1
-            row.update((field.name, _narrowed(field.type, row[field.name])) for field in narrow)
-            yield number, row
+            yield number, dict(zip(wanted, values, strict=True))
+
+
+def _values(column: "pyarrow.Array", name: str, path: Path, rows_before: int) -> list[Any]:
+    """The Python values of one column of a batch, a map's as a dict."""
+    try:
+        column.validate(full=True)
+        values = column.to_pylist(maps_as_pydicts="strict")
+    except _arrow_exceptions() as error:
+        row = next((index for index in range(len(column)) if not _is_readable(column.slice(index, 1))), 0)
+        raise DataError(
+            f"{path}, row {rows_before + row + 1}, column {name}: cannot be read ({one_line(error)})"
+        ) from error
+    return [_narrowed(column.type, value) for value in values] if _has_narrow_floats(column.type) else values
+
+
+def _is_readable(value: "pyarrow.Array") -> bool:
+    try:
+        value.validate(full=True)
+        value.to_pylist(maps_as_pydicts="strict")
+    except _arrow_exceptions():
+        return False
+    return True
 
 
 def _has_narrow_floats(kind: "pyarrow.DataType") -> bool:
@@ -179,6 +251,8 @@ def _has_narrow_floats(kind: "pyarrow.DataType") -> bool:
 
     if pyarrow.types.is_struct(kind):
         return any(_has_narrow_floats(field.type) for field in kind)
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
+        return _has_narrow_floats(kind.value_type)
     return pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind)
 
 
@@ -190,15 +264,22 @@ def _narrowed(kind: "pyarrow.DataType", value: Any) -> Any:
         return value
     if pyarrow.types.is_struct(kind):
         return {field.name: _narrowed(field.type, value[field.name]) for field in kind}
+    if pyarrow.types.is_dictionary(kind) or pyarrow.types.is_run_end_encoded(kind):
+        return _narrowed(kind.value_type, value)
     return kind.to_pandas_dtype()(value)
+
+
+def _arrow_exceptions() -> tuple[type[Exception], ...]:
+    """What Arrow raises over a damaged file, of which there is no common class."""
+    import pyarrow
+
+    return (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError)
 
 
 @contextmanager
 def _arrow_errors(path: Path, expected: str) -> Iterator[None]:
-    """Turns what Arrow raises over a damaged file, of which there is no common class, into one line."""
-    import pyarrow
-
+    """Turns what Arrow raises over a damaged file into one line."""
     try:
         yield
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:
+    except _arrow_exceptions() as error:
         raise DataError(f"{path}: not {expected}: damaged or of another format ({one_line(error)})") from error

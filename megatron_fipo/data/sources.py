@@ -11,11 +11,11 @@ from megatron_fipo.config import DataConfig
 from megatron_fipo.config.data import QUESTION, RECIPE_PROMPT, ColumnsConfig
 from megatron_fipo.data.answers import answer_text
 from megatron_fipo.data.chat_templates import Message
-from megatron_fipo.data.readers import Row, nested, read_rows
+from megatron_fipo.data.readers import Row, nested, read_rows, shown_names
 from megatron_fipo.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*(\[\s*)?\{.*["'](role|content)["']\s*:""", re.DOTALL)
 _DEFAULT_SOURCE_COLUMN = ColumnsConfig().source
 
 
@@ -34,12 +34,13 @@ class RawProblem:
 
     def same_question(self, prompt_template: str) -> str:
         """Equal for problems that ask the same, in whatever spaces, and in this template, the recipe's or none."""
-        text = self.question.strip()
-        for known in (prompt_template, RECIPE_PROMPT):
-            before, after = (part.strip() for part in known.split(QUESTION, 1))
+        text = _one_spelling(self.question)
+        # Twice, since the recipe's may stand around this one.
+        for known in (prompt_template, RECIPE_PROMPT, prompt_template):
+            before, after = (_one_spelling(part) for part in known.split(QUESTION, 1))
             if text.startswith(before) and text.endswith(after):
                 text = text.removeprefix(before).removesuffix(after).strip()
-        return " ".join(unicodedata.normalize("NFC", text).split())
+        return text
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Layout:
         )
 
 
+def _one_spelling(text: str) -> str:
+    """`text` with single spaces, and with each accented letter as one character."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def read_files(names: list[str], layout: Layout, data_source: str | None = None) -> Iterator[RawProblem]:
     """The problems of files, in order. `data_source` names rows without a name of their own; None: the file's stem.
 
@@ -75,7 +81,7 @@ def read_files(names: list[str], layout: Layout, data_source: str | None = None)
         DataError: a file or a row cannot be used. Names file, row (from 1) and column.
     """
     for name in names:
-        path = resolve_embedded(name).expanduser()
+        path = resolve_embedded(name)
         name_of_all = data_source or path.stem
         for number, row in read_rows(path, (layout.prompt, layout.answer), layout.source):
             yield _raw_problem(row, layout, name_of_all, f"{path}, row {number}")
@@ -135,7 +141,7 @@ def _message(value: Any, where: str) -> Message:
         raise DataError(f"{where}: should be a list of chat messages with role and content")
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{where}: a chat message should have the texts role and content; it has {sorted(value)}")
+        raise DataError(f"{where}: a chat message should have the texts role and content; it has {shown_names(value)}")
     if role not in _ROLES:
         raise DataError(f"{where}: no chat message has the role {role[:40]!r}; it is one of {', '.join(_ROLES)}")
     _check_text(content, where)

@@ -60,3 +60,20 @@ def test_a_file_of_another_format_is_refused(model_directory: Any, tiny_files: l
     (tmp_path / "a.csv").touch()
     with pytest.raises(ConfigError, match=r"^data\.train: .*a\.csv is of another format .*\.parquet, \.jsonl"):
         judge(model_directory(), *tiny_files, f"data.train=[{tmp_path / 'a.csv'}]", local=True)
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.validation"])
+def test_an_empty_name_of_a_source_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="has an empty name") as refusal:
+        judge(f"{key}=['a.jsonl', ' ']")
+    assert refusal.value.key == key
+
+
+def test_files_below_the_home_directory_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").touch()
+    judge("data.train=['~/a.jsonl']", "data.validation=['~/a.jsonl']", local=True)
+    for name in ("~no_such_user/a.jsonl", f"{'x' * 300}.jsonl", "a\tb.jsonl"):
+        with pytest.raises(ConfigError, match=r"^data\.train: .* is no file here") as refusal:
+            judge(f"data.train=['{name}']", local=True)
+        assert str(refusal.value).isprintable()

@@ -151,3 +151,37 @@ def test_boxed_answers(solution: str, text: str) -> None:
 def test_what_has_no_box_is_refused(solution: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         answer_text(solution, "boxed")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"34"', "a text in quotation marks"),
+        ("'34'", "a text in quotation marks"),
+        ("b'34'", "a text in quotation marks"),
+        ('"a", "b"', "list of other things than numbers"),
+        ("[np.float64(34.0)]", r"how a program writes a value, np\.float64"),
+        ("array([34, 35])", "how a program writes a value, array"),
+        ("Decimal('3')", "how a program writes a value, Decimal"),
+        ("NULL", "text of a missing value"),
+        ("N/A", "text of a missing value"),
+        ("NaT", "text of a missing value"),
+        ("\u200b", r"'\\u200b' has no visible character"),
+        ("\x00", r"'\\x00' has no visible character"),
+    ],
+)
+def test_what_another_program_wrote_of_a_value_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        answer_text(text, "plain")
+
+
+@pytest.mark.parametrize("text", ["f''(x)", "5'", r"\begin{array}{c}1\end{array}", "A'B'", "\u221e", "025"])
+def test_mathematics_with_marks_is_no_programs_value(text: str) -> None:
+    assert answer_text(text, "plain") == text
+
+
+@pytest.mark.parametrize("solution", [r"so \boxed 12", r"so \boxed\frac12", r"so \boxed(3)"])
+def test_a_box_without_braces_holds_one_character_or_is_refused(solution: str) -> None:
+    with pytest.raises(ValueError, match="without braces"):
+        answer_text(solution, "boxed")
+    assert answer_text(r"so $\boxed 5$.", "boxed") == "5"

@@ -84,3 +84,9 @@ def test_a_resume_goes_on_refuses_or_warns() -> None:
     assert not goes_on and "a new epoch of it begins" in str(warning)
     goes_on, warning = compare_for_resume(known, None, allow_change=False)
     assert goes_on and "does not say what data" in str(warning)
+
+
+def test_a_fingerprint_that_is_none_is_refused():
+    for state in ({}, [], "x", {"count": float("inf"), "problems": "", "prompts": ""}):
+        with pytest.raises(DataError, match="cannot be read"):
+            Fingerprint.from_dict(state)

@@ -149,3 +149,16 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(tmp_path: Path, with_card: Pa
         fetch_split("owner/other", "train")
     with pytest.raises(DataError, match="is no dataset"):
         fetch_split("a/b/c/d", "train")
+
+
+@pytest.mark.parametrize("pattern", ["/etc/*.jsonl", "../*.jsonl", "a/../../*.jsonl", "**x/*.jsonl"])
+def test_a_pattern_that_leads_out_or_is_none_is_refused(with_card, pattern):
+    with pytest.raises(DataError, match="pattern"):
+        fetch_split(f"{with_card}:{pattern}", "train")
+
+
+@pytest.mark.parametrize("name", ["", "~no_such_user/a", "x" * 300 + "/a"])
+def test_a_name_that_no_data_set_has_is_named(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="^" + name):
+        fetch_split(name, "train")

@@ -158,3 +158,31 @@ def test_a_template_that_refuses_a_row_names_it(tmp_path):
     file = write(tmp_path / "a.jsonl", [row("1+6=?"), system])
     with pytest.raises(DataError, match=r"a\.jsonl, row 2, prompt: the chat template fails: .*no system role$"):
         load(load_tokenizer(tmp_path), file)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_file_without_rows_is_refused_beside_others_too(tmp_path, tokenizer, suffix):
+    empty = write(tmp_path / f"empty{suffix}", [])
+    sound = write(tmp_path / "a.jsonl", [row("1+6=?")])
+    for files in ([empty], [sound, empty], [empty, sound]):
+        with pytest.raises(DataError, match=rf"empty\{suffix}: has no rows"):
+            load(tokenizer, *files)
+
+
+def test_nothing_left_says_whence_and_what_would_be_right(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", [row("1" * 30), row("2" * 30), row(" ")])
+    with pytest.raises(DataError, match=r"dropped_overlong 2 \(raise rollout\.max_prompt_length\) of .*a\.jsonl"):
+        load(tokenizer, file)
+    file = write(tmp_path / "b.jsonl", [row("1+6=?")])
+    with pytest.raises(DataError, match=r"dropped_held_out 1 \(validation asks all of these questions.*b\.jsonl"):
+        held_out(tokenizer, file, file)
+
+
+@pytest.mark.parametrize("spell", [lambda text: text.replace("\n", "\r\n"), lambda text: " ".join(text.split())])
+def test_a_held_out_problem_is_known_whatever_spaces_its_template_has(tmp_path, tokenizer, spell):
+    own = "Q:\n{question}\n\nThink\nwell."
+    asked = RECIPE_PROMPT.replace("{question}", own.replace("{question}", "1+6=?"))
+    train = write(tmp_path / "train.jsonl", [row(spell(asked)), row("3+3=?")])
+    validation = write(tmp_path / "validation.jsonl", [row("1+6=?")])
+    loaded = held_out(tokenizer, train, validation, prompt_template=own)
+    assert [problem.text for problem in loaded.problems] == ["3+3=?"]

@@ -268,3 +268,90 @@ def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
     file = write(tmp_path / "a.jsonl", [row(RECIPE_PROMPT.replace("{question}", "What is\n 2+2?"))])
     for template in (RECIPE_PROMPT, "{question}", "Q: {question}"):
         assert [problem.same_question(template) for problem in read(file)] == ["What is 2+2?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"prompt": 1}, {"prompt": 1, "prompt": 2}]', "row 2: cannot be read .*'prompt' stands twice"),
+        (b'[{"prompt": 1}, {"prompt": ' + b"9" * 5000 + b"}]", "row 2: cannot be read .*digits"),
+        (b'[{"prompt": 1}, ' + b"[" * 100_000, "row 2: nested too deeply"),
+        (b'[{"prompt": 1}, {"prompt"', "row 2: not JSON"),
+        (b'[{"prompt": 1} {"prompt": 2}]', "row 1: not JSON .*an array of objects"),
+        (b'[{"prompt": 1}, ]', "row 2: not JSON"),
+        (b'[{"prompt": 1}] x', "more text after the array of 1 rows"),
+        (b"[[1]]", "row 1: not a JSON object .* but a list"),
+        (b"[null]", "row 1: not a JSON object .* but a null"),
+        (b'{\n "data": []\n}', "row 1: not JSON .*should have an array of objects, or one object a line"),
+    ],
+)
+def test_a_bad_element_of_an_array_has_a_row(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json.*{message}"):
+        list(read_rows(tmp_path / "a.json", ["prompt"], "x"))
+
+
+def test_an_array_is_read_whatever_spaces_it_has(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('[{"a": 1},{"a": 2}]', ' [\r\n {"a": 1}\n , \t{"a": 2} ]\n\n'):
+        path.write_text(text)
+        assert list(read_rows(path, ["a"], "x")) == [(1, {"a": 1}), (2, {"a": 2})]
+    path.write_text("[ ]")
+    assert list(read_rows(path, ["a"], "x")) == []
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_value_that_arrow_cannot_read_has_row_and_column(tmp_path, suffix):
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    not_utf8 = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"1\xff2")])
+    too_long = pa.array([1, 2**62, 1], pa.duration("s"))
+    for answers, row_number in ((not_utf8, 2), (too_long, 2)):
+        file = write(tmp_path / f"a{suffix}", pa.table({"question": ["a?", "b?", "c?"], "answer": answers}))
+        with pytest.raises(DataError, match=rf"a\{suffix}, row {row_number}, column answer: cannot be read"):
+            read(file, columns=QUESTIONS)
+
+
+def test_a_map_is_an_object_and_a_dictionary_of_floats_keeps_their_digits(tmp_path):
+    answers = pa.array([[("ground_truth", "3")]], pa.map_(pa.string(), pa.string()))
+    file = write(tmp_path / "a.parquet", pa.table({"question": ["a?"], "answer": answers}))
+    assert read(file, columns=ColumnsConfig("question", "answer.ground_truth"))[0].ground_truth == "3"
+    with pytest.raises(DataError, match="row 1, column answer: is an object"):
+        read(file, columns=QUESTIONS)
+    narrow = pa.array([0.1], pa.float32()).dictionary_encode()
+    file = write(tmp_path / "a.arrow", pa.table({"question": ["a?"], "answer": narrow}))
+    assert read(file, columns=QUESTIONS)[0].ground_truth == "0.1"
+
+
+def test_names_that_no_file_has_are_named(tmp_path):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, message in (
+        (f"{tmp_path}/{'x' * 300}.jsonl", "no such file"),
+        ("~no_such_user/a.jsonl", "~no_such_user/a.jsonl: no such file"),
+        (f"{tmp_path}/a\x00b.jsonl", r"a\\x00b\.jsonl: no such file"),
+        (f"{tmp_path}/loop.jsonl", "is no regular file"),
+        (f"{tmp_path}/pipe.jsonl", "is no regular file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(name)
+
+
+def test_names_of_files_and_columns_stay_in_one_short_line(tmp_path):
+    (tmp_path / "a\n\x1b[31m.jsonl").write_text("x")
+    with pytest.raises(DataError, match=r"a\\n\\x1b\[31m\.jsonl, row 1") as refusal:
+        read(str(tmp_path / "a\n\x1b[31m.jsonl"))
+    assert str(refusal.value).isprintable()
+    file = write(tmp_path / "a.jsonl", [{f"column_{n:03}{'x' * 1000}": n for n in range(500)}])
+    with pytest.raises(DataError, match=r"'column_019x+…'\] and 480 more$") as refusal:
+        read(file)
+    assert len(str(refusal.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"name": "a", "role": "user", "content": "x"}]', '{"role": "user", "content": "x"}', "{'content': 'x'}"]
+)
+def test_chat_messages_as_text_are_no_question(tmp_path, text):
+    with pytest.raises(DataError, match="row 1, column question: is the text of a list of chat messages"):
+        read(write(tmp_path / "a.jsonl", [{"question": text, "answer": 3}]), columns=QUESTIONS)
+    file = write(tmp_path / "b.jsonl", [{"question": "{1, 2} has the content: how many?", "answer": 2}])
+    assert read(file, columns=QUESTIONS)[0].question == "{1, 2} has the content: how many?"

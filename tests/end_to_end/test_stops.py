@@ -63,3 +63,13 @@ def test_a_verifier_that_never_answers_in_time(server_with_another_rope: Rollout
     data = [f"data.train=[{tmp_path / 'slow.jsonl'}]", "reward.timeout_s=0.000001"]
     output = stopped(server_with_another_rope, tmp_path / "run", *batch, *data)
     assert re.search(r"\d of 4 checks in this step failed \(\d timeout; reward\.rule=math_verify\)", output)
+
+
+def test_a_problem_that_cannot_be_read(tmp_path: Path) -> None:
+    """Only rank 0 reads problems; the other ranks must not tell of a lost connection instead."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1+1=?", "answer": 2}\n{"question": "1+2=?", "answer": ["3"]}\n')
+    settings = [*SMALL, "data=questions", f"data.train=[{bad}]"]
+    output = runs.finish(runs.start(tmp_path / "run", *settings), tmp_path / "run", exit_code=1)
+    assert f"error: {bad}, row 2, column answer: is a list; an answer is a text or a number\n" in output
+    assert "Traceback" not in output, output

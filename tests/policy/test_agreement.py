@@ -10,7 +10,7 @@ import torch
 
 from megatron_fipo.algorithm.statistics import metrics
 from megatron_fipo.config import Config, ModelConfig, RolloutConfig
-from megatron_fipo.errors import FipoError
+from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.policy.agreement import AgreementCheck, Limits, agreement_limits, log_prob_differences
 from megatron_fipo.policy.batches import Cut, Sequences, build_micro_batch
 
@@ -102,3 +102,16 @@ def test_limits_follow_the_coarser_precision() -> None:
     assert limits("bfloat16", "bfloat16", quantization="fp8_per_channel") == coarse
     given = agreement_limits(Config(rollout=RolloutConfig(log_prob_diff_warn=2.0, log_prob_diff_stop=3.0)))
     assert given == Limits(2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"log_prob_diff_warn": 0.9}, r"log_prob_diff_warn: 0\.9 is .* log_prob_diff_stop, 0\.3 with bfloat16"),
+        ({"log_prob_diff_stop": 0.01}, r"log_prob_diff_stop: 0\.01 is .* log_prob_diff_warn, 0\.06 with bfloat16"),
+    ],
+)
+def test_one_limit_that_passes_the_usual_other_is_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        agreement_limits(Config(rollout=RolloutConfig(**settings)))
+    assert agreement_limits(Config(rollout=RolloutConfig(log_prob_diff_warn=0.2))) == Limits(0.2, 0.3)
