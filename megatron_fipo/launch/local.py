@@ -195,6 +195,9 @@ class _Watch:
         failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, STOPPED)]
         if not failed or self.stopping_since is not None:
             return
+        if ended_pid is None and (event := signal.sigtimedwait({signal.SIGCHLD}, 0)) is not None:
+            # They ended between the wait and this look; the signal that is kept is the first one's.
+            ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
         self._ask_to_stop(signal.SIGTERM)
 
