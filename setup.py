@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 RUNTIME = [
     # Knows a hub dataset's splits.
     "datasets>=4",
+    "filelock>=4.2",
     "httpx",
     "huggingface_hub",
     "hydra-core>=1.3",

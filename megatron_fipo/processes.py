@@ -13,6 +13,9 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
+LISTENER_VARIABLE = "FIPO_STORE_FD"
+"""Names the listening socket, at which a run's ranks meet, that rank 0 inherits from the launcher."""
+
 
 def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)

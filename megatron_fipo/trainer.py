@@ -23,6 +23,7 @@ from megatron_fipo.policy.agreement import AgreementCheck, agreement_limits
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.update import Policy, gather_parameters
+from megatron_fipo.run_directory import take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
@@ -57,12 +58,13 @@ class Trainer:
         # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
         # on shared storage one node may see a checkpoint later than another.
         self.first = torch.distributed.get_rank() == 0
-        found = self._by_rank_0(lambda: self._checkpoint_to_resume(Path(config.run.directory)))
+        self.place = self._by_rank_0(lambda: take_directory(config.run, stack))
+        found = self.place.resume_from if self.place else None
         told = [config.run.directory, str(found) if found else ""]
         torch.distributed.broadcast_object_list(told, src=0)
         self.directory = Path(told[0])
         self.resume_from = Path(told[1]) if told[1] else None
-        self.step = int(self.resume_from.name.removeprefix("step-")) if self.resume_from else 0
+        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation)
         self.experience: Experience | None = None
@@ -137,6 +139,7 @@ class Trainer:
         """Write and show one step."""
         if self.metrics is None or self.experience is None:
             return
+        self._check_lock()
         metrics |= self.experience.service.end_step()
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
@@ -180,6 +183,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the policy and of the loop."""
         state: dict[str, Any] = {}
+        self._check_lock()
         if self.experience is not None:
             state = {
                 "step": self.step,
@@ -269,7 +273,6 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def _open_run_files(self, stack: ExitStack) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_config(self.directory, self.config)
         write_environment(self.directory, world_size=torch.distributed.get_world_size())
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
@@ -277,11 +280,10 @@ class Trainer:
         self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
         self.console.note(f"problems: {self.experience.problem_counts}")
 
-    def _checkpoint_to_resume(self, directory: Path) -> Path | None:
-        found = checkpoint.newest(directory / "checkpoints")
-        if self.config.run.resume == "never" and (found or (directory / "metrics.jsonl").exists()):
-            raise FipoError(f"{directory} already holds a run (give another run.directory, or run.resume=auto)")
-        return found if self.config.run.resume == "auto" else None
+    def _check_lock(self) -> None:
+        """Before anything is written: nobody else has taken the directory."""
+        if self.place is not None:
+            self.place.lock.check()
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(self.policy, path)

@@ -21,7 +21,7 @@ import psutil
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
-from megatron_fipo.processes import die_with_parent, kill_descendants, no_descendant_left
+from megatron_fipo.processes import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
@@ -29,6 +29,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 30
 _KILL_TIMEOUT_S = 10.0
 _SAME_CTRL_C_S = 0.5
+_LOOPBACK = "127.0.0.1"
 
 
 def already_launched() -> bool:
@@ -84,12 +85,19 @@ class _Rank:
 
 def _start(world_size: int, directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
     (directory / "logs").mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    return [_start_rank(number, world_size, port, directory, command, mask) for number in range(world_size)]
+    # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
+    # else's from here on.
+    with socket.create_server((_LOOPBACK, 0), backlog=4096) as listener:
+        return [_start_rank(number, world_size, listener, directory, command, mask) for number in range(world_size)]
 
 
-def _start_rank(number: int, world_size: int, port: int, directory: Path, command: list[str], mask: Set[int]) -> _Rank:
+def _start_rank(
+    number: int, world_size: int, listener: socket.socket, directory: Path, command: list[str], mask: Set[int]
+) -> _Rank:
     launcher = os.getpid()
+    environment = _rank_environment(number, world_size, listener.getsockname()[1])
+    if number == 0:
+        environment[LISTENER_VARIABLE] = str(listener.fileno())
 
     def before_exec() -> None:
         die_with_parent(launcher)
@@ -98,7 +106,8 @@ def _start_rank(number: int, world_size: int, port: int, directory: Path, comman
     def spawn(output: IO[bytes] | None) -> subprocess.Popen:
         return subprocess.Popen(
             command,
-            env=_rank_environment(number, world_size, port),
+            env=environment,
+            pass_fds=[listener.fileno()] if number == 0 else [],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -117,6 +126,10 @@ def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]
     # One compute thread a rank, as torchrun has it: more of them would fight over the machine's cores. A segmentation
     # fault prints its Python stack, and a log lacks nothing when its rank is killed.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    # gloo takes any connection, and would listen on the interface of this machine's name.
+    loopback = [name for name, found in psutil.net_if_addrs().items() if any(a.address == _LOOPBACK for a in found)]
+    if loopback:
+        defaults["GLOO_SOCKET_IFNAME"] = loopback[0]
     return {
         **defaults,
         **os.environ,
@@ -124,15 +137,9 @@ def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]
         "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": _LOOPBACK,
         "MASTER_PORT": str(port),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class _Watch:
@@ -188,6 +195,9 @@ class _Watch:
         failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, STOPPED)]
         if not failed or self.stopping_since is not None:
             return
+        if ended_pid is None and (event := signal.sigtimedwait({signal.SIGCHLD}, 0)) is not None:
+            # They ended between the wait and this look; the signal that is kept is the first one's.
+            ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
         self._ask_to_stop(signal.SIGTERM)
 

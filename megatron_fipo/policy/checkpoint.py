@@ -43,6 +43,11 @@ def newest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _complete(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []

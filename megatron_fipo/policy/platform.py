@@ -19,6 +19,7 @@ import torch
 import torch.distributed
 
 from megatron_fipo.policy.megatron_versions import quiet_warnings
+from megatron_fipo.policy.rendezvous import meeting_point
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
 _CUDA_NAMES = ("current_device", "current_stream", "synchronize", "manual_seed", "get_rng_state", "set_rng_state")
@@ -242,10 +243,16 @@ def start_process_group(timeout_s: float) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # gloo beside NCCL: object and CPU-tensor collectives, and Megatron-Core's checkpoints, need it.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s))
+        backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        backend = "gloo"
+    wait = timedelta(seconds=timeout_s)
+    if (store := meeting_point(timeout_s)) is None:
+        torch.distributed.init_process_group(backend, timeout=wait)
+    else:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
 
 
 def stop_process_group() -> None:

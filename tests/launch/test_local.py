@@ -32,7 +32,9 @@ PREAMBLE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 rank, directory = int(os.environ["RANK"]), Path(os.environ["TEST_DIRECTORY"])
-def started(): (directory / f"pid-{rank}").write_text(str(os.getpid()))
+def started():
+    (directory / f".pid-{rank}").write_text(str(os.getpid()))
+    (directory / f".pid-{rank}").rename(directory / f"pid-{rank}")
 """
 
 
@@ -134,7 +136,7 @@ if rank == 1:
     time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGSEGV)
 while not (directory / "pid-1").exists(): time.sleep(0.001)
-pid = int((directory / "pid-1").read_text() or 0)
+pid = int((directory / "pid-1").read_text())
 while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text(): time.sleep(0.001)
 os._exit(1)
 """

@@ -1,0 +1,40 @@
+"""Which directory a run has, and what it goes on from there. On rank 0, which tells the others."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fipo.config import RunConfig
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy import checkpoint
+from megatron_fipo.tracking.metrics import METRICS_FILE
+from megatron_fipo.tracking.run_lock import RunLock
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's place on storage that all ranks share."""
+
+    path: Path
+    lock: RunLock
+    """What keeps other runs out."""
+    resume_from: Path | None
+    """The checkpoint that the run goes on from."""
+
+
+def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
+    """Make the run's directory if need be, and keep other runs out of it until `stack` is left.
+
+    Raises:
+        FipoError: another run has it, or it holds one that `run.resume` does not go on from.
+    """
+    path = Path(config.directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FipoError(f"run.directory={path} cannot be made: {error}") from error
+    lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
+    found = checkpoint.newest(path / "checkpoints")
+    if config.resume == "never" and (found or (path / METRICS_FILE).exists()):
+        raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")
+    return RunDirectory(path, lock, found if config.resume == "auto" else None)

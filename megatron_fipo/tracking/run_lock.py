@@ -1,0 +1,96 @@
+"""One run a directory: a lease on it that a living run keeps renewing, also on NFS and Lustre.
+
+filelock's lease is a file made with O_EXCL, which every shared file system has, and renewed by a thread. On one machine
+a dead holder is known at once by its process; on another its lease has to run out. Beside it lies who holds it.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import filelock
+
+from megatron_fipo.errors import FipoError
+from megatron_fipo.files import write_json_atomically
+
+LEASE_S = 60.0
+"""How long another machine's run may be silent before it counts as dead, in s; it renews three times as often."""
+
+_LOCK_FILE, _OWNER_FILE = "run.lock", "run.lock.json"
+
+
+class RunLock:
+    """Holds a run's directory while it is entered. On rank 0 alone."""
+
+    def __init__(self, directory: Path, note: Callable[[str], None], lease_s: float = LEASE_S):
+        """`note` gets a line where the wait for another machine's run begins, and where a dead run is succeeded."""
+        self._directory, self._note, self._lease_s = directory, note, lease_s
+        self._lease = filelock.SoftFileLease(directory / _LOCK_FILE, lease_duration=lease_s)
+
+    def __enter__(self) -> Self:
+        """Take the directory, which has to exist.
+
+        Raises:
+            FipoError: another run has it.
+        """
+        try:
+            self._acquire(0)
+        except filelock.Timeout:
+            # A run that is alive here is alive; of another machine's only silence can tell.
+            owner = self._lease.owner
+            if owner is None or owner.hostname == platform.node():
+                raise self._taken() from None
+            self._note(f"waiting up to {1.5 * self._lease_s:.0f} s to see whether {self._holder()} is still alive")
+            try:
+                self._acquire(1.5 * self._lease_s)
+            except filelock.Timeout:
+                raise self._taken() from None
+        if (self._directory / _OWNER_FILE).exists():
+            self._note(f"{self._holder()} has ended without leaving {self._directory}; this run takes its place")
+        job = os.environ.get("SLURM_JOB_ID")
+        owner_now = {"host": platform.node(), "pid": os.getpid()} | ({"job": job} if job else {})
+        write_json_atomically(self._directory / _OWNER_FILE, owner_now)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lease.compromise is None:
+            (self._directory / _OWNER_FILE).unlink(missing_ok=True)
+        self._lease.release()
+
+    def check(self) -> None:
+        """Raise FipoError if another run has taken the directory meanwhile, as after a long suspension."""
+        if self._lease.compromise is not None:
+            raise FipoError(
+                f"{self._directory}: its lease was lost ({self._lease.compromise.reason}), and {self._holder()} may be "
+                "writing there now; start this run again to go on from its newest checkpoint"
+            )
+
+    def _acquire(self, timeout_s: float) -> None:
+        try:
+            self._lease.acquire(timeout=timeout_s, poll_interval=min(0.5, self._lease_s / 10))
+        except filelock.Timeout:
+            raise
+        except OSError as error:
+            raise FipoError(f"{self._directory / _LOCK_FILE} cannot be written: {error}") from error
+        except filelock.LeaseSettingsMismatch as error:  # of another version of this package, and alive
+            raise self._taken() from error
+
+    def _taken(self) -> FipoError:
+        return FipoError(
+            f"{self._directory} is in use by {self._holder()}: give this run another run.directory, or end that one"
+        )
+
+    def _holder(self) -> str:
+        """Who holds the directory, or held it last."""
+        try:
+            owner = json.loads((self._directory / _OWNER_FILE).read_text())
+            job = f", Slurm job {owner['job']}" if "job" in owner else ""
+            return f"the run with process {owner['pid']} on {owner['host']}{job}"
+        except (OSError, ValueError, TypeError, KeyError):  # not written yet, or removed just now
+            return "another run"
