@@ -13,9 +13,8 @@ from megatron_fipo.tracking.run_lock import RunLock
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's place on storage that all ranks share."""
+    """What rank 0 found in a run's place on storage that all ranks share."""
 
-    path: Path
     lock: RunLock
     """What keeps other runs out."""
     resume_from: Path | None
@@ -37,4 +36,4 @@ def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
     found = checkpoint.newest(path / "checkpoints")
     if config.resume == "never" and (found or (path / METRICS_FILE).exists()):
         raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")
-    return RunDirectory(path, lock, found if config.resume == "auto" else None)
+    return RunDirectory(lock, found if config.resume == "auto" else None)

@@ -16,10 +16,11 @@ from megatron.core import parallel_state
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.policy import checkpoint, platform
-from megatron_fipo.policy.agreement import AgreementCheck, agreement_limits
+from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.update import Policy, gather_parameters

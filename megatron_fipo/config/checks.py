@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config, every_setting
+from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
@@ -201,13 +202,7 @@ def _sampling(config: Config) -> Iterator[str]:
             f"raw_logprobs leave out the temperature {rollout.temperature:g}, by which the trainer divides",
             "rollout.logprobs_mode=processed_logprobs, or rollout.temperature=1",
         )
-    warn, stop = rollout.log_prob_diff_warn, rollout.log_prob_diff_stop
-    if warn is not None and stop is not None and stop < warn:
-        raise ConfigError(
-            "rollout.log_prob_diff_stop",
-            f"{stop:g} is below rollout.log_prob_diff_warn {warn:g}",
-            "a limit at or above the warning's",
-        )
+    agreement_limits(config)
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k", "0 keeps no token", "-1 is off")
     if config.validation.temperature == 0 and config.validation.samples > 1:

@@ -4,55 +4,12 @@ Both compute the same function of the same weights, in other orders of addition.
 precision rounds, or something is wrong: weights that did not arrive, a stale cache, another architecture.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from megatron_fipo.algorithm.statistics import part_means, token_statistics
-from megatron_fipo.config import Config
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.config.agreement import Limits
+from megatron_fipo.errors import FipoError
 from megatron_fipo.policy.batches import MicroBatch
-
-
-@dataclass(frozen=True)
-class Limits:
-    """On the mean |log π_trainer − log π_engine| a sampled token, in nats."""
-
-    warn: float
-    stop: float
-
-
-# What rounding gives in practice, times ten or so: fp32 1e-7 … 1e-4, bf16 0.005 … 0.04, FP8 0.02 … 0.1. A wrong rotary
-# embedding, a stale prefix cache or lost weights give 0.5 to 10.
-_BY_PRECISION = {"float32": Limits(1e-3, 0.05), "bfloat16": Limits(0.06, 0.3), "fp8": Limits(0.15, 0.6)}
-
-
-def agreement_limits(config: Config) -> Limits:
-    """The configured limits; where they are null, those of the coarser one of the trainer's and engine's precision.
-
-    ConfigError where only one is configured, and the other one's usual value leaves no room between the two.
-    """
-    model, rollout = config.model, config.rollout
-    if model.fp8 != "off" or rollout.quantization:
-        precision = "fp8"
-    elif model.dtype == rollout.dtype == "float32":
-        precision = "float32"
-    else:
-        precision = "bfloat16"
-    usual = _BY_PRECISION[precision]
-    limits = Limits(
-        warn=usual.warn if rollout.log_prob_diff_warn is None else rollout.log_prob_diff_warn,
-        stop=usual.stop if rollout.log_prob_diff_stop is None else rollout.log_prob_diff_stop,
-    )
-    if limits.stop < limits.warn:
-        given, other = ("warn", "stop") if rollout.log_prob_diff_stop is None else ("stop", "warn")
-        raise ConfigError(
-            f"rollout.log_prob_diff_{given}",
-            f"{getattr(limits, given):g} is on the wrong side of log_prob_diff_{other}, {getattr(limits, other):g} "
-            f"with {precision}",
-            f"set rollout.log_prob_diff_{other} too",
-        )
-    return limits
 
 
 def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str, Tensor]:

@@ -103,6 +103,8 @@ REFUSED = {
     "reward.rule=reasoning_gym": ("reward.rule", "data.source=reasoning_gym"),
     "reward.correct=-1": ("reward.correct", "larger"),
     "reward.overlong_buffer.enable=true": ("reward.overlong_buffer.len", "shorter"),
+    "rollout.log_prob_diff_warn=0.9": ("rollout.log_prob_diff_warn", "set rollout.log_prob_diff_stop too"),
+    "rollout.log_prob_diff_warn=2 rollout.log_prob_diff_stop=1": ("rollout.log_prob_diff_stop", "a limit at or above"),
     "optimizer.beta2=1": ("optimizer.beta2", "below 1"),
     "optimizer.min_lr=1": ("optimizer.min_lr", "at most lr"),
 }

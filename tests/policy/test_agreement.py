@@ -10,8 +10,9 @@ import torch
 
 from megatron_fipo.algorithm.statistics import metrics
 from megatron_fipo.config import Config, ModelConfig, RolloutConfig
+from megatron_fipo.config.agreement import Limits, agreement_limits
 from megatron_fipo.errors import ConfigError, FipoError
-from megatron_fipo.policy.agreement import AgreementCheck, Limits, agreement_limits, log_prob_differences
+from megatron_fipo.policy.agreement import AgreementCheck, log_prob_differences
 from megatron_fipo.policy.batches import Cut, Sequences, build_micro_batch
 
 
