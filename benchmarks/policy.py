@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabular
 
 
 SHAPES = {
+    "0.5b": Shape(_qwen(24, 896, 14, 2, 4864, 151936, True), 64, 8192, 16384),
     "1.5b": Shape(_qwen(28, 1536, 12, 2, 8960, 151936, True), 64, 8192, 16384),
     # All 28 layers and their optimizer do not fit on one GPU of 80 GB; the output layer weighs more in these 8.
     "7b": Shape(_qwen(8, 3584, 28, 4, 18944, 152064, False), 64, 8192, 16384),
@@ -158,7 +160,7 @@ def timed_policy(config: Config, geometry: Geometry) -> Any:
     return TimedPolicy(config, geometry, None, updates=1000)
 
 
-def configuration(shape: Shape, precision: str, packing: bool) -> Config:
+def configuration(shape: Shape, precision: str, packing: bool, layers: str) -> Config:
     """The published algorithm on one process."""
     return load_config(
         [
@@ -168,8 +170,14 @@ def configuration(shape: Shape, precision: str, packing: bool) -> Config:
             f"parallel.packing={packing}",
             "model.dtype=bfloat16",
             f"model.fp8={precision}",
+            f"model.layers={layers}",
         ]
     )
+
+
+def layers_here() -> str:
+    """model.layers of every row: a table without Transformer Engine, whose first line says so, is better than none."""
+    return "auto" if find_spec("transformer_engine") or not torch.cuda.is_available() else "local"
 
 
 def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
@@ -179,7 +187,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
-    config = configuration(shape, precision, packing)
+    config = configuration(shape, precision, packing, layers_here())
     start_model_parallel(config.parallel, 0)
     policy = timed_policy(config, shape.geometry)
     sequences = make_sequences(shape)

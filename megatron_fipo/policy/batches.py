@@ -100,8 +100,8 @@ class MicroBatch:
     response_lengths: Tensor
     """[sequences] int64, of whole responses; 0 for a filler."""
     offsets: Tensor | None = None
-    """[sequences + 1] int32: packed, where each sequence begins and the last ends, in tokens of all context-parallel
-    ranks together. None: padded."""
+    """[sequences + 1] int32 on the CPU: packed, where each sequence begins and the last ends, in tokens of all
+    context-parallel ranks together. None: padded."""
     local_lengths: Tensor | None = None
     """[sequences] int64: packed, this rank's tokens of each sequence, padding included. None: padded."""
     longest: int = 0
@@ -176,7 +176,7 @@ def build_micro_batch(sequences: Sequences, indices: list[int], cut: Cut, device
         weight_lag=part(weight_lag),
         response_quarter=part(quarter),
         response_lengths=response_lengths.to(device),
-        offsets=torch.tensor([0, *accumulate(slots)], dtype=torch.int32, device=device) if cut.packed else None,
+        offsets=torch.tensor([0, *accumulate(slots)], dtype=torch.int32) if cut.packed else None,
         local_lengths=torch.tensor(slots, device=device) // cut.context_size if cut.packed else None,
         longest=max(slots),
     )

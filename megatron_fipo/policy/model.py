@@ -109,7 +109,7 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         hidden_dropout=0.0,
         masked_softmax_fusion=False,
         # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
-        bias_activation_fusion=wants_transformer_engine(model),
+        bias_activation_fusion=wants_transformer_engine(model) or platform.has_cuda(),
         # One kernel for all packed sequences; else every layer waits for their lengths and turns them one by one.
         apply_rope_fusion=HAVE_TE and wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,

@@ -69,6 +69,9 @@ class Policy:
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
         self.cut = _cut(config)
+        # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
+        with_te = uses_transformer_engine(config.model)
+        self.offsets_device = platform.device() if with_te else torch.device("cpu")
         self.optimizer = _build_optimizer(config, self.chunks)
         self.scheduler = _build_scheduler(config, self.optimizer, updates)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
@@ -167,7 +170,7 @@ class Policy:
                 micro_batch.tokens,
                 micro_batch.position_ids,
                 None,
-                packed_seq_params=_packed_seq_params(micro_batch, self.cut),
+                packed_seq_params=_packed_seq_params(micro_batch, self.cut, self.offsets_device),
                 **keep_dtype,
             )
             return logits, partial(loss_function, micro_batch)
@@ -200,6 +203,7 @@ class Policy:
             self.geometry.vocab_size,
             self.config.rollout.temperature,
             parallel_state.get_tensor_model_parallel_group(),
+            overwrite=True,
         )
 
     def _collect_log_probs(self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
@@ -243,7 +247,9 @@ class Policy:
 def _cut(config: Config) -> Cut:
     """How this rank's micro-batches are laid out."""
     parallel = config.parallel
-    packed = uses_transformer_engine(config.model) if parallel.packing is None else parallel.packing
+    packed = parallel.packing
+    if packed is None:
+        packed = platform.has_cuda() or uses_transformer_engine(config.model)
     return Cut(
         packed=packed,
         pad_multiple=token_multiple(config),
@@ -252,11 +258,11 @@ def _cut(config: Config) -> Cut:
     )
 
 
-def _packed_seq_params(micro_batch: MicroBatch, cut: Cut) -> PackedSeqParams | None:
+def _packed_seq_params(micro_batch: MicroBatch, cut: Cut, device: torch.device) -> PackedSeqParams | None:
     """Where packed sequences begin and end, as Megatron-Core's rotary embedding and attention want it."""
-    offsets = micro_batch.offsets
-    if offsets is None:
+    if micro_batch.offsets is None:
         return None
+    offsets = micro_batch.offsets.to(device)
     # Where sequences lie in memory, beside where they end. Both are the same here, and Transformer Engine compares them
     # at the cost of a wait; but its context parallelism cannot do without.
     padded = offsets if cut.context_size > 1 else None

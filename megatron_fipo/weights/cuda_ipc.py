@@ -75,7 +75,9 @@ def open_shared(handle: Sequence[Any], device: torch.device) -> Tensor:
         ValueError: it is no handle.
         RuntimeError: CUDA cannot open it.
     """
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *decode_handle(handle))
+    parts = decode_handle(handle)
+    torch.cuda.init()  # before which the next call crashes the process
+    storage = torch.UntypedStorage._new_shared_cuda(device.index, *parts)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 

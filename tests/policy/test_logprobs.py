@@ -1,4 +1,15 @@
-"""Chunked log-probs against torch.log_softmax, value and gradient. The tensor-parallel path runs in test_layouts.py."""
+"""Chunked log-probs against torch.log_softmax, value and gradient, and the CUDA kernels in Triton's interpreter.
+
+The interpreter runs the kernels' own code on CPU tensors; tests/gpu/test_kernels.py runs what the compiler makes of it.
+The tensor-parallel path runs in test_layouts.py. Without Triton, which the CPU environment does not ask for, the
+kernels' test is skipped.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +36,33 @@ def test_matches_log_softmax(dtype: torch.dtype, temperature: float, monkeypatch
     torch.testing.assert_close(entropy, -(plain.exp() * plain).sum(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     assert gradient[..., 37:].abs().max() == 0
+
+
+def test_the_gradient_may_be_written_over_the_logits() -> None:
+    """As the policy has it, whose logits are no leaf: the gradient below them is the same."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 9, 16), torch.randn(40, 16, requires_grad=True)
+    labels, weights = torch.randint(0, 37, (2, 9)), torch.randn(2, 9)
+    gradients = []
+    for overwrite in (False, True):
+        logits = hidden @ weight.T
+        log_probs, _ = logprobs.log_probs_and_entropy(logits, labels, 37, overwrite=overwrite)
+        gradients += torch.autograd.grad((log_probs * weights).sum(), weight)
+        assert (logits[..., 37:].abs().max() == 0) == overwrite, "the padding's gradient is 0"
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed; it comes with torch for CUDA")
+def test_the_kernels_equal_the_torch_path() -> None:
+    """In a process of its own: Triton decides whether to interpret when it is first imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.policy.triton_logprobs_worker"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
