@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.files import sync, write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
+from megatron_fipo.policy.plain_resume import plain_data_only, plain_extra_state
+from megatron_fipo.policy.together import together
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
@@ -96,22 +96,17 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
 def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     """Fill the policy from a checkpoint, which any layout may have written; every rank calls this together.
 
+    Nothing that the checkpoint says is run: see `plain_resume`.
+
     Returns:
         The state of the loop that `save` was given.
 
     Raises:
-        FipoError: the checkpoint does not fit this model, is damaged, or is of a newer Megatron-Core.
+        FipoError: the checkpoint does not fit this model, is damaged, is of a newer Megatron-Core, or holds pickles of
+            more than plain data.
     """
     check_version(checkpoint)
-    try:
-        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        trainer_state.pop(_WRITTEN_BY, None)
-        state = _sharded_state(policy, is_loading=True)
-        megatron_versions.dequantise(state)
-        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
-        loaded, _, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
-    except (OSError, ValueError, KeyError, CheckpointingException, CheckpointException) as error:
-        raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
+    trainer_state, loaded, absent = together(f"{checkpoint}: cannot be resumed from", lambda: _read(policy, checkpoint))
     _raise_if_lost(checkpoint, absent)
     for name, chunk in _named_chunks(policy):
         unmatched = chunk.load_state_dict(loaded[name], strict=False)
@@ -125,6 +120,21 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     return trainer_state
+
+
+def _read(policy: Policy, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """The loop's state, the policy's, and the keys that are absent from the checkpoint. Raises nearly anything."""
+    trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
+    trainer_state.pop(_WRITTEN_BY, None)
+    state = _sharded_state(policy, is_loading=True)
+    megatron_versions.dequantise(state)
+    with plain_data_only():
+        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
+        loaded, _, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
+        for name, _ in _named_chunks(policy):
+            extra = {key: value for key, value in loaded[name].items() if key.endswith(_EXTRA_STATE)}
+            loaded[name] |= {key: plain_extra_state(value) for key, value in extra.items()}
+    return trainer_state, loaded, absent
 
 
 def check_version(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """What the ranks of test_checkpoint.py run."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 
 STATE = {"step": 3}
+EXTRA_STATE = {"scale_fwd": torch.arange(3.0), "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1}}
 
 
 class NormWithExtraState(RMSNorm):
-    """A norm that keeps extra state, as those of newer versions of Transformer Engine do."""
+    """A norm that keeps extra state, pickled and unpickled as Transformer Engine does it."""
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([1, 2, 3], dtype=torch.uint8)
+        return torch.frombuffer(bytearray(pickle.dumps(EXTRA_STATE)), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        assert state.tolist() == [1, 2, 3]
+        assert str(pickle.loads(state.numpy().tobytes())) == str(EXTRA_STATE)
 
 
 def save_and_load(model_dir: str, directory: str) -> dict[str, Any]:
