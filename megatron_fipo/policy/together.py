@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_fipo.errors import FipoError, one_line
+from megatron_fipo.errors import CheckpointError, FipoError, one_line
 from megatron_fipo.policy import platform
 from megatron_fipo.weights.reshard import gather_texts
 
@@ -17,7 +17,7 @@ def together(what: str, work: Callable[[], _T]) -> _T:
     """What `work` returns on this rank; every rank calls this together.
 
     Raises:
-        FipoError: on every rank if `work` fails on any, whatever it raises: `what`, and the first rank's reason.
+        CheckpointError: on every rank if `work` fails on any, whatever it raises: `what`, and the first rank's reason.
     """
     result: _T | None = None
     failure: BaseException | None = None
@@ -27,7 +27,7 @@ def together(what: str, work: Callable[[], _T]) -> _T:
         failure = error
     said = [json.loads(text) for text in gather_texts(json.dumps(_reason(failure)), platform.device())]
     if reasons := [reason for reason in said if reason]:
-        raise FipoError(f"{what}: {reasons[0]}") from failure
+        raise CheckpointError(f"{what}: {reasons[0]}") from failure
     return cast(_T, result)
 
 
