@@ -14,11 +14,14 @@ from typing import Any, TypeVar
 import torch.distributed
 from megatron.core import parallel_state
 
+from megatron_fipo import loop_state
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
+from megatron_fipo.loop_state import LoopState
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
@@ -83,10 +86,13 @@ class Trainer:
         with self.console.phase("start"):
             updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
             geometry = read_architecture(self.model_dir)
+            if (found := self.resume_from) is not None:
+                self._by_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
             if self.resume_from is not None:
-                self._load(self.resume_from)
+                checkpoint.load(self.policy, self.resume_from)
+                self.console.note(f"resumed from {self.resume_from}")
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
@@ -183,18 +189,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the policy and of the loop."""
-        state: dict[str, Any] = {}
         self._check_lock()
-        if self.experience is not None:
-            state = {
-                "step": self.step,
-                "seconds": self._seconds(),
-                "results": self.results,
-                "experience": self.experience.state_dict(),
-            }
+        state, arrays = self._by_rank_0(self._loop_state) or ({}, {})
         with self.console.phase("checkpoint"):
-            directory = self.directory / "checkpoints"
-            checkpoint.save(self.policy, directory, self.step, state, self.config.checkpoint.keep, self.model_dir)
+            directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
+            checkpoint.save(self.policy, directory, self.step, state, keep, self.model_dir, arrays)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""
@@ -286,12 +285,19 @@ class Trainer:
         if self.place is not None:
             self.place.lock.check()
 
-    def _load(self, path: Path) -> None:
-        state = checkpoint.load(self.policy, path)
-        self.seconds_before, self.results = state["seconds"], state["results"]
-        experience = self.experience
-        self._by_rank_0(lambda: experience.load_state_dict(state["experience"]) if experience else None)
-        self.console.note(f"resumed from {path}")
+    def _loop_state(self) -> tuple[dict[str, Any], Arrays]:
+        assert self.experience is not None, "rank 0 has one"
+        state = LoopState(
+            step=self.step, seconds=self._seconds(), results=self.results, experience=self.experience.state()
+        )
+        return loop_state.encode(state)
+
+    def _load_loop(self, path: Path) -> None:
+        """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
+        checkpoint.check_version(path)
+        assert self.experience is not None, "rank 0 has one"
+        state = self.experience.resume(path / checkpoint.TRAINER_STATE, path / checkpoint.TRAINER_ARRAYS, self.step)
+        self.seconds_before, self.results = state.seconds, state.results
 
 
 def _over_updates(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or not there, loadable under another layout.
 
-A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json (the
-state of the loop: step, data order, carried-over groups), and the configuration and tokenizer files that make it a
-model by itself. It is written under another name and renamed when all ranks are done, so a directory of that name is
-complete by construction and there is no tracker file to go stale.
+A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json and
+trainer.safetensors (the state of the loop: step, data order, carried-over groups; loop_state.py reads them), and the
+configuration and tokenizer files that make it a model by itself. It is written under another name and renamed when all
+ranks are done, so a directory of that name is complete by construction and there is no tracker file to go stale.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
+import safetensors.numpy
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
@@ -22,14 +24,15 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.files import sync, write_json_atomically
+from megatron_fipo.files import sync, write_atomically, write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
-_TRAINER_STATE = "trainer.json"
+TRAINER_STATE = "trainer.json"
+TRAINER_ARRAYS = "trainer.safetensors"
 # The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
@@ -55,7 +58,15 @@ def _complete(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
 
 
-def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, Any], keep: int, model_dir: Path) -> Path:
+def save(
+    policy: Policy,
+    directory: Path,
+    step: int,
+    trainer_state: dict[str, Any],
+    keep: int,
+    model_dir: Path,
+    trainer_arrays: dict[str, numpy.ndarray] | None = None,
+) -> Path:
     """Write a checkpoint; every rank calls this together.
 
     Args:
@@ -64,6 +75,7 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
         trainer_state: JSON-ready state of the loop; rank 0's is written.
         keep: newest checkpoints to leave there; 0 leaves all.
         model_dir: where configuration and tokenizer are copied from.
+        trainer_arrays: what of that state is no JSON; rank 0's are written.
 
     Returns:
         The complete checkpoint.
@@ -82,7 +94,8 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
     if first:
         carry_files(model_dir, partial, policy.megatron_config.params_dtype)
         written_by = {_WRITTEN_BY: str(megatron_versions.installed())}
-        write_json_atomically(partial / _TRAINER_STATE, trainer_state | written_by)
+        write_json_atomically(partial / TRAINER_STATE, trainer_state | written_by)
+        write_atomically(partial / TRAINER_ARRAYS, safetensors.numpy.save(trainer_arrays or {}))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         sync(directory)
@@ -93,19 +106,14 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
     return target
 
 
-def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
+def load(policy: Policy, checkpoint: Path) -> None:
     """Fill the policy from a checkpoint, which any layout may have written; every rank calls this together.
-
-    Returns:
-        The state of the loop that `save` was given.
 
     Raises:
         FipoError: the checkpoint does not fit this model, is damaged, or is of a newer Megatron-Core.
     """
     check_version(checkpoint)
     try:
-        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        trainer_state.pop(_WRITTEN_BY, None)
         state = _sharded_state(policy, is_loading=True)
         megatron_versions.dequantise(state)
         # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
@@ -124,14 +132,14 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
-    return trainer_state
 
 
 def check_version(checkpoint: Path) -> None:
     """Raise FipoError where a newer Megatron-Core than the installed one wrote a checkpoint."""
-    with contextlib.suppress(OSError, ValueError):  # which `load` names; a converted model's has no such file
-        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        megatron_versions.check_readable(checkpoint, trainer_state.get(_WRITTEN_BY))
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # whoever reads all of it names these
+        trainer_state = json.loads((checkpoint / TRAINER_STATE).read_text())
+        noted = trainer_state.get(_WRITTEN_BY) if isinstance(trainer_state, dict) else None
+        megatron_versions.check_readable(checkpoint, noted if isinstance(noted, str) else None)
 
 
 def _raise_if_lost(checkpoint: Path, keys: set[str]) -> None:
