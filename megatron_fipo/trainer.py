@@ -22,7 +22,7 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.loop_state import LoopState
-from megatron_fipo.policy import checkpoint, platform
+from megatron_fipo.policy import checkpoint, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
@@ -193,7 +193,21 @@ class Trainer:
         state, arrays = self._by_rank_0(self._loop_state) or ({}, {})
         with self.console.phase("checkpoint"):
             directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
-            checkpoint.save(self.policy, directory, self.step, state, keep, self.model_dir, arrays)
+            saved = checkpoint.save(self.policy, directory, self.step, state, keep, self.model_dir, arrays)
+            if self.config.checkpoint.huggingface_every:
+                self._save_huggingface(saved)
+
+    def _save_huggingface(self, saved: Path) -> None:
+        """Write the policy beside its checkpoint as a Hugging Face directory, if that is due."""
+        directory = self.directory / "huggingface"
+        if self.is_due(self.config.checkpoint.huggingface_every):
+            failure = huggingface_directories.save(self.policy, saved, directory, self.model_dir)
+            if failure:
+                # The run has lost nothing: the same weights are in the checkpoint.
+                remedy = f"python tools/convert_hf.py to-hf {saved} DIRECTORY makes it of the checkpoint"
+                self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
+        if self.first and self.config.checkpoint.keep:
+            huggingface_directories.prune(directory, saved.parent)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""

@@ -86,6 +86,12 @@ class CheckpointConfig:
 
     every: int = setting(5, "Save after this many steps, and after the last; 0 is never.", minimum=0)
     keep: int = setting(2, "Newest checkpoints to keep; 0 keeps all.", minimum=0)
+    huggingface_every: int = setting(
+        0,
+        "Beside the checkpoint after this many steps, and after the last, write a Hugging Face directory, "
+        "run.directory/huggingface/step-…, kept as long as the checkpoint; a multiple of checkpoint.every. 0 is never.",
+        minimum=0,
+    )
 
 
 @dataclass
