@@ -207,7 +207,7 @@ class Trainer:
                 remedy = f"python tools/convert_hf.py to-hf {saved} DIRECTORY makes it of the checkpoint"
                 self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
         if self.first and self.config.checkpoint.keep:
-            huggingface_directories.prune(directory, saved.parent)
+            huggingface_directories.prune(directory, saved)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""

@@ -36,12 +36,14 @@ def save(policy: Policy, checkpoint: Path, directory: Path, model_dir: Path) -> 
     return ""
 
 
-def prune(directory: Path, checkpoints: Path) -> None:
+def prune(directory: Path, checkpoint: Path) -> None:
     """Remove the directories whose checkpoints are gone, and what a killed run has left half-written. On rank 0.
 
-    What cannot be removed stays until the next call.
+    `checkpoint` is the newest, which may still be on its way. What cannot be removed stays until the next call.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         ours = _OURS.fullmatch(path.name)
-        if ours and (ours["unfinished"] or not (checkpoints / ours["step"]).exists()):
+        if ours is None or path.name == checkpoint.name:
+            continue
+        if ours["unfinished"] or not checkpoint.with_name(ours["step"]).exists():
             shutil.rmtree(path, ignore_errors=True)

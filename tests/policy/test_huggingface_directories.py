@@ -10,10 +10,25 @@ from megatron_fipo.policy.huggingface_directories import prune
 
 def test_what_has_no_checkpoint_goes_and_what_is_not_ours_stays(tmp_path: Path) -> None:
     directory, checkpoints = tmp_path / "huggingface", tmp_path / "checkpoints"
-    prune(directory, checkpoints)  # nothing has been written yet
-    for name in ("step-000001", "step-000002", ".step-000002.partial", "step-2", "best", "step-000001.old"):
+    newest = checkpoints / "step-000003"
+    prune(directory, newest)  # nothing has been written yet
+    for name in (
+        "step-000001",
+        "step-000002",
+        newest.name,
+        ".step-000002.partial",
+        "step-2",
+        "best",
+        "step-000001.old",
+    ):
         (directory / name).mkdir(parents=True)
         (directory / name / "model.safetensors").touch()
     (checkpoints / "step-000002").mkdir(parents=True)
-    prune(directory, checkpoints)
-    assert {path.name for path in directory.iterdir()} == {"step-000002", "step-2", "best", "step-000001.old"}
+    prune(directory, newest)
+    assert {path.name for path in directory.iterdir()} == {
+        "step-000002",
+        newest.name,
+        "step-2",
+        "best",
+        "step-000001.old",
+    }
