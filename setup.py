@@ -16,6 +16,8 @@ RUNTIME = [
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",
     "mpmath",
+    # Reads the loop's state in checkpoints, typed and strict.
+    "msgspec",
     "numpy",
     "omegaconf>=2.3",
     "packaging",

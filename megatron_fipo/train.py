@@ -47,6 +47,7 @@ def train(run: Any) -> None:
         sequences, sampled = run.sample()
         updated = run.update(sequences)
         run.push_weights()
+        run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)
         if run.is_due(run.config.validation.every):
             run.validate()
@@ -54,7 +55,9 @@ def train(run: Any) -> None:
         if stops or run.is_due(run.config.checkpoint.every):
             run.save()
         if stops:
+            run.settle()
             sys.exit(STOPPED)
+    run.settle()
     run.finish()
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +26,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_fipo.errors import CheckpointError, one_line
 from megatron_fipo.policy.save_plan import Item
 from megatron_fipo.processes import die_with_parent
+
+_NO_LIMIT_S = 1e6
+"""For processes whose parent is itself waited for with a deadline, and takes them along when it ends."""
+
 
 @dataclass(frozen=True)
 class Digest:
@@ -45,14 +49,28 @@ class Written:
     digests: dict[str, Digest]
     """By the files' names."""
 
+    def and_also(self, other: "Written") -> "Written":
+        """Both together."""
+        return Written(self.results + other.results, self.digests | other.digests)
+
+
+Job = Callable[[], Written]
+"""Writes something and says what. Raises OSError where it cannot."""
+
 
 class FileWriters:
     """The processes that write some files of a checkpoint."""
 
-    def __init__(self, directory: Path, files: Sequence[tuple[str, Sequence[Item]]]):
-        """Start a process for each of `files`, a name and what goes into it."""
+    def __init__(self, directory: Path, jobs: Sequence[Job]):
+        """Start a process for each of `jobs`: the first one's, which starts the others.
+
+        A fork of a rank takes as long as its page tables are large, and training waits for this one.
+
+        Args:
+            directory: what errors name where no file is known.
+        """
         self._directory = directory
-        self._started = [_start(directory, name, items) for name, items in files]
+        self._started = [_start(directory, jobs)] if jobs else []
 
     def are_done(self) -> bool:
         """Whether every process has answered or ended."""
@@ -65,16 +83,13 @@ class FileWriters:
             CheckpointError: one could not write, was killed, or is not done after `timeout_s`, and all have ended.
         """
         deadline = time.monotonic() + timeout_s
-        results: list[WriteResult] = []
-        digests: dict[str, Digest] = {}
+        written = Written((), {})
         try:
             for process, answer in self._started:
-                written = self._answer(process, answer, max(deadline - time.monotonic(), 0))
-                results += written.results
-                digests |= written.digests
+                written = written.and_also(self._answer(process, answer, max(deadline - time.monotonic(), 0)))
         finally:
             self.end()
-        return Written(tuple(results), digests)
+        return written
 
     def end(self) -> None:
         """End the processes, done or not."""
@@ -100,14 +115,6 @@ class FileWriters:
         raise CheckpointError(found)
 
 
-def space_error(path: Path, error: OSError) -> str:
-    """One line for a file that could not be written, with the space that is left if that is the reason."""
-    said = f"{error.filename or path} could not be written: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        said += f" ({shutil.disk_usage(path.parent).free / 2**30:.2f} GiB are free)"
-    return said
-
-
 def digest_of(path: Path) -> Digest:
     """Read a file for its digest. Raises OSError."""
     checksum, size = xxhash.xxh3_128(), 0
@@ -119,33 +126,38 @@ def digest_of(path: Path) -> Digest:
     return Digest(size, checksum.hexdigest())
 
 
-def _start(directory: Path, name: str, items: Sequence[Item]) -> tuple[Any, Connection]:
+def _start(directory: Path, jobs: Sequence[Job]) -> tuple[Any, Connection]:
     context = multiprocessing.get_context("fork")
     answer, says = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(says, os.getpid(), directory / name, items), daemon=True)
+    process = context.Process(target=_run, args=(says, os.getpid(), directory, jobs))
     process.start()
     says.close()
     return process, answer
 
 
-def _run(says: Connection, rank_process: int, path: Path, items: Sequence[Item]) -> None:
-    """Write the file, and say what came of it."""
+def _run(says: Connection, parent: int, directory: Path, jobs: Sequence[Job]) -> None:
+    """Do the first of the jobs while other processes do the rest, and say what came of all."""
     gc.disable()  # what it collected here could be the GPU's, which belongs to the rank
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(rank_process)
+    die_with_parent(parent)
+    others = FileWriters(directory, jobs[1:])
     try:
-        said: Written | str = _write(path, items)
+        said: Written | str = jobs[0]().and_also(others.wait(_NO_LIMIT_S))
+    except CheckpointError as error:
+        said = str(error)
     except OSError as error:
-        said = space_error(path, error)
+        said = _space_error(directory, error)
     except Exception as error:
-        said = f"{path} could not be written: {one_line(error)}"
+        said = f"{directory} could not be written: {one_line(error)}"
+    others.end()
     says.send(said)
 
 
-def _write(path: Path, items: Sequence[Item]) -> Written:
+def write_file(path: Path, items: Sequence[Item]) -> Written:
+    """Write a file of tensors, and flush it to the disk. Raises OSError."""
     transforms = _StorageWriterTransforms()
-    results = []
+    results: list[WriteResult] = []
     with path.open("wb") as file:
         stream = _Hashing(file)
         for item, data in items:
@@ -156,7 +168,7 @@ def _write(path: Path, items: Sequence[Item]) -> Written:
                 )
             except Exception:
                 if stream.failure is not None:  # torch tells of its own confusion instead
-                    raise stream.failure from None
+                    raise OSError(stream.failure.errno, stream.failure.strerror, str(path)) from None
                 raise
         file.flush()
         os.fsync(file.fileno())
@@ -194,3 +206,11 @@ class _Hashing:
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _space_error(directory: Path, error: OSError) -> str:
+    """One line for what could not be written, with the space that is left if that is the reason."""
+    said = f"{error.filename or directory} could not be written: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        said += f" ({shutil.disk_usage(directory).free / 2**30:.2f} GiB are free)"
+    return said

@@ -20,26 +20,25 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+SHARDING = "fully_reshardable"
+"""Megatron-Core's name for state that is saved by parameter and not by rank, so that any layout loads it."""
 _PREFIX = "optimizer.state"
 
 
 @contextlib.contextmanager
 def in_blocks() -> Iterator[None]:
-    """Within it, a distributed optimizer's `fully_reshardable` state to be saved is made here."""
-    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    """Within it, a distributed optimizer's sharded state is what is to be saved, and made here."""
+    original = DistributedOptimizer.sharded_state_dict
 
-    def made_here(
-        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
-    ) -> dict[int, Any]:
-        if is_loading:
-            return original(self, model_sharded_state_dict, is_loading, metadata)
-        return _state(self, model_sharded_state_dict)
+    def made_here(self: Any, model_sharded_state_dict: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        parameters = {"param_state": _state(self, model_sharded_state_dict), "param_state_sharding_type": SHARDING}
+        return self.state_dict() | parameters
 
-    DistributedOptimizer.sharded_param_state_fully_reshardable = made_here
+    DistributedOptimizer.sharded_state_dict = made_here
     try:
         yield
     finally:
-        DistributedOptimizer.sharded_param_state_fully_reshardable = original
+        DistributedOptimizer.sharded_state_dict = original
 
 
 def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -67,9 +66,7 @@ def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[in
         yield from _in_row(shape, last, 0, end % row)
 
 
-def _in_row(
-    shape: Sequence[int], row: int, start: int, end: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _in_row(shape: Sequence[int], row: int, start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for offsets, sizes in boxes(shape[1:], start, end):
         yield (row, *offsets), (1, *sizes)
 
@@ -107,10 +104,9 @@ def _blocks(described: Any, tensors: dict[str, Tensor], start: int, end: int) ->
     for name, tensor in tensors.items():
         if name == "step":
             continue
-        stored = "fp32_param" if name == "param" else name
         flat = tensor.detach().flatten()
-        blocks[stored] = [
-            _block(part.whole, stored, flat, part.start - start + at, offsets, sizes)
+        blocks[name] = [
+            _block(part.whole, name, flat, part.start - start + at, offsets, sizes)
             for part in parts
             for at, offsets, sizes in _placed(part, start, end)
         ]

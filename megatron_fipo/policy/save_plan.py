@@ -53,6 +53,11 @@ class _Collector(filesystem_async.FileSystemWriterAsync):  # type: ignore[misc]
         super().__init__(str(directory), thread_count=FILES_A_RANK)
         self.files: tuple[tuple[Item, ...], ...] = ()
 
+    def take_files(self) -> tuple[tuple[Item, ...], ...]:
+        """The files to write, which are no longer kept here."""
+        files, self.files = self.files, ()
+        return files
+
     def prepare_local_plan(self, plan: Any) -> Any:
         return plan  # makes no directory
 
@@ -79,7 +84,7 @@ def make_plan(state: dict[str, Any], directory: Path) -> SavePlan:
     )
     collector = _Collector(directory)
     (_, metadata, _), *_ = state_dict_saver.save_state_dict_async_plan(tensors, collector, planner=planner)
-    return SavePlan(collector.files, content, collector, metadata)
+    return SavePlan(collector.take_files(), content, collector, metadata)
 
 
 def _on_cpu(data: Any) -> Any:
