@@ -87,8 +87,11 @@ class FileWriters:
         try:
             for process, answer in self._started:
                 written = written.and_also(self._answer(process, answer, max(deadline - time.monotonic(), 0)))
-        finally:
+        except BaseException:
             self.end()
+            raise
+        # They have only to end, which takes them a while and nobody waits for.
+        self._started = []
         return written
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ from megatron_fipo.errors import CheckpointError
 from megatron_fipo.files import sync, write_atomically, write_json_atomically
 from megatron_fipo.policy import checkpoint_manifest
 from megatron_fipo.policy.checkpoint_files import FileWriters, Job, Written, write_file
-from megatron_fipo.policy.checkpoint_places import place_of, remove, remove_all_but, remove_unfinished, unfinished
+from megatron_fipo.policy.checkpoint_places import place_of, remove, remove_all_but, unfinished
 from megatron_fipo.policy.save_plan import SavePlan
 from megatron_fipo.policy.together import no_garbage_collection, together
 from megatron_fipo.weights.distributed_checkpoint import FORMAT
@@ -114,7 +114,7 @@ class Saving:
         if not self._first:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self._directory)
+        shutil.rmtree(self.partial, ignore_errors=True)
         free = shutil.disk_usage(self._directory).free
         if free < self._bytes:
             raise CheckpointError(
