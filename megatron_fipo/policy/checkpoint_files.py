@@ -158,24 +158,26 @@ def _run(says: Connection, parent: int, directory: Path, jobs: Sequence[Job]) ->
 
 
 def write_file(path: Path, items: Sequence[Item]) -> Written:
-    """Write a file of tensors, and flush it to the disk. Raises OSError."""
-    transforms = _StorageWriterTransforms()
-    results: list[WriteResult] = []
-    with path.open("wb") as file:
-        stream = _Hashing(file)
-        for item, data in items:
-            kept = _alone(data)
-            try:
-                results.append(
-                    _write_item(transforms, stream, kept, item, path.name, SerializationFormat.TORCH_SAVE)  # type: ignore[arg-type]
-                )
-            except Exception:
-                if stream.failure is not None:  # torch tells of its own confusion instead
-                    raise OSError(stream.failure.errno, stream.failure.strerror, str(path)) from None
-                raise
-        file.flush()
-        os.fsync(file.fileno())
-    return Written(tuple(results), {path.name: Digest(stream.tell(), stream.checksum.hexdigest())})
+    """Write a file of tensors, and flush it to the disk. Raises OSError, which names it."""
+    try:
+        with path.open("wb") as file:
+            stream = _Hashing(file)
+            results = tuple(_append(stream, path.name, item, data) for item, data in items)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return Written(results, {path.name: Digest(stream.tell(), stream.checksum.hexdigest())})
+
+
+def _append(stream: "_Hashing", name: str, item: Any, data: Any) -> WriteResult:
+    file: Any = stream
+    try:
+        return _write_item(_StorageWriterTransforms(), file, _alone(data), item, name, SerializationFormat.TORCH_SAVE)
+    except Exception:
+        if stream.failure is not None:  # torch tells of its own confusion instead
+            raise stream.failure from None
+        raise
 
 
 def _alone(data: Any) -> Any:
