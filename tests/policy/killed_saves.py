@@ -40,7 +40,7 @@ def kill_at(model_dir: str, directory: str, moments: int) -> list[dict[str, Any]
 
 
 def _run_until(model_dir: str, place: Path, seconds: float | None) -> tuple[float, int]:
-    """A run that is killed so long after it began to save, or when that save is done; how long that was, what it loaded."""
+    """A run that is killed so long after it began to save, or when that save is done. Seconds, and what it loaded."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
