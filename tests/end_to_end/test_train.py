@@ -155,12 +155,15 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
     state = broken / "checkpoints/step-000002/trainer.json"
-    content = json.loads(state.read_text())
+    saved = state.read_text()
+    content = json.loads(saved)
     assert content["experience"]["kept"], "the control: groups are carried over"
     state.write_text(json.dumps(content | {"seconds": "x"}))
-    output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
+    output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=1)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
-    state.write_text(json.dumps(content))
+    output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
+    assert f"error: {state.parent}: trainer.json has " in output, "the manifest finds it too, and first"
+    state.write_text(saved)
     output = runs.run(broken, *settings)
 
     assert "resumed from" in output
