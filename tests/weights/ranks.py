@@ -88,7 +88,7 @@ def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str)
         (occupied / "file").touch()
     dist.barrier()
     said["target not empty"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied)
-    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, "/proc/none/target")
+    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied / "file" / "target")
     said["no config.json"] = _error(reshard.save_huggingface, chunks, geometry, target, Path(target, "half"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # stands in for a disk that is full
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
