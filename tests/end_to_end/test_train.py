@@ -82,10 +82,14 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
 
 
 def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    run_on(server, tmp_path, "algorithm=dapo")
+    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to."""
+    (tmp_path / "checkpoints").write_text("in the way")
+    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn")
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]
+    for step in (1, 2):
+        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(tmp_path)
 
 
 def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
@@ -164,7 +168,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
     assert f"error: {state.parent}: trainer.json has " in output, "the manifest finds it too, and first"
     state.write_text(saved)
+    (broken / "checkpoints/.step-000003.partial").mkdir()
     output = runs.run(broken, *settings)
+    assert {path.name for path in (broken / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
 
     assert "resumed from" in output
     check_rows(runs.rows(broken), steps=4)

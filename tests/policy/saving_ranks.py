@@ -35,11 +35,33 @@ def _policy(model_dir: str, parallel: dict[str, Any]) -> Policy:
     start_model_parallel(config.parallel, seed=0)
     policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
-    for part in policy.optimizer.chained_optimizers:
-        for master, moments in part.optimizer.state.items():
-            for value in (master.detach(), moments["exp_avg"], moments["exp_avg_sq"]):
-                value.copy_(torch.rand(value.shape, generator=generator))
+    for value in _state(policy):
+        value.copy_(torch.rand(value.shape, generator=generator))
     return policy
+
+
+def _state(policy: Policy) -> list[torch.Tensor]:
+    """The optimizer's own tensors, and the parameters last."""
+    held = [
+        value
+        for part in policy.optimizer.chained_optimizers
+        for master, moments in part.optimizer.state.items()
+        for value in (master.detach(), moments["exp_avg"], moments["exp_avg_sq"])
+    ]
+    return held + [parameter.detach() for parameter in policy.chunks[0].parameters()]
+
+
+def _not_loaded(policy: Policy, saved: Path) -> list[int]:
+    """The numbers of the tensors that do not come back from a checkpoint as they are now."""
+    before = [value.clone() for value in _state(policy)]
+    for value in _state(policy):
+        value.fill_(torch.nan)
+    checkpoint.load(policy, saved)
+    return [
+        number
+        for number, (old, new) in enumerate(zip(before, _state(policy), strict=True))
+        if not torch.equal(old, new)
+    ]
 
 
 def all_together(model_dir: str, directory: str, parallel: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +73,10 @@ def all_together(model_dir: str, directory: str, parallel: dict[str, Any]) -> di
     def save(step: int) -> Path:
         return checkpoint.save(policy, place, step, {"step": step}, keep=2, model_dir=Path(model_dir))
 
+    checkpoint.load(policy, save(1))  # after which ranks agree on what several of them hold
     saved = save(1)
     found: dict[str, Any] = {"differing": _differing(policy, saved, place / "gathered")}
+    found["not loaded"] = _not_loaded(policy, saved)
     found["damage"] = _damages(saved)
     found["failures"] = _failures(save, saved, place)
     found["left"] = sorted(path.name for path in place.glob("step-*"))
