@@ -6,6 +6,7 @@ Whatever fails on one rank fails on all, leaves nothing of this checkpoint and a
 import contextlib
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -59,7 +60,7 @@ class Saving:
         total = torch.tensor([plan.nbytes], dtype=torch.int64)
         torch.distributed.all_reduce(total)
         self._bytes = int(total.item())
-        self._plan = plan
+        self._plan = replace(plan, files=())  # which the writers hold while they need it, and this process does not
         self._guarded(self._make_room)
         rank = torch.distributed.get_rank()
         jobs: list[Job] = [
