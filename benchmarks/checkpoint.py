@@ -10,7 +10,9 @@ against that of an update with nothing beside it. Results are in benchmarks/READ
 
 import argparse
 import contextlib
+import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import tempfile
@@ -55,7 +57,7 @@ SMOLLM2_135M: dict[str, Any] = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
-ROUNDS = 5
+ROUNDS = 4
 TOKENS = 128
 """Few, so that an update is over before a save is."""
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -126,19 +128,32 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
     (mini_batch,) = policy.plan(sequences)
     policy.score([mini_batch])
     clock("update", lambda: policy.update(mini_batch))
-    _settle()
-    clock("before", lambda: _save_as_before(policy, place / "before"))
-    _settle()
-    clock("synchronous", lambda: checkpoint.save(*arguments(1)))
-    _settle()
-    with _no_checksums():
-        clock("unchecked", lambda: checkpoint.save(*arguments(2)))
+    kinds = {
+        "before": lambda: _save_as_before(policy, place / "before"),
+        "synchronous": lambda: checkpoint.save(*arguments(1)),
+        "unchecked": lambda: checkpoint.save(*arguments(2)),
+    }
+    # In another order each round: a disk is busy for a while with what was written and removed before.
+    for kind in sorted(kinds, key=lambda kind: (list(kinds).index(kind) + number) % len(kinds)):
+        _settle()
+        before = _processor_seconds()
+        with _no_checksums() if kind == "unchecked" else contextlib.nullcontext():
+            clock(kind, kinds[kind])
+        _settle()
+        clock.seconds[f"{kind}, of processors"].append(_processor_seconds() - before)
     _settle()
     saving = clock("begin", lambda: checkpoint.start_saving(*arguments(3)))
     clock("update beside", lambda: policy.update(mini_batch))
     while not saving.is_written():
         time.sleep(0.05)
     clock("finish", saving.finish)
+
+
+def _processor_seconds() -> float:
+    """CPU time of the processes that this one has started and that have ended."""
+    multiprocessing.active_children()  # takes leave of those
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _settle() -> None:
@@ -184,6 +199,11 @@ def _print(clock: Clock, size: int) -> None:
     )
     for what, seconds, ratio in rows:
         print(f"| {what} | {seconds:.2f} | {ratio:.3f} |")
+    checked, unchecked = (clock.median(f"{kind}, of processors") for kind in ("synchronous", "unchecked"))
+    print(
+        f"| CPU time of the processes that write, and its ratio to that without checksums | {checked:.2f} "
+        f"| {checked / unchecked:.3f} |"
+    )
     alone, beside = clock.median("update"), clock.median("update beside")
     load, verify = clock.median("load"), clock.median("verify")
     print(f"| an update alone | {alone:.2f} | |")

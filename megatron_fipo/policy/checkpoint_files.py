@@ -30,6 +30,9 @@ from megatron_fipo.processes import die_with_parent
 _NO_LIMIT_S = 1e6
 """For processes whose parent is itself waited for with a deadline, and takes them along when it ends."""
 
+_NICENESS = 5
+"""Added by each process to its parent's: training goes first where there are too few cores for both."""
+
 
 @dataclass(frozen=True)
 class Digest:
@@ -144,6 +147,7 @@ def _run(says: Connection, parent: int, directory: Path, jobs: Sequence[Job]) ->
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent)
+    os.nice(_NICENESS)
     others = FileWriters(directory, jobs[1:])
     try:
         said: Written | str = jobs[0]().and_also(others.wait(_NO_LIMIT_S))

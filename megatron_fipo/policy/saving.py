@@ -132,7 +132,6 @@ class Saving:
             return
         assert self._plan is not None
         self._plan.write_metadata([list(written.results) for written in gathered])
-        write_json_atomically(self.partial / "metadata.json", FORMAT)
         digests = {name: digest for written in gathered for name, digest in written.digests.items()}
         checkpoint_manifest.write(self.partial, digests)
         if self.target.exists():  # of a run that went back to an older checkpoint
@@ -145,6 +144,7 @@ class Saving:
 
 def _write_small_files(directory: Path, common: bytes | None, write: Callable[[Path], None]) -> Written:
     write(directory)
+    write_json_atomically(directory / "metadata.json", FORMAT)
     if common is not None:
         write_atomically(directory / "common.pt", common)
     return Written((), {})
