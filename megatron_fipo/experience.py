@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_fipo import loop_state
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
@@ -22,7 +22,8 @@ from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary, outside
-from megatron_fipo.errors import RolloutError
+from megatron_fipo.errors import DataError, RolloutError
+from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.pool import VerifierPool
@@ -139,31 +140,35 @@ class Experience:
             self.console.warn(warning)
         return score(groups, settings.samples)
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state between two steps."""
-        return {
-            "data": self.fingerprint.to_dict(),
-            "order": self.order.state_dict(),
-            "sampling": self.sampling.state_dict(),
-            "drawn": self.drawn,
-        }
+    def state(self) -> ExperienceState[Group]:
+        """State between two steps."""
+        return ExperienceState(self.order.state(), self.drawn, self.sampling.carried(), self.fingerprint)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` stood: no problem skipped, none repeated.
+    def resume(self, json_file: Path, arrays_file: Path, step: int) -> LoopState[Group]:
+        """Go on from the state in a checkpoint of `step`, and return it. DataError, with file and key, if it cannot."""
+        state = loop_state.read(json_file, arrays_file, step=step, vocab_size=self.vocab_size)
+        try:
+            self.load(state.experience)
+        except DataError as error:
+            raise DataError(f"{json_file}: experience.{error}") from None
+        return state
 
-        DataError where the data is another, unless data.allow_change; its order then begins a new epoch.
+    def load(self, state: ExperienceState[Group]) -> None:
+        """Go on where `state` stood: no problem skipped, none repeated.
+
+        DataError where the data is another, unless data.allow_change; its order then begins a new epoch. And where a
+        carried group is too long for this configuration.
         """
-        keeps_order, warning = compare_for_resume(self.fingerprint, state.get("data"), self.config.data.allow_change)
+        keeps_order, warning = compare_for_resume(self.fingerprint, state.data, self.config.data.allow_change)
         if warning:
             self.console.warn(warning)
+        self._check_lengths(state.kept)
         if keeps_order:
-            self.order.load_state_dict(state["order"])
+            self.order.load(state.order)
         else:
-            self.order.start_over(state["order"])
-        self.sampling.load_state_dict(state["sampling"])
-        for carried in state["sampling"]["kept"]:
-            self._check_token_ids(Group.from_dict(carried), "the checkpoint")
-        self.drawn = state["drawn"]
+            self.order.start_over(state.order)
+        self.sampling.carry(state.kept)
+        self.drawn = state.drawn
 
     def _sample(
         self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
@@ -173,7 +178,7 @@ class Experience:
         judged: list[Future[Group]] = []
 
         def judge(group: Group) -> None:
-            self._check_token_ids(group, "a server's answer")
+            self._check_token_ids(group)
             group.text = [self.tokenizer.decode(response.token_ids) for response in group.responses]
             judged.append(self.verifiers.submit(group))
             phase.progress(len(judged), len(problems), "groups")
@@ -187,13 +192,28 @@ class Experience:
                 verifying.progress(done, len(judged), "groups")
         return groups
 
-    def _check_token_ids(self, group: Group, whence: str) -> None:
+    def _check_token_ids(self, group: Group) -> None:
         """Raise RolloutError for an id that the policy has no embedding for, before anything is trained on it."""
         for token_ids in (group.problem.token_ids, *(response.token_ids for response in group.responses)):
             if (token := outside(token_ids, self.vocab_size)) is not None:
                 raise RolloutError(
-                    f"{whence} has the token id {token} for problem {group.problem.id}, outside the {self.vocab_size} "
-                    f"of the model {self.config.model.path}"
+                    f"a server's answer has the token id {token} for problem {group.problem.id}, outside the "
+                    f"{self.vocab_size} of the model {self.config.model.path}"
+                )
+
+    def _check_lengths(self, carried: list[Group]) -> None:
+        """Raise DataError for a group that micro-batches of this configuration may have no room for."""
+        rollout = self.config.rollout
+        prompt = max((len(group.problem.token_ids) for group in carried), default=0)
+        response = max((len(response.token_ids) for group in carried for response in group.responses), default=0)
+        for name, found, limit in (
+            ("prompt", prompt, rollout.max_prompt_length),
+            ("response", response, rollout.max_response_length),
+        ):
+            if found > limit:
+                raise DataError(
+                    f"kept has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length={limit}: "
+                    f"resume with at least {found}"
                 )
 
     def _sampling(self, temperature: float, top_p: float, top_k: int) -> Sampling:

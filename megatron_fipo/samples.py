@@ -1,6 +1,6 @@
 """What travels through the loop on rank 0: a problem, its sampled responses and their judgements. Plain Python."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 FAILED_CHECKS = ("timeout", "crash")
@@ -64,17 +64,3 @@ class Group:
     judgements: list[Judgement] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     """The responses decoded, for rewards and for readers."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, for checkpoints of carried-over groups."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "Group":
-        """Inverse of `to_dict`."""
-        return cls(
-            problem=Problem(**row["problem"]),
-            responses=[Response(**r) for r in row["responses"]],
-            judgements=[Judgement(**j) for j in row["judgements"]],
-            text=list(row["text"]),
-        )

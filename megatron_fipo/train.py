@@ -14,7 +14,7 @@ from typing import Any
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.launch.local import STOPPED, adopt_environment, already_launched, launch
-from megatron_fipo.processes import die_with_parent, terminate_on_sigterm
+from megatron_fipo.processes import terminate_on_sigterm
 
 
 def main(config: Config) -> None:
@@ -47,6 +47,7 @@ def train(run: Any) -> None:
         sequences, sampled = run.sample()
         updated = run.update(sequences)
         run.push_weights()
+        run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)
         if run.is_due(run.config.validation.every):
             run.validate()
@@ -54,14 +55,12 @@ def train(run: Any) -> None:
         if stops or run.is_due(run.config.checkpoint.every):
             run.save()
         if stops:
+            run.settle()
             sys.exit(STOPPED)
+    run.settle()
     run.finish()
 
 
-if __name__ == "__mp_main__":
-    # Megatron-Core's checkpoints keep a spawned helper process, which imports this module under this name and would
-    # outlive a rank that is killed.
-    die_with_parent()
 if __name__ == "__main__":
     adopt_environment()  # before the configuration is checked against the number of processes
     run_with_config(main)

@@ -14,15 +14,19 @@ from typing import Any, TypeVar
 import torch.distributed
 from megatron.core import parallel_state
 
+from megatron_fipo import loop_state
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
-from megatron_fipo.errors import FipoError, RefusedOnRank0, RolloutError
+from megatron_fipo.errors import CheckpointError, FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
-from megatron_fipo.policy import checkpoint, platform
+from megatron_fipo.loop_state import LoopState
+from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
+from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.update import Policy, gather_parameters
 from megatron_fipo.run_directory import take_directory
 from megatron_fipo.tracking.console import Console
@@ -72,6 +76,9 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self._by_rank_0(lambda: self._open_run_files(stack))
         self.stand_by = StandBy(trainer_store())
+        self.saving: Saving | None = None
+        """The checkpoint that is being written."""
+        stack.callback(self._abandon_saving)
         self.version = self.step
         """The version of the present weights: the step that made them."""
         self.results: dict[str, Any] = {}
@@ -83,10 +90,15 @@ class Trainer:
         with self.console.phase("start"):
             updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
             geometry = read_architecture(self.model_dir)
+            if (found := self.resume_from) is not None:
+                if config.checkpoint.verify and (warning := checkpoint_manifest.verify(found)):
+                    self.console.warn(warning)
+                self._by_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
             if self.resume_from is not None:
-                self._load(self.resume_from)
+                checkpoint.load(self.policy, self.resume_from)
+                self.console.note(f"resumed from {self.resume_from}")
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
@@ -182,19 +194,61 @@ class Trainer:
         return self._on_rank_0(asked)
 
     def save(self) -> None:
-        """Write a checkpoint of the policy and of the loop."""
-        state: dict[str, Any] = {}
+        """Begin a checkpoint of the policy and of the loop; complete when `settle` says so, or at once."""
+        self.settle()
         self._check_lock()
-        if self.experience is not None:
-            state = {
-                "step": self.step,
-                "seconds": self._seconds(),
-                "results": self.results,
-                "experience": self.experience.state_dict(),
-            }
+        state, arrays = self._by_rank_0(self._loop_state) or ({}, {})
         with self.console.phase("checkpoint"):
-            directory = self.directory / "checkpoints"
-            checkpoint.save(self.policy, directory, self.step, state, self.config.checkpoint.keep, self.model_dir)
+            directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
+            try:
+                self.saving = checkpoint.start_saving(
+                    self.policy, directory, self.step, state, keep, self.model_dir, arrays
+                )
+            except CheckpointError as error:
+                self._not_saved(error)
+                return
+            if self.config.checkpoint.huggingface_every:
+                self._save_huggingface(self.saving.target)
+        if not self.config.checkpoint.asynchronous:
+            self.settle()
+
+    def settle(self, wait: bool = True) -> None:
+        """Put the checkpoint that is being written in its place, if there is one: now, or if that is no wait."""
+        saving = self.saving
+        if saving is None:
+            return
+        with self.console.phase("checkpoint"):
+            if not wait and not saving.is_written():
+                return
+            self.saving = None
+            self._check_lock()
+            try:
+                saving.finish()
+            except CheckpointError as error:
+                self._not_saved(error)
+
+    def _not_saved(self, error: CheckpointError) -> None:
+        """What `checkpoint.on_error` says of a checkpoint that could not be written."""
+        if self.config.checkpoint.on_error == "stop":
+            raise error
+        self.console.warn(f"{error}; the run goes on without it, as checkpoint.on_error=warn says")
+
+    def _abandon_saving(self) -> None:
+        """On the way out of a run that failed or is stopped by a signal: the last complete checkpoint stays."""
+        if self.saving is not None:
+            self.saving.abandon()
+
+    def _save_huggingface(self, saved: Path) -> None:
+        """Write the policy beside its checkpoint as a Hugging Face directory, if that is due."""
+        directory = self.directory / "huggingface"
+        if self.is_due(self.config.checkpoint.huggingface_every):
+            failure = huggingface_directories.save(self.policy, saved, directory, self.model_dir)
+            if failure:
+                # The run has lost nothing: the same weights are in the checkpoint.
+                remedy = f"python tools/convert_hf.py to-hf {saved} DIRECTORY makes it of the checkpoint"
+                self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
+        if self.first and self.config.checkpoint.keep:
+            huggingface_directories.prune(directory, saved)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""
@@ -286,12 +340,19 @@ class Trainer:
         if self.place is not None:
             self.place.lock.check()
 
-    def _load(self, path: Path) -> None:
-        state = checkpoint.load(self.policy, path)
-        self.seconds_before, self.results = state["seconds"], state["results"]
-        experience = self.experience
-        self._by_rank_0(lambda: experience.load_state_dict(state["experience"]) if experience else None)
-        self.console.note(f"resumed from {path}")
+    def _loop_state(self) -> tuple[dict[str, Any], Arrays]:
+        assert self.experience is not None, "rank 0 has one"
+        state = LoopState(
+            step=self.step, seconds=self._seconds(), results=self.results, experience=self.experience.state()
+        )
+        return loop_state.encode(state)
+
+    def _load_loop(self, path: Path) -> None:
+        """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
+        checkpoint.check_version(path)
+        assert self.experience is not None, "rank 0 has one"
+        state = self.experience.resume(path / checkpoint.TRAINER_STATE, path / checkpoint.TRAINER_ARRAYS, self.step)
+        self.seconds_before, self.results = state.seconds, state.results
 
 
 def _over_updates(updates: list[dict[str, float]]) -> dict[str, float]:

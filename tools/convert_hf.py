@@ -189,6 +189,7 @@ def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]"
     from megatron_fipo.policy import platform
     from megatron_fipo.policy.checkpoint import check_version
     from megatron_fipo.policy.model import build_model, start_model_parallel
+    from megatron_fipo.policy.plain_resume import plain_data_only
 
     check_version(checkpoint)
     config = Config()
@@ -197,7 +198,8 @@ def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]"
     try:
         start_model_parallel(config.parallel, seed=0)
         model = build_model(config, geometry)[0].eval()
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
+        with plain_data_only():
+            loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
         model.load_state_dict(loaded["model"])
         yield model
     finally:

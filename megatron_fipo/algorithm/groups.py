@@ -12,8 +12,7 @@ Differs from the released code: the surplus may be carried to the next step, and
 trains on what it has (`Selection.gave_up`) where the released code ends the run.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_fipo.config import FilterGroupsConfig
 from megatron_fipo.samples import Group
@@ -82,14 +81,14 @@ class DynamicSampling:
         self._counts = SamplingCounts(carried_in=len(self._kept))
         return Selection(groups, gave_up=len(groups) < self._prompts_per_step, counts=counts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state between two steps, so that a resumed run trains on the carried groups too."""
-        return {"kept": [group.to_dict() for group in self._kept], "counts": asdict(self._counts)}
+    def carried(self) -> list[Group]:
+        """Between two steps: the groups carried over, for a checkpoint."""
+        return list(self._kept)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self._kept = [Group.from_dict(row) for row in state["kept"]]
-        self._counts = SamplingCounts(**state["counts"])
+    def carry(self, groups: list[Group]) -> None:
+        """Inverse of `carried`, so that a resumed run trains on them too."""
+        self._kept = list(groups)
+        self._counts = SamplingCounts(carried_in=len(groups))
 
 
 def _reason_to_drop(group: Group) -> str | None:

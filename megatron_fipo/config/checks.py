@@ -330,6 +330,13 @@ def _schedule(config: Config) -> Iterator[str]:
         raise ConfigError(
             "optimizer.min_lr", f"{optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}", "at most lr"
         )
+    saves = config.checkpoint
+    if saves.huggingface_every and (saves.every == 0 or saves.huggingface_every % saves.every):
+        raise ConfigError(
+            "checkpoint.huggingface_every",
+            f"{saves.huggingface_every} is no multiple of checkpoint.every={saves.every}, and so has no checkpoints",
+            f"a multiple of {saves.every}, or 0" if saves.every else "0, or a checkpoint.every above 0",
+        )
     updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
     if 0 < updates <= optimizer.warmup_updates:
         yield (

@@ -86,6 +86,22 @@ class CheckpointConfig:
 
     every: int = setting(5, "Save after this many steps, and after the last; 0 is never.", minimum=0)
     keep: int = setting(2, "Newest checkpoints to keep; 0 keeps all.", minimum=0)
+    asynchronous: bool = setting(
+        True,
+        "Go on training while a checkpoint is written, which takes its size in memory beside; it counts when done.",
+    )
+    verify: bool = setting(True, "Resume only from a checkpoint whose every file has its checksum.")
+    on_error: str = setting(
+        "stop",
+        "When a checkpoint cannot be written. stop: end the run in one line. warn: go on without it.",
+        choices=("stop", "warn"),
+    )
+    huggingface_every: int = setting(
+        0,
+        "Beside the checkpoint after this many steps, and after the last, write a Hugging Face directory, "
+        "run.directory/huggingface/step-…, kept as long as the checkpoint; a multiple of checkpoint.every. 0 is never.",
+        minimum=0,
+    )
 
 
 @dataclass

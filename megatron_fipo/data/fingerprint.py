@@ -2,34 +2,24 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from megatron_fipo.data.chat_templates import Message
 from megatron_fipo.errors import DataError
 
+_Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
-@dataclass(frozen=True)
-class Fingerprint:
+
+class Fingerprint(Struct, frozen=True, forbid_unknown_fields=True):
     """The training problems of a run, in their order."""
 
-    count: int
-    problems: str
+    count: Annotated[int, Meta(ge=1)]
+    problems: _Hash
     """Hash of all messages and right answers."""
-    prompts: str
+    prompts: _Hash
     """Hash of all token ids: it also changes with the chat template, its variables and date, and the tokenizer."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, for checkpoints."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, state: Any) -> "Fingerprint":
-        """Inverse of `to_dict`. DataError if a checkpoint holds something else."""
-        try:
-            return cls(int(state["count"]), str(state["problems"]), str(state["prompts"]))
-        except (TypeError, KeyError, ValueError, OverflowError) as error:
-            raise DataError(f"the checkpoint's fingerprint of the data cannot be read: {state!r}") from error
 
     def difference(self, saved: "Fingerprint") -> str | None:
         """What is different from a checkpoint's problems, in words; None if they are the same, prompts aside."""
@@ -43,11 +33,11 @@ class Fingerprint:
         )
 
 
-def compare_for_resume(present: Fingerprint, saved: Any, allow_change: bool) -> tuple[bool, str | None]:
+def compare_for_resume(present: Fingerprint, saved: Fingerprint | None, allow_change: bool) -> tuple[bool, str | None]:
     """Whether a run may go on in the checkpoint's order of problems, and a warning where something has changed.
 
     Args:
-        saved: `to_dict` of the checkpoint's fingerprint; None from before checkpoints had one.
+        saved: the checkpoint's fingerprint; None from before checkpoints had one.
         allow_change: data.allow_change.
 
     Raises:
@@ -55,16 +45,15 @@ def compare_for_resume(present: Fingerprint, saved: Any, allow_change: bool) -> 
     """
     if saved is None:
         return True, "the checkpoint does not say what data it was trained on: a change would not be noticed"
-    before = Fingerprint.from_dict(saved)
-    change = present.difference(before)
+    change = present.difference(saved)
     if change and not allow_change:
         raise DataError(
-            f"the data has changed since the checkpoint: {change} "
+            f"data: the problems have changed since the checkpoint: {change} "
             "(resume with the same data, or data.allow_change=true)"
         )
     if change:
         return False, f"the data has changed since the checkpoint: {change}; a new epoch of it begins"
-    if present.prompts != before.prompts:
+    if present.prompts != saved.prompts:
         return True, (
             "the prompts have changed since the checkpoint, the problems have not: another chat template, variable, "
             "date (data.chat_template_date), tokenizer or rollout.max_prompt_length"

@@ -1,9 +1,22 @@
 """The order in which training problems are drawn: epoch after epoch, and the same again after a resume."""
 
 import random
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from megatron_fipo.errors import DataError
+
+
+class OrderState(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a stream stands, and what it was made from."""
+
+    epoch: Annotated[int, Meta(ge=0)]
+    position: Annotated[int, Meta(ge=0)]
+    """Problems of the epoch that have been drawn."""
+    size: Annotated[int, Meta(ge=1)]
+    seed: Annotated[int, Meta(ge=0)]
+    shuffle: bool
 
 
 class ProblemOrder:
@@ -31,34 +44,28 @@ class ProblemOrder:
             self._position += len(step)
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-ready: where the stream stands, and what it was made from."""
-        made_from = {"size": self._size, "seed": self._seed, "shuffle": self._shuffle}
-        return {"epoch": self._epoch, "position": self._position, **made_from}
+    def state(self) -> OrderState:
+        """Where the stream stands."""
+        return OrderState(self._epoch, self._position, self._size, self._seed, self._shuffle)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` stood. DataError if it belongs to other data, another seed or another shuffle."""
-        expected = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != expected.keys():
-            raise DataError(f"the checkpoint's problem order cannot be read: {state!r}")
+    def load(self, state: OrderState) -> None:
+        """Go on where `state` stood. DataError if it belongs to other data, another seed or another shuffle."""
+        present = self.state()
         for key in ("size", "seed", "shuffle"):
-            if state[key] != expected[key]:
+            found, right = getattr(state, key), getattr(present, key)
+            if found != right:
                 raise DataError(
-                    f"the checkpoint's problem order has {key}={state[key]}, this run has {expected[key]}: prompts "
-                    "would be skipped or repeated; resume with the same data, run.seed and data.shuffle"
+                    f"order.{key} is {found}, and this run's is {right}: prompts would be skipped or repeated; resume "
+                    "with the same data, run.seed and data.shuffle"
                 )
-        epoch, position = state["epoch"], state["position"]
-        if not (isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and 0 <= position <= self._size):
-            raise DataError(f"the checkpoint's problem order stands at {position!r} of {self._size} problems")
-        self._epoch, self._position = epoch, position
+        if state.position > self._size:
+            raise DataError(f"order.position is {state.position}, and should be at most order.size, {self._size}")
+        self._epoch, self._position = state.epoch, state.position
         self._order = self._epoch_order()
 
-    def start_over(self, state: dict[str, Any]) -> None:
-        """Begins the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
-        epoch = state.get("epoch") if isinstance(state, dict) else None
-        if not isinstance(epoch, int) or epoch < 0:
-            raise DataError(f"the checkpoint's problem order cannot be read: {state!r}")
-        self._epoch, self._position = epoch + 1, 0
+    def start_over(self, state: OrderState) -> None:
+        """Begin the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
+        self._epoch, self._position = state.epoch + 1, 0
         self._order = self._epoch_order()
 
     def _epoch_order(self) -> list[int]:

@@ -1,62 +1,81 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or not there, loadable under another layout.
 
-A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json (the
-state of the loop: step, data order, carried-over groups), and the configuration and tokenizer files that make it a
-model by itself. It is written under another name and renamed when all ranks are done, so a directory of that name is
-complete by construction and there is no tracker file to go stale.
+A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json and
+trainer.safetensors (the state of the loop: step, data order, carried-over groups; loop_state.py reads them), the
+configuration and tokenizer files that make it a model by itself, and a manifest of all that. It is written under
+another name and renamed when all ranks are done, so a directory of that name is complete by construction and there is
+no tracker file to go stale.
 """
 
 import contextlib
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
+import safetensors.numpy
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.files import sync, write_json_atomically
+from megatron_fipo.files import write_atomically, write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
+from megatron_fipo.policy.checkpoint_places import newest, step_of
+from megatron_fipo.policy.optimizer_blocks import SHARDING, in_blocks
+from megatron_fipo.policy.plain_resume import plain_data_only, plain_extra_state
+from megatron_fipo.policy.save_plan import make_plan
+from megatron_fipo.policy.saving import Saving
+from megatron_fipo.policy.together import no_garbage_collection, together
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
 
-_COMPLETE = re.compile(r"step-(\d{6,})")
-_TRAINER_STATE = "trainer.json"
+__all__ = ["TRAINER_ARRAYS", "TRAINER_STATE", "check_version", "load", "newest", "save", "start_saving", "step_of"]
+
+TRAINER_STATE = "trainer.json"
+TRAINER_ARRAYS = "trainer.safetensors"
 # The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
-# Optimizer state by parameter and not by rank, so that it loads under another layout.
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING}
 
 
-def newest(directory: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a run's checkpoint directory, or None."""
-    found = _complete(directory)
-    return found[-1] if found else None
+def save(
+    policy: Policy,
+    directory: Path,
+    step: int,
+    trainer_state: dict[str, Any],
+    keep: int,
+    model_dir: Path,
+    trainer_arrays: dict[str, numpy.ndarray] | None = None,
+) -> Path:
+    """Write a checkpoint and wait for it; every rank calls this together. The arguments are those of `start_saving`.
+
+    Returns:
+        The complete checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, if any cannot write.
+    """
+    return start_saving(policy, directory, step, trainer_state, keep, model_dir, trainer_arrays).finish()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix("step-"))
+def start_saving(
+    policy: Policy,
+    directory: Path,
+    step: int,
+    trainer_state: dict[str, Any],
+    keep: int,
+    model_dir: Path,
+    trainer_arrays: dict[str, numpy.ndarray] | None = None,
+) -> Saving:
+    """Begin to write a checkpoint of the present state, which may change as soon as this returns.
 
-
-def _complete(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
-
-
-def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, Any], keep: int, model_dir: Path) -> Path:
-    """Write a checkpoint; every rank calls this together.
+    Every rank calls this together. Nothing is saved before `Saving.finish`, and one saving has to be finished before
+    the next one.
 
     Args:
         directory: the run's checkpoint directory, on storage that all ranks share.
@@ -64,54 +83,38 @@ def save(policy: Policy, directory: Path, step: int, trainer_state: dict[str, An
         trainer_state: JSON-ready state of the loop; rank 0's is written.
         keep: newest checkpoints to leave there; 0 leaves all.
         model_dir: where configuration and tokenizer are copied from.
-
-    Returns:
-        The complete checkpoint.
-    """
-    target = directory / f"step-{step:06d}"
-    partial = directory / f".{target.name}.partial"
-    first = torch.distributed.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    state = _sharded_state(policy, is_loading=False)
-    megatron_versions.dequantise(state)
-    dist_checkpointing.save(state, str(partial))
-    torch.distributed.barrier()
-    if first:
-        carry_files(model_dir, partial, policy.megatron_config.params_dtype)
-        written_by = {_WRITTEN_BY: str(megatron_versions.installed())}
-        write_json_atomically(partial / _TRAINER_STATE, trainer_state | written_by)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        sync(directory)
-        if keep:
-            for old in _complete(directory)[:-keep]:
-                shutil.rmtree(old)
-    torch.distributed.barrier()
-    return target
-
-
-def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
-    """Fill the policy from a checkpoint, which any layout may have written; every rank calls this together.
-
-    Returns:
-        The state of the loop that `save` was given.
+        trainer_arrays: what of that state is no JSON; rank 0's are written.
 
     Raises:
-        FipoError: the checkpoint does not fit this model, is damaged, or is of a newer Megatron-Core.
+        CheckpointError: on every rank, if there is no space for it, or any rank cannot write.
+    """
+
+    def write_small_files(partial: Path) -> None:
+        carry_files(model_dir, partial, policy.megatron_config.params_dtype)
+        written_by = {_WRITTEN_BY: str(megatron_versions.installed())}
+        write_json_atomically(partial / TRAINER_STATE, trainer_state | written_by)
+        write_atomically(partial / TRAINER_ARRAYS, safetensors.numpy.save(trainer_arrays or {}))
+
+    saving = Saving(directory, step, keep, policy.config.run.collective_timeout_s)
+    with no_garbage_collection():
+        with in_blocks():
+            state = _sharded_state(policy, is_loading=False)
+        megatron_versions.dequantise(state)
+        saving.start(make_plan(state, saving.partial), write_small_files)
+    return saving
+
+
+def load(policy: Policy, checkpoint: Path) -> None:
+    """Fill the policy from a checkpoint, which any layout may have written; every rank calls this together.
+
+    Nothing that the checkpoint says is run: see `plain_resume`.
+
+    Raises:
+        FipoError: the checkpoint does not fit this model, is damaged, is of a newer Megatron-Core, or holds pickles of
+            more than plain data.
     """
     check_version(checkpoint)
-    try:
-        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        trainer_state.pop(_WRITTEN_BY, None)
-        state = _sharded_state(policy, is_loading=True)
-        megatron_versions.dequantise(state)
-        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
-        loaded, _, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
-    except (OSError, ValueError, KeyError, CheckpointingException, CheckpointException) as error:
-        raise FipoError(f"{checkpoint}: cannot be resumed from: {error}") from error
+    loaded, absent = together(f"{checkpoint}: cannot be resumed from", lambda: _read(policy, checkpoint))
     _raise_if_lost(checkpoint, absent)
     for name, chunk in _named_chunks(policy):
         unmatched = chunk.load_state_dict(loaded[name], strict=False)
@@ -124,14 +127,27 @@ def load(policy: Policy, checkpoint: Path) -> dict[str, Any]:
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
-    return trainer_state
+
+
+def _read(policy: Policy, checkpoint: Path) -> tuple[dict[str, Any], set[str]]:
+    """The policy's state, and the keys that are absent from the checkpoint. Raises nearly anything."""
+    state = _sharded_state(policy, is_loading=True)
+    megatron_versions.dequantise(state)
+    with plain_data_only():
+        # Keys that only one of Transformer Engine's versions or Megatron-Core's own layers have come back in `absent`.
+        loaded, _, absent = dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RETURN_UNEXPECTED)
+        for name, _ in _named_chunks(policy):
+            extra = {key: value for key, value in loaded[name].items() if key.endswith(_EXTRA_STATE)}
+            loaded[name] |= {key: plain_extra_state(value) for key, value in extra.items()}
+    return loaded, absent
 
 
 def check_version(checkpoint: Path) -> None:
     """Raise FipoError where a newer Megatron-Core than the installed one wrote a checkpoint."""
-    with contextlib.suppress(OSError, ValueError):  # which `load` names; a converted model's has no such file
-        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
-        megatron_versions.check_readable(checkpoint, trainer_state.get(_WRITTEN_BY))
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # whoever reads all of it names these
+        trainer_state = json.loads((checkpoint / TRAINER_STATE).read_text())
+        noted = trainer_state.get(_WRITTEN_BY) if isinstance(trainer_state, dict) else None
+        megatron_versions.check_readable(checkpoint, noted if isinstance(noted, str) else None)
 
 
 def _raise_if_lost(checkpoint: Path, keys: set[str]) -> None:

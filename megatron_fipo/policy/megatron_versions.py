@@ -4,6 +4,7 @@ Each function does what the newer one needs and is harmless with the older one, 
 asks for a version. CPU stand-ins for names of torch.cuda that only one of them uses are in platform.py.
 """
 
+import io
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -51,6 +52,30 @@ def dequantise(state: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
     force_all_tensors_to_non_fp8(state)
+
+
+def keep_common(sharded: dict[str, Any], common: dict[str, Any]) -> bytes | None:
+    """Have what is no tensor and the same on all ranks saved where the installed version looks for it.
+
+    Args:
+        sharded: what is saved by ranks, which 0.19 finds it among: it is added there.
+        common: a state dict of plain data.
+
+    Returns:
+        In 0.16.1 the content of the file common.pt on rank 0, else None.
+    """
+    import torch.distributed
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    rank = torch.distributed.get_rank()
+    if installed() >= Version("0.19"):
+        sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
+        return None
+    if rank:
+        return None
+    content = io.BytesIO()
+    torch.save(common, content)
+    return content.getvalue()
 
 
 def set_rates(optimizer_state: dict[str, Any], rates: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ target appears complete or not at all, and the same call takes up a conversion t
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, Check
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut
+from megatron_fipo.weights.staging import check_space
 
 Progress = Callable[[int, int], None]
 """Told the bytes of weights that are done, and those of the whole model."""
@@ -70,7 +70,7 @@ def to_huggingface(
         HuggingFaceWriter(model_dir, target, infos, max_shard_bytes, recipe | {"shard": max_shard_bytes}) as writer,
     ):
         taken_up = sum(size for name, size in sizes.items() if writer.is_written(name))
-        _check_space(target, total - taken_up)
+        check_space(target, total - taken_up)
         for entry in table:
             if not all(map(writer.is_written, entry.names)):
                 for name, tensor in zip(entry.names, reader.sources(entry), strict=True):
@@ -106,7 +106,7 @@ def to_megatron(
     total, done = sum(sizes), 0
     with _writing(target), CheckpointWriter(source, target, geometry, recipe) as writer:
         taken_up = sum(size for index, size in enumerate(sizes) if writer.is_written(index))
-        _check_space(target, total - taken_up)
+        check_space(target, total - taken_up)
         for index, group in enumerate(groups):
             if not writer.is_written(index):
                 counts: dict[str, int] = {}
@@ -196,13 +196,6 @@ def _fingerprint(directory: Path) -> list[Any]:
     files = sorted(path for path in directory.iterdir() if path.is_file())
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return [str(directory.resolve()), states]
-
-
-def _check_space(target: Path, wanted: int) -> None:
-    """Better before hours of work than after."""
-    free = shutil.disk_usage(target.resolve().parent).free
-    if free < wanted:
-        raise WeightError(f"{target} takes {wanted / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free there")
 
 
 @contextlib.contextmanager

@@ -28,14 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
-from megatron_fipo.weights import plain_pickle
 from megatron_fipo.weights.architectures import EMBEDDING, FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
+from megatron_fipo.weights.checkpoint_metadata import METADATA, read_metadata
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.layouts import merge
 from megatron_fipo.weights.staging import Staging
 
-METADATA = ".metadata"
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 FORMAT |= {"common_backend_version": 1}
 OPTIMIZER_PREFIX = "optimizer."
@@ -68,8 +67,7 @@ class CheckpointReader:
         self.directory = directory
         try:
             found = json.loads((directory / "metadata.json").read_text())
-            with (directory / METADATA).open("rb") as file:
-                self._metadata = plain_pickle.read(file, Metadata, _is_in_metadata)
+            self._metadata = read_metadata(directory)
         except (OSError, ValueError) as error:
             raise WeightError(f"{directory} is not a distributed checkpoint, or is damaged: {error}") from None
         except pickle.UnpicklingError as error:
@@ -151,8 +149,6 @@ class CheckpointReader:
     def _read_chunk(self, index: MetadataIndex) -> Tensor:
         place = self._metadata.storage_data[index]
         path = self.directory / place.relative_path
-        if path.parent != self.directory:
-            raise WeightError(f"{self.directory} names a file outside itself: {place.relative_path}")
         try:
             with path.open("rb") as file:
                 view: Any = _FileView(file, place.offset, place.length)
@@ -285,40 +281,3 @@ class _FileView(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(self._length - self.tell(), 0)]
         return int(self._file.readinto(view))
-
-
-def _is_in_metadata(module: str, name: str) -> bool:
-    """Whether torch's checkpoint metadata names it."""
-    return name in _METADATA_NAMES.get(module, ()) or (module == "torch" and _is_dtype(name))
-
-
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)
-
-
-# By name: even among torch's own types there are some that open a file for writing when they are called.
-_METADATA_NAMES = {
-    "collections": {"OrderedDict"},
-    "io": {"BytesIO"},
-    "pathlib": {"Path", "PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}

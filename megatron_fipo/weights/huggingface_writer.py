@@ -127,7 +127,7 @@ def carry_files(source: Path, directory: Path, dtype: torch.dtype) -> None:
     write_json_atomically(directory / "config.json", config)
 
 
-_NOT_CARRIED = {"metadata.json", "trainer.json"}
+_NOT_CARRIED = {"manifest.json", "metadata.json", "trainer.json"}
 """What a distributed checkpoint and a training run call their own files."""
 
 

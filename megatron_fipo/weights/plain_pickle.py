@@ -7,7 +7,7 @@ state is given to instances of those classes alone, so that a pickle cannot chan
 
 import pickle
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,7 +19,15 @@ _PYTHON_UNPICKLER: Any = pickle._Unpickler
 _PUBLIC_MODULES = {"pathlib._local": "pathlib"}
 
 
-def read(file: BinaryIO, kind: type[Record], is_allowed: Callable[[str, str], bool]) -> Record:
+_NOTHING: Mapping[tuple[str, str], Any] = {}
+
+
+def read(
+    file: BinaryIO,
+    kind: type[Record],
+    is_allowed: Callable[[str, str], bool],
+    instead: Mapping[tuple[str, str], Any] = _NOTHING,
+) -> Record:
     """The record of class `kind` in a pickle that any Python from 3.11 on has written.
 
     Args:
@@ -27,13 +35,14 @@ def read(file: BinaryIO, kind: type[Record], is_allowed: Callable[[str, str], bo
         kind: the class that the pickle has to hold.
         is_allowed: whether the pickle may name `(module, name)`: a class whose constructor does no harm, an enum, or
             such a function.
+        instead: what the pickle gets for `(module, name)` in place of what is called so.
 
     Raises:
         pickle.UnpicklingError: it names something else, is damaged, or holds another kind.
         OSError: the file cannot be read.
     """
     try:
-        found = _Unpickler(file, kind, is_allowed).load()
+        found = _Unpickler(file, kind, is_allowed, instead).load()
     except (OSError, pickle.UnpicklingError):
         raise
     except Exception as error:  # a damaged one can end in nearly every kind
@@ -44,14 +53,22 @@ def read(file: BinaryIO, kind: type[Record], is_allowed: Callable[[str, str], bo
 
 
 class _Unpickler(_PYTHON_UNPICKLER):
-    def __init__(self, file: BinaryIO, kind: type, is_allowed: Callable[[str, str], bool]):
+    def __init__(
+        self,
+        file: BinaryIO,
+        kind: type,
+        is_allowed: Callable[[str, str], bool],
+        instead: Mapping[tuple[str, str], Any],
+    ):
         super().__init__(file)
-        self._kind, self._is_allowed = kind, is_allowed
+        self._kind, self._is_allowed, self._instead = kind, is_allowed, instead
         self._classes: set[type] = set()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
+        if (module, name) in self._instead:
+            return self._instead[module, name]
         module = _PUBLIC_MODULES.get(module, module)
         if not self._is_allowed(module, name):
             raise pickle.UnpicklingError(f"names {module}.{name}, which no {self._kind.__name__.lower()} needs")

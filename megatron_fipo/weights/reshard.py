@@ -31,6 +31,7 @@ from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 from megatron_fipo.weights.source import check_source, joined, open_source
+from megatron_fipo.weights.staging import check_space
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ def save_huggingface(
                 for name, shape, dtype in listings[rank]
             ]
             writer = HuggingFaceWriter(source_dir, target_dir, infos, max_shard_bytes)
-        except WeightError as error:
+            check_space(writer.target, sum(info.nbytes for info in infos))
+        except (OSError, WeightError) as error:
             problems.append(str(error))
     _raise_together(problems, device)
     if writer is not None:

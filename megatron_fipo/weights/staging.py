@@ -18,6 +18,16 @@ from megatron_fipo.files import sync
 JOURNAL, LOCK = "journal.jsonl", "lock"
 
 
+def check_space(target: Path, wanted: int) -> None:
+    """WeightError if so many bytes cannot be written: better before hours of work than after."""
+    place = target.resolve().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise WeightError(f"{target} takes {wanted / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free there")
+
+
 class Staging:
     """What becomes `target` by one rename, in `commit`. A context manager.
 

@@ -107,6 +107,8 @@ REFUSED = {
     "rollout.log_prob_diff_warn=2 rollout.log_prob_diff_stop=1": ("rollout.log_prob_diff_stop", "a limit at or above"),
     "optimizer.beta2=1": ("optimizer.beta2", "below 1"),
     "optimizer.min_lr=1": ("optimizer.min_lr", "at most lr"),
+    "checkpoint.huggingface_every=30": ("checkpoint.huggingface_every", "a multiple of 20, or 0"),
+    "checkpoint.huggingface_every=5 checkpoint.every=0": ("checkpoint.huggingface_every", "a checkpoint.every above 0"),
 }
 
 

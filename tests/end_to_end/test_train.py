@@ -7,12 +7,19 @@ the log-prob of each sampled token (weights arrived whole, the prefix cache is f
 Not covered: learning (`make train` shows it; its figures are in the README), several machines, CUDA.
 """
 
+import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
@@ -75,22 +82,52 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
 
 
 def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    run_on(server, tmp_path, "algorithm=dapo")
+    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to."""
+    (tmp_path / "checkpoints").write_text("in the way")
+    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn")
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]
+    for step in (1, 2):
+        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(tmp_path)
 
 
 def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
     """It grows from the policy that training started from, and a resumed run still has that one and not its own."""
     kl = ["algorithm=grpo", "algorithm.reference_kl_coef=0.1", "optimizer.lr=1e-4", "checkpoint.every=2"]
+    kl += ["parallel.tensor=2", "parallel.pipeline=1", "checkpoint.huggingface_every=2"]
     run_on(server, tmp_path, *kl)
+    assert_same_as_converted(tmp_path, step=2)
+    shutil.rmtree(tmp_path / "huggingface")
+    (tmp_path / "huggingface").write_text("in the way")
     run_on(server, tmp_path, *kl, "run.steps=3")
+    output = runs.output(tmp_path)
+    assert f"step 3: no Hugging Face directory: {tmp_path / 'huggingface/step-000003'} could not be written" in output
+    assert (tmp_path / "checkpoints/step-000003").is_dir() and "Traceback" not in output
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=3)
     divergences = [row["reference_kl"] for row in rows]
     assert 0 < divergences[0] < divergences[1], "the mean of a step's two updates, of which only the first has none"
     assert divergences[2] > divergences[1] / 4
+
+
+def assert_same_as_converted(directory: Path, step: int) -> None:
+    """What a run has written for Hugging Face is what the tool makes of the checkpoint, and transformers loads it."""
+    name = f"step-{step:06d}"
+    written, converted = directory / "huggingface" / name, directory / "converted"
+    tool = [sys.executable, "tools/convert_hf.py", "to-hf", directory / "checkpoints" / name, converted]
+    subprocess.run(tool, cwd=runs.ROOT, env=os.environ | {"PYTHONPATH": str(runs.ROOT)}, check=True, timeout=120)
+    names = {path.name for path in converted.iterdir()}
+    assert names == {path.name for path in written.iterdir()} and {"config.json", "tokenizer_config.json"} <= names
+    for name in names:
+        assert (written / name).read_bytes() == (converted / name).read_bytes(), name
+    network, info = AutoModelForCausalLM.from_pretrained(written, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    start = load_file(resolve_embedded("embedded:tiny") / "model.safetensors")
+    found = {name: tensor for name, tensor in network.state_dict().items() if name in start}
+    assert found.keys() == start.keys()
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, start[name])]
+    assert len(changed) > len(start) / 2, "the control: a run changes its weights"
 
 
 def test_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
@@ -107,16 +144,33 @@ def test_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends."""
-    settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4"]
+    """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends.
+
+    With dynamic sampling, whose batches leave some groups over: the checkpoint carries them on.
+    """
+    settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4", "checkpoint.huggingface_every=2"]
+    settings += ["algorithm.filter_groups.enable=true", "algorithm.generation_batch_prompts=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.run(whole, *settings)
+    assert_same_as_converted(whole, step=4)
 
     with runs.started(broken, *settings):
         runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
+    state = broken / "checkpoints/step-000002/trainer.json"
+    saved = state.read_text()
+    content = json.loads(saved)
+    assert content["experience"]["kept"], "the control: groups are carried over"
+    state.write_text(json.dumps(content | {"seconds": "x"}))
+    output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=1)
+    assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
+    output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
+    assert f"error: {state.parent}: trainer.json has " in output, "the manifest finds it too, and first"
+    state.write_text(saved)
+    (broken / "checkpoints/.step-000003.partial").mkdir()
     output = runs.run(broken, *settings)
+    assert {path.name for path in (broken / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
 
     assert "resumed from" in output
     check_rows(runs.rows(broken), steps=4)

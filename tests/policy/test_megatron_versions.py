@@ -39,6 +39,9 @@ def test_a_newer_versions_checkpoint_is_refused_in_one_line(
 
 def test_what_a_checkpoint_notes_is_asked(tmp_path: Path) -> None:
     check_version(tmp_path)  # a converted model notes nothing
+    for garbled in ("", "[]", "[" * 100_000, '{"megatron_core": 5}', '{"megatron_core": "?"}'):
+        (tmp_path / "trainer.json").write_text(garbled)
+        check_version(tmp_path)  # loop_state.py refuses it
     for noted in ({}, {"megatron_core": None}, {"megatron_core": str(megatron_versions.installed())}):
         (tmp_path / "trainer.json").write_text(json.dumps({"step": 3} | noted))
         check_version(tmp_path)

@@ -1,6 +1,7 @@
 """What the multi-process tests of the weights run on each rank."""
 
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,12 @@ def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str)
         (occupied / "file").touch()
     dist.barrier()
     said["target not empty"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied)
-    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, "/proc/none/target")
+    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied / "file" / "target")
     said["no config.json"] = _error(reshard.save_huggingface, chunks, geometry, target, Path(target, "half"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # stands in for a disk that is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    said["disk full"] = _error(reshard.save_huggingface, chunks, geometry, good, Path(target, "half full"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     platform.stop_process_group()
     return said
 

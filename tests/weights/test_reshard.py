@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_named_on_every_rank(model_dirs: dict[str, Path], t
     assert "decoder.layers.1.mlp.linear_fc1.weight: on no rank" in first["layer twice"]
     assert "decoder.layers.0.self_attention.extra: in the Megatron model, but no rule" in first["unknown parameter"]
     assert "exists and is not empty" in first["target not empty"]
-    assert "/proc/none/target could not be written" in first["target not writable"]
+    assert "occupied/file/target could not be written: [Errno 20] Not a directory" in first["target not writable"]
     assert "half could not be written" in first["no config.json"]
+    assert "half full could not be written: [Errno 27] File too large" in first["disk full"]
     assert not list(tmp_path.glob("*half*")) and not list(tmp_path.glob(".half*")), "nothing half-written is left"

@@ -1,0 +1,94 @@
+"""Size and seconds of the loop's state in a checkpoint: groups carried over, as arrays beside JSON and as JSON alone.
+
+python -m benchmarks.loop_state
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors.numpy
+
+from benchmarks.measure import machine, once
+from megatron_fipo import loop_state
+from megatron_fipo.data.fingerprint import Fingerprint
+from megatron_fipo.data.order import OrderState
+from megatron_fipo.files import write_atomically, write_json_atomically
+from megatron_fipo.loop_state import ExperienceState, LoopState
+from megatron_fipo.samples import Group, Judgement, Problem, Response
+
+SAMPLES, LENGTH, PROMPT, VOCABULARY = 16, 2000, 200, 152_064
+FEW, MANY = 32, 512
+"""Groups: JSON is measured with fewer, since it takes minutes and gigabytes."""
+
+
+def groups(count: int) -> list[Group]:
+    """Random groups whose text has four bytes a token, as English has."""
+    drawn = numpy.random.default_rng(0)
+    text = "".join(random.Random(0).choices("abcdefgh ", k=4 * LENGTH))
+    made = []
+    for number in range(count):
+        prompt = drawn.integers(VOCABULARY, size=PROMPT).tolist()
+        group = Group(Problem(f"{number:016x}", text[: 4 * PROMPT], prompt, "7", "math_dapo"), [])
+        for _ in range(SAMPLES):
+            token_ids = drawn.integers(VOCABULARY, size=LENGTH).tolist()
+            log_probs = (-drawn.exponential(size=LENGTH)).astype(numpy.float32).tolist()
+            group.responses.append(Response(token_ids, log_probs, "stop", 1))
+            group.judgements.append(Judgement(1.0, 1.0, "7", "judged"))
+            group.text.append(text)
+        made.append(group)
+    return made
+
+
+def plain_json(kept: list[Group], directory: Path) -> dict[str, float]:
+    """All of it as JSON, as checkpoints had it before."""
+    path = directory / "plain.json"
+    wrote = once(
+        lambda: write_json_atomically(path, {"experience": {"sampling": {"kept": [asdict(group) for group in kept]}}})
+    )
+    read = once(lambda: json.loads(path.read_text()))
+    return {"bytes": path.stat().st_size, "write": wrote, "read": read}
+
+
+def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
+    """Arrays and JSON, as checkpoints have it."""
+    order = OrderState(epoch=0, position=0, size=1, seed=0, shuffle=True)
+    experience = ExperienceState(order=order, drawn=0, kept=kept, data=Fingerprint(1, "0" * 32, "0" * 32))
+    state = LoopState(step=1, seconds=0.0, results={}, experience=experience)
+    json_file, arrays_file = directory / "trainer.json", directory / "trainer.safetensors"
+
+    def write() -> None:
+        content, values = loop_state.encode(state)
+        write_json_atomically(json_file, content | {"megatron_core": "0.16.1"})
+        write_atomically(arrays_file, safetensors.numpy.save(values))
+
+    wrote = once(write)
+    found: list[Any] = []
+    read = once(lambda: found.append(loop_state.read(json_file, arrays_file, step=1, vocab_size=VOCABULARY)))
+    assert found == [state], "a round trip changes nothing"
+    return {"bytes": json_file.stat().st_size + arrays_file.stat().st_size, "write": wrote, "read": read}
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    print(f"{machine()}; {SAMPLES} samples a group, {LENGTH} tokens a sample\n")
+    print("| groups | form | MB | bytes a token | write, s | read, s |")
+    print("|---|---|---|---|---|---|")
+    for count, name, form in ((FEW, "JSON", plain_json), (FEW, "arrays", arrays), (MANY, "arrays", arrays)):
+        with tempfile.TemporaryDirectory() as directory:
+            kept = groups(count)
+            row = form(kept, Path(directory))
+        tokens = count * (SAMPLES * LENGTH + PROMPT)
+        print(
+            f"| {count} | {name} | {row['bytes'] / 1e6:.0f} | {row['bytes'] / tokens:.1f} "
+            f"| {row['write']:.2f} | {row['read']:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

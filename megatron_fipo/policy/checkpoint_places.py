@@ -1,0 +1,57 @@
+"""Where a run's checkpoints lie: complete ones as step-000010, all else under names that begin with a dot."""
+
+import re
+import shutil
+import threading
+from pathlib import Path
+
+_COMPLETE = re.compile(r"step-(\d{6,})")
+
+
+def place_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies when it is complete."""
+    return directory / f"step-{step:06d}"
+
+
+def unfinished(checkpoint: Path) -> Path:
+    """Where a checkpoint lies before it is complete."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def newest(directory: Path) -> Path | None:
+    """The complete checkpoint of the highest step in a run's checkpoint directory, or None."""
+    found = _complete(directory)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a complete checkpoint, which is never seen half removed; its bytes go later. Raises OSError."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    # Large files take a while. At its end a process waits for this thread.
+    threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True}).start()
+
+
+def remove_all_but(directory: Path, keep: int) -> None:
+    """Remove all complete checkpoints but the `keep` newest; 0 keeps all. Raises OSError."""
+    for old in _complete(directory)[:-keep] if keep else ():
+        remove(old)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what saves that were cut short have left. What cannot be removed stays."""
+    for path in directory.glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
