@@ -107,18 +107,29 @@ def test_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends."""
+    """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends.
+
+    All its processes are killed at once, those too that would remove what they or others have put outside the run's
+    directory; the next run does.
+    """
     settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.run(whole, *settings)
 
-    with runs.started(broken, *settings):
+    with runs.started(broken, *settings) as process:
         runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
+        left = runs.kill_all(process, broken)
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
+    assert [path for path in left if "/megatron_fipo-" not in str(path).replace("sem.", "")] == []
+    assert {path.parent for path in left if path.exists()} >= {Path("/dev/shm")}, "the control: something was left"
+    (broken / "checkpoints" / ".step-000009.partial").mkdir()
     output = runs.run(broken, *settings)
 
     assert "resumed from" in output
+    assert "removed what a killed run in" in output and f"1 in {broken / 'checkpoints'}" in output
+    assert not [path for path in left if path.exists()]
+    assert not list(broken.rglob("*.partial"))
     check_rows(runs.rows(broken), steps=4)
     for step in (3, 4):
         assert runs.prompts(broken, step) == runs.prompts(whole, step), "prompts skipped or repeated"
