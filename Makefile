@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in $(PYTHON_CANDIDATES); do \
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env python train test test-fast test-all test-layouts test-real test-gpu lint format clean
+.PHONY: help env python train test test-fast test-all test-layouts test-campaign test-real test-gpu lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ test-all: $(STAMP) ## The same, and every feature in every layout
 
 test-layouts: $(STAMP) ## The policy's layouts alone: what another Megatron-Core or Transformer Engine can break
 	@$(PYTHON) -m pytest --numprocesses $(JOBS) tests/policy tests/te_on_cpu $(ARGS)
+
+test-campaign: $(STAMP) ## 10,000 fuzz cases from a new seed (minutes); FUZZ_SEED=N repeats one
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m campaign tests/fuzz $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)

@@ -136,7 +136,20 @@ def _flags_in_one_line() -> Iterator[None]:
 def _refusal(error: Exception) -> Exception:
     if isinstance(error, AssertionError):
         return below_null_section() if "NoneType" in str(error) else error
+    if isinstance(error, UnicodeDecodeError):
+        name = next(_files_of_other_encodings(), "one of the YAML files")
+        return ConfigError("configuration", f"{name} is not UTF-8 text: {error.reason}", "save it as UTF-8")
     return readable(error, configuration_groups())
+
+
+def _files_of_other_encodings() -> Iterator[str]:
+    """Those in conf/ and in the directories that the command line names, since Python's error does not say which."""
+    places = [configuration_directory(), *(Path(text.rpartition("=")[2]) for text in sys.argv[1:] if "dir" in text)]
+    for path in (path for place in places if place.is_dir() for path in place.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            yield str(path)
 
 
 def _to_config(composed: DictConfig) -> Config:

@@ -51,10 +51,7 @@ def resume_from_spoilt(model_dir: str, directory: str, seed: int, count: int) ->
     platform.start_process_group(60)
     model.start_model_parallel(Config().parallel, seed=0)
     policy = _policy(model_dir, RMSNorm)
-    sound, other = (
-        _saved(policy, model_dir, Path(directory, "sound"), 1),
-        _saved(policy, model_dir, Path(directory, "other"), 2),
-    )
+    sound, other = (_saved(policy, model_dir, Path(directory, name)) for name in ("sound", "other"))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))

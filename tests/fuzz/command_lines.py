@@ -92,6 +92,26 @@ INTERPOLATIONS = [
     *("${${run.name}}", "a${run.steps}b", "${.steps}", "${..model.path}", "${hydra:job.name}", "${now:%}", "${now:}"),
 ]
 VALUES = NUMBERS + TEXTS + INTERPOLATIONS
+LINES = [
+    *("  - override /model: nope", "  - override /nope: tiny", "  - nope", "  - mine", "  - experiment: mine", "  - 7"),
+    *("  - override /model: [tiny, tiny]", "defaults: 7", "defaults:", "run: 7", "run: [1]", "run: null", "run: &a"),
+    *("  steps: !!python/object/apply:os.getpid []", "  steps: !nope 3", "  steps: *nope", "\tsteps: 3", "  steps: {"),
+    *("  steps: 3\n  steps: 4", "  1: 2", "  ? [a, b]\n  : c", "  null: 3", "a: b: c", "- a", "---", "...", "  <<: 7"),
+    *(
+        "%YAML 9.9",
+        "@",
+        "`",
+        "nope: 1",
+        "  nope: 1",
+        "  steps: .nan",
+        "  steps: 1e999",
+        "  name: 2026-01-31",
+        "  a.b: 1",
+    ),
+    *("# @package nope", "# @package _group_", "# @package a.b", "  steps: ${nope}", "  steps: ???", "  name: yes"),
+    *("  - override hydra/launcher: nope", "searchpath: [pkg://nope]", "model: {path: [1]}", "hydra: {run: {dir: x}}"),
+    *("algorithm: {future_kl: 3}", "  name: 0x1f", "  name: 2026-01-31"),
+]
 
 
 def command_line(rng: random.Random) -> list[str]:
