@@ -7,13 +7,16 @@ the log-prob of each sampled token (weights arrived whole, the prefix cache is f
 Not covered: learning (`make train` shows it; its figures are in the README), several machines, CUDA.
 """
 
+import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_fipo import leftovers
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
@@ -146,6 +149,9 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 128 + signal.SIGINT
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
     assert "Traceback" not in runs.output(tmp_path)
+    beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
+    places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))
+    assert [path for place in places for path in place.glob(f"*{beginning}*")] == []
 
 
 def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:
