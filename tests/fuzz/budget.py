@@ -4,10 +4,14 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
+_SHOWN = 600
 CASE_LIMIT_S = 5.0
 """Processor time of one case: what waits without it is ended by the test's own timeout."""
 
@@ -22,9 +26,34 @@ def cases(seeded: int, campaign: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("rng", "count"), [pytest.param(random.Random(1), seeded, id="seeded"), many])
 
 
+Case = Callable[[object], AbstractContextManager[None]]
+
+
 @contextlib.contextmanager
-def one_case(name: object) -> Iterator[None]:
-    """Names the case in whatever fails inside, and ends one that computes for longer than CASE_LIMIT_S."""
+def every_case() -> Iterator[Case]:
+    """Gives `one_case` for each of many; what fails does not stop the others, and fails the test at the end."""
+    failures: list[str] = []
+
+    @contextlib.contextmanager
+    def case(name: object) -> Iterator[None]:
+        try:
+            with one_case():
+                yield
+        except BaseException as error:
+            # A library in Rust panics with what is no Exception; a timeout of pytest's is none either.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            failures.append(f"{str(name)[:_SHOWN]}\n    {where}: {type(error).__name__}: {str(error)[:_SHOWN]}")
+
+    yield case
+    assert not failures, "\n".join([f"{len(failures)} cases failed:", *failures[:50]])
+
+
+@contextlib.contextmanager
+def one_case() -> Iterator[None]:
+    """Ends a case that computes for longer than CASE_LIMIT_S."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"after {CASE_LIMIT_S:g} s")
@@ -33,9 +62,6 @@ def one_case(name: object) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_VIRTUAL, CASE_LIMIT_S)
     try:
         yield
-    except BaseException as error:
-        error.add_note(f"the case: {name!r}"[:3000])
-        raise
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

@@ -62,7 +62,7 @@ def resume_from_spoilt(model_dir: str, directory: str, seed: int, count: int) ->
         shutil.copytree(sound, spoilt)
         what = _spoil(rng, spoilt, other) if number else "nothing"
         try:
-            with one_case(what):
+            with one_case():
                 outcomes[_outcome(policy, spoilt, expected)] += 1
         except Exception as error:
             failures.append(f"{what[:300]}: {type(error).__name__}: {str(error)[:300]}")

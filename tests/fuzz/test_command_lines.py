@@ -14,7 +14,7 @@ import pytest
 from megatron_fipo.config import Config, every_setting
 from megatron_fipo.config.configure import configuration_directory
 from megatron_fipo.config.settings import is_in_range
-from tests.fuzz.budget import cases, one_case
+from tests.fuzz.budget import cases, every_case
 from tests.fuzz.command_lines import GROUPS, KEYS, LINES, SECTIONS, command_line, entered
 from tests.fuzz.mutators import damaged
 
@@ -56,10 +56,11 @@ def test_mistyped_command_lines_are_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     outcomes: Counter[str] = Counter()
-    for _ in range(count):
-        arguments = command_line(rng)
-        with one_case(arguments):
-            outcomes[outcome(arguments)] += 1
+    with every_case() as case:
+        for _ in range(count):
+            arguments = command_line(rng)
+            with case(arguments):
+                outcomes[outcome(arguments)] += 1
     assert outcomes["refused"] > count / 2 and outcomes["accepted"] > 0, outcomes
 
 
@@ -78,8 +79,9 @@ def test_spoilt_yaml_files_are_refused_in_one_line(rng: random.Random, count: in
     (tmp_path / "experiment").mkdir()
     path = tmp_path / "experiment" / "mine.yaml"
     outcomes: Counter[str] = Counter()
-    for _ in range(count):
-        path.write_bytes(spoilt_experiment(rng))
-        with one_case(path.read_bytes()):
-            outcomes[outcome([f"--config-dir={tmp_path}", "experiment=mine"])] += 1
+    with every_case() as case:
+        for _ in range(count):
+            path.write_bytes(spoilt_experiment(rng))
+            with case(path.read_bytes()):
+                outcomes[outcome([f"--config-dir={tmp_path}", "experiment=mine"])] += 1
     assert outcomes["refused"] > count / 4 and outcomes["accepted"] > 0, outcomes

@@ -25,7 +25,7 @@ from megatron_fipo.data.column_sums import write_tokenizer
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_fipo.errors import FipoError
-from tests.fuzz.budget import cases, one_case
+from tests.fuzz.budget import cases, every_case
 from tests.fuzz.mutators import damaged, mutate
 
 TEMPLATE = """{%- for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools\\nhere') }}{% endif -%}
@@ -101,16 +101,17 @@ def test_mutated_rows_are_read_or_refused_in_one_line(
     rng: random.Random, count: int, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     outcomes: Counter[str] = Counter()
-    for _ in range(count):
-        answer_format = rng.choice(ANSWER_FORMATS)
-        rows = [sound_row(rng, answer_format), mutated_row(rng, answer_format, VALUES)]
-        path = tmp_path / f"rows{rng.choice(['.jsonl', '.json'])}"
-        if path.suffix == ".json" and rng.random() < 0.7:
-            path.write_text(json.dumps(rows), encoding="utf-8")
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        with one_case(rows):
-            outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
+    with every_case() as case:
+        for _ in range(count):
+            answer_format = rng.choice(ANSWER_FORMATS)
+            rows = [sound_row(rng, answer_format), mutated_row(rng, answer_format, VALUES)]
+            path = tmp_path / f"rows{rng.choice(['.jsonl', '.json'])}"
+            if path.suffix == ".json" and rng.random() < 0.7:
+                path.write_text(json.dumps(rows), encoding="utf-8")
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with case(rows):
+                outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
     assert min(outcomes["read"], outcomes["refused"]) > count / 10, outcomes
 
 
@@ -119,16 +120,17 @@ def test_mutated_tables_are_read_or_refused_in_one_line(
     rng: random.Random, count: int, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     outcomes: Counter[str] = Counter()
-    while outcomes.total() < count:
-        answer_format = rng.choice(ANSWER_FORMATS)
-        rows = [mutated_row(rng, answer_format, VALUES + ARROW_VALUES)]
-        try:
-            table = pa.Table.from_pylist(rows)
-            path = write_table(table, tmp_path / f"table{rng.choice(['.parquet', '.arrow'])}", rng)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
-            continue  # a row that Arrow cannot write
-        with one_case(rows):
-            outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
+    with every_case() as case:
+        while outcomes.total() < count:
+            answer_format = rng.choice(ANSWER_FORMATS)
+            rows = [mutated_row(rng, answer_format, VALUES + ARROW_VALUES)]
+            try:
+                table = pa.Table.from_pylist(rows)
+                path = write_table(table, tmp_path / f"table{rng.choice(['.parquet', '.arrow'])}", rng)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+                continue  # a row that Arrow cannot write
+            with case(rows):
+                outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
     assert min(outcomes["read"], outcomes["refused"]) > outcomes.total() / 20, outcomes
 
 
@@ -153,10 +155,11 @@ def test_damaged_files_are_read_or_refused_in_one_line(
     sound[".jsonl"] = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
     sound[".json"] = json.dumps(table.to_pylist()).encode()
     outcomes: Counter[tuple[str, str]] = Counter()
-    for _ in range(count):
-        suffix = rng.choice(list(sound))
-        path = tmp_path / f"damaged{suffix}"
-        path.write_bytes(damaged(sound[suffix], rng))
-        with one_case(path.read_bytes()):
-            outcomes[suffix, outcome(path, tokenizer, rng, "plain")] += 1
+    with every_case() as case:
+        for _ in range(count):
+            suffix = rng.choice(list(sound))
+            path = tmp_path / f"damaged{suffix}"
+            path.write_bytes(damaged(sound[suffix], rng))
+            with case(path.read_bytes()):
+                outcomes[suffix, outcome(path, tokenizer, rng, "plain")] += 1
     assert all(outcomes[suffix, "refused"] > 20 for suffix in sound), outcomes

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.errors import FipoError, WeightError
-from tests.fuzz.budget import cases, one_case
+from tests.fuzz.budget import cases, every_case
 from tests.fuzz.model_directories import loaded, spoil
 
 pytestmark = pytest.mark.slow
@@ -42,10 +42,11 @@ def test_spoilt_model_directories_are_read_or_refused(
     outcomes: Counter[str] = Counter()
     for directory in sound:
         assert outcome(directory) == "read", "the control"
-    for number in range(count):
-        directory = tmp_path / f"spoilt-{number}"
-        shutil.copytree(rng.choice(sound), directory)
-        with one_case(spoil(rng, directory)):
-            outcomes[outcome(directory)] += 1
-        shutil.rmtree(directory)
+    with every_case() as case:
+        for number in range(count):
+            directory = tmp_path / f"spoilt-{number}"
+            shutil.copytree(rng.choice(sound), directory)
+            with case(spoil(rng, directory)):
+                outcomes[outcome(directory)] += 1
+            shutil.rmtree(directory)
     assert outcomes["refused"] > count / 3 and outcomes["read"] > count / 20, outcomes
