@@ -68,7 +68,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
         with hydra.initialize_config_dir(str(configuration_directory()), version_base=_HYDRA_VERSION):
             return _to_config(hydra.compose("config", list(overrides)))
     except _FAILURES as error:
-        raise _refusal(error) from error
+        raise _refusal(error, overrides) from error
 
 
 def configuration_directory() -> Path:
@@ -109,7 +109,7 @@ def _config_from_command_line() -> Config:
             raise SystemExit(0)
         return _to_config(composed[0])
     except _FAILURES as error:
-        raise _refusal(error) from error
+        raise _refusal(error, sys.argv[1:]) from error
     finally:
         if with_traceback is None:
             del os.environ[_TRACEBACKS]
@@ -126,20 +126,25 @@ def _flags_in_one_line() -> Iterator[None]:
             yield
     except SystemExit as end:
         if end.code == 2 and (lines := said.getvalue().splitlines()):
-            raise ConfigError("command line", lines[-1].partition("error: ")[2], "--help shows flags") from None
+            problem = lines[-1].partition("error: ")[2][:300]
+            raise ConfigError("command line", problem, "--help shows flags") from None
         raise
     finally:
         if not said.getvalue().startswith("usage: "):
             sys.stderr.write(said.getvalue())
 
 
-def _refusal(error: Exception) -> Exception:
+def _refusal(error: Exception, overrides: Sequence[str]) -> Exception:
     if isinstance(error, AssertionError):
         return below_null_section() if "NoneType" in str(error) else error
     if isinstance(error, UnicodeDecodeError):
         name = next(_files_of_other_encodings(), "one of the YAML files")
         return ConfigError("configuration", f"{name} is not UTF-8 text: {error.reason}", "save it as UTF-8")
-    return readable(error, configuration_groups())
+    refusal = readable(error, configuration_groups())
+    if refusal.key == "configuration" and ".yaml" not in refusal.problem:
+        # Hydra says neither key nor file; what was chosen leads to it.
+        return ConfigError(f"configuration of {' '.join(overrides)[:200]}", refusal.problem, refusal.remedy)
+    return refusal
 
 
 def _files_of_other_encodings() -> Iterator[str]:

@@ -22,6 +22,7 @@ _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "
 def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
     """Raise ConfigError for overrides that Hydra would stumble over without naming them."""
     parser = OverridesParser.create()
+    switches = {key for key, entry in every_setting() if entry.type in (bool, bool | None)}
     for text in overrides:
         try:
             override = parser.parse_override(text)
@@ -30,10 +31,12 @@ def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
         except (ValueError, RecursionError) as error:
             key = text.partition("=")[0].lstrip("+~")
             raise ConfigError(_short(key), f"has a value that cannot be read: {_one_line(error)}", _DOCS) from None
-        group, value = override.get_key_element().lstrip("+~").partition("@")[0], override.value()
-        if group in groups and not override.is_delete() and not isinstance(value, str):
+        name, value = override.get_key_element().lstrip("+~").partition("@")[0], override.value()
+        if name in groups and not override.is_delete() and not isinstance(value, str):
             remedy = "the name of a file in it, without .yaml"
-            raise ConfigError(group, f"{_short(str(value))} is no choice of this group", remedy)
+            raise ConfigError(name, f"{_short(str(value))} is no choice of this group", remedy)
+        if name in switches and type(value) is int and value not in (0, 1):  # which OmegaConf takes for true
+            raise ConfigError(name, f"{value} is no truth value", _expected(name))
 
 
 def readable(error: Exception, groups: Iterable[str]) -> ConfigError:

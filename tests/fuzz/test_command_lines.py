@@ -28,9 +28,11 @@ def outcome(arguments: list[str]) -> str:
     if config is None:
         assert (code, len(others)) == (2, 1), (code, others)
         assert others[0].startswith("error: ") and others[0].isprintable() and len(others[0]) < 2000, others
+        # As far as it is a key and as a terminal shows it.
+        key = re.split(r"[\\=:…]", others[0].removeprefix("error: "))[0].strip()
         # Of a file as a whole Hydra says "configuration"; then its name follows.
-        named = [*KEYS, *SECTIONS, *GROUPS, "mine", "command line", *(text[:20] for text in arguments)]
-        assert any(name in others[0] for name in named), others
+        said = [*arguments, *KEYS, *SECTIONS, *GROUPS, "command line"]
+        assert any(key in text for text in said) or "mine" in others[0] or key.startswith("configuration of "), others
         return "refused"
     assert (code, others) == (0, []), (code, others)
     for key, entry in every_setting():

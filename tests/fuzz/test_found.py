@@ -28,6 +28,7 @@ COMMAND_LINES: dict[str, tuple[str, str]] = {
     "algorithm.filter_groups=${..model.path}": ("algorithm.filter_groups", "is no section"),
     "--no-such-flag": ("command line", "unrecognized arguments: --no-such-flag"),
     "-algorithm=dapo": ("command line", "unrecognized arguments: -algorithm=dapo"),
+    "algorithm.future_kl.drop_dual_clipped=2": ("algorithm.future_kl.drop_dual_clipped", "true or false"),
     "run.collective_timeout_s=1e30": ("run.collective_timeout_s", "at most 604,800"),
     "rollout.host=''": ("rollout.host", "127.0.0.1"),
     "run.directory=''": ("run.directory", "runs/mine"),
@@ -44,12 +45,18 @@ def test_a_command_line(argument: str) -> None:
     assert lines[0].startswith(f"error: {key}") and said in lines[0] and len(lines[0]) < 1500, lines
 
 
-def test_a_yaml_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("# @package _global_\nrun:\n  name: é\n".encode("latin-1"), "mine.yaml is not UTF-8 text"),
+        (b"# @packaglobal_\n", "experiment=mine: Expected header format"),
+    ],
+)
+def test_a_yaml_file(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    path = tmp_path / "experiment" / "mine.yaml"
-    path.write_bytes("# @package _global_\nrun:\n  name: é\n".encode("latin-1"))
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
     code, lines, _ = entered([f"--config-dir={tmp_path}", "experiment=mine"])
-    assert code == 2 and lines[0].startswith(f"error: configuration: {path} is not UTF-8 text"), lines
+    assert code == 2 and len(lines) == 1 and said in lines[0], lines
 
 
 def _set_tokenizer(**settings: object) -> Callable[[Path], None]:
