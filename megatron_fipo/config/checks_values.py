@@ -32,6 +32,8 @@ def check_values(config: Config) -> None:
             raise ConfigError(key, f"{value} is no finite number", f"it must be {allowed}: {limits['doc']}")
         if allowed and not is_in_range(value, limits):
             raise ConfigError(key, f"{shown(value)} is out of range", f"it must be {allowed}: {limits['doc']}")
+        if entry.type == list[str] and not all(isinstance(item, str) for item in value):
+            raise ConfigError(key, f"{shown(value)} holds what is no text", "a list of texts: [a,b]")
         for text in _texts(value):
             _check_text(key, text)
 

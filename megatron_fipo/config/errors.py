@@ -95,7 +95,9 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _missing_choice(error: MissingConfigException) -> ConfigError:
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    name = error.missing_cfg_file or ""
+    # A choice may have slashes; of Hydra's own groups the group has.
+    group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
     options = list(error.options or [])
     if not group or not options:
         return ConfigError(

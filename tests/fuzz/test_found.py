@@ -24,6 +24,8 @@ COMMAND_LINES: dict[str, tuple[str, str]] = {
     "rollout=nan": ("rollout", "no choice of this group"),
     "model=7": ("model", "no choice of this group"),
     "parallel=[1,2]": ("parallel", "no choice of this group"),
+    "optimizer=a/../../b": ("optimizer=a/../../b", "there is no such choice"),
+    f"data.train={'[' * 60 + ']' * 60}": ("data.train", "a list of texts"),
     "experiment=1e300": ("experiment", "no choice of this group"),
     "algorithm.filter_groups=${..model.path}": ("algorithm.filter_groups", "is no section"),
     "--no-such-flag": ("command line", "unrecognized arguments: --no-such-flag"),
