@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 from megatron_fipo.config import Config, every_setting
 from megatron_fipo.config.model_keys import shown
@@ -32,8 +32,11 @@ def check_values(config: Config) -> None:
             raise ConfigError(key, f"{value} is no finite number", f"it must be {allowed}: {limits['doc']}")
         if allowed and not is_in_range(value, limits):
             raise ConfigError(key, f"{shown(value)} is out of range", f"it must be {allowed}: {limits['doc']}")
-        if entry.type == list[str] and not all(isinstance(item, str) for item in value):
-            raise ConfigError(key, f"{shown(value)} holds what is no text", "a list of texts: [a,b]")
+        # What OmegaConf does not hold against the schema: an interpolation's value, and lists in a list.
+        if entry.type == list[str] and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ConfigError(key, f"{shown(value)} is no list of texts", "a list of texts: [a,b]")
+        if get_origin(entry.type) is dict and not isinstance(value, dict):
+            raise ConfigError(key, f"{shown(value)} is no dictionary", "{a: 1}, or one of its keys: +KEY.a=1")
         for text in _texts(value):
             _check_text(key, text)
 

@@ -32,7 +32,8 @@ def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
             key = text.partition("=")[0].lstrip("+~")
             raise ConfigError(_short(key), f"has a value that cannot be read: {_one_line(error)}", _DOCS) from None
         name, value = override.get_key_element().lstrip("+~").partition("@")[0], override.value()
-        if name in groups and not override.is_delete() and not isinstance(value, str):
+        is_choice = isinstance(value, str) and "${" not in value
+        if name in groups and not override.is_delete() and not is_choice:
             remedy = "the name of a file in it, without .yaml"
             raise ConfigError(name, f"{_short(str(value))} is no choice of this group", remedy)
         if name in switches and type(value) is int and value not in (0, 1):  # which OmegaConf takes for true

@@ -32,7 +32,8 @@ def outcome(arguments: list[str]) -> str:
         key = re.split(r"[\\=:…]", others[0].removeprefix("error: "))[0].strip()
         # Of a file as a whole Hydra says "configuration"; then its name follows.
         said = [*arguments, *KEYS, *SECTIONS, *GROUPS, "command line"]
-        assert any(key in text for text in said) or "mine" in others[0] or key.startswith("configuration of "), others
+        is_a_file = key.split("/")[0] in GROUPS or "mine" in others[0] or key.startswith("configuration of ")
+        assert is_a_file or any(key in text for text in said), others
         return "refused"
     assert (code, others) == (0, []), (code, others)
     for key, entry in every_setting():
