@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in $(PYTHON_CANDIDATES); do \
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env python train test test-fast test-all test-layouts test-real test-gpu lint format clean
+.PHONY: help env python train test test-fast test-all test-layouts test-campaign test-real test-gpu lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,13 +40,18 @@ test: $(STAMP) ## The tests that need no GPU, every feature in some layout (unde
 	@$(PYTHON) -m pytest --numprocesses $(JOBS) $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
-	@$(PYTHON) -m pytest -m 'not slow and not real' $(ARGS)
+	@$(PYTHON) -m pytest -m 'not slow and not real and not campaign' $(ARGS)
 
 test-all: $(STAMP) ## The same, and every feature in every layout
-	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m 'not real' $(ARGS)
+	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m 'not real and not campaign' $(ARGS)
 
 test-layouts: $(STAMP) ## The policy's layouts alone: what another Megatron-Core or Transformer Engine can break
 	@$(PYTHON) -m pytest --numprocesses $(JOBS) tests/policy tests/te_on_cpu $(ARGS)
+
+FUZZ_SEED ?= $(shell date +%s)
+
+test-campaign: $(STAMP) ## 10,000 fuzz cases from a new seed (minutes); FUZZ_SEED=N repeats one
+	@FUZZ_SEED=$(FUZZ_SEED) $(PYTHON) -m pytest --numprocesses $(JOBS) -m campaign tests/fuzz $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_fipo.config import RunConfig
 from megatron_fipo.errors import FipoError
-from megatron_fipo.policy.checkpoint_places import newest, remove_unfinished
+from megatron_fipo.leftovers import remove_outside, remove_partial_files, say_removed
+from megatron_fipo.policy.checkpoint_places import newest
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_lock import RunLock
 
@@ -33,7 +34,7 @@ def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
     except OSError as error:
         raise FipoError(f"run.directory={path} cannot be made: {error}") from error
     lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
-    remove_unfinished(path / "checkpoints")
+    say_removed(path, remove_partial_files(path) + remove_outside(path))
     found = newest(path / "checkpoints")
     if config.resume == "never" and (found or (path / METRICS_FILE).exists()):
         raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")

@@ -4,6 +4,7 @@ What only rank 0 has (problems, servers, verifiers, files, terminal) is None or 
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import CheckpointError, FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
+from megatron_fipo.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
@@ -69,6 +71,7 @@ class Trainer:
         torch.distributed.broadcast_object_list(told, src=0)
         self.directory = Path(told[0])
         self.resume_from = Path(told[1]) if told[1] else None
+        self._name_belongings(stack)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation)
@@ -334,6 +337,13 @@ class Trainer:
         stack.callback(self.metrics.close)
         self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
         self.console.note(f"problems: {self.experience.problem_counts}")
+
+    def _name_belongings(self, stack: ExitStack) -> None:
+        """From here on whatever this rank puts outside the run's directory tells whose it is, and goes at the end."""
+        if not self.first and os.environ.get("LOCAL_RANK") == "0":  # `take_directory` did the first machine
+            say_removed(self.directory, remove_outside(self.directory))
+        stack.callback(remove_outside, self.directory)
+        stack.enter_context(own_place(self.directory))
 
     def _check_lock(self) -> None:
         """Before anything is written: nobody else has taken the directory."""

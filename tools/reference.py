@@ -136,8 +136,8 @@ def _default(entry: Field) -> str:
 def _meaning(entry: Field) -> str:
     limits = entry.metadata
     ranges = [
-        f"{words} {limits[name]:g}"
-        for name, words in (("minimum", "≥"), ("maximum", "≤"), ("above", ">"))
+        f"{words} {limits[name]:,}"
+        for name, words in (("minimum", "≥"), ("above", ">"), ("maximum", "≤"))
         if limits[name] is not None
     ]
     if limits["choices"]:

@@ -9,13 +9,15 @@ from megatron_fipo.config.settings import section, setting
 class FutureKLConfig:
     """The influence weight f_t of FIPO (paper, equations 6 to 9; docs/algorithm.md)."""
 
-    decay_rate: float = setting(32.0, "Half-life τ of the discount in tokens: γ = 2^(−1/τ).", above=0)
-    band_low: float = setting(
-        1.0, "Lower bound of the influence weight (1.0 in the 32B run, 0.8 in the 7B run).", minimum=0
+    decay_rate: float = setting(
+        32.0, "Half-life τ of the discount in tokens: γ = 2^(−1/τ).", minimum=0.01, maximum=10**9
     )
-    band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0)
+    band_low: float = setting(
+        1.0, "Lower bound of the influence weight (1.0 in the 32B run, 0.8 in the 7B run).", minimum=0, maximum=1000
+    )
+    band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0, maximum=1000)
     safety_thresh: float = setting(
-        10.0, "With a negative advantage, a token ratio above this holds the weight down.", above=0
+        10.0, "With a negative advantage, a token ratio above this holds the weight down.", above=0, maximum=10**6
     )
     safety_rule: str = setting(
         "clamp",
@@ -36,7 +38,10 @@ class FilterGroupsConfig:
 
     enable: bool = setting(True, "Drop groups whose samples are all right or all wrong, and sample more prompts.")
     max_num_gen_batches: int = setting(
-        10, "Generation batches a step at most; then the step trains on what it has, with a warning.", minimum=1
+        10,
+        "Generation batches a step at most; then the step trains on what it has, with a warning.",
+        minimum=1,
+        maximum=10**4,
     )
     surplus: str = setting(
         "carry",
@@ -72,42 +77,61 @@ class AlgorithmConfig:
         choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     )
     loss_scale_factor: float | None = setting(
-        None, "The constant length of seq-mean-token-sum-norm, in tokens; null with the other modes.", above=0
+        None,
+        "The constant length of seq-mean-token-sum-norm, in tokens; null with the other modes.",
+        minimum=1,
+        maximum=10**9,
     )
     clip_ratio_low: float | None = setting(
         0.2, "ε_low: the ratio is clipped below at 1 − ε_low. null where the loss does not clip.", minimum=0, maximum=1
     )
     clip_ratio_high: float | None = setting(
-        0.28, "ε_high: the ratio is clipped above at 1 + ε_high. null where the loss does not clip.", minimum=0
+        0.28,
+        "ε_high: the ratio is clipped above at 1 + ε_high. null where the loss does not clip.",
+        minimum=0,
+        maximum=10**6,
     )
     clip_ratio_c: float | None = setting(
-        10.0, "Dual-clip constant c for negative advantages. null where the loss has no dual clip.", above=1
+        10.0,
+        "Dual-clip constant c for negative advantages. null where the loss has no dual clip.",
+        above=1,
+        maximum=10**6,
     )
     tau_pos: float | None = setting(
-        None, "Temperature of SAPO's gate with a positive advantage; null for the other losses.", above=0
+        None,
+        "Temperature of SAPO's gate with a positive advantage; null for the other losses.",
+        minimum=0.001,
+        maximum=1000,
     )
     tau_neg: float | None = setting(
-        None, "Temperature of SAPO's gate with a negative or no advantage; null for the other losses.", above=0
+        None,
+        "Temperature of SAPO's gate with a negative or no advantage; null for the other losses.",
+        minimum=0.001,
+        maximum=1000,
     )
     future_kl: FutureKLConfig | None = setting(None, "Settings of loss_mode=future_kl; null for the other losses.")
     norm_adv_by_std: bool = setting(True, "Divide the group advantage by the group's standard deviation.")
-    prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1)
-    samples_per_prompt: int = setting(16, "Responses sampled a prompt: the group.", minimum=2)
-    mini_batch_prompts: int = setting(64, "Prompts an optimizer update; divides prompts_per_step.", minimum=1)
+    prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1, maximum=10**6)
+    samples_per_prompt: int = setting(16, "Responses sampled a prompt: the group.", minimum=2, maximum=10**4)
+    mini_batch_prompts: int = setting(
+        64, "Prompts an optimizer update; divides prompts_per_step.", minimum=1, maximum=10**6
+    )
     generation_batch_prompts: int | None = setting(
-        None, "Prompts that dynamic sampling samples at once; null means prompts_per_step.", minimum=1
+        None, "Prompts that dynamic sampling samples at once; null means prompts_per_step.", minimum=1, maximum=10**6
     )
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
     importance_sampling_cap: float | None = setting(
         None,
         "Truncated importance sampling: weigh each token by min(π_trainer_old / π_engine, cap). null is off.",
-        above=0,
+        minimum=0.001,
+        maximum=10**6,
     )
     reference_kl_coef: float = setting(
         0.0,
         "β: adds β · KL(π ‖ π_start) to the loss of each token. 0 is off; else each trainer process keeps two copies "
         "of its weights in the host's memory, and scoring takes twice as long.",
         minimum=0,
+        maximum=1000,
     )
     reference_kl_estimator: str = setting(
         "k3",
@@ -121,14 +145,14 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """Adam with Megatron-Core's schedule, weight decay and clipping."""
 
-    lr: float = setting(1e-6, "Peak learning rate.", above=0)
+    lr: float = setting(1e-6, "Peak learning rate.", above=0, maximum=1)
     schedule: str = setting(
         "constant", "Decay after warm-up, over run.steps.", choices=("constant", "linear", "cosine")
     )
-    min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0)
-    warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from zero.", minimum=0)
-    weight_decay: float = setting(0.1, "Decoupled weight decay; biases and norms have none.", minimum=0)
-    clip_grad: float = setting(1.0, "Largest global gradient norm; 0 is no clipping.", minimum=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0, maximum=1)
+    warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from zero.", minimum=0, maximum=10**9)
+    weight_decay: float = setting(0.1, "Decoupled weight decay; biases and norms have none.", minimum=0, maximum=10)
+    clip_grad: float = setting(1.0, "Largest global gradient norm; 0 is no clipping.", minimum=0, maximum=10**9)
     beta1: float = setting(0.9, "Adam's first-moment decay.", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Adam's second-moment decay.", minimum=0, maximum=1)
-    eps: float = setting(1e-8, "Adam's denominator constant.", above=0)
+    eps: float = setting(1e-8, "Adam's denominator constant.", minimum=1e-20, maximum=1)

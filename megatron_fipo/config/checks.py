@@ -3,20 +3,23 @@
 What cannot run raises ConfigError with the key and what would be right. What runs, but hardly as meant, is a warning.
 """
 
+import ipaddress
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config, every_setting
+from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
+from megatron_fipo.config.checks_values import check_values
+from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError
 
 _LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")
-_ADDRESS = re.compile(r"https?://[^\s/:]+:[0-9]+/?|https?://\[[0-9a-fA-F:]+\]:[0-9]+/?")
+_ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[[0-9a-fA-F:]+\]:([0-9]{1,5})/?")
+_LAST_PORT = 65535
 
 
 def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
@@ -25,7 +28,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     `world_size` is the number of ranks, where it is known. `local` also checks what must be on this machine: the
     model directory, the problem files, servers to sample from and their token.
     """
-    _check_ranges(config)
+    check_values(config)
     judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, _reward, _schedule)
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
@@ -33,33 +36,6 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
         _check_servers(config)
         check_here(config)
     return warnings
-
-
-def _check_ranges(config: Config) -> None:
-    for key, entry in every_setting():
-        value = _value(config, key)
-        if value is None:
-            continue
-        limits = entry.metadata
-        if limits["choices"] and value not in limits["choices"]:
-            raise ConfigError(key, f"{value!r} is not a choice", f"one of {', '.join(limits['choices'])}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(key, f"{value} is no finite number", limits["doc"])
-        for limit, broken, words in (
-            (limits["minimum"], lambda bound, value=value: value < bound, "at least"),
-            (limits["maximum"], lambda bound, value=value: value > bound, "at most"),
-            (limits["above"], lambda bound, value=value: value <= bound, "above"),
-        ):
-            if limit is not None and broken(limit):
-                raise ConfigError(key, f"{value} is out of range", f"it must be {words} {limit:g}: {limits['doc']}")
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        # future_kl is the one section that may be null.
-        value = getattr(value, name) if value is not None else None
-    return value
 
 
 def _layout(config: Config) -> Iterator[str]:
@@ -211,6 +187,7 @@ def _sampling(config: Config) -> Iterator[str]:
 
 def _service(config: Config) -> Iterator[str]:
     rollout = config.rollout
+    _check_host(rollout.host)
     _check_shared_gpu(config)
     if rollout.servers and rollout.addresses:
         raise ConfigError(
@@ -221,8 +198,9 @@ def _service(config: Config) -> Iterator[str]:
     if not config.cluster.rollout_nodes:  # else the job that starts those nodes' servers gives their addresses
         _check_servers(config)
     for address in rollout.addresses:
-        if not _ADDRESS.fullmatch(address):
-            raise ConfigError("rollout.addresses", f"{address!r} is no server's address", "http://HOST:PORT")
+        if not (found := _ADDRESS.fullmatch(address)) or not 0 < int(found[1] or found[2]) <= _LAST_PORT:
+            remedy = f"http://HOST:PORT with a port from 1 to {_LAST_PORT}"
+            raise ConfigError("rollout.addresses", f"{shown(address)} is no server's address", remedy)
         if rollout.weight_transfer != "process_group" and not _LOOPBACK.fullmatch(address):
             raise ConfigError(
                 "rollout.weight_transfer",
@@ -244,6 +222,16 @@ def _service(config: Config) -> Iterator[str]:
             f"rollout.quantization: {rollout.quantization} samples from a coarser policy than the trained one "
             "(log_prob_diff_mean shows by how much); algorithm.importance_sampling_cap corrects for it"
         )
+
+
+def _check_host(host: str) -> None:
+    remedy = "one address of this machine, such as 127.0.0.1"
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise ConfigError("rollout.host", f"{shown(host)} is no IP address", remedy) from None
+    if address.is_unspecified or address.is_multicast:
+        raise ConfigError("rollout.host", f"{host} is no single address of a machine", remedy)
 
 
 def _check_one_gpu(config: Config) -> None:

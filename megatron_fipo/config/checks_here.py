@@ -1,11 +1,11 @@
 """Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
 
-import ctypes
 import os
 from pathlib import Path
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.checks_machine import check_machine, has_cuda_driver
 from megatron_fipo.config.data import FILE_SUFFIXES
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
@@ -15,6 +15,7 @@ ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
+    check_machine(config)
     _check_data_files(config)
     _check_token(config)
     _check_gpu(config)
@@ -60,15 +61,6 @@ def _check_gpu(config: Config) -> None:
             f"{rollout.quantization} needs CUDA, whose driver is not on this machine",
             "rollout.quantization=fp8_per_channel, which vLLM has for CPUs too, or null",
         )
-
-
-def has_cuda_driver() -> bool:
-    """Whether CUDA's driver can be loaded; asked without torch, which takes seconds to import."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _check_model(config: Config) -> None:

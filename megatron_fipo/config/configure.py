@@ -3,26 +3,36 @@
 Imports neither torch nor megatron, so that a mistake on the command line is answered at once.
 """
 
+import contextlib
+import functools
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config import Config, every_setting, sections
 from megatron_fipo.config.checks import check
-from megatron_fipo.config.errors import below_null_section, readable, unknown_key
+from megatron_fipo.config.errors import below_null_section, check_overrides, readable, unknown_key
+from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError, FipoError
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 _HYDRA_VERSION = "1.3"
+# What composing raises: where Hydra and OmegaConf forget to look at a value, Python's and PyYAML's own come through.
+_FAILURES: tuple[type[Exception], ...] = (
+    *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError),
+)
 _TRACEBACKS = "HYDRA_FULL_ERROR"
 
 
@@ -54,10 +64,11 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     For tools and tests: entry points use `run_with_config`. Raises ConfigError.
     """
     try:
+        check_overrides(overrides, configuration_groups())
         with hydra.initialize_config_dir(str(configuration_directory()), version_base=_HYDRA_VERSION):
             return _to_config(hydra.compose("config", list(overrides)))
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise _refusal(error) from error
+    except _FAILURES as error:
+        raise _refusal(error, overrides) from error
 
 
 def configuration_directory() -> Path:
@@ -91,12 +102,14 @@ def _config_from_command_line() -> Config:
     # Hydra's own handler prints several lines and exits with 1; with this set it raises.
     os.environ[_TRACEBACKS] = "1"
     try:
-        entry(keep)()
+        with _flags_in_one_line():
+            check_overrides([text for text in sys.argv[1:] if not text.startswith("-")], configuration_groups())
+            entry(keep)()
         if not composed:
             raise SystemExit(0)
         return _to_config(composed[0])
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise _refusal(error) from error
+    except _FAILURES as error:
+        raise _refusal(error, sys.argv[1:]) from error
     finally:
         if with_traceback is None:
             del os.environ[_TRACEBACKS]
@@ -104,16 +117,56 @@ def _config_from_command_line() -> Config:
             os.environ[_TRACEBACKS] = with_traceback
 
 
-def _refusal(error: HydraException | OmegaConfBaseException | AssertionError) -> Exception:
+@contextlib.contextmanager
+def _flags_in_one_line() -> Iterator[None]:
+    """Say in one line what argparse, which reads Hydra's flags, says in ten."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if end.code == 2 and (lines := said.getvalue().splitlines()):
+            problem = lines[-1].partition("error: ")[2][:300]
+            raise ConfigError("command line", problem, "--help shows flags") from None
+        raise
+    finally:
+        if not said.getvalue().startswith("usage: "):
+            sys.stderr.write(said.getvalue())
+
+
+def _refusal(error: Exception, overrides: Sequence[str]) -> Exception:
     if isinstance(error, AssertionError):
         return below_null_section() if "NoneType" in str(error) else error
-    return readable(error, configuration_groups())
+    if isinstance(error, UnicodeDecodeError):
+        name = next(_files_of_other_encodings(), "one of the YAML files")
+        return ConfigError("configuration", f"{name} is not UTF-8 text: {error.reason}", "save it as UTF-8")
+    refusal = readable(error, configuration_groups())
+    if refusal.key == "configuration" and ".yaml" not in refusal.problem:
+        # Hydra says neither key nor file; what was chosen leads to it.
+        return ConfigError(f"configuration of {' '.join(overrides)[:200]}", refusal.problem, refusal.remedy)
+    return refusal
+
+
+def _files_of_other_encodings() -> Iterator[str]:
+    """Those in conf/ and in the directories that the command line names, since Python's error does not say which."""
+    places = [configuration_directory(), *(Path(text.rpartition("=")[2]) for text in sys.argv[1:] if "dir" in text)]
+    for path in (path for place in places if place.is_dir() for path in place.rglob("*.yaml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            yield str(path)
 
 
 def _to_config(composed: DictConfig) -> Config:
     _refuse_added_keys(OmegaConf.to_container(composed))
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    for name, kind in sections():
+        value = functools.reduce(lambda part, field: part and getattr(part, field), name.split("."), config)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                name, f"{shown(value)} is no section", f"it has keys of its own, such as {name}.KEY=VALUE"
+            )
     return config
 
 

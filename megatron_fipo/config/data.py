@@ -76,8 +76,12 @@ class DataConfig:
     )
     task: str = setting("", "reasoning-gym task, such as chain_sum.")
     task_options: dict[str, Any] = setting({}, "Difficulty settings of the reasoning-gym task, by its own names.")
-    train_size: int = setting(10000, "Problems to generate for training with source=reasoning_gym.", minimum=1)
-    validation_size: int = setting(128, "Problems to generate for validation with source=reasoning_gym.", minimum=1)
+    train_size: int = setting(
+        10000, "Problems to generate for training with source=reasoning_gym.", minimum=1, maximum=10**8
+    )
+    validation_size: int = setting(
+        128, "Problems to generate for validation with source=reasoning_gym.", minimum=1, maximum=10**8
+    )
     instruction: str = setting("", "Text put after each generated problem, such as the form of the answer.")
     overlong_prompts: str = setting(
         "drop",

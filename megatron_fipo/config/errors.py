@@ -1,10 +1,11 @@
 """Turns Hydra's and OmegaConf's exceptions into one line that names the key and what would be right."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -13,11 +14,33 @@ from megatron_fipo.errors import ConfigError
 
 _DOCS = "docs/configuration.md lists every key"
 _OPEN_SECTIONS = ("data.task_options", "data.chat_template_variables")
+_LONGEST = 300
 _OPTIONAL_SECTION = "algorithm.future_kl"
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def readable(error: HydraException | OmegaConfBaseException, groups: Iterable[str]) -> ConfigError:
+def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
+    """Raise ConfigError for overrides that Hydra would stumble over without naming them."""
+    parser = OverridesParser.create()
+    switches = {key for key, entry in every_setting() if entry.type in (bool, bool | None)}
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:  # which Hydra names
+            continue
+        except (ValueError, RecursionError) as error:
+            key = text.partition("=")[0].lstrip("+~")
+            raise ConfigError(_short(key), f"has a value that cannot be read: {_one_line(error)}", _DOCS) from None
+        name, value = override.get_key_element().lstrip("+~").partition("@")[0], override.value()
+        is_choice = isinstance(value, str) and "${" not in value
+        if name in groups and not override.is_delete() and not is_choice:
+            remedy = "the name of a file in it, without .yaml"
+            raise ConfigError(name, f"{_short(str(value))} is no choice of this group", remedy)
+        if name in switches and type(value) is int and value not in (0, 1):  # which OmegaConf takes for true
+            raise ConfigError(name, f"{value} is no truth value", _expected(name))
+
+
+def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
     """The same failure as a ConfigError. `groups` are the names of the configuration groups, for suggestions."""
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
@@ -25,10 +48,12 @@ def readable(error: HydraException | OmegaConfBaseException, groups: Iterable[st
         return ConfigError(match.group(1), "a key takes one value", "a list is written in brackets: key=[a,b]")
     if isinstance(error, OverrideParseException):
         remedy = "give SECTION.KEY=VALUE; quote a value with special characters twice: 'run.name=\"a=b\"'"
-        return ConfigError(error.override, f"cannot be read: {_one_line(error)}", remedy)
+        return ConfigError(_short(error.override or ""), f"cannot be read: {_one_line(error)}", remedy)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException):
-        return ConfigError("configuration", _one_line(error), "--help shows the groups and examples")
+        named = re.search(r"full_key: (\S+)", str(error))
+        key = named[1] if named else "configuration"
+        return ConfigError(key, _one_line(error), _expected(key) if named else "--help shows the groups and examples")
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         return unknown_key(match.group(1), groups)
     key = cause.full_key or "configuration"
@@ -71,7 +96,9 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _missing_choice(error: MissingConfigException) -> ConfigError:
-    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    name = error.missing_cfg_file or ""
+    # A choice may have slashes; of Hydra's own groups the group has.
+    group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
     options = list(error.options or [])
     if not group or not options:
         return ConfigError(
@@ -99,4 +126,8 @@ def _one_line(error: Exception) -> str:
         for line in lines
         if line and not line.startswith(("See http", "full_key:", "reference_type=", "object_type="))
     ]
-    return "; ".join(line for line in kept if line != "^").rstrip(".")
+    return _short("; ".join(line for line in kept if line != "^").rstrip("."))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

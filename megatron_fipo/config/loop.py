@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from megatron_fipo.config.settings import section, setting
+from megatron_fipo.config.settings import LONGEST_WAIT_S, section, setting
+
+VERIFIER_MEMORY_GIB = 4
+"""Most memory of one verifier process. An answer such as 9^(9^9) asks for all there is: the check must fail then."""
 
 
 @dataclass
@@ -13,15 +16,17 @@ class RunConfig:
     directory: str = setting(
         "runs/${run.name}/${now:%Y%m%d-%H%M%S}", "Directory of all the run's files. Give a fixed one to resume from it."
     )
-    seed: int = setting(0, "Seed of data order, sampling and initialisation.", minimum=0)
-    steps: int = setting(1, "Training steps in all, counting those before a resume.", minimum=0)
+    seed: int = setting(0, "Seed of data order, sampling and initialisation.", minimum=0, maximum=10**9)
+    steps: int = setting(1, "Training steps in all, counting those before a resume.", minimum=0, maximum=10**9)
     resume: str = setting(
         "auto",
         "auto: continue from the newest complete checkpoint in run.directory if there is one. "
         "never: refuse a directory that already holds a run.",
         choices=("auto", "never"),
     )
-    collective_timeout_s: float = setting(3600.0, "Longest wait for other ranks, sampling aside, in s.", above=0)
+    collective_timeout_s: float = setting(
+        3600.0, "Longest wait for other ranks, sampling aside, in s.", minimum=1, maximum=LONGEST_WAIT_S
+    )
 
 
 @dataclass
@@ -29,8 +34,10 @@ class OverlongBufferConfig:
     """Soft penalty on responses that come near the length limit (DAPO, section 3.4)."""
 
     enable: bool = setting(False, "Subtract the overlong penalty from the reward.")
-    len: int = setting(4096, "Length of the penalty's ramp below max_response_length, in tokens.", minimum=1)
-    penalty_factor: float = setting(1.0, "Penalty at max_response_length.", minimum=0)
+    len: int = setting(
+        4096, "Length of the penalty's ramp below max_response_length, in tokens.", minimum=1, maximum=10**9
+    )
+    penalty_factor: float = setting(1.0, "Penalty at max_response_length.", minimum=0, maximum=1000)
 
 
 @dataclass
@@ -50,12 +57,22 @@ class RewardConfig:
         minimum=0,
         maximum=0.1,
     )
-    correct: float = setting(1.0, "Reward of a right answer.")
-    incorrect: float = setting(-1.0, "Reward of a wrong answer. One that could not be judged has none.")
+    correct: float = setting(1.0, "Reward of a right answer.", minimum=-1000, maximum=1000)
+    incorrect: float = setting(
+        -1.0, "Reward of a wrong answer. One that could not be judged has none.", minimum=-1000, maximum=1000
+    )
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
-    workers: int = setting(8, "Verifier processes.", minimum=1)
+    workers: int = setting(
+        8,
+        f"Verifier processes; one may take {VERIFIER_MEMORY_GIB} GiB, and all together this machine's memory.",
+        minimum=1,
+        maximum=1024,
+    )
     timeout_s: float = setting(
-        10.0, "Longest judgement of one response; then its process is killed and it counts as failed.", above=0
+        10.0,
+        "Longest judgement of one response; then its process is killed and it counts as failed.",
+        above=0,
+        maximum=3600,
     )
     failed_share_warn: float = setting(
         0.01,
@@ -73,10 +90,13 @@ class ValidationConfig:
     """Accuracy on held-out problems: avg@k, cons@k, pass@k."""
 
     every: int = setting(
-        5, "Validate after this many steps, and before the first and after the last; 0 is never.", minimum=0
+        5,
+        "Validate after this many steps, and before the first and after the last; 0 is never.",
+        minimum=0,
+        maximum=10**9,
     )
-    samples: int = setting(32, "Responses a problem: k.", minimum=1)
-    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", minimum=0)
+    samples: int = setting(32, "Responses a problem: k.", minimum=1, maximum=10**4)
+    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", minimum=0, maximum=100)
     top_p: float = setting(0.7, "Nucleus.", above=0, maximum=1)
 
 
@@ -84,8 +104,8 @@ class ValidationConfig:
 class CheckpointConfig:
     """When the run's state is saved."""
 
-    every: int = setting(5, "Save after this many steps, and after the last; 0 is never.", minimum=0)
-    keep: int = setting(2, "Newest checkpoints to keep; 0 keeps all.", minimum=0)
+    every: int = setting(5, "Save after this many steps, and after the last; 0 is never.", minimum=0, maximum=10**9)
+    keep: int = setting(2, "Newest checkpoints to keep; 0 keeps all.", minimum=0, maximum=10**9)
     asynchronous: bool = setting(
         True,
         "Go on training while a checkpoint is written, which takes its size in memory beside; it counts when done.",
@@ -101,6 +121,7 @@ class CheckpointConfig:
         "Beside the checkpoint after this many steps, and after the last, write a Hugging Face directory, "
         "run.directory/huggingface/step-…, kept as long as the checkpoint; a multiple of checkpoint.every. 0 is never.",
         minimum=0,
+        maximum=10**9,
     )
 
 
@@ -109,4 +130,6 @@ class TrackingConfig:
     """What the run writes down besides metrics.jsonl and summary.json, which it always writes."""
 
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
-    samples_per_step: int = setting(8, "Rollouts kept a step as readable text, with their rewards.", minimum=0)
+    samples_per_step: int = setting(
+        8, "Rollouts kept a step as readable text, with their rewards.", minimum=0, maximum=10**6
+    )

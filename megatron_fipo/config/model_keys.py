@@ -61,6 +61,8 @@ def shown(value: Any) -> str:
         text = json.dumps(value)
     except RecursionError:
         text = f"a {type(value).__name__} nested too deeply"
+    except ValueError:  # Python writes no number of thousands of digits
+        text = f"a {type(value).__name__} of too many digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

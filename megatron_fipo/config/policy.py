@@ -49,16 +49,22 @@ class ModelConfig:
 class ParallelConfig:
     """How the policy is laid out over processes, one a GPU."""
 
-    tensor: int = setting(1, "Tensor-parallel size; divides attention heads and key-value groups.", minimum=1)
-    pipeline: int = setting(1, "Pipeline-parallel size: number of stages.", minimum=1)
-    virtual_pipeline: int | None = setting(
-        None, "Model chunks a pipeline stage (interleaved schedule); null is the plain 1F1B schedule.", minimum=2
+    tensor: int = setting(
+        1, "Tensor-parallel size; divides attention heads and key-value groups.", minimum=1, maximum=1024
     )
-    context: int = setting(1, "Context-parallel size: a sequence is cut over this many ranks.", minimum=1)
+    pipeline: int = setting(1, "Pipeline-parallel size: number of stages.", minimum=1, maximum=1000)
+    virtual_pipeline: int | None = setting(
+        None,
+        "Model chunks a pipeline stage (interleaved schedule); null is the plain 1F1B schedule.",
+        minimum=2,
+        maximum=1000,
+    )
+    context: int = setting(1, "Context-parallel size: a sequence is cut over this many ranks.", minimum=1, maximum=1024)
     data: int | None = setting(
         None,
         "Data-parallel size. null: whatever the processes started give; 1 when the run starts them itself.",
         minimum=1,
+        maximum=10**5,
     )
     sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
     distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
@@ -79,4 +85,5 @@ class ParallelConfig:
         16384,
         "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",
         minimum=1,
+        maximum=10**9,
     )

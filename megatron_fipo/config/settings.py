@@ -1,7 +1,12 @@
 """How a field of the configuration's schema is declared: default, documentation and range in one place."""
 
+import operator
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
+
+LONGEST_WAIT_S = 7 * 24 * 3600
+"""Upper bound of every wait, in seconds: clocks and sockets take it, and a run that waits longer is never seen to."""
 
 
 def setting(
@@ -26,3 +31,15 @@ def setting(
 def section(kind: type) -> Any:
     """A nested group of fields with that group's own defaults."""
     return field(default_factory=kind)
+
+
+def is_in_range(value: Any, limits: Mapping[str, Any]) -> bool:
+    """Whether a number is inside a setting's limits; NaN never is where there are any."""
+    tests = (("minimum", operator.ge), ("above", operator.gt), ("maximum", operator.le))
+    return all(limits[name] is None or holds(value, limits[name]) for name, holds in tests)
+
+
+def range_in_words(limits: Mapping[str, Any]) -> str:
+    """Such as "above 0 and at most 1"; empty without limits."""
+    words = (("minimum", "at least"), ("above", "above"), ("maximum", "at most"))
+    return " and ".join(f"{word} {limits[name]:,}" for name, word in words if limits[name] is not None)

@@ -32,8 +32,10 @@ _ONE_DAY, _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 10, 21, 1
 class ChatTemplate:
     """One template with its variables. `depends_on_date` becomes true when a prompt has today's date in it."""
 
-    def __init__(self, source: str, special_tokens: dict[str, Any], variables: dict[str, Any], date: str | None):
-        """`variables` are data.chat_template_variables, `date` is data.chat_template_date.
+    def __init__(
+        self, source: str, place: Path, special_tokens: dict[str, Any], variables: dict[str, Any], date: str | None
+    ):
+        """`place` is the model directory, `variables` are data.chat_template_variables, `date` chat_template_date.
 
         Raises:
             ConfigError: the template is no Jinja template, draws at random, or does not read one of the variables.
@@ -41,14 +43,15 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _get_template_variables
 
+        self._name = f"the chat template of {place}"
         try:
             known = _get_template_variables(source)
         except TemplateError as error:
             raise ConfigError(
-                "model.path", f"the chat template cannot be compiled: {one_line(error)}", "a Jinja template"
+                "model.path", f"{self._name} cannot be compiled: {one_line(error)}", "a Jinja template"
             ) from error
         if drawing := _random_part(source):
-            problem = f"the chat template uses Jinja's {drawing}: prompts would be others in every run"
+            problem = f"{self._name} uses Jinja's {drawing}: prompts would be others in every run"
             raise ConfigError("model.path", problem, "a template whose text follows from the messages")
         for name in variables:
             if name in _OWN_VARIABLES:
@@ -87,12 +90,12 @@ class ChatTemplate:
             text = "".join(rendered[0])
             text.encode()  # a lone surrogate is no text that a tokenizer takes
         except Exception as error:  # a template is a program: it can raise anything
-            raise DataError(f"the chat template fails: {one_line(error)}") from error
+            raise DataError(f"{self._name} fails: {one_line(error)}") from error
         if not text:
-            raise DataError("the chat template writes nothing")
+            raise DataError(f"{self._name} writes nothing")
         given = sum(len(message["content"]) for message in messages)
         if len(text) > 2 * given + _LONGEST_ADDED:
-            raise DataError(f"the chat template makes {len(text)} characters of {given}")
+            raise DataError(f"{self._name} makes {len(text)} characters of {given}")
         return text
 
 

@@ -29,13 +29,15 @@ class SentencePieceModel:
             # transformers' default: a space is put before the text, but not before what follows a special token.
             inner = model if settings.get("legacy") or not pieces else _without_prefix(model)
             self._inner = SentencePieceProcessor(model_proto=inner)
+            # All of them, since a damaged one would else stop a run in the middle, when the model samples it.
+            texts = [self._model.id_to_piece(i) for i in range(pieces)]
         except (OSError, RuntimeError, ValueError) as error:
             raise DataError(f"{path}: is no sentencepiece model ({one_line(error)})") from error
         if not pieces:
             raise DataError(f"{path}: is an empty sentencepiece model")
         self._pieces = pieces
         self._added = _added_tokens(path.parent, settings, pieces)
-        self._ids = {self._model.id_to_piece(i): i for i in range(pieces) if self._model.is_control(i)}
+        self._ids = {text: i for i, text in enumerate(texts) if self._model.is_control(i)}
         self._ids |= {text: i for i, (text, _) in self._added.items()}
         names = sorted(self._ids, key=len, reverse=True)
         self._cut = re.compile("|".join(map(re.escape, names))) if names else None
@@ -91,7 +93,10 @@ class SentencePieceModel:
     def _check_exists(self, directory: Path, name: str) -> None:
         """DataError for a special token that the configuration names and nobody has: another would stand for it."""
         text = self.special_tokens.get(f"{name}_token")
-        if text is not None and text not in self._ids and self._model.piece_to_id(text) == self._model.unk_id():
+        if text is None or text in self._ids:
+            return
+        is_text = not any("\ud800" <= char <= "\udfff" for char in text)  # sentencepiece takes no lone surrogates
+        if not is_text or self._model.piece_to_id(text) == self._model.unk_id():
             where = f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r}"
             raise DataError(f"{where} is no token of tokenizer.model, nor added to it")
 

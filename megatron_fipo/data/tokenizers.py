@@ -9,6 +9,7 @@ from megatron_fipo.data.sentencepiece_models import SentencePieceModel
 from megatron_fipo.data.vocabulary import end_tokens, read_settings
 from megatron_fipo.errors import ConfigError, DataError, one_line
 
+_NO_LIMIT = 1 << 40
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -71,7 +72,9 @@ class _ModelTokenizer:
             )
         self.template: ChatTemplate | None = None
         if source is not None:
-            self.template = ChatTemplate(source, special, data.chat_template_variables, data.chat_template_date)
+            self.template = ChatTemplate(
+                source, directory, special, data.chat_template_variables, data.chat_template_date
+            )
 
     @property
     def eos_ids(self) -> list[int]:
@@ -110,11 +113,15 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            # The run knows the longest prompt; transformers would compare with whatever stands in the file.
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, model_max_length=_NO_LIMIT)
+            is_stored = tokenizer.eos_token is None or _is_stored(directory, tokenizer.eos_token)
+        except DataError:
+            raise
         except Exception as error:  # of several libraries, by what the files hold
             raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
-        tokenizer = self._tokenizer
-        if tokenizer.eos_token is not None and not _is_stored(directory, tokenizer.eos_token):
+        self._tokenizer = tokenizer
+        if not is_stored:
             raise DataError(
                 f"{directory}/tokenizer_config.json: eos_token {tokenizer.eos_token[:80]!r} is not in tokenizer.json"
             )

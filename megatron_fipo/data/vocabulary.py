@@ -1,6 +1,7 @@
 """Token ids against the model's embedding. An id beyond it is an IndexError on one rank, or garbage over several."""
 
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
             if token is None:
                 continue
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise DataError(f"{directory / name}: eos_token_id is {token!r}, which is no token id")
+                raise DataError(f"{directory / name}: eos_token_id is {reprlib.repr(token)}, which is no token id")
             found.setdefault(token, name)
     if tokenizer_eos is not None and tokenizer_eos >= 0:
         found.setdefault(tokenizer_eos, "the tokenizer")

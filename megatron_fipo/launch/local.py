@@ -84,7 +84,10 @@ class _Rank:
 
 
 def _start(world_size: int, directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
-    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
     # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
     # else's from here on.
     with socket.create_server((_LOOPBACK, 0), backlog=4096) as listener:

@@ -20,6 +20,7 @@ from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
+from megatron_fipo.leftovers import remove_outside, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
 
@@ -43,10 +44,12 @@ def main(config: Config) -> None:
         servers=max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel),
         host=own_address(node, os.environ.get("GLOO_SOCKET_IFNAME"), int(os.environ["SLURM_JOB_NUM_NODES"])),
     )
+    place = Path(config.run.directory) / "rollout" / node
+    say_removed(place, remove_outside(place))
     service = RolloutService(
         settings,
         resolve_embedded(config.model.path),
-        Path(config.run.directory) / "rollout" / node,
+        place,
         config.run.seed,
         config.model.max_position_embeddings,
     )

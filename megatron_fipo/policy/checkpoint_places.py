@@ -44,12 +44,6 @@ def remove_all_but(directory: Path, keep: int) -> None:
         remove(old)
 
 
-def remove_unfinished(directory: Path) -> None:
-    """Remove what saves that were cut short have left. What cannot be removed stays."""
-    for path in directory.glob(".step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _complete(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []

@@ -17,10 +17,10 @@ import socket
 import sys
 from typing import Any
 
+from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB
 from megatron_fipo.rewards.rules import Rule, prepare
 
-# An answer such as 9^(9^9) makes sympy ask for all memory; then the check must fail, not the machine.
-_MEMORY_LIMIT_BYTES = 4 << 30
+_MEMORY_LIMIT_BYTES = VERIFIER_MEMORY_GIB << 30
 _PR_SET_PDEATHSIG = 1
 
 

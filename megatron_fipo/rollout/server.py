@@ -8,6 +8,7 @@ it by hand, or under srun, for `rollout.addresses`.
 import os
 import sys
 
+from megatron_fipo.leftovers import NAMES_VARIABLE, name_shared_memory
 from megatron_fipo.processes import die_with_parent
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.lifeline import bind_descendants
@@ -27,6 +28,8 @@ if __name__ == "__mp_main__":
     die_with_parent()
 if __name__ in ("__main__", "__mp_main__"):
     bind_descendants()
+    if names := os.environ.get(NAMES_VARIABLE):
+        name_shared_memory(names)
 
 
 def main() -> None:

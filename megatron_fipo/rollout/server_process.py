@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from megatron_fipo.leftovers import SHARED_MEMORY
 from megatron_fipo.rollout.server import PARENT_VARIABLE
 
 STOP_TIMEOUT_S = 10.0
-SHARED_MEMORY = Path("/dev/shm")
 
 logger = logging.getLogger(__name__)
 

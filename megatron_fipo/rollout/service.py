@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ import httpx
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.leftovers import own_place, server_names
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.server_log import ServerLog
 from megatron_fipo.rollout.server_options import server_arguments, server_environment, visible_devices
@@ -88,11 +90,13 @@ class RolloutService:
         self.config = config
         self.roster = 0
         """Changes with each server that leaves or enters service."""
-        self._model_dir, self._log_dir, self._seed = model_dir, run_dir / "logs", seed
+        self._model_dir, self._run_dir, self._log_dir, self._seed = model_dir, run_dir, run_dir / "logs", seed
         self._max_position_embeddings = max_position_embeddings
         self._warn = warn
         self._restarts = 0
         self._reserved: list[socket.socket] = []
+        self._names: dict[str, str] = {}
+        self._places = ExitStack()
         if config.addresses:
             self._token = os.environ.get(TOKEN_VARIABLE, "")
             if not self._token:
@@ -124,6 +128,7 @@ class RolloutService:
             return
         atexit.register(self.close)
         self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._names = server_names(self._run_dir, self._places.enter_context(own_place(self._run_dir)))
         devices = visible_devices(self.config)
         for index in range(self.config.servers):
             self.servers.append(self._start_server(index, devices[index] if devices else None))
@@ -132,7 +137,7 @@ class RolloutService:
         host, port = self.config.host, self._reserve_port()
         options = server_arguments(self.config, self._model_dir, self._seed, self._max_position_embeddings)
         command = ["--host", host, "--port", str(port), *options]
-        environment = server_environment(self.config, devices) | {TOKEN_VARIABLE: self._token}
+        environment = server_environment(self.config, devices) | self._names | {TOKEN_VARIABLE: self._token}
         log = ServerLog(self._log_dir / f"rollout-{index}.log")
         process = start_process(command, environment, log.path)
         shown = f"[{host}]" if ":" in host else host
@@ -320,6 +325,7 @@ class RolloutService:
         self._reserved.clear()
         segments = {segment for server in self.servers for segment in server.segments}
         end_processes([server.process for server in self.servers if server.process is not None], segments)
+        self._places.close()
 
     def __enter__(self) -> Self:
         return self

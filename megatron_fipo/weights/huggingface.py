@@ -1,6 +1,7 @@
 """Hugging Face model directories on disk, read tensor by tensor; `huggingface_writer` writes them."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_fipo.config.model_config import QUANTIZED_REMEDY
 from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.architectures import Geometry, Parameter
 
+_LONGEST_NAME = 255
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAFETENSORS_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -118,7 +120,7 @@ class HuggingFaceReader:
             raise WeightError(f"{self.directory} has neither {SINGLE} nor {INDEX}; it holds {found}")
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if weight_map and all(Path(file_name).name == file_name for file_name in weight_map.values()):
+            if weight_map and all(map(_is_file_name, weight_map.values())):
                 return weight_map
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightError(f"{path} is not a safetensors index: {type(error).__name__}: {error}") from None
@@ -139,6 +141,10 @@ class HuggingFaceReader:
             self._location[name] = file_name
             part = handle.get_slice(name)
             self.tensors[name] = TensorInfo(name, tuple(part.get_shape()), _torch_dtype(path, name, part.get_dtype()))
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def _torch_dtype(path: Path, name: str, safetensors_dtype: str) -> torch.dtype:

@@ -4,7 +4,6 @@ class here and one in `megatron_fipo/rollout/`, listed in `rollout/vllm_plugin.p
 A plane object lives on every rank that leads a pipeline stage (tensor-, data- and context-parallel rank 0 of it).
 """
 
-import hashlib
 import os
 import shutil
 import socket
@@ -17,12 +16,12 @@ from safetensors.torch import save_file
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.leftovers import SHARED_MEMORY, prefix
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 
-SHARED_MEMORY = Path("/dev/shm")
 CPU = torch.device("cpu")
 
 
@@ -122,14 +121,12 @@ class SharedMemoryPlane:
     """safetensors files in a private directory under /dev/shm, for trainer and engines on one machine."""
 
     def __init__(self, stage: int, run_dir: Path):
-        run = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
-        self._stage, self._prefix = stage, f"megatron_fipo-{run}-stage"
-        self._directory = SHARED_MEMORY / f"{self._prefix}{stage}"
+        self._directory = SHARED_MEMORY / f"{prefix(run_dir)}stage{stage}"
         self._index = 0
         self._file: Path | None = None
 
     def _make_directory(self) -> None:
-        """A fresh directory for this user only; an earlier run that was killed may have left one of the same name."""
+        """A fresh directory for this user only; another process of this number may have left one of the same name."""
         try:
             if self._directory.is_symlink() or self._directory.exists():
                 shutil.rmtree(self._directory)
@@ -166,10 +163,7 @@ class SharedMemoryPlane:
 
     def close(self) -> None:
         """Removes the directory and whatever is in it."""
-        # Leaders of other stages may have been killed when the run ended, and their directories are on this machine.
-        ours = SHARED_MEMORY.glob(f"{self._prefix}*") if self._stage == 0 else [self._directory]
-        for directory in ours:
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def make_plane(rollout: RolloutConfig, stage: int, run_dir: Path) -> TransferPlane:

@@ -5,10 +5,14 @@ Why: a mistake on the command line must cost seconds, not a cluster hour.
 Not covered: what the settings do; the parts that read them test that.
 """
 
+import math
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 
+from megatron_fipo.config import every_setting
+from megatron_fipo.config.settings import is_in_range
 from megatron_fipo.errors import ConfigError
 from tests.config.judging import SERVER, judge
 
@@ -105,6 +109,18 @@ REFUSED = {
     "reward.overlong_buffer.enable=true": ("reward.overlong_buffer.len", "shorter"),
     "rollout.log_prob_diff_warn=0.9": ("rollout.log_prob_diff_warn", "set rollout.log_prob_diff_stop too"),
     "rollout.log_prob_diff_warn=2 rollout.log_prob_diff_stop=1": ("rollout.log_prob_diff_stop", "a limit at or above"),
+    "run.collective_timeout_s=1e30": ("run.collective_timeout_s", "at least 1 and at most 604,800"),
+    "rollout.start_timeout_s=1e10": ("rollout.start_timeout_s", "at most 604,800"),
+    "reward.workers=1000000000": ("reward.workers", "at most 1,024"),
+    f"run.steps={10**30}": ("run.steps", "at most 1,000,000,000"),
+    "run.directory=''": ("run.directory", "runs/mine"),
+    "run.name=''": ("run.name", "a name"),
+    "rollout.host=''": ("rollout.host", "127.0.0.1"),
+    "rollout.host=abc": ("rollout.host", "127.0.0.1"),
+    "rollout.host=0.0.0.0": ("rollout.host", "127.0.0.1"),
+    "rollout.host='::'": ("rollout.host", "127.0.0.1"),
+    "rollout.servers=0 rollout.addresses=[http://node7:65536]": ("rollout.addresses", "from 1 to 65535"),
+    "rollout.servers=0 rollout.addresses=[http://node7:0]": ("rollout.addresses", "from 1 to 65535"),
     "optimizer.beta2=1": ("optimizer.beta2", "below 1"),
     "optimizer.min_lr=1": ("optimizer.min_lr", "at most lr"),
     "checkpoint.huggingface_every=30": ("checkpoint.huggingface_every", "a multiple of 20, or 0"),
@@ -171,3 +187,17 @@ def test_layouts_that_fit_are_accepted() -> None:
     assert judge("parallel.tensor=2", world_size=8) == []
     assert judge("parallel.data=2", world_size=4) == []
     assert judge("experiment=fipo_32b", SERVER, world_size=64) == []
+
+
+def test_every_number_has_a_range_and_its_default_lies_inside() -> None:
+    """A number without an upper bound is one that overflows a clock, a socket or the memory some day."""
+    for key, entry in every_setting():
+        kinds = {int, float} & {entry.type, *get_args(entry.type)}
+        if not kinds:
+            continue
+        limits = entry.metadata
+        assert limits["maximum"] is not None, f"{key} has no upper bound"
+        assert (limits["minimum"] is None) != (limits["above"] is None), f"{key} has no lower bound, or two"
+        assert entry.default is None or is_in_range(entry.default, limits), key
+        for beyond in (limits["maximum"] * 1.001 + 1, -1e30, math.nan):
+            assert not is_in_range(beyond, limits), (key, beyond)

@@ -4,11 +4,13 @@ Why: a path that is wrong or a layout that the model does not divide by would ot
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from megatron_fipo.config import checks_here
+from megatron_fipo.config import checks_here, checks_machine
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError
 from tests.config.judging import judge
@@ -96,3 +98,30 @@ def test_what_needs_cuda_is_refused_without(command_line: str, key: str, remedy:
     with pytest.raises(ConfigError) as refusal:
         checks_here.check_here(load_config(command_line.split()))
     assert refusal.value.key == key and remedy in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "said"),
+    [
+        ("run.directory=FILE", "run.directory", "is no directory"),
+        ("run.directory=FILE/run", "run.directory", "is no directory"),
+        (f"run.directory={'x' * 300}", "run.directory", "more than 255 bytes"),
+        ("rollout.host=192.0.2.1", "rollout.host", "is no address of this machine"),
+        ("reward.workers=1024", "reward.workers", "1024 verifier processes of 4 GiB each take more than"),
+        ("rollout.cpu_kv_cache_gib=100000", "rollout.cpu_kv_cache_gib", "of memory here"),
+        ("parallel.data=20000 algorithm.mini_batch_prompts=100000 PROMPTS", "parallel", "trainer processes"),
+    ],
+)
+def test_what_this_machine_has_not_is_refused(
+    override: str, key: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30))
+    monkeypatch.setattr(checks_machine, "has_cuda_driver", lambda: False)
+    override = override.replace("FILE", str(tmp_path / "file")).replace("PROMPTS", "algorithm.prompts_per_step=100000")
+    with pytest.raises(ConfigError) as refusal:
+        judge(*override.split(), local=True)
+    assert refusal.value.key == key and said in refusal.value.problem
+    # The other ranks start neither servers nor verifiers, and may be on another machine.
+    monkeypatch.setenv("RANK", "1")
+    judge(*override.split(), local=True)

@@ -34,7 +34,7 @@ DATED = [
 
 
 def template(source: str, date: str | None = None, **variables: object) -> ChatTemplate:
-    return ChatTemplate(source, {"eos_token": "<eos>"}, dict(variables), date)
+    return ChatTemplate(source, Path("model"), {"eos_token": "<eos>"}, dict(variables), date)
 
 
 def test_variables_reach_the_template() -> None:
@@ -159,13 +159,13 @@ def test_a_long_message_is_no_fault_of_the_template() -> None:
 
 @pytest.mark.parametrize("source", ["{{ [1, 2, 3] | random }}", "{{ lipsum(n=1) }}"])
 def test_a_template_that_draws_at_random_is_refused(source: str) -> None:
-    with pytest.raises(ConfigError, match=r"^model\.path: the chat template uses Jinja's (random|lipsum)"):
+    with pytest.raises(ConfigError, match=r"^model\.path: the chat template of model uses Jinja's (random|lipsum)"):
         template(source)
     template("{{ messages[0].random }} lipsum")
 
 
 def test_what_is_no_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.path: the chat template cannot be compiled: TemplateSyntaxError"):
+    with pytest.raises(ConfigError, match=r"^model\.path: the chat template of model cannot be compiled: TemplateS"):
         template("{% if %}")
 
 

@@ -156,7 +156,7 @@ def test_a_template_that_refuses_a_row_names_it(tmp_path):
     )
     system = row("1+6=?") | {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1"}]}
     file = write(tmp_path / "a.jsonl", [row("1+6=?"), system])
-    with pytest.raises(DataError, match=r"a\.jsonl, row 2, prompt: the chat template fails: .*no system role$"):
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2, prompt: the chat template of .* fails: .*no system role$"):
         load(load_tokenizer(tmp_path), file)
 
 

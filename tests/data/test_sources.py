@@ -1,6 +1,6 @@
 """Why: data sets name their columns as they like, and files break in many ways; each has to load as it is, or be named.
 
-What counts as an answer is test_answers.py; random damage is test_fuzz.py.
+What counts as an answer is test_answers.py; random damage is tests/fuzz.
 """
 
 import gzip

@@ -1,11 +1,13 @@
 """Starts training runs as a user does, and reads what they wrote."""
 
 import contextlib
+import getpass
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +87,30 @@ def end(process: subprocess.Popen[str]) -> None:
     """SIGKILL a run's launcher; what it started has to go by itself."""
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def kill_all(process: subprocess.Popen[str], directory: Path) -> set[Path]:
+    """SIGKILL a run's launcher and all that it started, at once; their shared memory and sockets outside `directory`.
+
+    Those that are still there, now that nobody is left to remove them.
+    """
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    places = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    used: set[Path] = set()
+    for member in tree:
+        with contextlib.suppress(psutil.Error):
+            used.update(Path(mapping.path) for mapping in member.memory_maps())
+            used.update(Path(str(socket.laddr)) for socket in member.net_connections("unix"))
+    for member in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.suspend()
+    for member in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    shared = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # compiled kernels, for every run
+    outside = {path for path in used if path.exists() and not {directory, shared} & {*path.parents}}
+    return {path for path in outside if any(path.is_relative_to(place) for place in places)}
 
 
 def output(directory: Path) -> str:

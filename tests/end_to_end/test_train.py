@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_fipo import leftovers
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
@@ -146,7 +148,9 @@ def test_two_servers_of_which_one_is_killed(tmp_path: Path) -> None:
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """A run killed after step 3 goes on from its checkpoint of step 2, and ends where an uninterrupted one ends.
 
-    With dynamic sampling, whose batches leave some groups over: the checkpoint carries them on.
+    All its processes are killed at once, those too that would remove what they or others have put outside the run's
+    directory; the next run does. With dynamic sampling, whose batches leave some groups over: the checkpoint carries
+    them on.
     """
     settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4", "checkpoint.huggingface_every=2"]
     settings += ["algorithm.filter_groups.enable=true", "algorithm.generation_batch_prompts=10"]
@@ -154,10 +158,14 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     runs.run(whole, *settings)
     assert_same_as_converted(whole, step=4)
 
-    with runs.started(broken, *settings):
+    with runs.started(broken, *settings) as process:
         runs.wait_until(lambda: len(runs.rows(broken)) == 3, "step 3", timeout_s=200)
+        left = runs.kill_all(process, broken)
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
+    assert [path for path in left if "/megatron_fipo-" not in str(path).replace("sem.", "")] == []
+    assert {path.parent for path in left if path.exists()} >= {Path("/dev/shm")}, "the control: something was left"
+    (broken / "checkpoints" / ".step-000009.partial").mkdir()
     state = broken / "checkpoints/step-000002/trainer.json"
     saved = state.read_text()
     content = json.loads(saved)
@@ -165,14 +173,16 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     state.write_text(json.dumps(content | {"seconds": "x"}))
     output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=1)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
+    assert "removed what a killed run in" in output and f" in {broken / 'checkpoints'}" in output
     output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
     assert f"error: {state.parent}: trainer.json has " in output, "the manifest finds it too, and first"
     state.write_text(saved)
-    (broken / "checkpoints/.step-000003.partial").mkdir()
     output = runs.run(broken, *settings)
     assert {path.name for path in (broken / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
 
     assert "resumed from" in output
+    assert not [path for path in left if path.exists()]
+    assert not list(broken.rglob("*.partial"))
     check_rows(runs.rows(broken), steps=4)
     for step in (3, 4):
         assert runs.prompts(broken, step) == runs.prompts(whole, step), "prompts skipped or repeated"
@@ -189,6 +199,9 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 128 + signal.SIGINT
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
     assert "Traceback" not in runs.output(tmp_path)
+    beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
+    places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))
+    assert [path for place in places for path in place.glob(f"*{beginning}*")] == []
 
 
 def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.config import Config
+from megatron_fipo.leftovers import remove_partial_files
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, checkpoint_places, platform
 from megatron_fipo.policy.model import start_model_parallel
 from tests.policy import checkpoints
@@ -77,7 +78,7 @@ def _train(model_dir: str, place: Path, says: Any) -> None:
     os.environ["MASTER_PORT"] = "0"
     platform.start_process_group(60)
     start_model_parallel(Config().parallel, seed=0)
-    checkpoint_places.remove_unfinished(place)
+    remove_partial_files(place.parent)
     assert not list(place.glob(".*"))
     policy = checkpoints._policy(model_dir, RMSNorm)
     values = checkpoints._values(policy)

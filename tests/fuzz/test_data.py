@@ -1,10 +1,9 @@
 """Why: whatever lies in a problem file, a user reads one line that names it, never a traceback, and never a wrong row.
 
-Seeded: every run tries the same cases. Rows are mutated as values, files as bytes, in every format. Not covered: damage
+Rows are mutated as values, files as bytes, in every format. Not covered: damage
 that crashes Arrow itself, of which none is known.
 """
 
-import copy
 import datetime
 import json
 import random
@@ -26,8 +25,9 @@ from megatron_fipo.data.column_sums import write_tokenizer
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_fipo.errors import FipoError
+from tests.fuzz.budget import cases, every_case
+from tests.fuzz.mutators import damaged, mutate
 
-ROWS, FILES = 1600, 900
 TEMPLATE = """{%- for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools\\nhere') }}{% endif -%}
 {% if m.content == '3' %}{{ 1 / 0 }}{% endif %}{{ m.content }}<eos>{% endfor %}"""
 
@@ -61,24 +61,9 @@ def sound_row(rng: random.Random, answer_format: str) -> dict[str, Any]:
 
 def mutated_row(rng: random.Random, answer_format: str, values: list[Any]) -> Any:
     """A sound row with one to three of its parts removed, renamed or replaced."""
-    row: Any = sound_row(rng, answer_format)
+    row = sound_row(rng, answer_format)
     for _ in range(rng.randint(1, 3)):
-        part: Any = row
-        while isinstance(part, dict | list) and part:
-            key = rng.choice(list(part)) if isinstance(part, dict) else rng.randrange(len(part))
-            if isinstance(part[key], dict | list) and part[key] and rng.random() < 0.6:
-                part = part[key]
-                continue
-            change = rng.random()
-            if change < 0.15:
-                del part[key]
-            elif change < 0.25 and isinstance(part, dict):
-                part[rng.choice(["x", "", "a.b", "prompt"])] = part.pop(key)
-            else:
-                part[key] = copy.deepcopy(rng.choice(values))
-            break
-        if not isinstance(row, dict):
-            break
+        mutate(rng, row, values, ["x", "", "a.b", "prompt"])
     return row if rng.random() < 0.97 else rng.choice(values)
 
 
@@ -111,33 +96,41 @@ def outcome(path: Path, tokenizer: Tokenizer, rng: random.Random, answer_format:
     return "read"
 
 
-def test_mutated_rows_are_read_or_refused_in_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rng = random.Random(1)
+@cases(seeded=1600, campaign=2500)
+def test_mutated_rows_are_read_or_refused_in_one_line(
+    rng: random.Random, count: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     outcomes: Counter[str] = Counter()
-    for _ in range(ROWS):
-        answer_format = rng.choice(ANSWER_FORMATS)
-        rows = [sound_row(rng, answer_format), mutated_row(rng, answer_format, VALUES)]
-        path = tmp_path / f"rows{rng.choice(['.jsonl', '.json'])}"
-        if path.suffix == ".json" and rng.random() < 0.7:
-            path.write_text(json.dumps(rows), encoding="utf-8")
-        else:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > ROWS / 10, outcomes
+    with every_case() as case:
+        for _ in range(count):
+            answer_format = rng.choice(ANSWER_FORMATS)
+            rows = [sound_row(rng, answer_format), mutated_row(rng, answer_format, VALUES)]
+            path = tmp_path / f"rows{rng.choice(['.jsonl', '.json'])}"
+            if path.suffix == ".json" and rng.random() < 0.7:
+                path.write_text(json.dumps(rows), encoding="utf-8")
+            else:
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            with case(rows):
+                outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > count / 10, outcomes
 
 
-def test_mutated_tables_are_read_or_refused_in_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rng = random.Random(2)
+@cases(seeded=400, campaign=1000)
+def test_mutated_tables_are_read_or_refused_in_one_line(
+    rng: random.Random, count: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     outcomes: Counter[str] = Counter()
-    while outcomes.total() < ROWS // 4:
-        answer_format = rng.choice(ANSWER_FORMATS)
-        rows = [mutated_row(rng, answer_format, VALUES + ARROW_VALUES)]
-        try:
-            table = pa.Table.from_pylist(rows)
-            path = write_table(table, tmp_path / f"table{rng.choice(['.parquet', '.arrow'])}", rng)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
-            continue  # a row that Arrow cannot write
-        outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
+    with every_case() as case:
+        while outcomes.total() < count:
+            answer_format = rng.choice(ANSWER_FORMATS)
+            rows = [mutated_row(rng, answer_format, VALUES + ARROW_VALUES)]
+            try:
+                table = pa.Table.from_pylist(rows)
+                path = write_table(table, tmp_path / f"table{rng.choice(['.parquet', '.arrow'])}", rng)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+                continue  # a row that Arrow cannot write
+            with case(rows):
+                outcomes[outcome(path, tokenizer, rng, answer_format)] += 1
     assert min(outcomes["read"], outcomes["refused"]) > outcomes.total() / 20, outcomes
 
 
@@ -151,26 +144,10 @@ def write_table(table: pa.Table, path: Path, rng: random.Random) -> Path:
     return path
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Bytes cut off, overwritten, inserted or taken out."""
-    place = rng.randrange(len(content))
-    some = bytes(rng.randrange(256) for _ in range(rng.randint(1, 8)))
-    return rng.choice(
-        [
-            content[:place],
-            content[:place] + some + content[place + len(some) :],
-            content[:place] + some + content[place:],
-            content[:place] + content[place + len(some) :],
-            some + content,
-            content.decode("latin-1").encode("utf-16"),
-            b"\xef\xbb\xbf" + content,
-            content[:place] + b"\x00" * 8 + content[place + 8 :],
-        ]
-    )
-
-
-def test_damaged_files_are_read_or_refused_in_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rng = random.Random(3)
+@cases(seeded=900, campaign=1500)
+def test_damaged_files_are_read_or_refused_in_one_line(
+    rng: random.Random, count: int, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     sound: dict[str, bytes] = {}
     table = pa.Table.from_pylist([sound_row(rng, "plain") for _ in range(20)])
     for suffix in (".parquet", ".arrow"):
@@ -178,9 +155,11 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path: Path, tokenizer
     sound[".jsonl"] = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
     sound[".json"] = json.dumps(table.to_pylist()).encode()
     outcomes: Counter[tuple[str, str]] = Counter()
-    for _ in range(FILES):
-        suffix = rng.choice(list(sound))
-        path = tmp_path / f"damaged{suffix}"
-        path.write_bytes(damaged(sound[suffix], rng))
-        outcomes[suffix, outcome(path, tokenizer, rng, "plain")] += 1
+    with every_case() as case:
+        for _ in range(count):
+            suffix = rng.choice(list(sound))
+            path = tmp_path / f"damaged{suffix}"
+            path.write_bytes(damaged(sound[suffix], rng))
+            with case(path.read_bytes()):
+                outcomes[suffix, outcome(path, tokenizer, rng, "plain")] += 1
     assert all(outcomes[suffix, "refused"] > 20 for suffix in sound), outcomes

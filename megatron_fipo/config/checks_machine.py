@@ -1,0 +1,79 @@
+"""Judges what a configuration asks of this machine: its memory, its addresses, a directory that can be written."""
+
+import ctypes
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from megatron_fipo.config import Config
+from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB
+from megatron_fipo.errors import ConfigError
+
+_GIB = 1 << 30
+_RANK_GIB = 0.25
+"""What a rank takes at the very least, its libraries alone."""
+
+
+def check_machine(config: Config) -> None:
+    """Raise ConfigError for what this machine has not. Servers, verifiers and files are those of the first rank."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    _check_directory(Path(config.run.directory))
+    if config.rollout.servers:
+        _check_host(config.rollout.host)
+    _check_memory(config)
+
+
+def has_cuda_driver() -> bool:
+    """Whether CUDA's driver can be loaded; asked without torch, which takes seconds to import."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _check_directory(path: Path) -> None:
+    """A run's directory is there and writable, or can be made."""
+    remedy = "a directory that can be written"
+    try:
+        nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not nearest.is_dir():
+            raise ConfigError("run.directory", f"{nearest} is no directory", remedy)
+        name_max = os.pathconf(nearest, "PC_NAME_MAX")
+    except OSError as error:
+        raise ConfigError("run.directory", f"{path} cannot be used: {error.strerror}", remedy) from None
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError("run.directory", f"{nearest} cannot be written", remedy)
+    if max(len(os.fsencode(part)) for part in path.absolute().parts) > name_max:
+        raise ConfigError("run.directory", f"has a name of more than {name_max} bytes", "shorter names")
+
+
+def _check_host(host: str) -> None:
+    """Servers can listen there: binding to it is the one question that the machine answers for certain."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        problem = f"{host} is no address of this machine: {error.strerror}"
+        raise ConfigError("rollout.host", problem, "127.0.0.1, or another of its addresses") from None
+
+
+def _check_memory(config: Config) -> None:
+    memory_gib = psutil.virtual_memory().total / _GIB
+    parallel, rollout = config.parallel, config.rollout
+    ranks = parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
+    # Under a launcher the ranks are on as many machines as it knows.
+    local_ranks = 0 if "RANK" in os.environ else ranks
+    caches = 0 if has_cuda_driver() else rollout.servers
+    for key, count, each_gib, name in (
+        ("reward.workers", config.reward.workers, VERIFIER_MEMORY_GIB, "verifier processes"),
+        ("rollout.cpu_kv_cache_gib", caches, rollout.cpu_kv_cache_gib, "KV caches of servers"),
+        ("parallel", local_ranks, _RANK_GIB, "trainer processes"),
+    ):
+        if count * each_gib > memory_gib:
+            problem = f"{count} {name} of {each_gib} GiB each take more than the {memory_gib:.1f} GiB of memory here"
+            raise ConfigError(key, problem, f"fewer or smaller ones, {int(memory_gib)} GiB in all at most")

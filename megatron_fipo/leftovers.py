@@ -1,0 +1,140 @@
+"""What a run puts outside its directory, shared memory and sockets, under names that tell whose it is.
+
+A process that is killed removes nothing. Each name begins with the run's directory, as a hash, and the process that put
+it there: once that process is dead, nobody else can need it, and the next run in the directory removes it.
+"""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+NAMES_VARIABLE = "FIPO_NAMES"
+"""Tells a run's servers how their shared memory has to be called."""
+
+# write_atomically's files, and a checkpoint that is being written or removed.
+_PARTIAL = re.compile(r"\..+\.\d+\.partial|\.step-\d+(\.removed)?\.partial")
+_PARTIAL_PLACES = (".", "samples", "checkpoints", "huggingface")
+_CLOCKS_S = 60.0
+_LONGEST_SOCKET_PATH = 107
+_RANDOM_CHARACTERS = 8
+
+
+def prefix(run_directory: Path) -> str:
+    """How the names begin of what this process puts outside the directory of its run."""
+    return f"{_of_run(run_directory)}{os.getpid()}-"
+
+
+def _of_run(run_directory: Path) -> str:
+    return f"megatron_fipo-{hashlib.sha256(str(run_directory.resolve()).encode()).hexdigest()[:12]}-"
+
+
+def remove_partial_files(run_directory: Path) -> list[Path]:
+    """Remove what dead runs have begun to write in their directory, which the caller has for itself; what it was."""
+    found = [path for place in _PARTIAL_PLACES for path in (run_directory / place).glob(".*.partial")]
+    return _remove(path for path in found if _PARTIAL.fullmatch(path.name))
+
+
+def remove_outside(run_directory: Path) -> list[Path]:
+    """Remove what dead processes of runs in this directory have left on this machine; what it was.
+
+    To be called before this process puts anything there itself.
+    """
+    own, left = re.compile(rf"(?:sem\.)?{_of_run(run_directory)}(\d+)-.*"), []
+    for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+        for path in place.glob(f"*{_of_run(run_directory)}*"):
+            if (match := own.fullmatch(path.name)) and _is_left(path, int(match[1])):
+                left.append(path)
+    return _remove(left)
+
+
+def say_removed(run_directory: Path, removed: list[Path]) -> None:
+    """One line about it; none where there was nothing."""
+    if not removed:
+        return
+    places = Counter(path.parent for path in removed)
+    where = ", ".join(f"{count} in {place}" for place, count in sorted(places.items()))
+    print(f"removed what a killed run in {run_directory} had left: {where}", flush=True)
+
+
+def _is_left(path: Path, pid: int) -> bool:
+    """Whether the process that made it, of this user, is dead: gone, or its number is a younger one's."""
+    try:
+        found = path.lstat()
+        if found.st_uid != os.getuid():
+            return False
+        return pid == os.getpid() or psutil.Process(pid).create_time() > found.st_mtime + _CLOCKS_S
+    except psutil.NoSuchProcess:
+        return True
+    except OSError:  # removed meanwhile
+        return False
+
+
+def _remove(paths: Iterator[Path] | list[Path]) -> list[Path]:
+    removed = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def own_place(run_directory: Path) -> Iterator[Path]:
+    """A directory for sockets and other files of this process and its servers, removed at the end.
+
+    What multiprocessing makes from here on, in this process and its children, is named after the run too.
+    """
+    place = Path(tempfile.mkdtemp(prefix=prefix(run_directory)))
+    _settings_of_multiprocessing()["tempdir"] = str(place)
+    name_shared_memory(prefix(run_directory))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def server_names(run_directory: Path, place: Path) -> dict[str, str]:
+    """Variables that have a server's files lie in `place`, this process's own, and its shared memory named after it.
+
+    Compiled kernels stay where another run finds them.
+    """
+    usual = tempfile.gettempdir()
+    fits = len(str(place)) + 1 + 36 <= _LONGEST_SOCKET_PATH  # vLLM's sockets are named by UUIDs
+    kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{usual}/torchinductor_{os.getuid()}")
+    return {
+        NAMES_VARIABLE: prefix(run_directory),
+        "TMPDIR": str(place),
+        "VLLM_RPC_BASE_PATH": str(place) if fits else usual,
+        "TORCHINDUCTOR_CACHE_DIR": kernels,
+    }
+
+
+def name_shared_memory(beginning: str) -> None:
+    """Have multiprocessing begin the names of shared memory and semaphores so, here and in children.
+
+    It has no setting for that. Where a Python has other names for these, they are as they would be without.
+    """
+    _settings_of_multiprocessing()["semprefix"] = f"/{beginning}"
+    module: Any = shared_memory
+    module._SHM_NAME_PREFIX = f"/{beginning}"
+    module._SHM_SAFE_NAME_LENGTH = len(f"/{beginning}") + _RANDOM_CHARACTERS
+
+
+def _settings_of_multiprocessing() -> dict[str, Any]:
+    process: Any = multiprocessing.current_process()
+    return process._config
