@@ -114,11 +114,17 @@ def load(policy: Policy, checkpoint: Path) -> None:
             more than plain data.
     """
     check_version(checkpoint)
-    loaded, absent = together(f"{checkpoint}: cannot be resumed from", lambda: _read(policy, checkpoint))
+    what = f"{checkpoint}: cannot be resumed from"
+    loaded, absent = together(what, lambda: _read(policy, checkpoint))
     _raise_if_lost(checkpoint, absent)
     for name, chunk in _named_chunks(policy):
         unmatched = chunk.load_state_dict(loaded[name], strict=False)
         _raise_if_lost(checkpoint, {*unmatched.missing_keys, *unmatched.unexpected_keys})
+    together(what, lambda: _restore_optimizer(policy, loaded))
+
+
+def _restore_optimizer(policy: Policy, loaded: dict[str, Any]) -> None:
+    """Fill the optimizer and the learning-rate schedule. Raises nearly anything."""
     settings = policy.config.optimizer
     betas = (settings.beta1, settings.beta2)
     # What the configuration says now, not what it said then.

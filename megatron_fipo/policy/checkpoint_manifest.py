@@ -18,6 +18,8 @@ from megatron_fipo.policy.together import together
 
 MANIFEST = "manifest.json"
 _ALGORITHM = "xxh3_128"
+_AS_OLD_AS_MANIFESTS = "trainer.safetensors"
+"""A file that no checkpoint from before manifests has."""
 
 
 def write(directory: Path, known: Mapping[str, Digest]) -> None:
@@ -43,7 +45,7 @@ def verify(directory: Path) -> str:
     """Hold a checkpoint against its manifest; every rank calls this together and reads a share of the bytes.
 
     Returns:
-        A warning if there is no manifest, as in checkpoints of older versions, or nothing.
+        A warning about a checkpoint of a version that had no manifests, or nothing.
 
     Raises:
         CheckpointError: on every rank; a file is missing, is not the checkpoint's, or has other bytes. Names it.
@@ -54,6 +56,8 @@ def verify(directory: Path) -> str:
 def _verify(directory: Path) -> str:
     files = _read(directory)
     if files is None:
+        if (directory / _AS_OLD_AS_MANIFESTS).exists():
+            raise CheckpointError(f"{MANIFEST} is missing; checkpoint.verify=false resumes without it")
         return f"{directory} has no {MANIFEST}, as before checksums were kept: whether it is whole is not checked"
     present = _present(directory)
     for name in sorted(files.keys() | present.keys()):

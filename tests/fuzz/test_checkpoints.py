@@ -16,7 +16,6 @@ from tests.weights.models import SMALL_MODELS, write_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.xfail(reason="a checkpoint has no checksums yet: some damage loads as other values", strict=True)
 @cases(seeded=60, campaign=1000)
 def test_spoilt_checkpoints_are_refused_or_whole(rng: random.Random, count: int, tmp_path: Path) -> None:
     model = write_model(next(model for model in SMALL_MODELS if model.name == "qwen3-tied"), tmp_path)

@@ -103,7 +103,8 @@ def _damages(saved: Path) -> dict[str, str]:
     """What `verify` says of a checkpoint by what has happened to it: a byte of each file, and other damage."""
     names = sorted(path.name for path in saved.iterdir())
     harms: dict[str, Callable[[Path], Any]] = {f"changed {name}": lambda path: None for name in names}
-    harms |= {"truncated": _cut, "missing": _remove, "extra": _add, "no manifest": _forget, "unharmed": lambda _: None}
+    harms |= {"truncated": _cut, "missing": _remove, "extra": _add, "no manifest": _forget, "older": _older}
+    harms["unharmed"] = lambda _: None
     said: dict[str, str] = {}
     for what, harm in harms.items():
         spoilt = saved.parent / "spoilt"
@@ -145,6 +146,11 @@ def _add(directory: Path) -> None:
 
 def _forget(directory: Path) -> None:
     (directory / "manifest.json").unlink()
+
+
+def _older(directory: Path) -> None:
+    _forget(directory)
+    (directory / "trainer.safetensors").unlink()
 
 
 def _failures(save: Callable[[int], Path], saved: Path, place: Path) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def test_four_ranks(tmp_path: Path) -> None:
     assert all(rank["damage"] == seen[0]["damage"] for rank in seen), "every rank says the same"
     damage = seen[0]["damage"]
     assert damage.pop("unharmed") == ""
-    assert "has no manifest.json" in damage.pop("no manifest")
+    assert "manifest.json is missing" in damage.pop("no manifest")
+    assert "has no manifest.json" in damage.pop("older"), "a warning"
     assert "spoilt: __1_0.distcp has 1000 bytes, and " in damage.pop("truncated")
     assert damage.pop("missing").endswith("spoilt: __1_0.distcp is missing")
     assert "spoilt: inner/other.txt does not belong to it" in damage.pop("extra")
