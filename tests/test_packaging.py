@@ -80,7 +80,8 @@ def imported(folder: str) -> Iterator[tuple[str, Path]]:
 def test_every_import_is_declared(declared: dict[str, Any], folder: str, extras: list[str]) -> None:
     requirements = [*declared["install_requires"], *(r for extra in extras for r in declared["extras_require"][extra])]
     known = {distribution(requirement) for requirement in requirements} | ENGINE | WITH_CUDA | {"setuptools"}
-    own = {"benchmarks", "megatron_fipo", "tests", "tools"} | set(sys.stdlib_module_names)
+    scripts = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    own = {"benchmarks", "megatron_fipo", "tests", "tools"} | scripts | set(sys.stdlib_module_names)
     missing = {
         f"{name} in {path.relative_to(ROOT)}"
         for name, path in imported(folder)

@@ -41,7 +41,7 @@ class Collection:
         self.installed = {canonicalize_name(name): version for name, version in machine["installed"].items()}
         self.without = {canonicalize_name(name) for name in without}
         self.python = ".".join(machine["python"].split(".")[:2])
-        self.environment = {
+        self.environment: dict[str, Any] = {
             **default_environment(),
             "python_version": self.python,
             "python_full_version": machine["python"],

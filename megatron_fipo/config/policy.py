@@ -78,8 +78,8 @@ class ParallelConfig:
     )
     packing: bool | None = setting(
         None,
-        "Micro-batches of sequences back to back without padding; false: rows padded to one length. null: packed with "
-        "Transformer Engine layers, padded with local ones, whose attention takes packed sequences one by one.",
+        "Micro-batches of sequences back to back without padding; false: rows padded to one length. null: packed on a "
+        "GPU and with Transformer Engine layers, padded else, where attention takes packed sequences one by one.",
     )
     micro_batch_tokens: int = setting(
         16384,

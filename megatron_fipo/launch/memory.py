@@ -29,7 +29,7 @@ class StageMemory:
     activations: int
     """Kept for backward, with as many micro-batches in flight as the schedule has, each as full as it may be."""
     logits: int
-    """Logits, their gradient and the fp32 pieces of the log-probs; last stage only."""
+    """Logits and the fp32 pieces of the log-probs; last stage only."""
     working: int
     """What a layer's backward pass holds beside what was kept for it: gradients, and tokens gathered for it."""
     refit: int
@@ -164,10 +164,10 @@ def _logits_bytes(config: Config, geometry: Geometry) -> int:
 
 
 def _log_prob_bytes(config: Config, geometry: Geometry) -> int:
-    """Forward, logits and two fp32 pieces; backward, their gradient too, one piece, and that in the logits' type."""
+    """Logits, over which their gradient is written, and two fp32 pieces; a GPU's kernels need no pieces."""
     logits = _logits_bytes(config, geometry)
     piece = min(logits // _width(config), _LOG_PROB_CHUNK_ELEMENTS)
-    return max(logits + 8 * piece, 2 * logits + (4 + _width(config)) * piece)
+    return logits + 8 * piece
 
 
 def _working_bytes(config: Config, geometry: Geometry, stage: int) -> int:

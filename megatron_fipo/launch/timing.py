@@ -1,21 +1,36 @@
 """Seconds of a training step by phase, from arithmetic and the hardware's published rates.
 
-An estimate to compare layouts with and to size a job by, not a measurement: what real layers reach of the peaks is two
-numbers of the `hardware` section, to be replaced by measured ones. Responses are taken to be half as long as they may
-be, which is where the published FIPO run ends (10,970 of 20,480 tokens).
+An estimate to compare layouts with and to size a job by, not a measurement. Its constants are from updates on one H200,
+which it meets within 15 % (docs/gpu.md); what was not measured, networks above all, is the `hardware` section's.
+Responses are taken to be half as long as they may be, which is where the published FIPO run ends (10,970 of 20,480
+tokens).
 """
 
 import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
-from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batches, model_sizes
+from megatron_fipo.launch.memory import (
+    GIB,
+    layer_bytes_per_token,
+    longest_sequence,
+    micro_batches,
+    model_sizes,
+)
 from megatron_fipo.weights.architectures import Geometry
 
 _MEAN_SHARE = 0.5
 """Mean length as a share of the longest."""
 _KEPT_SHARE = 0.5
 """Groups that dynamic sampling keeps: those whose samples differ in accuracy."""
+_TRAFFIC = 1.9
+"""How often, for each third of an update, the bytes that a layer keeps for backward go through memory."""
+_LAUNCH_S = 0.0024
+"""The processor's, for each third of an update, a layer and a micro-batch: what a GPU waits for if layers are small."""
+_FP8_EFFICIENCY = 0.76
+"""Of FP8 products' share of their peak, by that of bf16's: quantising costs."""
+_ATTENTION_HEAD = 128
+"""Head size from which on attention reaches what products do; half of it reaches half."""
 _ENGINE_OVERHEAD_S = 0.004
 """Of one decoding step of vLLM: launches, sampling, scheduling."""
 
@@ -53,7 +68,7 @@ def step_time(config: Config, geometry: Geometry, data_parallel_size: int) -> St
     count = micro_batches(config, data_parallel_size, mean)
     bubble_share = (parallel.pipeline - 1) / (count * (parallel.virtual_pipeline or 1))
     tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * mean
-    forward = _forward_s(config, geometry, tokens, data_parallel_size, mean)
+    forward = forward_s(config, geometry, tokens, data_parallel_size, mean)
     passes = 4 if config.model.recompute == "full" else 3
     updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
     return StepTime(
@@ -79,18 +94,42 @@ def weight_sync_s(config: Config, geometry: Geometry) -> float:
     return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency
 
 
-def _forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_size: int, mean: float) -> float:
-    """Seconds of a forward pass over all sequences of a step, without bubble."""
+def forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_size: int, length: float) -> float:
+    """Seconds of a forward pass over sequences of `length` tokens, `tokens` in all, without bubble.
+
+    A third of a forward and backward pass. The GPU works while the processor launches what comes next: the slower of
+    the two counts.
+    """
     parallel, hardware = config.parallel, config.hardware
     ranks = parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size
-    peak = hardware.bf16_tflops if config.model.fp8 == "off" else hardware.fp8_tflops
-    weights = model_sizes(geometry)[0]
-    # Causal attention looks back over half the sequence, twice: scores and values.
-    attention = 2 * geometry.num_layers * geometry.dimension("query") * mean
-    compute = tokens * (2 * weights + attention) / (ranks * peak * 1e12 * hardware.compute_efficiency)
-    width = 2 if config.model.dtype == "bfloat16" else 4
     layers = geometry.num_layers / parallel.pipeline
     tokens_of_rank = tokens / (data_parallel_size * parallel.context)
+    compute = tokens / ranks * _products_s(config, geometry, length)
+    kept = tokens_of_rank * layers * layer_bytes_per_token(config, geometry)
+    memory = _TRAFFIC * kept / (hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency)
+    launches = _LAUNCH_S * layers * tokens_of_rank / parallel.micro_batch_tokens
+    return max(compute + memory, launches) + _communication_s(config, geometry, tokens_of_rank)
+
+
+def _products_s(config: Config, geometry: Geometry, length: float) -> float:
+    """Seconds of one GPU for a token's matrix products and attention, forward."""
+    hardware, query, key_value = config.hardware, geometry.dimension("query"), geometry.dimension("key_value")
+    layer = geometry.hidden_size * (2 * query + 2 * key_value + 3 * geometry.ffn_hidden_size)
+    # The first and the last layer stay in bf16, but for the recipe that cannot tell layers apart.
+    in_fp8 = {"off": 0, "delayed": geometry.num_layers}.get(config.model.fp8, max(0, geometry.num_layers - 2))
+    in_bf16 = (geometry.num_layers - in_fp8) * layer + geometry.vocab_size * geometry.hidden_size
+    # Causal attention looks back over half the sequence, twice: scores and values.
+    attention = 2 * geometry.num_layers * query * length / min(1.0, geometry.head_dim / _ATTENTION_HEAD)
+    seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
+    seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
+    return seconds / hardware.compute_efficiency
+
+
+def _communication_s(config: Config, geometry: Geometry, tokens_of_rank: float) -> float:
+    """Seconds of what tensor and context parallelism send in a forward pass."""
+    parallel, hardware = config.parallel, config.hardware
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    layers = geometry.num_layers / parallel.pipeline
     # Two all-reduces a layer, or the all-gathers and reduce-scatters that they are made of.
     sent = 4 * tokens_of_rank * layers * geometry.hidden_size * width * (parallel.tensor - 1) / parallel.tensor
     inside = hardware.node_gb_s if parallel.tensor <= config.cluster.gpus_per_node else hardware.network_gb_s
@@ -98,8 +137,7 @@ def _forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_
     gathered *= parallel.context - 1
     across = parallel.tensor * parallel.context <= config.cluster.gpus_per_node
     context_gb_s = hardware.node_gb_s if across else hardware.network_gb_s
-    communication = sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)
-    return compute + communication / hardware.bandwidth_efficiency
+    return (sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)) / hardware.bandwidth_efficiency
 
 
 def _reduce_s(config: Config, geometry: Geometry, data_parallel_size: int) -> float:

@@ -1,0 +1,42 @@
+"""Why: a planner that is off by a factor sizes a job wrongly, and nobody notices before the job has run.
+
+Its seconds of an update against those measured on a GPU (benchmarks/gpu_h200.jsonl), each of which it has to meet
+within 15 %. The constants were chosen by some of these figures, so this holds them, and proves little for other
+shapes. Not covered: several GPUs, and so communication; sampling; scoring alone, where it is off by up to 30 % for
+small models.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.policy import SHAPES, configuration
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.launch.timing import forward_s
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_h200.jsonl"
+ROWS = [
+    row
+    for record in map(json.loads, RESULTS.read_text().splitlines())
+    if record.get("part", "").startswith("update") and "outdated" not in record
+    for row in record["rows"]
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(str(row[name]) for name in list(row)[:5]))
+def test_an_update_takes_what_it_took(row: dict[str, Any]) -> None:
+    shape = SHAPES[row["shape"]]
+    config = configuration(shape, row["model.fp8"], packing=True, layers=row["model.layers"])
+    hardware = load_config(["hardware=h200"]).hardware
+    config = dataclasses.replace(config, hardware=hardware)
+    geometry = dataclasses.replace(shape.geometry, num_layers=row["layers"])
+    predicted = 3 * forward_s(config, geometry, row["tokens"], 1, row["length"])
+    assert predicted == pytest.approx(row["seconds"], rel=0.15)
+
+
+def test_there_are_measured_cases() -> None:
+    """Else the one above would pass by having nothing to do."""
+    assert {row["model.layers"] for row in ROWS} == {"local", "transformer_engine"} and len(ROWS) >= 9
