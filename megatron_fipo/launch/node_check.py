@@ -30,7 +30,7 @@ _SOUND = ("0", "[N/A]", "N/A")
 def look(directory: Path) -> None:
     """Write what this node is to `directory`, which also shows that the shared storage can be written."""
     node = os.environ["SLURMD_NODENAME"]
-    gpus, trouble = _gpus()
+    gpus, trouble = find_gpus()
     facts: dict[str, Any] = {"gpus": gpus, "trouble": trouble, "python": sys.version.split()[0], "packages": {}}
     for package in _PACKAGES:
         try:
@@ -40,7 +40,7 @@ def look(directory: Path) -> None:
     write_json_atomically(directory / f"{node}.json", facts)
 
 
-def _gpus() -> tuple[list[dict[str, str]], str]:
+def find_gpus() -> tuple[list[dict[str, str]], str]:
     """Name, driver and uncorrected memory errors of each GPU, and what kept the driver from telling.
 
     ([], "") on a machine without NVIDIA's driver.
