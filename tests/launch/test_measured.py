@@ -1,8 +1,8 @@
 """Why: a planner that is off by a factor sizes a job wrongly, and nobody notices before the job has run.
 
-Its seconds and bytes of an update against those measured on a GPU (benchmarks/gpu_h200.jsonl): within 15 % and 5 %. The constants were chosen by some of these figures, so this holds them, and proves little for other
-shapes. Not covered: several GPUs, and so communication; sampling; scoring alone, where it is off by up to 30 % for
-small models.
+Its seconds and bytes of an update against those measured on a GPU (benchmarks/gpu_h200.jsonl): within 15 % and 5 %.
+The constants were chosen by some of these figures, so this holds them, and proves little for other shapes. Not covered:
+several GPUs, and so communication; sampling; scoring alone, where it is off by up to 30 % for small models.
 """
 
 import dataclasses
