@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config import RunConfig
-from megatron_fipo.errors import FipoError
+from megatron_fipo.errors import CheckpointError, FipoError
 from megatron_fipo.leftovers import remove_outside, remove_partial_files, say_removed
-from megatron_fipo.policy.checkpoint_places import newest
+from megatron_fipo.policy.checkpoint_places import files_of, newest
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_lock import RunLock
 
@@ -26,7 +26,8 @@ def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
     """Make the run's directory if need be, and keep other runs out of it until `stack` is left.
 
     Raises:
-        FipoError: another run has it, or it holds one that `run.resume` does not go on from.
+        FipoError: another run has it, it holds one that `run.resume` does not go on from, or something in the
+            checkpoint to go on from is no file.
     """
     path = Path(config.directory)
     try:
@@ -38,4 +39,10 @@ def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
     found = newest(path / "checkpoints")
     if config.resume == "never" and (found or (path / METRICS_FILE).exists()):
         raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")
-    return RunDirectory(lock, found if config.resume == "auto" else None)
+    resume_from = found if config.resume == "auto" else None
+    if resume_from is not None:
+        try:
+            files_of(resume_from)
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{resume_from}: cannot be resumed from: {error}") from None
+    return RunDirectory(lock, resume_from)
