@@ -11,6 +11,9 @@ from megatron_fipo.policy.checkpoint_places import files_of, newest
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_lock import RunLock
 
+_DIRECTORIES = ("huggingface", "samples", "tensorboard")
+"""What a run writes to after a while, and must not end then; checkpoints' own place is for `checkpoint.on_error`."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -34,6 +37,9 @@ def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FipoError(f"run.directory={path} cannot be made: {error}") from error
+    for place in (path / name for name in _DIRECTORIES):
+        if place.exists() and not place.is_dir():
+            raise FipoError(f"{place} is no directory: move it away, or give another run.directory")
     lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
     say_removed(path, remove_partial_files(path) + remove_outside(path))
     found = newest(path / "checkpoints")

@@ -63,6 +63,16 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
         resumed_from(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["huggingface", "samples", "tensorboard"])
+def test_what_is_in_the_way_of_later_files_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(FipoError, match=f"{name} is no directory: move it away"):
+        resumed_from(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert resumed_from(tmp_path) is None
+
+
 def test_a_checkpoint_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-000002").touch()
