@@ -11,8 +11,8 @@ from megatron_fipo.policy.checkpoint_places import files_of, newest
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_lock import RunLock
 
-_DIRECTORIES = ("huggingface", "samples", "tensorboard")
-"""What a run writes to after a while, and must not end then; checkpoints' own place is for `checkpoint.on_error`."""
+_DIRECTORIES = ("samples", "tensorboard")
+"""What a run writes to after a while, and must not end then. Checkpoints and what lies beside them may be missing."""
 
 
 @dataclass(frozen=True)
