@@ -80,6 +80,13 @@ def test_a_checkpoint_that_is_no_directory_is_refused(tmp_path: Path) -> None:
         resumed_from(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["step-" + "9" * 20, "step-٩٩٩٩٩٩", "step-000009.old", "step-9"])
+def test_what_no_run_has_named_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    checkpoint = sound(tmp_path)
+    (tmp_path / "checkpoints" / name).mkdir()
+    assert resumed_from(tmp_path) == checkpoint
+
+
 def test_a_checkpoint_may_lie_elsewhere_as_a_whole(tmp_path: Path) -> None:
     checkpoint = sound(tmp_path)
     checkpoint.rename(tmp_path / "archive")

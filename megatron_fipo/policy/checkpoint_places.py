@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_fipo.errors import CheckpointError
 
-_COMPLETE = re.compile(r"step-(\d{6,})")
+_COMPLETE = re.compile(r"step-([0-9]{6,10})")  # no run has more steps than ten digits
 
 
 def place_of(directory: Path, step: int) -> Path:
