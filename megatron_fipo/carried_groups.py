@@ -24,6 +24,8 @@ _NUMPY_TYPES = {"I32": numpy.int32, "F32": numpy.float32, "U8": numpy.uint8}
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _OneOrMore = Annotated[int, Meta(ge=1, le=2**62)]
+_Verdict = Annotated[float, Meta(ge=-1e6, le=1e6)]
+"""Far above what rules and penalties can give, and far below what overflows in training."""
 
 
 class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,8 +46,8 @@ class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True):
     text_bytes: _Count
     finish_reason: Annotated[str, Meta(pattern=r"^(stop|length)\Z")]
     weight_version: _Count
-    accuracy: float
-    reward: float
+    accuracy: _Verdict
+    reward: _Verdict
     answer: str
     outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
 

@@ -39,6 +39,9 @@ class WeightError(FipoError):
 class CheckpointError(FipoError):
     """A checkpoint that cannot be written, or is not what was written. Names the file."""
 
+    def __init__(self, message: str):
+        super().__init__(_printable(message))
+
 
 class WeightsRefused(WeightError):
     """What an engine says of tensors that are not what they should be. Another engine would say the same.

@@ -19,7 +19,7 @@ from megatron_fipo.samples import Group
 
 _G = TypeVar("_G")
 _T = TypeVar("_T")
-_Count = Annotated[int, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=0, le=2**62)]
 _FORMAT = 2
 
 
@@ -39,7 +39,7 @@ class LoopState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True, kw
     """A run after a step."""
 
     step: _Count
-    seconds: Annotated[float, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0, le=1e12)]
     """Of training, without the start of processes and servers."""
     results: dict[Annotated[str, Meta(pattern=r"^(accuracy|response_length)_(before|after)\Z")], float | None]
     """Of validations so far; None where nothing could be judged."""

@@ -226,9 +226,12 @@ class Trainer:
             self.saving = None
             self._check_lock()
             try:
-                saving.finish()
+                saved = saving.finish()
             except CheckpointError as error:
                 self._not_saved(error)
+                return
+            if self.first and self.config.checkpoint.keep and self.config.checkpoint.huggingface_every:
+                huggingface_directories.prune(self.directory / "huggingface", saved)
 
     def _not_saved(self, error: CheckpointError) -> None:
         """What `checkpoint.on_error` says of a checkpoint that could not be written."""
@@ -250,8 +253,6 @@ class Trainer:
                 # The run has lost nothing: the same weights are in the checkpoint.
                 remedy = f"python tools/convert_hf.py to-hf {saved} DIRECTORY makes it of the checkpoint"
                 self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
-        if self.first and self.config.checkpoint.keep:
-            huggingface_directories.prune(directory, saved)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""

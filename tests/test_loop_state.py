@@ -174,6 +174,14 @@ JSON_FAULTS: dict[str, tuple[str, Any, str]] = {
     "more tokens than there are": ("experience.kept.2.responses.0.tokens", 2, "response_token_ids is I32 of shape"),
     "no response": ("experience.kept.0.responses", [], "length >= 1 - at `$.experience.kept[0].responses`"),
     "a future version": ("experience.kept.1.responses.1.weight_version", 4, "kept[1].responses[1].weight_version is 4"),
+    "a count beyond counting": ("experience.drawn", 2**63, "<= 4611686018427387904 - at `$.experience.drawn`"),
+    "an epoch beyond counting": ("experience.order.epoch", 2**63, "<= 4611686018427387904 - at `$.experience.order"),
+    "more seconds than there were": ("seconds", 1e300, "`float` <= 1000000000000.0 - at `$.seconds`"),
+    "a reward that overflows": (
+        "experience.kept.0.responses.0.reward",
+        1e300,
+        "at `$.experience.kept[0].responses[0].r",
+    ),
     "an outcome that is none": ("experience.kept.1.responses.1.outcome", "ok", "kept[1].responses[1].outcome`"),
 }
 

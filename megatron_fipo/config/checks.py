@@ -3,6 +3,7 @@
 What cannot run raises ConfigError with the key and what would be right. What runs, but hardly as meant, is a warning.
 """
 
+import contextlib
 import ipaddress
 import math
 import re
@@ -18,7 +19,7 @@ from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError
 
 _LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")
-_ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[[0-9a-fA-F:]+\]:([0-9]{1,5})/?")
+_ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[([0-9a-fA-F:]+)\]:([0-9]{1,5})/?")
 _LAST_PORT = 65535
 
 
@@ -198,7 +199,7 @@ def _service(config: Config) -> Iterator[str]:
     if not config.cluster.rollout_nodes:  # else the job that starts those nodes' servers gives their addresses
         _check_servers(config)
     for address in rollout.addresses:
-        if not (found := _ADDRESS.fullmatch(address)) or not 0 < int(found[1] or found[2]) <= _LAST_PORT:
+        if not _is_address(address):
             remedy = f"http://HOST:PORT with a port from 1 to {_LAST_PORT}"
             raise ConfigError("rollout.addresses", f"{shown(address)} is no server's address", remedy)
         if rollout.weight_transfer != "process_group" and not _LOOPBACK.fullmatch(address):
@@ -224,13 +225,24 @@ def _service(config: Config) -> Iterator[str]:
         )
 
 
+def _is_address(text: str) -> bool:
+    """Whether it is the URL of a server, as far as that can be told without asking it."""
+    found = _ADDRESS.fullmatch(text)
+    if found is None or not 0 < int(found[1] or found[3]) <= _LAST_PORT:
+        return False
+    with contextlib.suppress(ValueError):
+        return found[2] is None or bool(ipaddress.IPv6Address(found[2]))
+    return False
+
+
 def _check_host(host: str) -> None:
     remedy = "one address of this machine, such as 127.0.0.1"
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         raise ConfigError("rollout.host", f"{shown(host)} is no IP address", remedy) from None
-    if address.is_unspecified or address.is_multicast:
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:0.0.0.0 is all of this machine's too
+    if address.is_unspecified or address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
         raise ConfigError("rollout.host", f"{host} is no single address of a machine", remedy)
 
 

@@ -11,11 +11,11 @@ from megatron_fipo.errors import DataError
 class OrderState(Struct, frozen=True, forbid_unknown_fields=True):
     """Where a stream stands, and what it was made from."""
 
-    epoch: Annotated[int, Meta(ge=0)]
-    position: Annotated[int, Meta(ge=0)]
+    epoch: Annotated[int, Meta(ge=0, le=2**62)]
+    position: Annotated[int, Meta(ge=0, le=2**62)]
     """Problems of the epoch that have been drawn."""
-    size: Annotated[int, Meta(ge=1)]
-    seed: Annotated[int, Meta(ge=0)]
+    size: Annotated[int, Meta(ge=1, le=2**62)]
+    seed: Annotated[int, Meta(ge=0, le=2**62)]
     shuffle: bool
 
 

@@ -14,6 +14,7 @@ import xxhash
 from megatron_fipo.errors import CheckpointError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.policy.checkpoint_files import Digest, digest_of
+from megatron_fipo.policy.checkpoint_places import files_of
 from megatron_fipo.policy.together import together
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ def write(directory: Path, known: Mapping[str, Digest]) -> None:
         OSError: a file cannot be read, or the manifest not be written.
     """
     files = {}
-    for name, size in sorted(_present(directory).items()):
+    for name, size in sorted(files_of(directory).items()):
         files[name] = known.get(name) or digest_of(directory / name)
         if files[name].size != size:
             raise CheckpointError(f"{directory / name} has {size} bytes, and {files[name].size} were written")
@@ -54,12 +55,13 @@ def verify(directory: Path) -> str:
 
 
 def _verify(directory: Path) -> str:
+    present = files_of(directory)
+    present.pop(MANIFEST, None)
     files = _read(directory)
     if files is None:
         if (directory / _AS_OLD_AS_MANIFESTS).exists():
             raise CheckpointError(f"{MANIFEST} is missing; checkpoint.verify=false resumes without it")
         return f"{directory} has no {MANIFEST}, as before checksums were kept: whether it is whole is not checked"
-    present = _present(directory)
     for name in sorted(files.keys() | present.keys()):
         if name not in present:
             raise CheckpointError(f"{name} is missing")
@@ -82,12 +84,6 @@ def _share(files: Mapping[str, Digest]) -> Iterator[str]:
         loads[chosen] += files[name].size
         if chosen == mine:
             yield name
-
-
-def _present(directory: Path) -> dict[str, int]:
-    """Sizes of all files at any depth, by their names from `directory` on, but for the manifest."""
-    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*")}
-    return {name: path.stat().st_size for name, path in found.items() if not path.is_dir() and name != MANIFEST}
 
 
 def _read(directory: Path) -> dict[str, Digest] | None:

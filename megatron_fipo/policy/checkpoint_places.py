@@ -1,11 +1,15 @@
 """Where a run's checkpoints lie: complete ones as step-000010, all else under names that begin with a dot."""
 
+import os
 import re
 import shutil
+import stat
 import threading
 from pathlib import Path
 
-_COMPLETE = re.compile(r"step-(\d{6,})")
+from megatron_fipo.errors import CheckpointError
+
+_COMPLETE = re.compile(r"step-([0-9]{6,10})")  # no run has more steps than ten digits
 
 
 def place_of(directory: Path, step: int) -> Path:
@@ -27,6 +31,29 @@ def newest(directory: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def files_of(checkpoint: Path) -> dict[str, int]:
+    """Sizes of all files at any depth, by their names from `checkpoint` on.
+
+    Raises:
+        CheckpointError: something is neither a file nor a directory: a link leads out of the checkpoint, and whoever
+            opens a pipe waits for ever.
+        OSError: a directory cannot be read.
+    """
+    sizes: dict[str, int] = {}
+    directories = [checkpoint]
+    while directories:
+        for entry in os.scandir(directories.pop()):
+            path, found = Path(entry.path), entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                directories.append(path)
+            elif stat.S_ISREG(found.st_mode):
+                sizes[path.relative_to(checkpoint).as_posix()] = found.st_size
+            else:
+                kind = "a link" if stat.S_ISLNK(found.st_mode) else "a pipe, a socket or a device"
+                raise CheckpointError(f"{path.relative_to(checkpoint)} is {kind}, and should be a file")
+    return sizes
 
 
 def remove(checkpoint: Path) -> None:

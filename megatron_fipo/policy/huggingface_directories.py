@@ -39,7 +39,7 @@ def save(policy: Policy, checkpoint: Path, directory: Path, model_dir: Path) -> 
 def prune(directory: Path, checkpoint: Path) -> None:
     """Remove the directories whose checkpoints are gone, and what a killed run has left half-written. On rank 0.
 
-    `checkpoint` is the newest, which may still be on its way. What cannot be removed stays until the next call.
+    `checkpoint` is the newest. What cannot be removed stays until the next call.
     """
     for path in directory.iterdir() if directory.is_dir() else ():
         ours = _OURS.fullmatch(path.name)

@@ -60,16 +60,27 @@ class MetricsWriter:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, oldest first; none if it is not there. A last line cut short by a crash is left out.
 
-    Raises DataError for a broken line before the last.
+    Raises DataError for a broken line before the last, for one that is no row, and for what is no file of text.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise DataError(f"{path} is no file; remove it")
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; repair or remove it") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise DataError(f"{path}, line {number}: not JSON ({error}); repair or remove it") from error
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"{path}, line {number}: no row of a step; repair or remove it")
+        rows.append(row)
     return rows
 
 

@@ -20,6 +20,10 @@ from megatron_fipo.files import write_json_atomically
 LEASE_S = 60.0
 """How long another machine's run may be silent before it counts as dead, in s; it renews three times as often."""
 
+_NAMELESS_S = 5.0
+"""Wait for a lock that names nobody, in s: another run has just made it, or a crash cut it short, and it is replaced
+when it has not changed for two of them."""
+
 _LOCK_FILE, _OWNER_FILE = "run.lock", "run.lock.json"
 
 
@@ -42,18 +46,23 @@ class RunLock:
         except filelock.Timeout:
             # A run that is alive here is alive; of another machine's only silence can tell.
             owner = self._lease.owner
-            if owner is None or owner.hostname == platform.node():
+            if owner is not None and owner.hostname == platform.node():
                 raise self._taken() from None
-            self._note(f"waiting up to {1.5 * self._lease_s:.0f} s to see whether {self._holder()} is still alive")
+            wait_s = _NAMELESS_S if owner is None else 1.5 * self._lease_s
+            self._note(f"waiting up to {wait_s:.0f} s to see whether {self._holder()} is still alive")
             try:
-                self._acquire(1.5 * self._lease_s)
+                self._acquire(wait_s)
             except filelock.Timeout:
                 raise self._taken() from None
         if (self._directory / _OWNER_FILE).exists():
             self._note(f"{self._holder()} has ended without leaving {self._directory}; this run takes its place")
         job = os.environ.get("SLURM_JOB_ID")
         owner_now = {"host": platform.node(), "pid": os.getpid()} | ({"job": job} if job else {})
-        write_json_atomically(self._directory / _OWNER_FILE, owner_now)
+        try:
+            write_json_atomically(self._directory / _OWNER_FILE, owner_now)
+        except OSError as error:
+            self._lease.release()
+            raise FipoError(f"{self._directory / _OWNER_FILE} cannot be written: {error}") from error
         return self
 
     def __exit__(
@@ -82,15 +91,20 @@ class RunLock:
             raise self._taken() from error
 
     def _taken(self) -> FipoError:
+        lock = self._directory / _LOCK_FILE
+        if self._lease.owner is None and lock.exists():  # empty, which could be another version's
+            return FipoError(f"{lock} does not say whose it is: remove it if no run writes to {self._directory}")
         return FipoError(
             f"{self._directory} is in use by {self._holder()}: give this run another run.directory, or end that one"
         )
 
     def _holder(self) -> str:
         """Who holds the directory, or held it last."""
+        path = self._directory / _OWNER_FILE
         try:
-            owner = json.loads((self._directory / _OWNER_FILE).read_text())
+            owner = json.loads(path.read_text()) if path.is_file() else {}
             job = f", Slurm job {owner['job']}" if "job" in owner else ""
-            return f"the run with process {owner['pid']} on {owner['host']}{job}"
-        except (OSError, ValueError, TypeError, KeyError):  # not written yet, or removed just now
+            holder = f"the run with process {owner['pid']} on {owner['host']}{job}"
+            return holder if holder.isprintable() else "another run"
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not written yet, or removed just now
             return "another run"

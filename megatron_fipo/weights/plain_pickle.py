@@ -19,6 +19,10 @@ _PYTHON_UNPICKLER: Any = pickle._Unpickler
 _PUBLIC_MODULES = {"pathlib._local": "pathlib"}
 
 
+# Whoever pickles an object again calls these, also where they are the object's own and not its class's.
+_CALLED_BY_PICKLE = frozenset(
+    f"__{name}__" for name in ("class", "getnewargs", "getnewargs_ex", "getstate", "reduce", "reduce_ex", "setstate")
+)
 _NOTHING: Mapping[tuple[str, str], Any] = {}
 
 
@@ -81,6 +85,10 @@ class _Unpickler(_PYTHON_UNPICKLER):
         target = self.stack[-2]
         if type(target) not in self._classes:
             raise pickle.UnpicklingError(f"gives state to an object of {type(target).__name__}, which is no record")
+        state = self.stack[-1]
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict) and (found := _CALLED_BY_PICKLE.intersection(part)):
+                raise pickle.UnpicklingError(f"gives an object a {min(found)} of its own, which no record needs")
         super().load_build()
 
     dispatch = _PYTHON_UNPICKLER.dispatch | {pickle.BUILD[0]: load_build}

@@ -155,7 +155,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     settings = [*SMALL, "run.steps=4", "checkpoint.every=2", "optimizer.lr=1e-4", "checkpoint.huggingface_every=2"]
     settings += ["algorithm.filter_groups.enable=true", "algorithm.generation_batch_prompts=10"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    runs.run(whole, *settings)
+    runs.run(whole, *settings, "checkpoint.keep=1")
+    assert [path.name for path in (whole / "huggingface").iterdir()] == ["step-000004"], "it goes with its checkpoint"
     assert_same_as_converted(whole, step=4)
 
     with runs.started(broken, *settings) as process:

@@ -104,6 +104,7 @@ def _damages(saved: Path) -> dict[str, str]:
     names = sorted(path.name for path in saved.iterdir())
     harms: dict[str, Callable[[Path], Any]] = {f"changed {name}": lambda path: None for name in names}
     harms |= {"truncated": _cut, "missing": _remove, "extra": _add, "no manifest": _forget, "older": _older}
+    harms |= {"link": _link, "pipe": _pipe}
     harms["unharmed"] = lambda _: None
     said: dict[str, str] = {}
     for what, harm in harms.items():
@@ -142,6 +143,18 @@ def _remove(directory: Path) -> None:
 def _add(directory: Path) -> None:
     (directory / "inner").mkdir()
     (directory / "inner/other.txt").write_text("")
+
+
+def _link(directory: Path) -> None:
+    """The same bytes, but not in the checkpoint."""
+    (directory / "__1_0.distcp").rename(directory.parent / "elsewhere")
+    (directory / "__1_0.distcp").symlink_to(directory.parent / "elsewhere")
+
+
+def _pipe(directory: Path) -> None:
+    """Whose reader would wait for ever."""
+    (directory / "manifest.json").unlink()
+    os.mkfifo(directory / "manifest.json")
 
 
 def _forget(directory: Path) -> None:

@@ -55,6 +55,8 @@ def test_four_ranks(tmp_path: Path) -> None:
     assert "has no manifest.json" in damage.pop("older"), "a warning"
     assert "spoilt: __1_0.distcp has 1000 bytes, and " in damage.pop("truncated")
     assert damage.pop("missing").endswith("spoilt: __1_0.distcp is missing")
+    assert damage.pop("link").endswith("spoilt: __1_0.distcp is a link, and should be a file")
+    assert damage.pop("pipe").endswith("spoilt: manifest.json is a pipe, a socket or a device, and should be a file")
     assert "spoilt: inner/other.txt does not belong to it" in damage.pop("extra")
     assert "manifest.json is damaged" in damage.pop("changed manifest.json")
     assert len([name for name in damage if name.endswith(".distcp")]) == 8

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -79,3 +80,30 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [(event.step, event.value) for event in shown.Scalars("train/reward_mean")] == [(1, 1), (2, 2), (3, 33)]
     assert shown.Scalars("validation/accuracy")[0].value == 0.5
     assert "train/grad_norm" not in shown.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"reward_mean": 1}\n', "line 1: no row of a step"),
+        (b'{"step": "2"}\n', "line 1: no row of a step"),
+        (b"[1]\n", "line 1: no row of a step"),
+        (b"[" * 100_000 + b"\n" + b"{}", "line 1: not JSON"),
+        (b'{"step": 1}\n\xff\n', "cannot be read: .*utf-8"),
+    ],
+)
+def test_what_is_no_row_is_an_error_and_stays(tmp_path, content, words):
+    """A resume cuts the file, and must not cut what it does not understand."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        cut_after_step(path, 3)
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_file_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")  # whose reader would wait for ever
+    (tmp_path / "validation.jsonl").mkdir()
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        with pytest.raises(DataError, match=f"{name} is no file"):
+            cut_after_step(tmp_path / name, 3)

@@ -6,6 +6,7 @@ Not covered: a shared file system of several machines.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,32 @@ def test_a_run_whose_lease_was_taken_stops_writing(tmp_path: Path) -> None:
             process.kill()
             process.wait()
     assert (tmp_path / "run.lock.json").exists(), "the other run's"
+
+
+@pytest.mark.slow
+def test_a_lock_that_names_nobody_is_replaced_or_shown(tmp_path: Path) -> None:
+    """What a crash leaves. An empty one could be a living run's, of an older filelock: nobody takes that."""
+    (tmp_path / "run.lock").write_bytes(b"\xff half a li")
+    (note,) = taken(tmp_path)
+    assert "waiting up to 5 s to see whether another run is still alive" in note
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run.lock").touch()
+    with pytest.raises(FipoError, match=r"run\.lock does not say whose it is: remove it if no run writes to"):
+        taken(tmp_path)
+    assert (tmp_path / "run.lock").exists()
+
+
+def test_what_lies_in_the_owners_place_is_no_harm(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.lock.json")  # whose reader would wait for ever
+    (note,) = taken(tmp_path)
+    assert note.startswith("another run has ended without leaving")
+    (tmp_path / "run.lock.json").write_text('{"pid": "1\\u001b[31m", "host": "a\\nb"}')
+    (note,) = taken(tmp_path)
+    assert note.startswith("another run has ended without leaving")
+    (tmp_path / "run.lock.json").mkdir()
+    with pytest.raises(FipoError, match=r"run\.lock\.json cannot be written: "):
+        taken(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock.json"], "the lock itself is left"
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

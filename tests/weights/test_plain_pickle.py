@@ -180,6 +180,15 @@ def test_classes_functions_and_members_cannot_be_changed(target: Any, state: Any
     assert not any(hasattr(known, "colour") for known in (Entry, Colour, Colour.RED, upper))
 
 
+@pytest.mark.parametrize("name", ["__class__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__"])
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_record_gets_nothing_that_pickle_would_call(name: str, slots: bool) -> None:
+    """A layer's extra state is pickled again for the layer, and pickle calls an object's own `__reduce_ex__`."""
+    state = {name: upper}
+    with pytest.raises(pickle.UnpicklingError, match=f"gives an object a {name} of its own, which no record needs"):
+        read(given_state(Entry(None), (None, state) if slots else state))
+
+
 def test_records_get_their_state() -> None:
     assert read(given_state(Entry(None), {"colour": 1})) == Entry(1)
     slotted = Slotted()
