@@ -5,16 +5,13 @@ The tensor-parallel path runs in test_layouts.py. Without Triton, which the CPU 
 kernels' test is skipped.
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_fipo.policy import logprobs
+from tests.triton_interpreter import run_interpreted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,14 +52,4 @@ def test_the_gradient_may_be_written_over_the_logits() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed; it comes with torch for CUDA")
 def test_the_kernels_equal_the_torch_path() -> None:
-    """In a process of its own: Triton decides whether to interpret when it is first imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.policy.triton_logprobs_worker"],
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) < 1e-5
+    assert run_interpreted("tests.policy.triton_logprobs_worker") < 1e-5
