@@ -109,18 +109,16 @@ def own_place(run_directory: Path) -> Iterator[Path]:
 
 
 def server_names(run_directory: Path, place: Path) -> dict[str, str]:
-    """Variables that have a server's files lie in `place`, this process's own, and its shared memory named after it.
+    """Variables that have a server's sockets lie in `place`, this process's own, and its shared memory named after it.
 
-    Compiled kernels stay where another run finds them.
+    Its other temporary files, a few empty ones, stay where they are without: with TMPDIR set, an engine that was
+    started again did not answer for longer than `rollout.hang_timeout_s`.
     """
     usual = tempfile.gettempdir()
     fits = len(str(place)) + 1 + 36 <= _LONGEST_SOCKET_PATH  # vLLM's sockets are named by UUIDs
-    kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{usual}/torchinductor_{os.getuid()}")
     return {
         NAMES_VARIABLE: prefix(run_directory),
-        "TMPDIR": str(place),
         "VLLM_RPC_BASE_PATH": str(place) if fits else usual,
-        "TORCHINDUCTOR_CACHE_DIR": kernels,
     }
 
 
