@@ -130,8 +130,8 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
     clock("update", lambda: policy.update(mini_batch))
     kinds = {
         "before": lambda: _save_as_before(policy, place / "before"),
-        "synchronous": lambda: checkpoint.save(*arguments(1)),
-        "unchecked": lambda: checkpoint.save(*arguments(2)),
+        "synchronous": lambda: checkpoint.start_saving(*arguments(1)).finish(),
+        "unchecked": lambda: checkpoint.start_saving(*arguments(2)).finish(),
     }
     # In another order each round: a disk is busy for a while with what was written and removed before.
     for kind in sorted(kinds, key=lambda kind: (list(kinds).index(kind) + number) % len(kinds)):

@@ -33,7 +33,7 @@ from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
 
-__all__ = ["TRAINER_ARRAYS", "TRAINER_STATE", "check_version", "load", "newest", "save", "start_saving", "step_of"]
+__all__ = ["TRAINER_ARRAYS", "TRAINER_STATE", "check_version", "load", "newest", "start_saving", "step_of"]
 
 TRAINER_STATE = "trainer.json"
 TRAINER_ARRAYS = "trainer.safetensors"
@@ -41,26 +41,6 @@ TRAINER_ARRAYS = "trainer.safetensors"
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING}
-
-
-def save(
-    policy: Policy,
-    directory: Path,
-    step: int,
-    trainer_state: dict[str, Any],
-    keep: int,
-    model_dir: Path,
-    trainer_arrays: dict[str, numpy.ndarray] | None = None,
-) -> Path:
-    """Write a checkpoint and wait for it; every rank calls this together. The arguments are those of `start_saving`.
-
-    Returns:
-        The complete checkpoint.
-
-    Raises:
-        CheckpointError: on every rank, if any cannot write.
-    """
-    return start_saving(policy, directory, step, trainer_state, keep, model_dir, trainer_arrays).finish()
 
 
 def start_saving(

@@ -91,7 +91,9 @@ def _policy(model_dir: str, norm: type[torch.nn.Module], layers: str = "local", 
 
 
 def _save(policy: Policy, model_dir: str, directory: Path) -> Path:
-    return checkpoint.save(policy, directory, step=3, trainer_state=STATE, keep=0, model_dir=Path(model_dir))
+    return checkpoint.start_saving(
+        policy, directory, step=3, trainer_state=STATE, keep=0, model_dir=Path(model_dir)
+    ).finish()
 
 
 def _values(policy: Policy) -> dict[str, torch.Tensor]:

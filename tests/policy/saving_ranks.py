@@ -71,7 +71,7 @@ def all_together(model_dir: str, directory: str, parallel: dict[str, Any]) -> di
     place = Path(directory)
 
     def save(step: int) -> Path:
-        return checkpoint.save(policy, place, step, {"step": step}, keep=2, model_dir=Path(model_dir))
+        return checkpoint.start_saving(policy, place, step, {"step": step}, keep=2, model_dir=Path(model_dir)).finish()
 
     checkpoint.load(policy, save(1))  # after which ranks agree on what several of them hold
     saved = save(1)
@@ -232,7 +232,7 @@ def on_a_full_disk(model_dir: str, directory: str) -> dict[str, Any]:
     platform.start_process_group(60)
     policy = _policy(model_dir, {})
     place = Path(directory, "checkpoints")
-    first = checkpoint.save(policy, place, 1, {}, keep=0, model_dir=Path(model_dir))
+    first = checkpoint.start_saving(policy, place, 1, {}, keep=0, model_dir=Path(model_dir)).finish()
     filler = Path(directory, "filler")
     look = shutil.disk_usage
 
@@ -246,13 +246,13 @@ def on_a_full_disk(model_dir: str, directory: str) -> dict[str, Any]:
     shutil.disk_usage = take_all  # type: ignore[assignment]
     said = ""
     try:
-        checkpoint.save(policy, place, 2, {}, keep=0, model_dir=Path(model_dir))
+        checkpoint.start_saving(policy, place, 2, {}, keep=0, model_dir=Path(model_dir)).finish()
     except CheckpointError as error:
         said = str(error)
     shutil.disk_usage = look
     left = sorted(path.name for path in place.iterdir())
     filler.unlink()
-    second = checkpoint.save(policy, place, 2, {}, keep=0, model_dir=Path(model_dir))
+    second = checkpoint.start_saving(policy, place, 2, {}, keep=0, model_dir=Path(model_dir)).finish()
     verified = [checkpoint_manifest.verify(path) for path in (first, second)]
     platform.stop_process_group()
     return {"said": said, "left": left, "verified": verified, "newest": checkpoint_places.newest(place).name}

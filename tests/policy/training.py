@@ -71,7 +71,7 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
             policy.score([mini_batch])
             policy.update(mini_batch)
             gather_parameters(policy.chunks)
-            saved = checkpoint.save(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL)
+            saved = checkpoint.start_saving(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL).finish()
         policy.score([mini_batch])
         metrics = policy.update(mini_batch)
         gather_parameters(policy.chunks)
@@ -92,7 +92,7 @@ def reload(
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=1)
     expected = _exported(policy)
-    saved = checkpoint.save(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL)
+    saved = checkpoint.start_saving(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL).finish()
     policy = _policy(model, parallel, updates=1, start=None)
     if not dequantised:
         checkpoint.megatron_versions.dequantise = lambda state: None  # type: ignore[assignment]

@@ -21,6 +21,8 @@ def save_training_checkpoint(model_dir: str, directory: str, tensor: int, pipeli
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     policy.optimizer.step()  # at rate zero: the optimizer has state then, and the weights are as they were
-    saved = checkpoint.save(policy, Path(directory), step=3, trainer_state={}, keep=0, model_dir=Path(model_dir))
+    saved = checkpoint.start_saving(
+        policy, Path(directory), step=3, trainer_state={}, keep=0, model_dir=Path(model_dir)
+    ).finish()
     platform.stop_process_group()
     return str(saved)
