@@ -32,6 +32,7 @@ LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * GIB, 10 * GIB, 1 * GIB
 LEAST_FILES = 4096
 HUB = ("huggingface.co", 443)
 HUB_TIMEOUT_S = 3.0
+WIDEST = 1000
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def main() -> None:
     for finding in found:
         mark = "ok" if not finding.mend else "[red]NO[/]" if finding.is_needed else "[yellow]–[/]"
         table.add_row(mark, *map(escape, (finding.what, finding.found, finding.mend)))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    # In a file or a pipe the table is as wide as it has to be: a command that is cut in two cannot be copied.
+    Console(width=None if sys.stdout.isatty() else WIDEST).print(table)
     if broken := [finding.what for finding in found if finding.mend and finding.is_needed]:
         sys.exit(f"error: no run starts without: {', '.join(broken)}")
 

@@ -19,9 +19,9 @@ from megatron_fipo.cli import COMMANDS
 from megatron_fipo.doctor import Finding
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_fipo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
 
 
 def by_name(findings: list[Finding], what: str) -> Finding:
@@ -58,9 +58,11 @@ def test_a_command_gets_the_other_arguments() -> None:
     assert refused.stderr.count("\n") == 1
 
 
-def test_doctor_finds_this_environment_sound() -> None:
-    """The one that the tests run in, which is what `make env` makes."""
-    shown = run("doctor")
+def test_doctor_finds_this_environment_sound(tmp_path: Path) -> None:
+    """The one that the tests run in, which is what `make env` makes. A long path must not break a command in two."""
+    directory = tmp_path / ("long" * 40)
+    directory.mkdir()
+    shown = run("doctor", directory=directory)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert re.search(r"ok .*packages .*all of setup.py's", shown.stdout) and "-e '.[cuda]'" in shown.stdout
 
