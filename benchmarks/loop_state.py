@@ -37,7 +37,7 @@ def groups(count: int) -> list[Group]:
         for _ in range(SAMPLES):
             token_ids = drawn.integers(VOCABULARY, size=LENGTH).tolist()
             log_probs = (-drawn.exponential(size=LENGTH)).astype(numpy.float32).tolist()
-            group.responses.append(Response(token_ids, log_probs, "stop", 1))
+            group.responses.append(Response.from_lists(token_ids, log_probs, "stop", 1))
             group.judgements.append(Judgement(1.0, 1.0, "7", "judged"))
             group.text.append(text)
         made.append(group)

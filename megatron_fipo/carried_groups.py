@@ -5,12 +5,12 @@ JSON takes 67 bytes a token, and a step of large groups has millions of them to 
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy
 from msgspec import Meta, Struct
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import DataError, one_line
@@ -107,7 +107,7 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
             [],
         )
         for saved in row.responses:
-            token_ids, log_probs = take(_TOKENS, saved.tokens).tolist(), take(_LOG_PROBS, saved.tokens).tolist()
+            token_ids, log_probs = take(_TOKENS, saved.tokens), take(_LOG_PROBS, saved.tokens)
             group.responses.append(Response(token_ids, log_probs, saved.finish_reason, saved.weight_version))
             group.judgements.append(Judgement(saved.accuracy, saved.reward, saved.answer, saved.outcome))
             start = places[_TEXT]
@@ -188,10 +188,11 @@ def _row(group: Group, texts: Sequence[bytes]) -> GroupRow:
     return GroupRow(row, responses)
 
 
-def _flat(name: str, values: Sequence[Sequence[float]]) -> numpy.ndarray:
+def _flat(name: str, values: Sequence[ArrayLike]) -> numpy.ndarray:
     """All values, one after the other, in the type of the array `name`."""
+    kind = _NUMPY_TYPES[TYPES[name]]
     with numpy.errstate(over="ignore"):  # `check` finds the infinity that it becomes
-        return numpy.fromiter(chain.from_iterable(values), _NUMPY_TYPES[TYPES[name]], count=sum(map(len, values)))
+        return numpy.concatenate([numpy.empty(0, kind), *(numpy.array(value, kind) for value in values)])
 
 
 def _lengths(rows: Sequence[GroupRow]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -21,15 +22,16 @@ from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
-from megatron_fipo.data.vocabulary import check_vocabulary, outside
+from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.pool import VerifierPool
-from megatron_fipo.rollout.client import RolloutClient, Sampling
+from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
@@ -80,7 +82,7 @@ class Experience:
     def connect(self, revive: Callable[[], None]) -> RolloutClient:
         """Wait until the servers answer; the client of this run. `revive` is called when it has lost all of them."""
         self.service.wait_ready()
-        self.client = RolloutClient(self.service, revive)
+        self.client = RolloutClient(self.service, revive, self.vocab_size)
         return self.client
 
     def make_room(self) -> None:
@@ -178,8 +180,7 @@ class Experience:
         judged: list[Future[Group]] = []
 
         def judge(group: Group) -> None:
-            self._check_token_ids(group)
-            group.text = [self.tokenizer.decode(response.token_ids) for response in group.responses]
+            group.text = [self.tokenizer.decode(response.token_ids.tolist()) for response in group.responses]
             judged.append(self.verifiers.submit(group))
             phase.progress(len(judged), len(problems), "groups")
 
@@ -191,15 +192,6 @@ class Experience:
                 future.result()
                 verifying.progress(done, len(judged), "groups")
         return groups
-
-    def _check_token_ids(self, group: Group) -> None:
-        """Raise RolloutError for an id that the policy has no embedding for, before anything is trained on it."""
-        for token_ids in (group.problem.token_ids, *(response.token_ids for response in group.responses)):
-            if (token := outside(token_ids, self.vocab_size)) is not None:
-                raise RolloutError(
-                    f"a server's answer has the token id {token} for problem {group.problem.id}, outside the "
-                    f"{self.vocab_size} of the model {self.config.model.path}"
-                )
 
     def _check_lengths(self, carried: list[Group]) -> None:
         """Raise DataError for a group that micro-batches of this configuration may have no room for."""
@@ -240,8 +232,8 @@ def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_v
         for group in groups[start : start + algorithm.mini_batch_prompts]:
             pairs = zip(group.responses, group.judgements, strict=True)
             judged = [(response, judgement) for response, judgement in pairs if judgement.was_judged]
-            prompt = group.problem.token_ids
-            tokens += [torch.tensor([*prompt, *response.token_ids]) for response, _ in judged]
+            prompt = numpy.array(group.problem.token_ids, numpy.int64)
+            tokens += [torch.from_numpy(numpy.concatenate([prompt, response.token_ids])) for response, _ in judged]
             prompts += [len(prompt)] * len(judged)
             log_probs += [torch.tensor(response.log_probs) for response, _ in judged]
             weight_lag += [weight_version - response.weight_version for response, _ in judged]

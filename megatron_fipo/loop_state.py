@@ -15,7 +15,7 @@ from megatron_fipo.carried_groups import Arrays, GroupRow
 from megatron_fipo.data.fingerprint import Fingerprint
 from megatron_fipo.data.order import OrderState
 from megatron_fipo.errors import DataError
-from megatron_fipo.samples import Group
+from megatron_fipo.samples import Group, Judgement, Problem, Response
 
 _G = TypeVar("_G")
 _T = TypeVar("_T")
@@ -127,8 +127,30 @@ def _check(state: LoopState[Any], rows: list[GroupRow], step: int, path: Path) -
                 )
 
 
+class _OldResponse(Struct):
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    weight_version: int
+
+
+class _OldGroup(Struct):
+    problem: Problem
+    responses: list[_OldResponse]
+    judgements: list[Judgement]
+    text: list[str]
+
+    def today(self) -> Group:
+        """The same as it is now."""
+        responses = [
+            Response.from_lists(old.token_ids, old.log_probs, old.finish_reason, old.weight_version)
+            for old in self.responses
+        ]
+        return Group(self.problem, responses, self.judgements, self.text)
+
+
 class _OldSampling(Struct):
-    kept: list[Group]
+    kept: list[_OldGroup]
 
 
 class _OldExperience(Struct):
@@ -151,7 +173,7 @@ def _read_old(data: bytes, path: Path) -> LoopState[Group]:
     experience = ExperienceState(
         order=old.experience.order,
         drawn=old.experience.drawn,
-        kept=old.experience.sampling.kept,
+        kept=[group.today() for group in old.experience.sampling.kept],
         data=old.experience.data,
     )
     return LoopState(step=old.step, seconds=old.seconds, results=old.results, experience=experience)

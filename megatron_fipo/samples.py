@@ -1,7 +1,10 @@
-"""What travels through the loop on rank 0: a problem, its sampled responses and their judgements. Plain Python."""
+"""What travels through the loop on rank 0: a problem, its sampled responses and their judgements. Without torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy
 
 FAILED_CHECKS = ("timeout", "crash")
 """Outcomes of a check that came to no verdict."""
@@ -22,18 +25,38 @@ class Problem:
     """What the reward rule needs beyond the answer: a reasoning-gym entry."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Response:
-    """One sampled continuation, as the engine returned it."""
+    """One sampled continuation, as the engine returned it. Its arrays are read-only."""
 
-    token_ids: list[int]
-    """The response alone, its end-of-sequence token included when it has one."""
-    log_probs: list[float]
-    """The engine's log-probability of each token."""
+    token_ids: numpy.ndarray
+    """[n] int32: the response alone, its end-of-sequence token included when it has one."""
+    log_probs: numpy.ndarray
+    """[n] float32: the engine's log-probability of each token."""
     finish_reason: str
     """stop, or length when max_response_length cut it off."""
     weight_version: int
     """The version of the weights that sampled it."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Response):
+            return NotImplemented
+        return (
+            (self.finish_reason, self.weight_version) == (other.finish_reason, other.weight_version)
+            and numpy.array_equal(self.token_ids, other.token_ids)
+            and numpy.array_equal(self.log_probs, other.log_probs)
+        )
+
+    @classmethod
+    def from_lists(
+        cls, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str, weight_version: int
+    ) -> "Response":
+        """The same of plain lists. OverflowError for a token id that is no 32-bit number; a log-prob may become inf."""
+        with numpy.errstate(over="ignore"):
+            arrays = numpy.array(token_ids, numpy.int32), numpy.array(log_probs, numpy.float32)
+        for array in arrays:
+            array.flags.writeable = False
+        return cls(*arrays, finish_reason, weight_version)
 
 
 @dataclass

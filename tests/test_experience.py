@@ -14,9 +14,8 @@ import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.errors import ConfigError, DataError, RolloutError
+from megatron_fipo.errors import ConfigError, DataError
 from megatron_fipo.experience import Experience
-from megatron_fipo.samples import Group, Response
 from megatron_fipo.tracking.console import Console
 
 pytestmark = pytest.mark.slow
@@ -57,33 +56,6 @@ def experience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(experience, architecture, message) -> None:
     with pytest.raises(ConfigError, match=message):
         experience(**architecture)
-
-
-def test_a_response_with_an_id_outside_the_vocabulary_is_refused(experience) -> None:
-    run = experience()
-
-    class Garbling:
-        """Answers as a server of another model would."""
-
-        def __init__(self, token: int):
-            self.token = token
-
-        def generate(self, problems: Any, samples: int, sampling: Any, seeds: Any, on_group: Any) -> list[Group]:
-            groups = [Group(problem, [Response([5, self.token], [-1.0, -1.0], "stop", 0)]) for problem in problems]
-            for group in groups:
-                on_group(group)
-            return groups
-
-        def close(self) -> None:
-            pass
-
-    for token in (VOCABULARY, -1):
-        run.client = Garbling(token)  # type: ignore[assignment]
-        with (
-            pytest.raises(RolloutError, match=rf"a server's answer has the token id {token} for .* outside the 38 of"),
-            run.console.phase("sample") as phase,
-        ):
-            run.collect(phase)
 
 
 def test_a_resume_goes_on_with_the_same_data_and_refuses_another(experience, tmp_path: Path) -> None:

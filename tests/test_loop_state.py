@@ -61,7 +61,7 @@ def group(run: Experience, number: int) -> Group:
     for length in (1, drawn.randint(2, 9)):
         token_ids = [drawn.randrange(VOCABULARY) for _ in range(length)]
         log_probs = numpy.float32([-drawn.random() for _ in range(length)]).tolist()
-        made.responses.append(Response(token_ids, log_probs, "stop", STEP - 1))
+        made.responses.append(Response.from_lists(token_ids, log_probs, "stop", STEP - 1))
         made.judgements.append(Judgement(float(length > 1), drawn.random(), "é7", "judged"))
         made.text.append(run.tokenizer.decode(token_ids) + "é")
     return made
@@ -130,7 +130,10 @@ def old(state: Any, directory: Path) -> Path:
     kept = [
         {
             "problem": vars(group.problem),
-            "responses": [vars(response) for response in group.responses],
+            "responses": [
+                vars(each) | {"token_ids": each.token_ids.tolist(), "log_probs": each.log_probs.tolist()}
+                for each in group.responses
+            ],
             "judgements": [vars(judgement) for judgement in group.judgements],
             "text": group.text,
         }

@@ -80,6 +80,7 @@ class ControlPlane:
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
         """Puts the new weights into service as `version`."""
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
+        self._service.note_version(version)
 
     async def reset_prefix_cache(self, deadline: Deadline) -> None:
         """Empties the prefix caches. RolloutError if one could not be, since it would serve stale keys and values."""

@@ -17,6 +17,8 @@ PARENT_VARIABLE = "FIPO_PARENT_PID"
 ALWAYS = (
     "--skip-tokenizer-init",
     "--tokens-only",
+    "--middleware=megatron_fipo.rollout.generate_route.GenerateRoute",
+    # The last is the first to see a call: nothing is behind the token's back.
     "--middleware=megatron_fipo.rollout.access.RequireToken",
     "--worker-extension-cls=megatron_fipo.rollout.vllm_plugin.WorkerExtension",
     "--disable-uvicorn-access-log",

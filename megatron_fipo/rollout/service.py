@@ -90,6 +90,8 @@ class RolloutService:
         self.config = config
         self.roster = 0
         """Changes with each server that leaves or enters service."""
+        self.weight_version: int | None = None
+        """The version that the last weight update put into service; None before one."""
         self._model_dir, self._run_dir, self._log_dir, self._seed = model_dir, run_dir, run_dir / "logs", seed
         self._max_position_embeddings = max_position_embeddings
         self._warn = warn
@@ -113,6 +115,10 @@ class RolloutService:
     def in_service(self) -> list[Server]:
         """The servers that sample and get weights."""
         return [server for server in self.servers if server.lost is None]
+
+    def note_version(self, version: int) -> None:
+        """Every server in service has the weights of `version` now."""
+        self.weight_version = version
 
     @property
     def headers(self) -> dict[str, str]:

@@ -3,8 +3,6 @@
 Does not cover sampling itself, nor who asks for batches: that is the loop's.
 """
 
-from dataclasses import asdict
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +15,7 @@ def make_group(name: str, *accuracies: float, failed: int = 0) -> Group:
     """A group with a judged response for each accuracy and `failed` ones whose check timed out."""
     judgements = [Judgement(accuracy, 2 * accuracy - 1, "7", "judged") for accuracy in accuracies]
     judgements += [Judgement(0.0, -1.0, "", "timeout")] * failed
-    responses = [Response([5, 1], [-0.1, -0.2], "stop", 3) for _ in judgements]
+    responses = [Response.from_lists([5, 1], [-0.1, -0.2], "stop", 3) for _ in judgements]
     return Group(Problem(name, "2+5=?", [2], "7", "sums"), responses, judgements, ["7"] * len(judgements))
 
 
@@ -105,7 +103,7 @@ def test_a_resumed_run_trains_on_the_carried_groups():
     sampling.take()
     resumed = DynamicSampling(FilterGroupsConfig(), prompts_per_step=1)
     resumed.carry(sampling.carried())
-    assert asdict(resumed.take()) == asdict(sampling.take())
+    assert resumed.take() == sampling.take()
 
 
 @given(

@@ -24,7 +24,7 @@ DEGENERATE = "Answer: so x is 3 and " * 5000
 
 
 def make_group(texts: list[str], truth: str = "7", extra: dict | None = None, length: int = 2) -> Group:
-    responses = [Response([1] * length, [0.0] * length, "stop", 0) for _ in texts]
+    responses = [Response.from_lists([1] * length, [0.0] * length, "stop", 0) for _ in texts]
     return Group(Problem("p", "3+4=?", [2], truth, "sums", extra or COUNTDOWN), responses, text=list(texts))
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_fipo.config import RolloutConfig
-from megatron_fipo.rollout.client import Sampling
+from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.samples import Problem, Response
 
 VOCABULARY = 96
@@ -79,7 +79,7 @@ def sampling(**changes: Any) -> Sampling:
 
 def forward_log_probs(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> torch.Tensor:
     """transformers' own log-probs of a response: fp32 [response length]."""
-    tokens = torch.tensor([prompt + response.token_ids])
+    tokens = torch.tensor([prompt + response.token_ids.tolist()])
     with torch.no_grad():
         log_probs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return log_probs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
@@ -87,7 +87,7 @@ def forward_log_probs(model: Qwen2ForCausalLM, prompt: list[int], response: Resp
 
 def log_prob_error(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> float:
     """Largest difference between the engine's log-probs of a response and transformers'."""
-    return float((forward_log_probs(model, prompt, response) - torch.tensor(response.log_probs)).abs().max())
+    return float((forward_log_probs(model, prompt, response) - torch.from_numpy(response.log_probs)).abs().max())
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:

@@ -17,7 +17,7 @@ def make_group(
         judgements.append(Judgement(accuracy=hit, reward=2 * hit - 1, answer=answer.strip(), outcome=outcome))
     return Group(
         problem=Problem(id=name, text="4+5=?", token_ids=[1, 2], ground_truth=right, data_source=source),
-        responses=[Response([7] * length, [-0.5] * length, "stop", 4) for length in lengths],
+        responses=[Response.from_lists([7] * length, [-0.5] * length, "stop", 4) for length in lengths],
         judgements=judgements,
         text=[f"I say {answer}" for answer in answers],
     )

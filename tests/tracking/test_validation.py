@@ -1,5 +1,6 @@
 """avg@k, cons@k and pass@k against values worked out by hand and, for pass@k, against drawing every subset."""
 
+import dataclasses
 import math
 from itertools import combinations
 
@@ -65,7 +66,7 @@ def test_partial_credit_is_not_a_solved_problem():
 def test_failed_checks_are_no_wrong_answers():
     """Two of four checks failed: the accuracies are those of the other two."""
     group = make_group("9TC ", "9")
-    group.responses[3].finish_reason = "length"
+    group.responses[3] = dataclasses.replace(group.responses[3], finish_reason="length")
     scores = score([group], k=4).overall
     assert (scores.avg, scores.cons, scores.pass_at_k) == (0.5, 1.0, 1.0)
     assert (scores.not_judged, scores.truncated) == (2, 0.25)

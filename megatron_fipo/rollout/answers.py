@@ -1,0 +1,94 @@
+"""What a rollout server answers, checked once where it arrives: nothing else may be trained on."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy
+
+from megatron_fipo.records.wire import Frame
+from megatron_fipo.rollout.generate_messages import LOG_PROBS, TOKEN_IDS, SampleFrame, VersionSpan
+from megatron_fipo.samples import Response
+
+GREATEST_LOG_PROB, LEAST_LOG_PROB = 1e-3, -1e4
+"""What an engine's rounding leaves of a log-probability, and far below what its sampling can draw."""
+
+
+class BadAnswer(Exception):
+    """A server's answer that is not what was asked for. Says in words what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a server was asked for."""
+
+    samples: int
+    max_tokens: int
+    stop_token_ids: Collection[int]
+    vocab_size: int | None
+    """None: not known, and not checked."""
+    weight_version: int | None
+    """The version in service; None: any."""
+
+
+def read_response(frame: Frame, about: SampleFrame, asked: Asked, arrived: Collection[int]) -> Response:
+    """The response in a frame. `arrived` has the indices of earlier ones. BadAnswer if anything is not as asked."""
+    if not 0 <= about.index < asked.samples:
+        raise BadAnswer(f"there is a response {about.index}, and {asked.samples} were asked for")
+    where = f"response {about.index}"
+    if about.index in arrived:
+        raise BadAnswer(f"{where} came twice")
+    if sorted(frame.arrays) != sorted((TOKEN_IDS, LOG_PROBS)):
+        raise BadAnswer(f"{where} has the arrays {sorted(frame.arrays)} instead of {TOKEN_IDS} and {LOG_PROBS}")
+    token_ids, log_probs = frame.arrays[TOKEN_IDS], frame.arrays[LOG_PROBS]
+    _check_form(token_ids, log_probs, asked, where)
+    _check_values(token_ids, log_probs, asked, where)
+    _check_end(token_ids, about.finish_reason, asked, where)
+    version = _version(about.spans, len(token_ids), where)
+    if asked.weight_version is not None and version != asked.weight_version:
+        raise BadAnswer(f"{where} was sampled by weights {version}; {asked.weight_version} are in service")
+    return Response(token_ids, log_probs, about.finish_reason, version)
+
+
+def _check_form(token_ids: numpy.ndarray, log_probs: numpy.ndarray, asked: Asked, where: str) -> None:
+    forms = (token_ids.dtype, token_ids.ndim, log_probs.dtype, log_probs.ndim)
+    if forms != (numpy.dtype(numpy.int32), 1, numpy.dtype(numpy.float32), 1):
+        raise BadAnswer(
+            f"{where} has {token_ids.dtype} {list(token_ids.shape)} token ids and {log_probs.dtype} "
+            f"{list(log_probs.shape)} log-probs instead of int32 and float32 in one dimension"
+        )
+    if not 0 < len(token_ids) <= asked.max_tokens:
+        raise BadAnswer(f"{where} has {len(token_ids)} tokens; 1 to {asked.max_tokens} were asked for")
+    if len(log_probs) != len(token_ids):
+        raise BadAnswer(f"{where} has {len(token_ids)} tokens with {len(log_probs)} log-probs")
+
+
+def _check_values(token_ids: numpy.ndarray, log_probs: numpy.ndarray, asked: Asked, where: str) -> None:
+    least, greatest = int(token_ids.min()), int(token_ids.max())
+    if least < 0 or (asked.vocab_size is not None and greatest >= asked.vocab_size):
+        wrong = least if least < 0 else greatest
+        size = "" if asked.vocab_size is None else f" of the model's {asked.vocab_size}"
+        raise BadAnswer(f"{where} has the token id {wrong}, which is none{size}")
+    if not numpy.isfinite(log_probs).all():
+        raise BadAnswer(f"{where} has log-probs that are not finite: the engine's weights or logits are broken")
+    if log_probs.max() > GREATEST_LOG_PROB or log_probs.min() < LEAST_LOG_PROB:
+        raise BadAnswer(f"{where} has log-probs from {log_probs.min():g} to {log_probs.max():g}")
+
+
+def _check_end(token_ids: numpy.ndarray, finish_reason: str, asked: Asked, where: str) -> None:
+    if finish_reason not in ("stop", "length"):
+        raise BadAnswer(f"{where} ended with {finish_reason!r} instead of stop or length")
+    if finish_reason == "length" and len(token_ids) < asked.max_tokens:
+        raise BadAnswer(f"{where} was cut off at {len(token_ids)} tokens; {asked.max_tokens} were asked for")
+    if finish_reason == "stop" and int(token_ids[-1]) not in asked.stop_token_ids:
+        raise BadAnswer(f"{where} stopped with the token {int(token_ids[-1])}, which is no stop token")
+
+
+def _version(spans: list[VersionSpan], length: int, where: str) -> int:
+    """The oldest of the versions that sampled a response; more than one only if an update came in its middle."""
+    shown = [(span.version, span.start, span.end) for span in spans]
+    if not spans or not all(span.version.isascii() and span.version.isdigit() for span in spans):
+        raise BadAnswer(f"{where} has weight versions {shown}; each should be an integer")
+    ends = [0, *(span.end for span in spans)]
+    if ends[:-1] != [span.start for span in spans] or ends[-1] != length or ends != sorted(set(ends)):
+        raise BadAnswer(f"{where} has weight versions {shown}, which are not of its tokens 0 to {length}")
+    return min(int(span.version) for span in spans)

@@ -1,0 +1,75 @@
+"""What the trainer and a rollout server say to each other about sampling: the request, and the frames of its answer.
+
+Imports neither vLLM nor torch: the client reads these here, the route of the server writes them.
+"""
+
+from typing import Literal
+
+import msgspec
+import numpy
+
+from megatron_fipo.records.wire import WireError, encode_frame
+
+GENERATE_PATH = "/fipo/generate"
+TOKEN_IDS, LOG_PROBS = "token_ids", "log_probs"
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples of one prompt, one for each seed. Limits that the engine sets are the engine's to check."""
+
+    token_ids: list[int]
+    seeds: list[int]
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list[int]
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Tokens [start, end) of a response were sampled by the weights of `version`."""
+
+    version: str
+    """As the server labels them; a trainer's are numbers."""
+    start: int
+    end: int
+
+
+class SampleFrame(msgspec.Struct, frozen=True, tag="sample", forbid_unknown_fields=True):
+    """One finished response; its frame carries TOKEN_IDS (int32) and LOG_PROBS (float32), one of each a token."""
+
+    index: int
+    """Which of the request's seeds sampled it."""
+    finish_reason: str
+    spans: list[VersionSpan]
+
+
+class EndFrame(msgspec.Struct, frozen=True, tag="end", forbid_unknown_fields=True):
+    """Every response has been sent."""
+
+    samples: int
+
+
+class ErrorFrame(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):
+    """What the engine says in place of the responses that are not there yet."""
+
+    kind: Literal["refused", "failed"]
+    """refused: the request is wrong, on every server alike. failed: another server, or another time, may answer it."""
+    message: str
+
+
+About = SampleFrame | EndFrame | ErrorFrame
+
+
+def sample_frame(about: SampleFrame, token_ids: list[int], log_probs: list[float]) -> bytes:
+    """The bytes of a finished response's frame."""
+    arrays = {TOKEN_IDS: numpy.array(token_ids, numpy.int32), LOG_PROBS: numpy.array(log_probs, numpy.float32)}
+    return encode_frame(about, arrays)
+
+
+def read_about(about: object) -> About:
+    """The typed part of a frame's header. WireError if it is none of the three."""
+    try:
+        return msgspec.convert(about, type=About)
+    except msgspec.ValidationError as error:
+        raise WireError(f"is about nothing that was agreed: {error}") from None

@@ -1,0 +1,115 @@
+"""What a `generate` call has to do: groups on their way, and which of them wait for a server."""
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.generate_messages import GenerateRequest
+from megatron_fipo.samples import Group, Problem, Response
+
+MAX_RETRIES = 3
+"""Failed requests for one group, on servers that are well, after which the run gives up."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled. Temperature 0 is greedy; top_k −1 is off; a stop token ends a response, kept in it."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list[int]
+
+
+class Work:
+    """One group on its way: what has arrived of it, and which servers have failed it."""
+
+    def __init__(self, problem: Problem, samples: int, sampling: Sampling, seed: int):
+        self.problem, self.sampling, self.seed = problem, sampling, seed
+        # Greedy samples are all the same, so one is asked for.
+        self.samples, self._copies = (1, samples) if sampling.temperature == 0 else (samples, 1)
+        self.responses: dict[int, Response] = {}
+        self.failed: dict[str, str] = {}
+        self._failures = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every sample has arrived."""
+        return len(self.responses) == self.samples
+
+    def add(self, index: int, response: Response) -> None:
+        """Take the sample `index`, which has arrived."""
+        self.responses[index] = response
+
+    def discard(self, indices: Sequence[int]) -> None:
+        """Ask for these samples again, although they have arrived."""
+        for index in indices:
+            del self.responses[index]
+
+    def missing(self) -> list[int]:
+        """Indices of the samples that have not arrived."""
+        return [index for index in range(self.samples) if index not in self.responses]
+
+    def group(self) -> Group:
+        """The whole group, its samples in order."""
+        return Group(self.problem, [self.responses[index] for index in range(self.samples)] * self._copies)
+
+    def request(self, indices: Sequence[int]) -> GenerateRequest:
+        """For the samples of these indices."""
+        chosen, first = self.sampling, _spread(self.seed)
+        return GenerateRequest(
+            token_ids=self.problem.token_ids,
+            seeds=[first + index for index in indices],
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            top_k=chosen.top_k,
+            max_tokens=chosen.max_tokens,
+            stop_token_ids=chosen.stop_token_ids,
+        )
+
+    def note_failure(self, url: str, problem: str) -> None:
+        """RolloutError when it has failed too often, on servers that are well."""
+        self.failed[url] = problem
+        self._failures += 1
+        if self._failures > MAX_RETRIES:
+            reasons = "; ".join(f"{url}, problem {self.problem.id}: {why}" for url, why in self.failed.items())
+            raise RolloutError(f"a request failed {self._failures} times: {reasons}")
+
+
+class Pending:
+    """Work that waits for a server, in order, and work that one has been asked for."""
+
+    def __init__(self, waiting: deque[Work]):
+        self.waiting = waiting
+        self.asked: set[Work] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.asked)
+
+    def take(self) -> Work:
+        """The next that waits, which a server is asked for now."""
+        work = self.waiting.popleft()
+        self.asked.add(work)
+        return work
+
+    def give_back(self, work: Work) -> None:
+        """Work that was asked for: done, or the next to be asked for again."""
+        self.asked.discard(work)
+        if not work.is_whole:
+            self.waiting.appendleft(work)
+
+    def late(self, work: Work, seconds: float) -> str:
+        """What to say of work that took longer than `seconds`."""
+        names = sorted(item.problem.id for item in self.asked)
+        return (
+            f"problem {work.problem.id} got no answer within rollout.request_timeout_s={seconds:g} s; "
+            f"{len(names)} requests are pending: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        )
+
+
+def _spread(seed: int) -> int:
+    """A 62-bit seed from `seed`. Sample i of a group has seed + i: seeds in a row would share random numbers."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

@@ -1,0 +1,216 @@
+"""Why: what a broken, foreign or half-updated server answers must never be trained on, and one such must not end a run.
+
+A web server speaks the route of the real ones here and lies in one way after another. The route itself is tested
+against the real engine in test_client.py.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy
+import pytest
+
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.wire import encode_frame
+from megatron_fipo.rollout.access import TOKEN_VARIABLE
+from megatron_fipo.rollout.client import RolloutClient
+from megatron_fipo.rollout.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
+from megatron_fipo.rollout.service import RolloutService
+from tests.rollout.engines import STOP_TOKEN, VOCABULARY, problems, rollout_config, sampling
+
+VERSION = 3
+Answer = Callable[[GenerateRequest], list[bytes]]
+
+
+def sample(index: int, /, **changes: Any) -> bytes:
+    """A good response of three tokens, with changes."""
+    about = {
+        "type": "sample",
+        "index": index,
+        "finish_reason": "stop",
+        "spans": [[str(VERSION), 0, 3]],
+    }
+    arrays = {
+        "token_ids": numpy.array([5, 7, STOP_TOKEN], numpy.int32),
+        "log_probs": numpy.array([-1.0, -0.5, -0.25], numpy.float32),
+    }
+    arrays |= {name: changes.pop(name) for name in list(changes) if isinstance(changes[name], numpy.ndarray)}
+    return encode_frame(about | changes, {name: array for name, array in arrays.items() if array.size != 77})
+
+
+def good(request: GenerateRequest) -> list[bytes]:
+    return [*(sample(index) for index in range(len(request.seeds))), encode_frame(EndFrame(len(request.seeds)))]
+
+
+def with_first(**changes: Any) -> Answer:
+    """All is well but the first response."""
+    return lambda request: [sample(0, **changes), *good(request)[1:]]
+
+
+def floats(*values: float) -> numpy.ndarray:
+    with numpy.errstate(over="ignore"):
+        return numpy.array(values, numpy.float64).astype(numpy.float32)
+
+
+def ints(*values: int) -> numpy.ndarray:
+    return numpy.array(values, numpy.int32)
+
+
+MISSING = numpy.zeros(77, numpy.int32)
+WRONG: dict[str, tuple[Answer, str]] = {
+    "an index twice": (lambda r: [sample(0), sample(0), encode_frame(EndFrame(2))], "response 0 came twice"),
+    "an index beyond": (with_first(index=2), "there is a response 2, and 2 were asked for"),
+    "a negative index": (with_first(index=-1), "there is a response -1"),
+    "an index that is no integer": (with_first(index=0.5), "Expected `int`, got `float`"),
+    "no index": (
+        lambda r: [encode_frame({"type": "sample", "finish_reason": "stop", "spans": []})],
+        "missing required",
+    ),
+    "no tokens": (with_first(token_ids=ints(), log_probs=floats()), "has 0 tokens; 1 to 24 were asked for"),
+    "too many tokens": (with_first(token_ids=ints(*[5] * 25), log_probs=floats(*[-1] * 25)), "has 25 tokens"),
+    "a token id of -1": (with_first(token_ids=ints(5, -1, STOP_TOKEN)), "the token id -1, which is none"),
+    "a token id of 10^9": (with_first(token_ids=ints(5, 10**9, STOP_TOKEN)), f"1000000000.*the model's {VOCABULARY}"),
+    "the first token id beyond": (with_first(token_ids=ints(5, VOCABULARY, STOP_TOKEN)), "the token id 96"),
+    "token ids of 64 bits": (with_first(token_ids=numpy.array([5, 7, 2])), "int64 .* instead of int32"),
+    "token ids of 3.5": (with_first(token_ids=floats(5, 3.5, 2)), "float32 .* token ids"),
+    "token ids in two dimensions": (with_first(token_ids=ints(5, 7, 2)[None]), r"int32 \[1, 3\] token ids"),
+    "no token ids": (with_first(token_ids=MISSING), r"arrays \['log_probs'\]"),
+    "no log-probs": (with_first(log_probs=MISSING.astype(numpy.float32)), r"arrays \['token_ids'\]"),
+    "another array": (with_first(ranks=ints(1)), r"arrays \['log_probs', 'ranks', 'token_ids'\]"),
+    "too few log-probs": (with_first(log_probs=floats(-1, -1)), "3 tokens with 2 log-probs"),
+    "log-probs of bytes": (with_first(log_probs=numpy.zeros(3, numpy.uint8)), "uint8 .* log-probs"),
+    "a log-prob of +7": (with_first(log_probs=floats(-1, 7, -1)), "log-probs from -1 to 7"),
+    "a log-prob of -1e300": (with_first(log_probs=floats(-1, -1e300, -1)), "not finite"),
+    "a log-prob of -1e30": (with_first(log_probs=floats(-1, -1e30, -1)), "log-probs from -1e\\+30 to -1"),
+    "a log-prob of nan": (with_first(log_probs=floats(-1, float("nan"), -1)), "not finite"),
+    "an aborted response": (with_first(finish_reason="abort"), "'abort' instead of stop or length"),
+    "a finish reason of none": (with_first(finish_reason=None), "Expected `str`, got `null`"),
+    "a stop without a stop token": (with_first(token_ids=ints(5, 7, 9)), "stopped with the token 9"),
+    "an early cut": (with_first(finish_reason="length"), "cut off at 3 tokens; 24 were asked for"),
+    "another version": (with_first(spans=[["2", 0, 3]]), "sampled by weights 2; 3 are in service"),
+    "a version of a fresh server": (with_first(spans=[["default", 0, 3]]), "should be an integer"),
+    "a version that is a number": (with_first(spans=[[3, 0, 3]]), "Expected `str`, got `int`"),
+    "no versions": (with_first(spans=[]), r"weight versions \[\]"),
+    "versions with a gap": (with_first(spans=[["3", 0, 1], ["3", 2, 3]]), "not of its tokens 0 to 3"),
+    "versions that end early": (with_first(spans=[["3", 0, 2]]), "not of its tokens 0 to 3"),
+    "versions beyond": (with_first(spans=[["3", 0, 4]]), "not of its tokens 0 to 3"),
+    "an empty span": (with_first(spans=[["3", 0, 0], ["3", 0, 3]]), "not of its tokens 0 to 3"),
+    "a field that was not agreed": (with_first(text="seven"), "unknown field `text`"),
+    "a frame of another kind": (lambda r: [encode_frame({"type": "hello"})], "Invalid value 'hello'"),
+    "a frame about nothing": (lambda r: [encode_frame(7)], "Expected `object`, got `int`"),
+    "no end": (lambda r: good(r)[:-1], "ended after 2 of 2 responses"),
+    "an early end": (lambda r: [sample(0), encode_frame(EndFrame(2))], "1 responses came of the 2 .* 2 were asked"),
+    "an end that counts wrong": (lambda r: [*good(r)[:-1], encode_frame(EndFrame(3))], "2 responses came of the 3"),
+    "nothing": (lambda r: [], "ended after 0 of 2 responses"),
+    "JSON": (lambda r: [json.dumps({"choices": []}).encode()], "into a frame"),
+    "half a frame": (lambda r: [good(r)[0][:-3]], "bytes into a frame"),
+}
+
+
+@contextmanager
+def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[RolloutClient, list[str]]]:
+    """A client of web servers that answer like this each time, and what the service has warned of."""
+
+    def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                content = (
+                    b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
+                    if (self.path == GENERATE_PATH)
+                    else b"{}"
+                )
+                self.send_response(200)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None: ...
+
+        return Handler
+
+    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(answer)) for answer in answers]
+    warnings: list[str] = []
+    try:
+        for web in webs:
+            threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        config = rollout_config(addresses=[f"http://127.0.0.1:{web.server_port}" for web in webs])
+        service = RolloutService(config, directory, directory, seed=0, warn=warnings.append)
+        service.note_version(VERSION)
+        with RolloutClient(service, vocab_size=VOCABULARY) as client:
+            yield client, warnings
+    finally:
+        for web in webs:
+            web.shutdown()
+            web.server_close()
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+
+
+def test_a_good_answer_is_taken(tmp_path: Path) -> None:
+    """The control of all below."""
+    with client_of(tmp_path, good) as (client, warnings):
+        [group] = client.generate(problems(1), 2, sampling(), [0])
+        assert client.retries == 0 and warnings == []
+    for response in group.responses:
+        assert response.token_ids.tolist() == [5, 7, STOP_TOKEN] and response.log_probs.tolist() == [-1, -0.5, -0.25]
+        assert (response.finish_reason, response.weight_version) == ("stop", VERSION)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_server_that_repeats_a_wrong_answer_is_taken_out_and_others_answer(name: str, tmp_path: Path) -> None:
+    answer, complaint = WRONG[name]
+    with client_of(tmp_path, answer, good) as (client, warnings):
+        groups = client.generate(problems(8), 2, sampling(), range(8))
+        assert [response.token_ids.tolist() for group in groups for response in group.responses] == [[5, 7, 2]] * 16
+        [warning] = warnings
+        assert "its answers are not what was asked for" in warning and "left out from now on" in warning
+        assert [server.lost for server in client._service.servers][1] is None
+    with client_of(tmp_path, answer) as (client, warnings), pytest.raises(RolloutError, match=complaint):
+        client.generate(problems(1), 2, sampling(), [0])
+
+
+def test_one_wrong_answer_costs_a_request_and_not_the_server(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def wrong_at_first(request: GenerateRequest) -> list[bytes]:
+        calls.append(len(request.seeds))
+        return with_first(finish_reason="abort")(request) if len(calls) == 1 else good(request)
+
+    with client_of(tmp_path, wrong_at_first) as (client, warnings):
+        assert len(client.generate(problems(3), 2, sampling(), range(3))) == 3
+        assert client.retries == 1 and warnings == []
+
+
+def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    def ends_early(request: GenerateRequest) -> list[bytes]:
+        asked.append(request.seeds)
+        return (
+            [sample(1), encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+            if len(asked) == 1
+            else good(request)
+        )
+
+    with client_of(tmp_path, ends_early) as (client, _):
+        [group] = client.generate(problems(1), 3, sampling(), [0])
+    first = asked[0][0]
+    assert len(group.responses) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
+
+
+def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
+    with (
+        client_of(tmp_path, lambda _: [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]) as (client, _),
+        pytest.raises(RolloutError, match=r"failed 4 times: http://127.*, problem problem-0: .*EngineDeadError: gone"),
+    ):
+        client.generate(problems(1), 1, sampling(), [0])
