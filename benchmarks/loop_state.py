@@ -47,9 +47,10 @@ def groups(count: int) -> list[Group]:
 def plain_json(kept: list[Group], directory: Path) -> dict[str, float]:
     """All of it as JSON, as checkpoints had it before."""
     path = directory / "plain.json"
-    wrote = once(
-        lambda: write_json_atomically(path, {"experience": {"sampling": {"kept": [asdict(group) for group in kept]}}})
-    )
+    plain = [asdict(group) for group in kept]
+    for response in (response for group in plain for response in group["responses"]):
+        response |= {"token_ids": response["token_ids"].tolist(), "log_probs": response["log_probs"].tolist()}
+    wrote = once(lambda: write_json_atomically(path, {"experience": {"sampling": {"kept": plain}}}))
     read = once(lambda: json.loads(path.read_text()))
     return {"bytes": path.stat().st_size, "write": wrote, "read": read}
 

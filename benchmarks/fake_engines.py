@@ -1,0 +1,123 @@
+"""Rollout servers without a model: they speak the route of the real ones, and take the time that a table asks for.
+
+python -m benchmarks.fake_engines PORTS PLACES SECONDS_PER_TOKEN; prints the ports, and ends with its standard input.
+
+A prompt's first two numbers are the mean and the cap of its lengths; seed i of a request has the i-th of them. At 0
+seconds a token everything is answered at once.
+"""
+
+import asyncio
+import functools
+import json
+import sys
+
+import msgspec
+import numpy
+
+from megatron_fipo.records.wire import encode_frame
+from megatron_fipo.rollout.generate_messages import EndFrame, GenerateRequest, SampleFrame, VersionSpan, sample_frame
+
+STOP_TOKEN, VOCABULARY = 2, 152_064
+
+
+def length_of(seed: int, mean: int, cap: int) -> int:
+    """Log-normal lengths with this mean, or `mean` itself where it is the cap."""
+    if mean == cap:
+        return mean
+    drawn = numpy.random.default_rng(seed).lognormal(numpy.log(mean) - 0.5, 1.0)
+    return int(min(max(drawn, 1), cap))
+
+
+@functools.cache
+def tokens(length: int) -> tuple[list[int], list[float]]:
+    """Random tokens that end with a stop token, and their log-probs."""
+    drawn = numpy.random.default_rng(length)
+    token_ids = [*drawn.integers(3, VOCABULARY, length - 1).tolist(), STOP_TOKEN]
+    return token_ids, (-drawn.exponential(size=length)).astype(numpy.float32).tolist()
+
+
+@functools.lru_cache(maxsize=64)
+def frame_of(length: int, index: int, finish_reason: str) -> bytes:
+    return sample_frame(SampleFrame(index, finish_reason, [VersionSpan("0", 0, length)]), *tokens(length))
+
+
+@functools.lru_cache(maxsize=4)
+def json_of(length: int, samples: int) -> bytes:
+    """What vLLM's own route answers: a group at once, in JSON."""
+    token_ids, log_probs = tokens(length)
+    pairs = zip(token_ids, log_probs, strict=True)
+    content = [
+        {"token": f"token_id:{token}", "logprob": log_prob, "bytes": None, "top_logprobs": [], "token_id": token}
+        for token, log_prob in pairs
+    ]
+    choice = {
+        "logprobs": {"content": content},
+        "finish_reason": "stop",
+        "token_ids": token_ids,
+        "weight_versions": [{"version": "0", "start": 0, "end": length}],
+    }
+    return json.dumps({"choices": [choice | {"index": index} for index in range(samples)]}).encode()
+
+
+class Engine:
+    """One server."""
+
+    def __init__(self, places: int, seconds_per_token: float):
+        self._places = asyncio.Semaphore(places)
+        self._seconds_per_token = seconds_per_token
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode("latin-1").lower().split("\r\n")
+                size = next((int(line[15:]) for line in lines if line.startswith("content-length:")), 0)
+                body = await reader.readexactly(size)
+                if "/fipo/generate" in lines[0]:
+                    await self._generate(msgspec.json.decode(body, type=GenerateRequest), writer)
+                elif "/inference/v1/generate" in lines[0]:
+                    asked = json.loads(body)
+                    answer = json_of(asked["token_ids"][0], asked["sampling_params"]["n"])
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(answer))
+                    writer.write(answer)
+                else:
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def _generate(self, request: GenerateRequest, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        mean, cap = request.token_ids[:2]
+
+        async def sample(index: int, seed: int) -> None:
+            length = length_of(seed, mean, cap)
+            if self._seconds_per_token:
+                async with self._places:
+                    await asyncio.sleep(length * self._seconds_per_token)
+            # A timed table counts seconds of places and not bytes: one token stands for all of them.
+            kept = 1 if self._seconds_per_token else length
+            _chunk(writer, frame_of(kept, index, "stop"))
+            await writer.drain()
+
+        await asyncio.gather(*(sample(index, seed) for index, seed in enumerate(request.seeds)))
+        _chunk(writer, encode_frame(EndFrame(len(request.seeds))))
+        writer.write(b"0\r\n\r\n")
+
+
+def _chunk(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.write(b"%x\r\n" % len(body) + body + b"\r\n")
+
+
+async def main() -> None:
+    """Serve until standard input ends."""
+    ports, places, seconds_per_token = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    servers = [
+        await asyncio.start_server(Engine(places, seconds_per_token).serve, "127.0.0.1", 0) for _ in range(ports)
+    ]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

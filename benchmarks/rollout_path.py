@@ -1,0 +1,137 @@
+"""What tokens cost on their way from the engines to rank 0, by the route of named arrays and by JSON of whole groups.
+
+python -m benchmarks.rollout_path [--quick]
+
+The engines are made up, in a process of their own (benchmarks/fake_engines.py). CPU seconds are this process's: they
+are what sampling takes from the trainer's rank 0. "Alive" is what it holds already, as a large batch does before its end.
+"""
+
+import argparse
+import gc
+import heapq
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.fake_engines import STOP_TOKEN, VOCABULARY, length_of
+from benchmarks.measure import machine
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.rollout.access import TOKEN_VARIABLE
+from megatron_fipo.rollout.client import RolloutClient
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.work import Sampling, Work
+from megatron_fipo.samples import Group, Problem
+
+SAMPLES = 16
+CAP = 20_000
+
+
+@contextmanager
+def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[RolloutClient]:
+    """A client of made-up engines with so many places each."""
+    command = [sys.executable, "-m", "benchmarks.fake_engines", str(engines), str(places), str(seconds_per_token)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        addresses = [f"http://127.0.0.1:{port}" for port in process.stdout.readline().split()]
+        os.environ[TOKEN_VARIABLE] = "none"
+        config = RolloutConfig(addresses=addresses, max_num_seqs=places, max_prompt_length=8, max_response_length=CAP)
+        with RolloutClient(RolloutService(config, Path(), Path(), seed=0), vocab_size=VOCABULARY) as client:
+            yield client
+        process.stdin.close()
+        process.wait(timeout=30)
+
+
+def problems(count: int, mean: int, cap: int) -> list[Problem]:
+    """Prompts that ask the made-up engines for these lengths."""
+    return [Problem(f"problem-{index}", "", [mean, cap], "", "made up") for index in range(count)]
+
+
+def by_arrays(client: RolloutClient, count: int, length: int) -> list[Group]:
+    """Groups by the client of the product."""
+    sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
+    return client.generate(problems(count, length, length), SAMPLES, sampling, range(count))
+
+
+def by_json(client: RolloutClient, count: int, length: int) -> list[object]:
+    """The same groups by vLLM's own route, as Python lists, checked as little as can be."""
+    url = client.control._service.servers[0].url + "/inference/v1/generate"
+    kept: list[object] = []
+    with httpx.Client(trust_env=False, timeout=600) as http:
+        for _ in range(count):
+            body = {"token_ids": [length, length], "sampling_params": {"n": SAMPLES}}
+            for choice in http.post(url, json=body).json()["choices"]:
+                content = choice["logprobs"]["content"]
+                assert [entry["token_id"] for entry in content] == choice["token_ids"]
+                kept.append((choice["token_ids"], [entry["logprob"] for entry in content]))
+    return kept
+
+
+def cost(form: str, length: int, alive: int, measured: int) -> tuple[float, float, float]:
+    """CPU seconds a million tokens, bytes a token kept, and bytes a token on the wire, with `alive` tokens held."""
+    fetch = by_arrays if form == "arrays" else by_json
+    group = SAMPLES * length
+    with client_of(1, 256) as client:
+        fetch(client, 1, length)
+        gc.collect()
+        process = psutil.Process()
+        before = process.memory_info().rss
+        held = fetch(client, max(1, round(alive / group)), length)
+        gc.collect()
+        kept = (process.memory_info().rss - before) / (max(1, round(alive / group)) * group)
+        received, started = _received(), time.process_time()
+        count = max(1, round(measured / group))
+        held += fetch(client, count, length)
+        seconds = time.process_time() - started
+        return seconds / (count * group) * 1e6, kept, (_received() - received) / (count * group)
+
+
+def _received() -> int:
+    return psutil.net_io_counters(pernic=True)["lo"].bytes_recv
+
+
+def makespan(engines: int, places: int, groups: int, mean: int, seconds_per_token: float) -> tuple[float, float]:
+    """Seconds that a batch of log-normal lengths takes, and that it would take if no place were ever empty."""
+    asked = problems(groups, mean, CAP)
+    sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
+    seeds = [
+        seed
+        for index, problem in enumerate(asked)
+        for seed in Work(problem, SAMPLES, sampling, index).request(range(SAMPLES)).seeds
+    ]
+    free = [0.0] * (engines * places)
+    for seed in seeds:  # in order, each to the place that is free first
+        heapq.heappush(free, heapq.heappop(free) + length_of(seed, mean, CAP) * seconds_per_token)
+    with client_of(engines, places, seconds_per_token) as client:
+        started = time.monotonic()
+        client.generate(asked, SAMPLES, sampling, range(groups))
+        return time.monotonic() - started, max(free)
+
+
+def main() -> None:
+    """Print the tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few tokens: whether the tables run, not what things cost")
+    quick = parser.parse_args().quick
+    rows = [("JSON", 3_700, 0.5), ("JSON", 3_700, 5.0), ("arrays", 3_700, 0.5), ("arrays", 3_700, 5.0)]
+    rows += [("arrays", 3_700, 50.0), ("arrays", CAP, 0.5), ("arrays", CAP, 5.0), ("arrays", CAP, 50.0)]
+    print(f"{machine()}; {SAMPLES} samples a group\n")
+    print("| form | tokens a response | tokens alive, millions | CPU s per million | bytes kept | bytes on the wire |")
+    print("|---|---|---|---|---|---|")
+    for form, length, alive in rows[:1] + rows[2:3] if quick else rows:
+        measured = 0.3e6 if quick else 1e6 if form == "JSON" else 10e6
+        seconds, kept, wire = cost(form, length, round(alive * 1e6), round(measured))
+        print(f"| {form} | {length} | {alive} | {seconds:.3f} | {kept:.1f} | {wire:.1f} |", flush=True)
+    engines, places, groups = (2, 16, 8) if quick else (16, 32, 160)
+    took, ideal = makespan(engines, places, groups, 3_700, 2e-5 if quick else 2e-3)
+    print(f"\n{groups} groups on {engines} engines of {places} places: {took:.1f} s, {took / ideal:.3f} × the ideal")
+
+
+if __name__ == "__main__":
+    main()
