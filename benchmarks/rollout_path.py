@@ -3,7 +3,8 @@
 python -m benchmarks.rollout_path [--quick]
 
 The engines are made up, in a process of their own (benchmarks/fake_engines.py). CPU seconds are this process's: they
-are what sampling takes from the trainer's rank 0. "Alive" is what it holds already, as a large batch does before its end.
+are what sampling takes from the trainer's rank 0. "Alive" is what it holds already, as a large batch does before its
+end.
 """
 
 import argparse
