@@ -29,6 +29,8 @@ from megatron_fipo.rollout.generate_messages import (
 
 _LONGEST_REQUEST = 64 << 20
 """Most bytes of a request's body: millions of prompt tokens."""
+_REFUSALS = (VLLMClientError, ValueError, TypeError)
+"""What vLLM, and the decoder, raise for a request that is wrong."""
 
 
 class GenerateRoute:
@@ -47,7 +49,7 @@ class GenerateRoute:
         try:
             request = msgspec.json.decode(body, type=GenerateRequest)
             parameters = [_parameters(request, seed) for seed in request.seeds]
-        except (ValueError, TypeError) as error:
+        except _REFUSALS as error:
             await _end(send, ErrorFrame("refused", _one_line(error)))
             return
         await _answer(scope["app"].state.engine_client, request, parameters, receive, send)
@@ -98,7 +100,7 @@ async def _sample(
         about = SampleFrame(index, output.finish_reason or "none", _spans(output))
         log_probs = output.logprobs.logprobs  # type: ignore[union-attr]
         ended.put_nowait(sample_frame(about, list(output.token_ids), log_probs))
-    except (VLLMClientError, ValueError, TypeError) as error:
+    except _REFUSALS as error:
         ended.put_nowait(ErrorFrame("refused", _one_line(error)))
     except Exception as error:
         # Whatever an engine raises is the trainer's to know: it asks another one.
