@@ -34,6 +34,7 @@ from megatron_fipo.run_directory import take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
+from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import write_report
 from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
@@ -177,6 +178,7 @@ class Trainer:
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
         self.results[f"response_length_{which}"] = result.overall.response_length_mean
+        write_problems(path_of_step(self.directory, self.step), result.problems)
         self.metrics.log_validation(self.step, result.metrics())
         self.console.validation(self.step, result)
         write_report(self.directory)

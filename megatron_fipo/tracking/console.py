@@ -31,6 +31,7 @@ _FILES = {
     "report.html": "curves; open it in a browser",
     "metrics.jsonl": "one line a step",
     "validation.jsonl": "scores on held-out problems",
+    "validation": "scores of each held-out problem, for compare",
     "samples": "rollouts to read, with rewards",
     "tensorboard": "tensorboard --logdir here",
     "checkpoints": "to resume from",
