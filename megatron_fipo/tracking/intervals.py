@@ -102,7 +102,7 @@ def _weights(generator: np.random.Generator, size: int, count: int, level: float
     if size == 1:
         return np.ones((count, 1))
     drawn = generator.multinomial(size, np.full(size, 1.0 / size), size=count)
-    return 1.0 + _spread(size, level) * (drawn - 1.0)
+    return np.asarray(1.0 + _spread(size, level) * (drawn - 1.0), dtype=np.float64)
 
 
 def _means(scores: Values, seeds: Values, problems: Values) -> Values:

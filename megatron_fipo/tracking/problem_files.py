@@ -7,6 +7,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from megatron_fipo.errors import DataError
 from megatron_fipo.files import write_atomically
@@ -38,7 +39,7 @@ def read_problems(path: Path) -> list[ProblemScores]:
     import pyarrow
     import pyarrow.parquet
 
-    columns = {field.name: field.type for field in dataclasses.fields(ProblemScores)}
+    columns = get_type_hints(ProblemScores)
     try:
         rows = pyarrow.parquet.ParquetFile(path).read(columns=list(columns)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
