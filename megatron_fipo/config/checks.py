@@ -23,6 +23,14 @@ _ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[([0-9a-fA-F:
 _LAST_PORT = 65535
 
 
+def check_evaluation(config: Config) -> list[str]:
+    """As `check`, for sampling and judging the validation problems alone; of this machine nothing is asked."""
+    check_values(config)
+    warnings = [*_service(config), *data(config, trains=False), *_reward(config)]
+    _check_servers(config)
+    return warnings
+
+
 def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
     """Raise ConfigError where `config` cannot run; return a warning for each thing that is hardly meant.
 

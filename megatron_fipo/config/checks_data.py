@@ -8,8 +8,8 @@ from megatron_fipo.config.data import QUESTION
 from megatron_fipo.errors import ConfigError
 
 
-def data(config: Config) -> Iterator[str]:
-    """Judge where the run's problems come from and how they become prompts."""
+def data(config: Config, *, trains: bool = True) -> Iterator[str]:
+    """Judge where the run's problems come from and how they become prompts; without `trains`, validation's alone."""
     settings = config.data
     _check_prompts(settings)
     if settings.source == "reasoning_gym":
@@ -22,10 +22,11 @@ def data(config: Config) -> Iterator[str]:
         if not all(name.strip() for name in names):
             raise ConfigError(key, f"{names} has an empty name", "a file, or a dataset with data.source=hub")
     kind = "files" if settings.source == "files" else "datasets"
-    if not settings.train:
+    if trains and not settings.train:
         raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={settings.source}")
-    if config.validation.every and not settings.validation:
-        raise ConfigError("data.validation", f"lists no {kind}", "at least one, or validation.every=0")
+    if not settings.validation and (config.validation.every or not trains):
+        remedy = "at least one" + (", or validation.every=0" if trains else "")
+        raise ConfigError("data.validation", f"lists no {kind}", remedy)
     if settings.task or settings.task_options:
         source = settings.source
         yield f"data.task: {settings.task} is not read with data.source={source}; data.source=reasoning_gym does"

@@ -101,6 +101,17 @@ class ValidationConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What `megatron-fipo evaluate` reads beside model, data.validation, validation, rollout and reward."""
+
+    directory: str | None = setting(
+        None,
+        "Where an evaluation's files go, and where it goes on if it was stopped. null: a directory named by the model "
+        "and all settings that matter, in runs/evaluations, or in the evaluations/ of the run that made the model.",
+    )
+
+
+@dataclass
 class CheckpointConfig:
     """When the run's state is saved."""
 

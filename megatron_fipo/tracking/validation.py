@@ -96,7 +96,37 @@ def score(groups: list[Group], k: int) -> ValidationResult:
         if len(group.responses) < k or len(group.judgements) != len(group.responses):
             counts = f"{len(group.responses)} responses and {len(group.judgements)} judgements"
             raise ValueError(f"problem {group.problem.id} has {counts}; validation needs {k} or more of both")
-    return combine([_of_problem(group, k) for group in groups], k)
+    return combine([score_group(group, k) for group in groups], k)
+
+
+def score_group(group: Group, k: int) -> ProblemScores:
+    """The scores of one problem's judged samples."""
+    truncated = sum(response.finish_reason == "length" for response in group.responses)
+    tokens = sum(len(response.token_ids) for response in group.responses)
+    return score_problem(group.problem.id, group.problem.data_source, group.judgements, tokens, truncated, k)
+
+
+def score_problem(
+    problem: str, data_source: str, judgements: list[Judgement], tokens: int, truncated: int, k: int
+) -> ProblemScores:
+    """As `score_group`, from its parts: `tokens` is the length of all responses, `truncated` counts those cut off."""
+    verdicts = [judgement for judgement in judgements if judgement.was_judged]
+    outcomes = Counter(judgement.outcome for judgement in judgements)
+    right, judged = _right(verdicts), len(verdicts)
+    return ProblemScores(
+        problem=problem,
+        data_source=data_source,
+        samples=len(judgements),
+        judged=judged,
+        right=right,
+        accuracy=_mean(judgement.accuracy for judgement in verdicts),
+        cons=consensus(verdicts[:k]) if verdicts else nan,
+        pass_at_k=pass_at_k(judged, right, min(k, judged)) if verdicts else nan,
+        tokens=tokens,
+        truncated=truncated,
+        timeout=outcomes["timeout"],
+        crash=outcomes["crash"],
+    )
 
 
 def combine(problems: list[ProblemScores], k: int) -> ValidationResult:
@@ -111,7 +141,10 @@ def combine(problems: list[ProblemScores], k: int) -> ValidationResult:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of `samples` responses, drawn without replacement, hold one of the `right` ones."""
+    """The chance that k of `samples` responses, drawn without replacement, hold one of the `right` ones.
+
+    The unbiased estimator of Chen et al., Evaluating Large Language Models Trained on Code (2021), in exact integers.
+    """
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
@@ -130,26 +163,6 @@ def consensus(judgements: list[Judgement]) -> float:
         return 0.0
     most = max(len(accuracies) for accuracies in votes.values())
     return fmean(fmean(accuracies) for accuracies in votes.values() if len(accuracies) == most)
-
-
-def _of_problem(group: Group, k: int) -> ProblemScores:
-    verdicts = [judgement for judgement in group.judgements if judgement.was_judged]
-    outcomes = Counter(judgement.outcome for judgement in group.judgements)
-    right, judged = _right(verdicts), len(verdicts)
-    return ProblemScores(
-        problem=group.problem.id,
-        data_source=group.problem.data_source,
-        samples=len(group.responses),
-        judged=judged,
-        right=right,
-        accuracy=_mean(judgement.accuracy for judgement in verdicts),
-        cons=consensus(verdicts[:k]) if verdicts else nan,
-        pass_at_k=pass_at_k(judged, right, min(k, judged)) if verdicts else nan,
-        tokens=sum(len(response.token_ids) for response in group.responses),
-        truncated=sum(response.finish_reason == "length" for response in group.responses),
-        timeout=outcomes["timeout"],
-        crash=outcomes["crash"],
-    )
 
 
 def _scores(problems: list[ProblemScores], k: int) -> ValidationScores:
