@@ -63,7 +63,7 @@ def _weights(directory: Path) -> Weights:
 
 
 def huggingface_directory(weights: Weights, work: Path) -> Path:
-    """The weights where vLLM can read them: as they are, or converted into `work`, which appears complete or not at all.
+    """The weights where vLLM can read them: as they are, or converted into `work`, there when complete.
 
     A conversion that was stopped goes on. WeightError, naming every tensor that does not fit.
     """
