@@ -103,6 +103,10 @@ def test_phases_are_timed_without_counting_twice():
     assert seconds["seconds_log_probs"] >= 0.05 and seconds["seconds_validate"] >= 0.02
     assert sum(seconds.values()) == pytest.approx(elapsed, abs=0.01)
     assert console.take_seconds() == {}
+    inner, outer = console.take_spans()
+    assert (inner.phase, outer.phase) == ("log-probs", "validate")
+    assert outer.start <= inner.start and outer.seconds >= inner.seconds + 0.02
+    assert console.take_spans() == []
 
 
 def test_a_phase_that_fails_is_closed_and_the_terminal_restored():

@@ -2,7 +2,7 @@
 //
 // A chart is {title, x, y, percent, log, kind, wide, lines}. x and y name the axes with their units; kind is "lines" (the
 // default), "stack" (bars on each other) or "timeline" (bars of {base, x} in the lanes named by y). A line is
-// {name, x, y}, and may have low and high (a shaded band), dash, and points (markers always, not only on short lines).
+// {name, x, y}, and may have low and high (a shaded band), dash, symbol, and points: markers on long lines too.
 "use strict";
 
 const charts = (() => {
@@ -25,7 +25,8 @@ const charts = (() => {
         return [{ ...common, ...text, type: "bar", orientation: "h", base: line.base, width: 0.7, marker: { color: own } }];
       }
       const mode = line.points || line.x.length <= FEW_POINTS ? "lines+markers" : "lines";
-      const shape = { line: { color: own, width: 2, dash: line.dash ?? "solid" }, marker: { color: own, size: 5 } };
+      const size = line.points || line.x.length === 1 ? 8 : 5;
+      const shape = { line: { color: own, width: 2, dash: line.dash ?? "solid" }, marker: { color: own, size, symbol: line.symbol ?? "circle" } };
       const main = { ...common, ...shape, type: "scatter", mode, connectgaps: Boolean(line.points) };
       return line.low ? [...band(line, own), main] : [main];
     });
