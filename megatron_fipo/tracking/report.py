@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
@@ -83,7 +84,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, Exception):
-            self._write("failed", f"{type(error).__name__}: {error}"[:2000], whole=True)
+            named = "" if isinstance(error, FipoError) else f"{type(error).__name__}: "
+            self._write("failed", f"{named}{error}"[:2000], whole=True)
         elif not self._finished:  # asked to stop, or by a signal
             self._write("stopped", whole=True)
 
