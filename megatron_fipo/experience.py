@@ -102,14 +102,14 @@ class Experience(JudgedRollouts):
             self.console.warn(warning)
         return self.sampling.take(), sampled
 
-    def validate(self, phase: Phase) -> ValidationResult:
-        """Sample and score the held-out problems, with the same seeds every time."""
+    def validate(self, phase: Phase) -> tuple[ValidationResult, list[Group]]:
+        """Sample and score the held-out problems, with the same seeds every time. The scores, and what they are of."""
         settings = self.config.validation
         seeds = [self.seed_of("validation", index) for index in range(len(self.held_out))]
         groups = self._sample(self.held_out, settings.samples, self.validation_sampling(), seeds, phase)
         if warning := judge_failed_checks(groups, self.config.reward, "in this validation"):
             self.console.warn(warning)
-        return score(groups, settings.samples)
+        return score(groups, settings.samples), groups
 
     def state(self) -> ExperienceState[Group]:
         """State between two steps."""

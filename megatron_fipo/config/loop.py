@@ -142,5 +142,8 @@ class TrackingConfig:
 
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
     samples_per_step: int = setting(
-        8, "Rollouts kept a step as readable text, with their rewards.", minimum=0, maximum=10**6
+        8, "Rollouts kept per step as readable text, with their rewards.", minimum=0, maximum=10**6
+    )
+    samples_per_validation: int = setting(
+        32, "Rollouts of held-out problems kept per validation, in the same form.", minimum=0, maximum=10**6
     )
