@@ -19,8 +19,9 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.errors import FipoError
+from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.progress import EvaluationProgress
-from megatron_fipo.evaluation.results import ALL, summarise, table
+from megatron_fipo.evaluation.results import summarise, table
 from megatron_fipo.evaluation.sample_file import SampledProblem, SampleFile
 from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
@@ -34,8 +35,6 @@ from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
-
-SAMPLES_FILE, PROBLEMS_FILE, RESULTS_FILE = "samples.jsonl", "problems.parquet", "results.json"
 
 
 def main(config: Config) -> None:

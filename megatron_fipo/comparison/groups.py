@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo.comparison.runs import Run
+from megatron_fipo.errors import DataError
 
 WITHOUT_EFFECT = (
     *("run.name", "run.directory", "run.seed", "run.resume*", "run.collective_timeout_s"),
@@ -55,6 +56,8 @@ def group_runs(runs: Sequence[Run], ignore: Sequence[str] = ()) -> Grouping:
     values = {key: [found[0].settings.get(key) for found in together] for key in keys}
     differences = {key: found for key, found in values.items() if any(value != found[0] for value in found)}
     names = _names(differences, together)
+    if len({run.is_evaluation for run in runs}) > 1:
+        raise DataError("runs and evaluations cannot be compared with each other: give directories of one kind")
     groups = [Group(name, found) for name, found in zip(names, together, strict=True)]
     return Grouping(groups, differences, _notes(groups))
 
@@ -63,7 +66,7 @@ def _names(differences: dict[str, list[Any]], together: list[list[Run]]) -> list
     """Names from as few keys as tell the groups apart."""
     if len(together) == 1:
         settings = together[0][0].settings
-        return [str(settings.get("algorithm.name") or settings["run.name"])]
+        return [str(settings["model.path"] if together[0][0].is_evaluation else settings["algorithm.name"])]
     parts: list[list[str]] = [[] for _ in together]
     order = sorted(differences, key=lambda key: (key not in _FIRST, key.count("."), key))
     for key in order:
@@ -80,7 +83,7 @@ def _names(differences: dict[str, list[Any]], together: list[list[Run]]) -> list
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"...{text[-57:]}"  # of a path, the end tells more
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:

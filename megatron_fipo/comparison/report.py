@@ -13,9 +13,9 @@ from megatron_fipo.comparison.groups import Group, Grouping
 from megatron_fipo.comparison.page import EXPLANATION, comparison_page
 from megatron_fipo.comparison.scores import GroupScores, compare, default_target, sources_of
 from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.files import write_atomically
 
-ALL = "all"
 _WIDTH = 160
 _SHOWN_DIFFERENCES = 12
 

