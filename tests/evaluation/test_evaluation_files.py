@@ -110,7 +110,12 @@ def test_a_run_is_its_newest_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "problem"),
-    [("", "is empty"), ("nowhere", "there is no directory nowhere"), ("run", "has no checkpoint yet"), (".", "holds no")],
+    [
+        ("", "is empty"),
+        ("nowhere", "there is no directory nowhere"),
+        ("run", "has no checkpoint yet"),
+        (".", "holds no"),
+    ],
 )
 def test_what_is_no_model_is_refused(tmp_path, monkeypatch, path, problem):
     monkeypatch.chdir(tmp_path)
