@@ -23,7 +23,10 @@ _HELD_OUT = {"accuracy": "avg@k", "cons_at_k": "cons@k", "pass_at_k": "pass@k"}
 
 
 def charts(groups: Sequence[Group], sources: Sequence[str]) -> list[Chart]:
-    """Held-out scores, of all problems and of each data source, then what training did. What no run has is left out."""
+    """Held-out scores, of all problems and of each data source, then what training did.
+
+    What no run has at two steps is left out.
+    """
     drawn = [
         *(_held_out(groups, metric, None, f"Held-out {label}") for metric, label in _HELD_OUT.items()),
         *(_held_out(groups, "accuracy", source, f"Held-out avg@k: {source}") for source in sources),
@@ -31,7 +34,7 @@ def charts(groups: Sequence[Group], sources: Sequence[str]) -> list[Chart]:
     ]
     for metric, (title, axis) in _TRAINING.items():
         drawn.append(Chart(title, axis, _lines(groups, partial(_training, metric))))
-    return [chart for chart in drawn if chart.lines]
+    return [chart for chart in drawn if any(len(line.x) > 1 for line in chart.lines)]
 
 
 def _held_out(groups: Sequence[Group], metric: str, source: str | None, title: str, axis: str = "share right") -> Chart:

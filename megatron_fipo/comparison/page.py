@@ -31,12 +31,14 @@ def comparison_page(
         title = f"Scores: {metric}" + (f", {source}" if len(by_source) > 1 else "")
         parts.append(f"<h2>{html.escape(title)}</h2>{_table(score_table(scores, target))}")
     parts.append(f'<p class="quiet">{html.escape(EXPLANATION)}</p>')
-    parts.append('<h2>Curves</h2><p class="quiet">The mean over seeds, from the least to the greatest.</p>')
-    parts.append('<div id="curves" class="charts"></div>')
+    drawn = charts(grouping.groups, sources)
+    if drawn:
+        parts.append('<h2>Curves</h2><p class="quiet">The mean over seeds, from the least to the greatest.</p>')
+        parts.append('<div id="curves" class="charts"></div>')
     if grouping.differences:
         parts.append(f"<h2>What differs</h2>{_table(difference_table(grouping))}")
     parts.append(f"<h2>Runs</h2>{_table(run_table(grouping.groups, metric))}")
-    scripts = [*chart_scripts(), draw_charts("curves", charts(grouping.groups, sources))]
+    scripts = [*chart_scripts(), draw_charts("curves", drawn)] if drawn else []
     return page("Comparison of " + ", ".join(group.name for group in grouping.groups), "\n".join(parts), scripts)
 
 

@@ -16,7 +16,15 @@ Table = list[list[str]]
 
 
 def score_table(scores: Sequence[GroupScores], target: float) -> Table:
-    """A row for each group: last and best score, difference to the baseline, cost of the target."""
+    """A row for each group: last and best score, difference to the baseline, cost of the target.
+
+    Of evaluations, which have neither steps nor a cost, the score and the difference.
+    """
+    if all(run.is_evaluation for found in scores for run in found.group.runs):
+        rows = [
+            [found.group.name, score_in_words(found.final), difference_in_words(found.difference)] for found in scores
+        ]
+        return [["model", "score", "to the baseline"], *rows]
     titles = [
         "group",
         "seeds",
@@ -141,9 +149,15 @@ def verdict(found: GroupScores, baseline: Group) -> str | None:
         return None
     difference, step = found.difference.interval, found.difference.steps[0]
     name, over = found.group.name, found.difference.over
+    if found.group.runs[0].is_evaluation:
+        when, unknown = "", ""
+    else:
+        when = f" at step {step}"
+        alone = [group.name for group in (found.group, baseline) if len(group.runs) == 1]
+        unknown = f"; other seeds may say otherwise: {' and '.join(alone)} ran with one" if alone else ""
     if not difference.is_known:
-        return f"{name} and {baseline.name} differ by {difference.mean:+.3f} at step {step}; {over} give no interval"
-    shown = f"{difference_in_words(found.difference)} at step {step}, over {over}"
+        return f"{name} and {baseline.name} differ by {difference.mean:+.3f}{when}; {over} give no interval"
+    shown = f"{difference_in_words(found.difference)}{when}, over {over}{unknown}"
     if difference.excludes_zero():
         return f"{name} is {'above' if difference.mean > 0 else 'below'} {baseline.name}: {shown}"
     return f"{name} and {baseline.name} cannot be told apart: {shown}"

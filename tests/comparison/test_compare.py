@@ -85,6 +85,8 @@ def test_runs_of_other_lengths_are_compared_where_both_have_been(tmp_path):
     grouping = group_runs(find_runs([tmp_path]))
     _, fipo = build(grouping, "dapo", "accuracy", None).by_source["all"]
     assert (fipo.final.steps, fipo.difference.steps) == ([20], [10])
+    (sentence,) = build(grouping, "dapo", "accuracy", None).sentences()
+    assert sentence.endswith("other seeds may say otherwise: fipo and dapo ran with one")
     assert grouping.notes == ["dapo (dapo) has 14 of 20 steps"]
 
 
