@@ -26,6 +26,7 @@ from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy.batches import Sequences
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
+from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
 from megatron_fipo.rollout.control import ControlPlane
@@ -41,7 +42,7 @@ class Experience:
     """Problems, the rollout service and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
-        """Load the problems and start servers and verifiers, without waiting for them."""
+        """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
         self.config, self.console = config, console
         self.vocab_size = read_architecture(model_dir).vocab_size
         self.tokenizer = load_tokenizer(model_dir, config.data)
@@ -64,7 +65,8 @@ class Experience:
         self.service = RolloutService(
             config.rollout, model_dir, run_dir, config.run.seed, config.model.max_position_embeddings, console.warn
         )
-        self.verifiers = VerifierPool(config.reward, config.rollout.max_response_length)
+        self.verifiers = VerifierPool(config.reward, config.rollout.max_response_length, FailureLog(run_dir))
+        self.verifiers.wait_started()
         self.service.start()
         self.client: RolloutClient | None = None
 
@@ -125,7 +127,7 @@ class Experience:
             groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
             self.sampling.add(groups)
             sampled += groups
-            warning = judge_failed_checks(sampled, self.config.reward, "in this step")
+            warning = self._judge_failed_checks(sampled, "in this step")
         if warning:
             self.console.warn(warning)
         return self.sampling.take(), sampled
@@ -136,7 +138,7 @@ class Experience:
         sampling = self._sampling(settings.temperature, settings.top_p, top_k=-1)
         seeds = [self._seed("validation", index) for index in range(len(self.held_out))]
         groups = self._sample(self.held_out, settings.samples, sampling, seeds, phase)
-        if warning := judge_failed_checks(groups, self.config.reward, "in this validation"):
+        if warning := self._judge_failed_checks(groups, "in this validation"):
             self.console.warn(warning)
         return score(groups, settings.samples)
 
@@ -191,6 +193,13 @@ class Experience:
                 future.result()
                 verifying.progress(done, len(judged), "groups")
         return groups
+
+    def _judge_failed_checks(self, groups: list[Group], where: str) -> str | None:
+        """Show the run's first traceback; then a warning, or RewardError, where too many checks failed."""
+        failures = self.verifiers.failures
+        if traceback := failures.traceback_to_show():
+            self.console.note(f"the first check that raised an exception:\n{traceback}")
+        return judge_failed_checks(groups, self.config.reward, where, failures.summary())
 
     def _check_token_ids(self, group: Group) -> None:
         """Raise RolloutError for an id that the policy has no embedding for, before anything is trained on it."""

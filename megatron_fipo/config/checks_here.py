@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_machine import check_machine, has_cuda_driver
+from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data import FILE_SUFFIXES
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
@@ -17,6 +18,7 @@ def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
     check_machine(config)
     _check_data_files(config)
+    check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_model(config)
