@@ -17,6 +17,7 @@ from megatron_fipo import loop_state
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
@@ -48,13 +49,14 @@ class Experience:
         self.tokenizer = load_tokenizer(model_dir, config.data)
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates)
+        columns = own_rule(config.reward.rule) is not None
+        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             console.warn(warning)
         self.problems, self.fingerprint = train.problems, train.fingerprint
         self.held_out: list[Problem] = []
         if validates:
-            validation = load_problems(config.data, "validation", self.tokenizer, length)
+            validation = load_problems(config.data, "validation", self.tokenizer, length, keep_columns=columns)
             for warning in validation.warnings:
                 console.warn(warning)
             self.held_out = validation.problems

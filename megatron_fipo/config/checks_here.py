@@ -1,13 +1,12 @@
 """Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
 
 import os
-from pathlib import Path
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_machine import check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
-from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
 
@@ -30,14 +29,10 @@ def _check_data_files(config: Config) -> None:
     validation = config.data.validation if config.validation.every else []
     for key, paths in (("data.train", config.data.train), ("data.validation", validation)):
         for path in paths:
-            if not os.path.isfile(resolve_embedded(path)):  # false too for names that no file system takes
-                raise ConfigError(
-                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
-                )
-            if Path(path).suffix not in FILE_SUFFIXES:
-                raise ConfigError(
-                    key, f"{path} is of another format", f"a file that ends in {', '.join(FILE_SUFFIXES)}"
-                )
+            try:
+                files_of(path)
+            except NotFound as error:
+                raise ConfigError(key, str(error), error.remedy) from None
 
 
 def _check_token(config: Config) -> None:
