@@ -69,7 +69,7 @@ def _check_pattern(key: str, answer_format: str, pattern: str | None) -> None:
     """`key` is what the names of the two settings begin with."""
     if answer_format != "pattern":
         return
-    example = r"a regular expression with one group, such as 'data.answer_pattern=\"Answer: (.+)\"'"
+    example = "a regular expression with one group, such as 'data.answer_pattern=\"Answer: (.+)\"'"
     if pattern is None:
         raise ConfigError(f"{key}_pattern", f"is not set, with {key}_format=pattern", example)
     try:

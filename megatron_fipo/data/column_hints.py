@@ -36,7 +36,7 @@ def likely_keys(row: Row, layout: Layout) -> str:
     prompt = layout.prompt if _is_prompt(_value(row, layout.prompt)) else _find_prompt(row)
     answer = next(_answers(row, prompt), None)
     if prompt is None:
-        return ""
+        return _wrapped(row)
     keys: dict[str, tuple[str | None, str]] = {"prompt": (layout.prompt, prompt)}
     if answer is not None:
         keys |= {"answer": (layout.answer, answer[0]), "answer_format": (layout.answer_format, answer[1])}
@@ -46,11 +46,18 @@ def likely_keys(row: Row, layout: Layout) -> str:
         for name, (present, right) in keys.items()
         if present != right
     ]
+    hint = f"; likely {' '.join(texts)}" if texts else ""
     if answer is None and layout.answer is not None:
-        texts.append(
-            "no column looks like an answer, which a reward of your own can do without: data.columns.answer=null"
-        )
-    return f"; likely {' '.join(texts)}" if texts else ""
+        hint += "; none looks like an answer, which a reward of your own does not need: data.columns.answer=null"
+    return hint
+
+
+def _wrapped(row: Row) -> str:
+    """A hint where the row is no row but the object around a list of them."""
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) != 1 or "content" in row[lists[0]][0] or "value" in row[lists[0]][0]:
+        return ""
+    return f"; its list {lists[0]} may be the rows: jq .{lists[0]} FILE > rows.json makes a file of them"
 
 
 def _section(layout: Layout) -> str:
@@ -65,7 +72,7 @@ def _columns(row: Row) -> Iterator[tuple[str, str]]:
     yield from ((name, name) for name in row)
     for outer, value in row.items():
         if isinstance(value, dict):
-            yield from ((inner, f"{outer}.{inner}") for inner in value)
+            yield from ((inner, f"{outer}.{path}") for inner, path in _columns(value))
 
 
 def _named(row: Row, names: tuple[str, ...]) -> Iterator[str]:

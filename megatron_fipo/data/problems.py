@@ -24,6 +24,7 @@ from megatron_fipo.errors import ConfigError, DataError
 from megatron_fipo.samples import Problem
 
 Split = Literal["train", "validation"]
+_LONG_ANSWER = 300
 _logger = logging.getLogger(__name__)
 
 
@@ -42,6 +43,8 @@ class ProblemCounts:
     """Rows whose answer is missing or cannot be read, with data.bad_answers=drop."""
     dropped_held_out: int = 0
     """Training problems whose question validation asks too."""
+    long_answers: int = 0
+    """Kept, with an answer that looks like a worked solution."""
     truncated: int = 0
     """Kept, with the left part of an over-long prompt cut off."""
 
@@ -92,6 +95,7 @@ def load_problems(
             problems.append(problem)
             fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids)
     counts.kept = len(problems)
+    counts.long_answers = sum(len(problem.ground_truth) > _LONG_ANSWER for problem in problems)
     _logger.info("%s problems: %s", split, counts)
     if not problems:
         raise DataError(_nothing_left(config, split, counts))
@@ -117,6 +121,11 @@ def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iter
         yield (
             f"{counts.conflicting_answers} {split} rows repeat a prompt with another answer; "
             "the first answer of each prompt is used"
+        )
+    if counts.long_answers:
+        yield (
+            f"{counts.long_answers} of {counts.kept} {split} answers have more than {_LONG_ANSWER} characters, as "
+            "worked solutions have; data.answer_format=gsm8k, boxed or pattern takes the answer out of them"
         )
     if split == "train" and tokenizer.template is not None and tokenizer.template.depends_on_date:
         yield (

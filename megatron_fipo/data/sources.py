@@ -111,9 +111,14 @@ def _raw_problem(
     try:
         answer = _answer(row, layout, where)
     except (DataError, ValueError) as error:
-        on_bad_answer(error if isinstance(error, DataError) else DataError(f"{where}, column {layout.answer}: {error}"))
+        on_bad_answer(error if isinstance(error, DataError) else DataError(_bad_answer(str(error), layout, where)))
         return None
     return RawProblem(messages, question, answer, _source(row, layout, where) or data_source, where, row=row)
+
+
+def _bad_answer(problem: str, layout: Layout, where: str) -> str:
+    remedy = "; data.bad_answers=drop leaves such rows out" if problem.startswith("the answer is missing") else ""
+    return f"{where}, column {layout.answer}: {problem}{remedy}"
 
 
 def _answer(row: Row, layout: Layout, where: str) -> str:
