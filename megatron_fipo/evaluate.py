@@ -17,6 +17,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check_evaluation
 from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.errors import FipoError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
@@ -29,7 +30,6 @@ from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
-from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
@@ -44,7 +44,8 @@ def main(config: Config) -> None:
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     rollouts = JudgedRollouts(config, weights.directory)
-    loaded = load_problems(config.data, "validation", rollouts.tokenizer, config.rollout.max_prompt_length)
+    columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
+    loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
     settings = settings_of(config, weights, loaded.problems)
     directory = directory_of(config, weights, settings)
     with ExitStack() as stack:
@@ -97,7 +98,7 @@ class Evaluation:
         )
         # By the place among all problems, as a run's validation has it.
         seeds = [rollouts.seed_of("validation", index) for index in missing]
-        rollouts.start(service)
+        rollouts.start(service, self._directory)
         with rollouts:
             rollouts.connect(service.admit)
             self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
@@ -114,7 +115,7 @@ class Evaluation:
                 future.result()
         self._say_speed(groups, time.monotonic() - started)
         shutil.rmtree(self._directory / "model", ignore_errors=True)
-        if warning := judge_failed_checks(groups, config.reward, "in this evaluation"):
+        if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):
             self._terminal.warn(warning)
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:

@@ -10,6 +10,7 @@ from megatron_fipo import loop_state
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
@@ -17,7 +18,6 @@ from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy.batches import Sequences
-from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rollout.client import Sampling
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
@@ -31,17 +31,18 @@ class Experience(JudgedRollouts):
     """Problems, the rollout service and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
-        """Load the problems and start servers and verifiers, without waiting for them."""
+        """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
         super().__init__(config, model_dir)
         self.console = console
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates)
+        columns = own_rule(config.reward.rule) is not None
+        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             console.warn(warning)
         self.problems, self.fingerprint = train.problems, train.fingerprint
         self.held_out: list[Problem] = []
         if validates:
-            validation = load_problems(config.data, "validation", self.tokenizer, length)
+            validation = load_problems(config.data, "validation", self.tokenizer, length, keep_columns=columns)
             for warning in validation.warnings:
                 console.warn(warning)
             self.held_out = validation.problems
@@ -50,7 +51,8 @@ class Experience(JudgedRollouts):
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
         self.drawn = 0
         context = config.model.max_position_embeddings
-        self.start(RolloutService(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn))
+        service = RolloutService(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
+        self.start(service, run_dir)
 
     def __enter__(self) -> "Experience":
         return self
@@ -97,7 +99,7 @@ class Experience(JudgedRollouts):
             groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
             self.sampling.add(groups)
             sampled += groups
-            warning = judge_failed_checks(sampled, self.config.reward, "in this step")
+            warning = self.failed_checks(sampled, "in this step", self.console.note)
         if warning:
             self.console.warn(warning)
         return self.sampling.take(), sampled
@@ -107,7 +109,7 @@ class Experience(JudgedRollouts):
         settings = self.config.validation
         seeds = [self.seed_of("validation", index) for index in range(len(self.held_out))]
         groups = self._sample(self.held_out, settings.samples, self.validation_sampling(), seeds, phase)
-        if warning := judge_failed_checks(groups, self.config.reward, "in this validation"):
+        if warning := self.failed_checks(groups, "in this validation", self.console.note):
             self.console.warn(warning)
         return score(groups, settings.samples), groups
 

@@ -14,6 +14,8 @@ from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary, outside
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.rewards.failed_checks import judge_failed_checks
+from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.client import RolloutClient, Sampling
 from megatron_fipo.rollout.service import RolloutService
@@ -35,10 +37,16 @@ class JudgedRollouts:
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
         self.client: RolloutClient | None = None
 
-    def start(self, service: RolloutService) -> None:
-        """Start servers and verifiers, without waiting for them."""
+    def start(self, service: RolloutService, directory: Path) -> None:
+        """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
+
+        Raises:
+            ConfigError, RewardError: as VerifierPool.wait_started.
+        """
         self.service = service
-        self.verifiers = VerifierPool(self.config.reward, self.config.rollout.max_response_length)
+        limit = self.config.rollout.max_response_length
+        self.verifiers = VerifierPool(self.config.reward, limit, FailureLog(directory))
+        self.verifiers.wait_started()
         service.start()
 
     def __enter__(self) -> "JudgedRollouts":
@@ -82,6 +90,16 @@ class JudgedRollouts:
         # Nobody may have asked for a long time.
         self.service.lose_unfit()
         return self.client.generate(problems, samples, sampling, seeds, on_group=judge), judged
+
+    def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
+        """Show the first traceback, by `note`; then a warning, or RewardError, where too many checks failed.
+
+        `where` completes "of the checks", such as "in this step".
+        """
+        failures = self.verifiers.failures
+        if traceback := failures.traceback_to_show():
+            note(f"the first check that raised an exception:\n{traceback}")
+        return judge_failed_checks(groups, self.config.reward, where, failures.summary())
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""

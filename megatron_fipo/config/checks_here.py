@@ -6,7 +6,8 @@ from pathlib import Path
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
-from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.checks_reward import check_reward_here
+from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
 
@@ -17,6 +18,7 @@ def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
     check_machine(config)
     _check_data_files(config)
+    check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_model(config)
@@ -27,6 +29,7 @@ def check_here_to_sample(config: Config, model_dir: Path) -> None:
     if config.rollout.servers:
         check_host(config.rollout.host)
     _check_files({"data.validation": config.data.validation}, config.data.source)
+    check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_servers_layout(config, read_architecture(model_dir))
@@ -42,14 +45,10 @@ def _check_files(files: dict[str, list[str]], source: str) -> None:
         return
     for key, paths in files.items():
         for path in paths:
-            if not os.path.isfile(resolve_embedded(path)):  # false too for names that no file system takes
-                raise ConfigError(
-                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
-                )
-            if Path(path).suffix not in FILE_SUFFIXES:
-                raise ConfigError(
-                    key, f"{path} is of another format", f"a file that ends in {', '.join(FILE_SUFFIXES)}"
-                )
+            try:
+                files_of(path)
+            except NotFound as error:
+                raise ConfigError(key, str(error), error.remedy) from None
 
 
 def _check_token(config: Config) -> None:

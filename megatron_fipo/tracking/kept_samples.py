@@ -66,6 +66,7 @@ def _row(step: int, group: Group, index: int) -> dict[str, object]:
         "reward": judgement.reward if judgement.was_judged else None,
         "accuracy": judgement.accuracy if judgement.was_judged else None,
         "outcome": judgement.outcome,
+        **({"extra": judgement.extra} if judgement.extra else {}),
         "length": len(response.token_ids),
         "finish_reason": response.finish_reason,
         "weight_version": response.weight_version,
