@@ -8,6 +8,7 @@ imported here. Started again after a stop, it goes on where it was.
 import dataclasses
 import os
 import shutil
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,27 @@ from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
+
+
+USAGE = """usage: megatron-fipo evaluate [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
+
+Accuracy of a model on problems: avg@k, cons@k, pass@k with intervals. The same command goes on after a stop.
+
+  model.path=DIRECTORY          Hugging Face directory, checkpoint, or a run, of which the newest checkpoint is meant
+  data.validation=[FILE]        problems; data=gsm8k, data=math: from the hub; docs/data.md
+  validation.samples=32         samples per problem, k; validation.temperature and validation.top_p: how they are drawn
+  rollout.servers=2             vLLM servers; rollout.tensor_parallel: GPUs of each
+  rollout.max_response_length   longest response, in tokens
+  reward.rule=math_verify       how responses are judged; docs/rewards.md
+  evaluation.directory=PLACE    where the files go
+
+examples:
+  megatron-fipo evaluate                                        the embedded model; needs no GPU
+  megatron-fipo evaluate model.path=runs/mine validation.samples=8
+  megatron-fipo evaluate experiment=evaluate_aime model.path=models/Qwen2.5-32B
+  megatron-fipo evaluate experiment=evaluate_aime --cfg job     print the configuration and stop
+
+docs/evaluate.md has the files, the scores and what the intervals mean."""
 
 
 def main(config: Config) -> None:
@@ -167,4 +189,7 @@ def _finish(
 
 
 if __name__ == "__main__":
-    run_with_config(main, judge=check_evaluation)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+    else:
+        run_with_config(main, judge=check_evaluation)
