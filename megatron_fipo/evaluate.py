@@ -37,7 +37,6 @@ from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
 
-
 USAGE = """usage: megatron-fipo evaluate [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
 Accuracy of a model on problems: avg@k, cons@k, pass@k with intervals. The same command goes on after a stop.
