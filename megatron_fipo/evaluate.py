@@ -20,11 +20,12 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
-from megatron_fipo.errors import FipoError
+from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.progress import EvaluationProgress
 from megatron_fipo.evaluation.results import summarise, table
 from megatron_fipo.evaluation.sample_file import SampledProblem, SampleFile
+from megatron_fipo.evaluation.served import check_served
 from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
 from megatron_fipo.files import write_json_atomically
@@ -36,6 +37,7 @@ from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
+from megatron_fipo.weights.formats import is_checkpoint
 
 USAGE = """usage: megatron-fipo evaluate [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
@@ -64,6 +66,7 @@ def main(config: Config) -> None:
     weights = find_weights(config.model.path)
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
+    _check_can_be_served(config, weights)
     rollouts = JudgedRollouts(config, weights.directory)
     columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
@@ -121,6 +124,8 @@ class Evaluation:
         seeds = [rollouts.seed_of("validation", index) for index in missing]
         rollouts.start(service, self._directory)
         with rollouts:
+            if config.rollout.addresses:
+                check_served(service, model_dir)
             rollouts.connect(service.admit)
             self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
             started = time.monotonic()
@@ -144,6 +149,15 @@ class Evaluation:
         tokens = sum(len(response.token_ids) for response in responses)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
         self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
+
+
+def _check_can_be_served(config: Config, weights: Weights) -> None:
+    if config.rollout.addresses and is_checkpoint(weights.directory):
+        raise ConfigError(
+            "model.path",
+            f"{weights.directory} is a checkpoint, which the servers of rollout.addresses cannot have loaded",
+            "a Hugging Face directory made of it, or rollout.addresses=[] rollout.servers=1",
+        )
 
 
 def _without_trainer(config: Config) -> Config:
