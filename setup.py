@@ -21,6 +21,8 @@ RUNTIME = [
     "numpy",
     "omegaconf>=2.3",
     "packaging",
+    # Its JavaScript draws report.html.
+    "plotly",
     # Megatron-Core's checkpoints hang without psutil, and do not declare it.
     "psutil",
     "pyarrow",
@@ -143,6 +145,8 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            # Drives a Chromium that looks at report.html.
+            "selenium",
         ],
     },
 )

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import DataError, one_line
-from megatron_fipo.samples import Group, Judgement, Problem, Response
+from megatron_fipo.samples import LARGEST_REWARD, Group, Judgement, Problem, Response
 
 Arrays = dict[str, numpy.ndarray]
 _PROMPTS, _TOKENS, _LOG_PROBS, _TEXT = "prompt_token_ids", "response_token_ids", "response_log_probs", "response_text"
@@ -24,8 +24,8 @@ _NUMPY_TYPES = {"I32": numpy.int32, "F32": numpy.float32, "U8": numpy.uint8}
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _OneOrMore = Annotated[int, Meta(ge=1, le=2**62)]
-_Verdict = Annotated[float, Meta(ge=-1e6, le=1e6)]
-"""Far above what rules and penalties can give, and far below what overflows in training."""
+_Verdict = Annotated[float, Meta(ge=-1.1 * LARGEST_REWARD, le=1.1 * LARGEST_REWARD)]
+"""With room for the overlong penalty."""
 
 
 class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +39,7 @@ class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
     extra: dict[str, Any]
 
 
-class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True):
+class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A response and its judgement, without token ids, log-probs and text."""
 
     tokens: _OneOrMore
@@ -50,6 +50,7 @@ class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True):
     reward: _Verdict
     answer: str
     outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
+    extra: dict[str, float | str] = {}
 
 
 class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,7 +110,7 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
         for saved in row.responses:
             token_ids, log_probs = take(_TOKENS, saved.tokens), take(_LOG_PROBS, saved.tokens)
             group.responses.append(Response(token_ids, log_probs, saved.finish_reason, saved.weight_version))
-            group.judgements.append(Judgement(saved.accuracy, saved.reward, saved.answer, saved.outcome))
+            group.judgements.append(_judgement(saved))
             start = places[_TEXT]
             try:
                 group.text.append(take(_TEXT, saved.text_bytes).tobytes().decode())
@@ -175,6 +176,7 @@ def _row(group: Group, texts: Sequence[bytes]) -> GroupRow:
                 reward=judgement.reward,
                 answer=judgement.answer,
                 outcome=judgement.outcome,
+                extra=judgement.extra,
             )
         )
     row = ProblemRow(
@@ -186,6 +188,10 @@ def _row(group: Group, texts: Sequence[bytes]) -> GroupRow:
         extra=problem.extra,
     )
     return GroupRow(row, responses)
+
+
+def _judgement(saved: ResponseRow) -> Judgement:
+    return Judgement(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
 
 
 def _flat(name: str, values: Sequence[ArrayLike]) -> numpy.ndarray:

@@ -10,6 +10,8 @@ import sys
 
 COMMANDS = {
     "train": ("megatron_fipo.train", "train a model, or go on with a run"),
+    "evaluate": ("megatron_fipo.evaluate", "accuracy of a model on problems, with intervals"),
+    "compare": ("megatron_fipo.compare", "runs side by side: what differs, which is better, and how sure that is"),
     "preflight": ("megatron_fipo.preflight", "memory, time and weights of a configuration, before it costs an hour"),
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
     "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),
@@ -18,6 +20,8 @@ COMMANDS = {
 EXAMPLES = """
   megatron-fipo train                                    the embedded model, on this machine
   megatron-fipo train algorithm=dapo run.steps=10        other settings; docs/configuration.md has them all
+  megatron-fipo evaluate model.path=runs/mine            how good is its newest checkpoint?
+  megatron-fipo compare runs/fipo runs/dapo              is one better, or is that the seed?
   megatron-fipo preflight experiment=fipo_32b            does it fit, and how long is a step?
   megatron-fipo COMMAND --help                           what a command takes"""
 

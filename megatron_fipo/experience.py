@@ -1,13 +1,6 @@
-"""Rank 0's side of a step: draw problems, sample and judge responses, keep the groups that teach something.
-
-Rewards are judged while other groups are still being sampled. Everything random is a function of (run.seed, what is
-drawn), so a run that is repeated, or resumed, asks for the same samples.
-"""
+"""Rank 0's side of a step: draw problems, sample and judge responses, keep the groups that teach something."""
 
 import asyncio
-import random
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy
@@ -18,44 +11,39 @@ from megatron_fipo import loop_state
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
 from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
-from megatron_fipo.data.tokenizers import load_tokenizer
-from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.errors import DataError, RolloutError
+from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy.batches import Sequences
-from megatron_fipo.rewards.failed_checks import judge_failed_checks
-from megatron_fipo.rewards.pool import VerifierPool
-from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
-from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.deadline import Deadline
 
 
-class Experience:
+class Experience(JudgedRollouts):
     """Problems, the rollout service and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
-        """Load the problems and start servers and verifiers, without waiting for them."""
-        self.config, self.console = config, console
-        self.vocab_size = read_architecture(model_dir).vocab_size
-        self.tokenizer = load_tokenizer(model_dir, config.data)
-        check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
+        """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
+        super().__init__(config, model_dir)
+        self.console = console
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates)
+        columns = own_rule(config.reward.rule) is not None
+        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             console.warn(warning)
         self.problems, self.fingerprint = train.problems, train.fingerprint
         self.held_out: list[Problem] = []
         if validates:
-            validation = load_problems(config.data, "validation", self.tokenizer, length)
+            validation = load_problems(config.data, "validation", self.tokenizer, length, keep_columns=columns)
             for warning in validation.warnings:
                 console.warn(warning)
             self.held_out = validation.problems
@@ -63,27 +51,12 @@ class Experience:
         self.order = ProblemOrder(len(self.problems), config.run.seed, config.data.shuffle)
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
         self.drawn = 0
-        self.service = RolloutService(
-            config.rollout, model_dir, run_dir, config.run.seed, config.model.max_position_embeddings, console.warn
-        )
-        self.verifiers = VerifierPool(config.reward, config.rollout.max_response_length)
-        self.service.start()
-        self.client: RolloutClient | None = None
+        context = config.model.max_position_embeddings
+        service = RolloutService(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
+        self.start(service, run_dir)
 
     def __enter__(self) -> "Experience":
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.client is not None:
-            self.client.close()
-        self.verifiers.close()
-        self.service.close()
-
-    def connect(self, revive: Callable[[], None]) -> RolloutClient:
-        """Wait until the servers answer; the client of this run. `revive` is called when it has lost all of them."""
-        self.service.wait_ready()
-        self.client = RolloutClient(self.service, revive, self.vocab_size)
-        return self.client
 
     def make_room(self) -> None:
         """Have the servers free the GPUs that they share with the trainer, until the next weight update."""
@@ -114,7 +87,7 @@ class Experience:
             RewardError: too many checks failed; no further batch is sampled then.
         """
         algorithm, rollout = self.config.algorithm, self.config.rollout
-        sampling = self._sampling(rollout.temperature, rollout.top_p, rollout.top_k)
+        sampling = self.sampling_of(rollout.temperature, rollout.top_p, rollout.top_k)
         sampled: list[Group] = []
         warning = None
         while self.sampling.needs_more():
@@ -122,25 +95,24 @@ class Experience:
             if algorithm.filter_groups.enable:
                 wanted = algorithm.generation_batch_prompts or wanted
             problems = [self.problems[index] for index in self.order.take(wanted)]
-            seeds = [self._seed("train", self.drawn + offset) for offset in range(wanted)]
+            seeds = [self.seed_of("train", self.drawn + offset) for offset in range(wanted)]
             self.drawn += wanted
             groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
             self.sampling.add(groups)
             sampled += groups
-            warning = judge_failed_checks(sampled, self.config.reward, "in this step")
+            warning = self.failed_checks(sampled, "in this step", self.console.note)
         if warning:
             self.console.warn(warning)
         return self.sampling.take(), sampled
 
-    def validate(self, phase: Phase) -> ValidationResult:
-        """Sample and score the held-out problems, with the same seeds every time."""
+    def validate(self, phase: Phase) -> tuple[ValidationResult, list[Group]]:
+        """Sample and score the held-out problems, with the same seeds every time. The scores, and what they are of."""
         settings = self.config.validation
-        sampling = self._sampling(settings.temperature, settings.top_p, top_k=-1)
-        seeds = [self._seed("validation", index) for index in range(len(self.held_out))]
-        groups = self._sample(self.held_out, settings.samples, sampling, seeds, phase)
-        if warning := judge_failed_checks(groups, self.config.reward, "in this validation"):
+        seeds = [self.seed_of("validation", index) for index in range(len(self.held_out))]
+        groups = self._sample(self.held_out, settings.samples, self.validation_sampling(), seeds, phase)
+        if warning := self.failed_checks(groups, "in this validation", self.console.note):
             self.console.warn(warning)
-        return score(groups, settings.samples)
+        return score(groups, settings.samples), groups
 
     def state(self) -> ExperienceState[Group]:
         """State between two steps."""
@@ -176,17 +148,7 @@ class Experience:
         self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
     ) -> list[Group]:
         """Judged groups in the order of their problems."""
-        assert self.client is not None, "connect() comes first"
-        judged: list[Future[Group]] = []
-
-        def judge(group: Group) -> None:
-            group.text = [self.tokenizer.decode(response.token_ids.tolist()) for response in group.responses]
-            judged.append(self.verifiers.submit(group))
-            phase.progress(len(judged), len(problems), "groups")
-
-        # Nobody may have asked for a long time.
-        self.service.lose_unfit()
-        groups = self.client.generate(problems, samples, sampling, seeds, on_group=judge)
+        groups, judged = self.sample(problems, samples, sampling, seeds, phase.progress)
         with self.console.phase("verify") as verifying:
             for done, future in enumerate(judged, start=1):
                 future.result()
@@ -207,13 +169,6 @@ class Experience:
                     f"kept has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length={limit}: "
                     f"resume with at least {found}"
                 )
-
-    def _sampling(self, temperature: float, top_p: float, top_k: int) -> Sampling:
-        longest = self.config.rollout.max_response_length
-        return Sampling(temperature, top_p, top_k, longest, self.tokenizer.eos_ids)
-
-    def _seed(self, purpose: str, index: int) -> int:
-        return random.Random(f"{self.config.run.seed}:{purpose}:{index}").getrandbits(31)
 
 
 def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_version: int) -> Sequences:

@@ -24,6 +24,7 @@ from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory
 from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
 from megatron_fipo.launch.timing import model_bytes, rollout_servers
 from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def main(config: Config) -> None:
 
 def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
     """As training does before it builds anything, where the weights are here."""
-    # Not above: these import torch, which a configuration that is refused need not wait for.
-    from megatron_fipo.weights.distributed_checkpoint import is_checkpoint
+    # Not above: it imports torch, which a configuration that is refused need not wait for.
     from megatron_fipo.weights.source import check_source
 
     if is_checkpoint(directory) or any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):

@@ -11,7 +11,7 @@ from megatron_fipo.policy.checkpoint_places import files_of, newest
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_lock import RunLock
 
-_DIRECTORIES = ("samples", "tensorboard")
+_DIRECTORIES = ("samples", "tensorboard", "validation")
 """What a run writes to after a while, and must not end then. Checkpoints and what lies beside them may be missing."""
 
 

@@ -9,6 +9,9 @@ import numpy
 FAILED_CHECKS = ("timeout", "crash")
 """Outcomes of a check that came to no verdict."""
 
+LARGEST_REWARD = 1e6
+"""Most that a reward of the user's own may be, above or below 0: far below what overflows in training."""
+
 
 @dataclass
 class Problem:
@@ -23,6 +26,8 @@ class Problem:
     data_source: str
     extra: dict[str, Any] = field(default_factory=dict)
     """What the reward rule needs beyond the answer: a reasoning-gym entry."""
+    columns: str = "{}"
+    """All columns of the problem's row as a JSON object: a text, which takes a fraction of the object's memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +76,8 @@ class Judgement:
     """What was extracted, for consensus voting and for readers."""
     outcome: str
     """judged; too_long, an answer above the rule's limit, which is wrong; or one of FAILED_CHECKS."""
+    extra: dict[str, float | str] = field(default_factory=dict)
+    """What else a reward of the user's own said, by its names: numbers become metrics."""
 
     @property
     def was_judged(self) -> bool:

@@ -34,8 +34,9 @@ from megatron_fipo.run_directory import take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
-from megatron_fipo.tracking.report import write_report
-from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
+from megatron_fipo.tracking.problem_files import path_of_step, write_problems
+from megatron_fipo.tracking.report import Report
+from megatron_fipo.tracking.run_files import distinguishing, write_config, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.mailbox import StandBy, trainer_store
@@ -77,6 +78,7 @@ class Trainer:
         self.console.note(implementation)
         self.experience: Experience | None = None
         self.metrics: MetricsWriter | None = None
+        self.report: Report | None = None
         self._by_rank_0(lambda: self._open_run_files(stack))
         self.stand_by = StandBy(trainer_store())
         self.saving: Saving | None = None
@@ -153,13 +155,13 @@ class Trainer:
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
-        if self.metrics is None or self.experience is None:
+        if self.metrics is None or self.experience is None or self.report is None:
             return
         self._check_lock()
         metrics |= self.experience.service.end_step()
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
-        self.metrics.log_step(self.step, metrics)
+        self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
         self.console.step_line(metrics | {"step": self.step})
         if metrics["updates_skipped"]:
             left_out = int(metrics["updates_skipped"])
@@ -170,16 +172,23 @@ class Trainer:
         if not self.config.validation.every:
             return
         with self.console.phase("validate") as phase:
-            result = self._while_serving(lambda experience: experience.validate(phase))
-        if result is None or self.metrics is None:
+            started = time.monotonic()
+            validated = self._while_serving(lambda experience: experience.validate(phase))
+            seconds = time.monotonic() - started
+        self.console.take_seconds()  # they are in no step
+        if validated is None or self.metrics is None or self.report is None:
             return
+        result, groups = validated
+        count = self.config.tracking.samples_per_validation
+        keep_samples(self.directory, self.step, groups, count, of="validation")
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
         self.results[f"response_length_{which}"] = result.overall.response_length_mean
-        self.metrics.log_validation(self.step, result.metrics())
+        write_problems(path_of_step(self.directory, self.step), result.problems)
+        row = self.metrics.log_validation(self.step, result.metrics() | {"seconds_validate": seconds})
+        self.report.add_validation(row, self.console.take_spans())
         self.console.validation(self.step, result)
-        write_report(self.directory)
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps is due after this one; after the last step it always is."""
@@ -256,13 +265,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""
-        if not self.first:
+        if self.report is None:
             return
         names = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
         summary = {name: self.results.get(name) for name in names}
-        summary |= {"steps": self.step, "seconds": self._seconds(), "algorithm": self.config.algorithm.name}
+        summary |= {"steps": self.step, "seconds": self._seconds(), **distinguishing(self.config)}
         write_summary(self.directory, summary)
-        write_report(self.directory)
+        self.report.finish(self.console.take_spans())
         self.console.finish(summary, self.directory)
 
     def _make_room(self) -> None:
@@ -336,6 +345,7 @@ class Trainer:
         write_environment(self.directory, world_size=torch.distributed.get_world_size())
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
         stack.callback(self.metrics.close)
+        self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
         self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
         self.console.note(f"problems: {self.experience.problem_counts}")
 

@@ -20,6 +20,7 @@ from megatron_fipo.config.cluster import ClusterConfig, HardwareConfig
 from megatron_fipo.config.data import ColumnsConfig, DataConfig, ValidationColumnsConfig
 from megatron_fipo.config.loop import (
     CheckpointConfig,
+    EvaluationConfig,
     OverlongBufferConfig,
     RewardConfig,
     RunConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "DataConfig",
+    "EvaluationConfig",
     "FilterGroupsConfig",
     "FutureKLConfig",
     "HardwareConfig",
@@ -69,6 +71,7 @@ class Config:
     data: DataConfig = section(DataConfig)
     reward: RewardConfig = section(RewardConfig)
     validation: ValidationConfig = section(ValidationConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     tracking: TrackingConfig = section(TrackingConfig)
     cluster: ClusterConfig = section(ClusterConfig)

@@ -14,6 +14,7 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
+from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
 from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError
@@ -23,6 +24,14 @@ _ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[([0-9a-fA-F:
 _LAST_PORT = 65535
 
 
+def check_evaluation(config: Config) -> list[str]:
+    """As `check`, for sampling and judging the validation problems alone; of this machine nothing is asked."""
+    check_values(config)
+    warnings = [*_service(config), *data(config, trains=False), *reward(config)]
+    _check_servers(config)
+    return warnings
+
+
 def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
     """Raise ConfigError where `config` cannot run; return a warning for each thing that is hardly meant.
 
@@ -30,7 +39,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     model directory, the problem files, servers to sample from and their token.
     """
     check_values(config)
-    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, _reward, _schedule)
+    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, reward, _schedule)
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
@@ -285,39 +294,6 @@ def _check_shared_gpu(config: Config) -> None:
             "rollout.weight_transfer",
             "process_group is NCCL, which joins no two processes on one GPU",
             "rollout.weight_transfer=shared_memory, or rollout.shared_gpu=false",
-        )
-
-
-def _reward(config: Config) -> Iterator[str]:
-    reward = config.reward
-    if reward.rule == "reasoning_gym" and config.data.source != "reasoning_gym":
-        raise ConfigError(
-            "reward.rule",
-            f"reasoning_gym scores its own problems, not those of data.source={config.data.source}",
-            "reward.rule=math_verify or exact_match, or data.source=reasoning_gym",
-        )
-    if config.data.source == "reasoning_gym" and reward.rule != "reasoning_gym":
-        yield f"reward.rule: {reward.rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
-    if reward.math_tolerance and reward.rule != "math_verify":
-        yield f"reward.math_tolerance is not read with reward.rule={reward.rule}; reward.rule=math_verify does"
-    if reward.correct <= reward.incorrect:
-        raise ConfigError(
-            "reward.correct",
-            f"{reward.correct:g} is no better than reward.incorrect {reward.incorrect:g}",
-            "a larger reward for right answers",
-        )
-    if reward.failed_share_stop < reward.failed_share_warn:
-        raise ConfigError(
-            "reward.failed_share_stop",
-            f"{reward.failed_share_stop:g} is below reward.failed_share_warn {reward.failed_share_warn:g}",
-            "a limit at or above the warning's",
-        )
-    buffer = reward.overlong_buffer
-    if buffer.enable and buffer.len >= config.rollout.max_response_length:
-        raise ConfigError(
-            "reward.overlong_buffer.len",
-            f"{buffer.len} tokens are not below rollout.max_response_length {config.rollout.max_response_length}",
-            "a shorter ramp, or reward.overlong_buffer.enable=false",
         )
 
 

@@ -1,15 +1,17 @@
 """Judges the section `data` of a configuration: sources, columns, templates."""
 
+import re
 from collections.abc import Iterator
 from datetime import date
 
 from megatron_fipo.config import Config, DataConfig
 from megatron_fipo.config.data import QUESTION
+from megatron_fipo.config.loop import own_rule
 from megatron_fipo.errors import ConfigError
 
 
-def data(config: Config) -> Iterator[str]:
-    """Judge where the run's problems come from and how they become prompts."""
+def data(config: Config, *, trains: bool = True) -> Iterator[str]:
+    """Judge where the run's problems come from and how they become prompts; without `trains`, validation's alone."""
     settings = config.data
     _check_prompts(settings)
     if settings.source == "reasoning_gym":
@@ -21,11 +23,18 @@ def data(config: Config) -> Iterator[str]:
     for key, names in (("data.train", settings.train), ("data.validation", settings.validation)):
         if not all(name.strip() for name in names):
             raise ConfigError(key, f"{names} has an empty name", "a file, or a dataset with data.source=hub")
+    if settings.columns.answer is None and own_rule(config.reward.rule) is None:
+        raise ConfigError(
+            "data.columns.answer",
+            f"is null, and reward.rule={config.reward.rule} compares with a right answer",
+            "a column, or reward.rule=FILE.py:FUNCTION, a reward of your own (docs/rewards.md)",
+        )
     kind = "files" if settings.source == "files" else "datasets"
-    if not settings.train:
+    if trains and not settings.train:
         raise ConfigError("data.train", f"lists no {kind}", f"at least one with data.source={settings.source}")
-    if config.validation.every and not settings.validation:
-        raise ConfigError("data.validation", f"lists no {kind}", "at least one, or validation.every=0")
+    if not settings.validation and (config.validation.every or not trains):
+        remedy = "at least one" + (", or validation.every=0" if trains else "")
+        raise ConfigError("data.validation", f"lists no {kind}", remedy)
     if settings.task or settings.task_options:
         source = settings.source
         yield f"data.task: {settings.task} is not read with data.source={source}; data.source=reasoning_gym does"
@@ -43,6 +52,10 @@ def _check_prompts(data: DataConfig) -> None:
     ):
         if column is not None and not all(column.split(".")):
             raise ConfigError(key, f"{column!r} names no column", "a column, or outer.inner for a nested one")
+    general, own = data, data.validation_columns
+    _check_pattern("data.answer", general.answer_format, general.answer_pattern)
+    kind, pattern = own.answer_format or general.answer_format, own.answer_pattern or general.answer_pattern
+    _check_pattern("data.validation_columns.answer", kind, pattern)
     if data.prompt_template.count(QUESTION) != 1:
         raise ConfigError(
             "data.prompt_template",
@@ -51,6 +64,22 @@ def _check_prompts(data: DataConfig) -> None:
         )
     if data.chat_template_date is not None and not _is_date(data.chat_template_date):
         raise ConfigError("data.chat_template_date", f"{data.chat_template_date!r} is no date", "such as 2026-01-31")
+
+
+def _check_pattern(key: str, answer_format: str, pattern: str | None) -> None:
+    """`key` is what the names of the two settings begin with."""
+    if answer_format != "pattern":
+        return
+    example = "a regular expression with one group, such as 'data.answer_pattern=\"Answer: (.+)\"'"
+    if pattern is None:
+        raise ConfigError(f"{key}_pattern", f"is not set, with {key}_format=pattern", example)
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{key}_pattern", f"is no regular expression: {error}", example) from None
+    if groups != 1:
+        remedy = f"{example}; (?:…) groups without counting"
+        raise ConfigError(f"{key}_pattern", f"{pattern!r} has {groups} groups", remedy)
 
 
 def _is_date(text: str) -> bool:

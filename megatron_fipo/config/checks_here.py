@@ -5,8 +5,9 @@ from pathlib import Path
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.config.checks_machine import check_machine, has_cuda_driver
-from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
+from megatron_fipo.config.checks_reward import check_reward_here
+from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
 
@@ -17,25 +18,37 @@ def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
     check_machine(config)
     _check_data_files(config)
+    check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_model(config)
 
 
+def check_here_to_sample(config: Config, model_dir: Path) -> None:
+    """As `check_here`, for sampling the validation problems from the model in `model_dir`, without a trainer."""
+    if config.rollout.servers:
+        check_host(config.rollout.host)
+    _check_files({"data.validation": config.data.validation}, config.data.source)
+    check_reward_here(config.reward)
+    _check_token(config)
+    _check_gpu(config)
+    _check_servers_layout(config, read_architecture(model_dir))
+
+
 def _check_data_files(config: Config) -> None:
-    if config.data.source != "files":
-        return
     validation = config.data.validation if config.validation.every else []
-    for key, paths in (("data.train", config.data.train), ("data.validation", validation)):
+    _check_files({"data.train": config.data.train, "data.validation": validation}, config.data.source)
+
+
+def _check_files(files: dict[str, list[str]], source: str) -> None:
+    if source != "files":
+        return
+    for key, paths in files.items():
         for path in paths:
-            if not os.path.isfile(resolve_embedded(path)):  # false too for names that no file system takes
-                raise ConfigError(
-                    key, f"{path} is no file here", "a problem file, or data.source=hub for a dataset name"
-                )
-            if Path(path).suffix not in FILE_SUFFIXES:
-                raise ConfigError(
-                    key, f"{path} is of another format", f"a file that ends in {', '.join(FILE_SUFFIXES)}"
-                )
+            try:
+                files_of(path)
+            except NotFound as error:
+                raise ConfigError(key, str(error), error.remedy) from None
 
 
 def _check_token(config: Config) -> None:
@@ -75,13 +88,13 @@ def _check_model(config: Config) -> None:
 
 
 def _check_layout(config: Config, geometry: Geometry) -> None:
+    _check_servers_layout(config, geometry)
     parallel = config.parallel
     heads, groups, layers = geometry.num_attention_heads, geometry.num_query_groups, geometry.num_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     for key, size, count, name in (
         ("parallel.tensor", parallel.tensor, heads, "attention heads"),
         ("parallel.tensor", parallel.tensor, groups, "key-value heads"),
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel, heads, "attention heads"),
         ("parallel.virtual_pipeline" if parallel.virtual_pipeline else "parallel.pipeline", chunks, layers, "layers"),
     ):
         if count % size:
@@ -90,6 +103,15 @@ def _check_layout(config: Config, geometry: Geometry) -> None:
             raise ConfigError(
                 key, f"{what} does not divide the model's {count} {name}", f"divisors: {', '.join(divisors)}"
             )
+
+
+def _check_servers_layout(config: Config, geometry: Geometry) -> None:
+    """The servers' part: heads over their GPUs, and the length of prompts and responses."""
+    heads, size = geometry.num_attention_heads, config.rollout.tensor_parallel
+    if heads % size:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        problem = f"{size} does not divide the model's {heads} attention heads"
+        raise ConfigError("rollout.tensor_parallel", problem, f"divisors: {divisors}")
     context = config.model.max_position_embeddings or geometry.max_position_embeddings
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if longest > context:

@@ -22,7 +22,7 @@ def check_machine(config: Config) -> None:
         return
     _check_directory(Path(config.run.directory))
     if config.rollout.servers:
-        _check_host(config.rollout.host)
+        check_host(config.rollout.host)
     _check_memory(config)
 
 
@@ -51,7 +51,7 @@ def _check_directory(path: Path) -> None:
         raise ConfigError("run.directory", f"has a name of more than {name_max} bytes", "shorter names")
 
 
-def _check_host(host: str) -> None:
+def check_host(host: str) -> None:
     """Servers can listen there: binding to it is the one question that the machine answers for certain."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

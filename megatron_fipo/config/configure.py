@@ -36,10 +36,13 @@ _FAILURES: tuple[type[Exception], ...] = (
 _TRACEBACKS = "HYDRA_FULL_ERROR"
 
 
-def run_with_config(main: Callable[[Config], Any], *, local: bool = True) -> None:
+def run_with_config(
+    main: Callable[[Config], Any], *, local: bool = True, judge: Callable[[Config], list[str]] | None = None
+) -> None:
     """Call `main` with the validated configuration that the command line describes.
 
-    Without `local`, what must be on this machine (model, problems, servers) is not looked for.
+    Without `local`, what must be on this machine (model, problems, servers) is not looked for. `judge` is for entry
+    points that do not train; it stands in for `check` and returns warnings as that does.
 
     Handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from `main`, ends the
     process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
@@ -48,7 +51,7 @@ def run_with_config(main: Callable[[Config], Any], *, local: bool = True) -> Non
     with_traceback = os.environ.get(_TRACEBACKS) == "1"
     try:
         config = _config_from_command_line()
-        for warning in check(config, world_size=_world_size(), local=local):
+        for warning in judge(config) if judge else check(config, world_size=_world_size(), local=local):
             if _speaks_for_the_run():
                 print(f"warning: {warning}", file=sys.stderr)
         main(config)

@@ -7,6 +7,15 @@ from megatron_fipo.config.settings import LONGEST_WAIT_S, section, setting
 VERIFIER_MEMORY_GIB = 4
 """Most memory of one verifier process. An answer such as 9^(9^9) asks for all there is: the check must fail then."""
 
+SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym")
+"""Values of `reward.rule` that are no function of the user's."""
+
+
+def own_rule(rule: str) -> tuple[str, str] | None:
+    """(module or file, function) of a rule such as MODULE:FUNCTION or FILE.py:FUNCTION; None for a shipped one."""
+    place, _, function = rule.rpartition(":")
+    return None if rule in SHIPPED_RULES else (place, function)
+
 
 @dataclass
 class RunConfig:
@@ -47,8 +56,8 @@ class RewardConfig:
     rule: str = setting(
         "exact_match",
         "exact_match: the recipe's 'Answer: …' string comparison; math_verify: mathematical equality by sympy; "
-        "reasoning_gym: the task's own scorer.",
-        choices=("exact_match", "math_verify", "reasoning_gym"),
+        "reasoning_gym: the task's own scorer; package.module:function or path/to/file.py:function: a function of "
+        "yours, whose value is the reward as it is (docs/rewards.md).",
     )
     math_tolerance: float = setting(
         0.0,
@@ -60,6 +69,11 @@ class RewardConfig:
     correct: float = setting(1.0, "Reward of a right answer.", minimum=-1000, maximum=1000)
     incorrect: float = setting(
         -1.0, "Reward of a wrong answer. One that could not be judged has none.", minimum=-1000, maximum=1000
+    )
+    environment: list[str] = setting(
+        [],
+        "Environment variables that a rule of yours needs, such as a service's key, by name. Verifier processes get "
+        "these and what Python needs to start, and no others.",
     )
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(
@@ -81,7 +95,10 @@ class RewardConfig:
         maximum=1,
     )
     failed_share_stop: float = setting(
-        0.2, "Share of failed checks above which the run stops; 1 never stops it.", minimum=0, maximum=1
+        0.2,
+        "Share of failed checks above which the run stops. Where all fail it stops in any case.",
+        minimum=0,
+        maximum=1,
     )
 
 
@@ -98,6 +115,17 @@ class ValidationConfig:
     samples: int = setting(32, "Responses a problem: k.", minimum=1, maximum=10**4)
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", minimum=0, maximum=100)
     top_p: float = setting(0.7, "Nucleus.", above=0, maximum=1)
+
+
+@dataclass
+class EvaluationConfig:
+    """What `megatron-fipo evaluate` reads beside model, data.validation, validation, rollout and reward."""
+
+    directory: str | None = setting(
+        None,
+        "Where an evaluation's files go, and where it goes on if it was stopped. null: a directory named by the model "
+        "and all settings that matter, in runs/evaluations, or in the evaluations/ of the run that made the model.",
+    )
 
 
 @dataclass
@@ -131,5 +159,8 @@ class TrackingConfig:
 
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
     samples_per_step: int = setting(
-        8, "Rollouts kept a step as readable text, with their rewards.", minimum=0, maximum=10**6
+        8, "Rollouts kept per step as readable text, with their rewards.", minimum=0, maximum=10**6
+    )
+    samples_per_validation: int = setting(
+        32, "Rollouts of held-out problems kept per validation, in the same form.", minimum=0, maximum=10**6
     )

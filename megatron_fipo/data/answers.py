@@ -31,8 +31,21 @@ _LONGEST_LITERAL = 10_000
 _BOX = re.compile(r"\\f?boxed\s*|\\fbox\s*")
 
 
-def answer_text(value: Any, answer_format: str) -> str:
-    """The answer in `value` as text, by `data.answer_format`: plain, gsm8k or boxed.
+def completion_text(value: Any) -> Any:
+    """The text of a completion that is given as chat messages: the one message of the assistant's; else `value`.
+
+    Raises ValueError for other messages.
+    """
+    if not (isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value)):
+        return value
+    if len(value) > 1 or value[0]["role"] != "assistant":
+        roles = ", ".join(str(message["role"])[:20] for message in value[:5])
+        raise ValueError(f"is {len(value)} chat messages ({roles}); a completion is one, of the assistant's")
+    return value[0].get("content")
+
+
+def answer_text(value: Any, answer_format: str, pattern: str | None = None) -> str:
+    """The answer in `value` as text, by `data.answer_format`: plain, gsm8k, boxed, or what `pattern` finds.
 
     Raises ValueError that says what is wrong with the value and what would be right.
     """
@@ -44,6 +57,8 @@ def answer_text(value: Any, answer_format: str) -> str:
             raise ValueError(f"{_quoted(text)} is a worked solution of GSM8K's form; data.answer_format=gsm8k reads it")
     elif not isinstance(value, str):
         raise ValueError(f"is {_kind(value)}; data.answer_format={answer_format} reads the answer from a text")
+    elif answer_format == "pattern":
+        text = _last_match(value, pattern or "")
     else:
         text = _after_mark(value) if answer_format == "gsm8k" else _last_boxed(value)
     text = text.strip()
@@ -86,6 +101,14 @@ def _after_mark(solution: str) -> str:
     return text.replace(",", "") if _WITH_COMMAS.fullmatch(text) else text
 
 
+def _last_match(solution: str, pattern: str) -> str:
+    """What the group of `pattern` holds in its last match."""
+    found = [match[1] for match in re.finditer(pattern, solution) if match[1] is not None]
+    if not found:
+        raise ValueError(f"{_quoted(solution)} has nothing that data.answer_pattern={pattern!r} finds")
+    return found[-1]
+
+
 def _last_boxed(solution: str) -> str:
     r"""MATH's answer: the content of the last \boxed{…} or \fbox{…}; \boxed 5 holds one character."""
     boxes = list(_BOX.finditer(solution))
@@ -122,7 +145,9 @@ def _check_text(text: str) -> None:
     if text in _MISSING_VALUES:
         raise ValueError(f"is {text!r}, the text of a missing value")
     if problem := _literal_problem(text):
-        raise ValueError(f"{_quoted(text)} is {problem}; an answer is one text or one number")
+        raise ValueError(
+            f"{_quoted(text)} is {problem}; an answer is one text or number, and data.answer_format=pattern can find it"
+        )
 
 
 def _literal_problem(text: str) -> str | None:

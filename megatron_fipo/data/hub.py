@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.data_files import COMPRESSED, format_of
 from megatron_fipo.errors import DataError, one_line
 
 _CARD_FILES = ("README.md", ".huggingface.yaml")
@@ -36,6 +37,8 @@ def fetch_split(entry: str, split: str) -> HubFiles:
     Raises:
         DataError: neither hub nor cache has the dataset, or it has no such configuration, split or file.
     """
+    if os.path.isfile(os.path.expanduser(entry)):
+        raise DataError(f"{entry}: is a file, and not a dataset; data.source=files reads it")
     name, _, part = entry.partition(":")
     pattern = part if set(part) & set("*?[/.") else ""
     folder, config, data_source = _local_folder(name) or _download(name, pattern)
@@ -43,7 +46,7 @@ def fetch_split(entry: str, split: str) -> HubFiles:
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise DataError(f"{entry}: the pattern leads out of the dataset; one such as data/*.parquet does not")
         try:
-            found = sorted(str(path) for path in folder.rglob(pattern) if path.suffix in FILE_SUFFIXES)
+            found = sorted(str(path) for path in folder.rglob(pattern) if format_of(path))
         except (ValueError, OSError) as error:
             raise DataError(f"{entry}: is no pattern of files that can be read ({one_line(error)})") from error
         if not found:
@@ -77,7 +80,7 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
     parts = name.split("/")
     if not all(parts) or len(parts) > 3:
         raise DataError(f"{name}: is no dataset; owner/name or owner/name/config is one, a split follows a colon")
-    files = [pattern] if pattern else [f"*{suffix}" for suffix in FILE_SUFFIXES]
+    files = [pattern] if pattern else [f"*{suffix}{end}" for suffix in FILE_SUFFIXES for end in ("", COMPRESSED)]
     try:
         folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])
     except Exception as error:  # the client raises many kinds, of several libraries

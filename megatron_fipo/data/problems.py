@@ -8,26 +8,29 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_fipo.config import DataConfig
 from megatron_fipo.data.fingerprint import Fingerprint, Fingerprinter
 from megatron_fipo.data.hub import fetch_split
+from megatron_fipo.data.layout import Layout
 from megatron_fipo.data.reasoning_tasks import generate
-from megatron_fipo.data.sources import Layout, RawProblem, read_files
+from megatron_fipo.data.row_text import row_text
+from megatron_fipo.data.sources import RawProblem, read_files, refuse
 from megatron_fipo.data.tokenizers import Tokenizer
 from megatron_fipo.data.vocabulary import outside
 from megatron_fipo.errors import ConfigError, DataError
 from megatron_fipo.samples import Problem
 
 Split = Literal["train", "validation"]
+_LONG_ANSWER = 300
 _logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ProblemCounts:
-    """What became of every row: rows = kept + duplicates + dropped_empty + dropped_overlong + dropped_held_out."""
+    """What became of every row: rows = kept + duplicates + the dropped_… ones."""
 
     rows: int = 0
     kept: int = 0
@@ -36,8 +39,12 @@ class ProblemCounts:
     """Duplicates whose answer differs from the first one's, which is the one kept."""
     dropped_empty: int = 0
     dropped_overlong: int = 0
+    dropped_bad_answers: int = 0
+    """Rows whose answer is missing or cannot be read, with data.bad_answers=drop."""
     dropped_held_out: int = 0
     """Training problems whose question validation asks too."""
+    long_answers: int = 0
+    """Kept, with an answer that looks like a worked solution."""
     truncated: int = 0
     """Kept, with the left part of an over-long prompt cut off."""
 
@@ -57,13 +64,20 @@ class ProblemSet:
 
 
 def load_problems(
-    config: DataConfig, split: Split, tokenizer: Tokenizer, max_prompt_length: int, *, validates: bool = True
+    config: DataConfig,
+    split: Split,
+    tokenizer: Tokenizer,
+    max_prompt_length: int,
+    *,
+    validates: bool = True,
+    keep_columns: bool = True,
 ) -> ProblemSet:
     """The problems of one split, in the order of their source, unique by prompt.
 
     Args:
         max_prompt_length: in tokens.
         validates: whether the run validates, so that training leaves the validation problems out.
+        keep_columns: whether problems have all columns of their rows, which a reward of the user's own may want.
 
     Raises:
         DataError: names file, row and column of what is wrong, or says that nothing is left.
@@ -72,12 +86,16 @@ def load_problems(
     counts = ProblemCounts()
     held_out = _questions(config) if split == "train" and validates else set()
     problems, fingerprinter = [], Fingerprinter()
-    for raw in _not_held_out(_unique(_rows(config, split), counts), held_out, config.prompt_template, counts):
+    rows = _rows(config, split, counts, every_column=keep_columns)
+    for raw in _not_held_out(_unique(rows, counts), held_out, config.prompt_template, counts):
         problem = _tokenise(raw, tokenizer, max_prompt_length, config.overlong_prompts, counts)
         if problem is not None:
+            if keep_columns:
+                problem = replace(problem, columns=row_text(raw.row))
             problems.append(problem)
             fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids)
     counts.kept = len(problems)
+    counts.long_answers = sum(len(problem.ground_truth) > _LONG_ANSWER for problem in problems)
     _logger.info("%s problems: %s", split, counts)
     if not problems:
         raise DataError(_nothing_left(config, split, counts))
@@ -90,6 +108,7 @@ def _nothing_left(config: DataConfig, split: Split, counts: ProblemCounts) -> st
         "dropped_held_out": "validation asks all of these questions: give other training or validation problems",
         "dropped_overlong": "raise rollout.max_prompt_length",
         "dropped_empty": "give rows that ask something",
+        "dropped_bad_answers": "data.bad_answers=error says what is wrong with the first",
     }
     names = config.train if split == "train" else config.validation
     source = f"data.task={config.task}" if config.source == "reasoning_gym" else ", ".join(names)
@@ -103,6 +122,11 @@ def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iter
             f"{counts.conflicting_answers} {split} rows repeat a prompt with another answer; "
             "the first answer of each prompt is used"
         )
+    if counts.long_answers:
+        yield (
+            f"{counts.long_answers} of {counts.kept} {split} answers have more than {_LONG_ANSWER} characters, as "
+            "worked solutions have; data.answer_format=gsm8k, boxed or pattern takes the answer out of them"
+        )
     if split == "train" and tokenizer.template is not None and tokenizer.template.depends_on_date:
         yield (
             "the chat template writes today's date into the prompts, which are others tomorrow; "
@@ -110,21 +134,34 @@ def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iter
         )
 
 
-def _rows(config: DataConfig, split: Split) -> Iterator[RawProblem]:
+def _rows(
+    config: DataConfig, split: Split, counts: ProblemCounts, *, every_column: bool = False
+) -> Iterator[RawProblem]:
+    """The rows of a split whose answers can be used; those that are left out are counted."""
     if config.source == "reasoning_gym":
         yield from generate(config, split)
         return
     names = config.train if split == "train" else config.validation
     if not names:
         raise ConfigError(f"data.{split}", "names no file", "give at least one, or embedded:NAME")
+
+    def drop(error: DataError) -> None:
+        counts.rows += 1
+        counts.dropped_bad_answers += 1
+
     layout = Layout.of(config, split)
+    on_bad_answer = drop if config.bad_answers == "drop" else refuse
     for name in names:
         if config.source == "files":
-            rows = read_files([name], layout)
+            paths, data_source = [name], None
         else:
             files = fetch_split(name, split)
-            rows = read_files(files.paths, layout, files.data_source)
+            paths, data_source = files.paths, files.data_source
+        before = counts.dropped_bad_answers
+        rows = read_files(paths, layout, data_source, every_column=every_column, on_bad_answer=on_bad_answer)
         first = next(rows, None)
+        if first is None and counts.dropped_bad_answers > before:
+            continue
         if first is None:
             raise DataError(f"{name}: has no rows; give one with problems, or leave it out of data.{split}")
         yield first
@@ -135,7 +172,8 @@ def _questions(config: DataConfig) -> set[str]:
     """What validation asks, if there is any."""
     if config.source != "reasoning_gym" and not config.validation:
         return set()
-    return {raw.same_question(config.prompt_template) for raw in _rows(config, "validation")}
+    rows = _rows(config, "validation", ProblemCounts())
+    return {raw.same_question(config.prompt_template) for raw in rows}
 
 
 def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawProblem]:

@@ -3,18 +3,20 @@
 .parquet, .arrow    only the columns asked for are read
 .jsonl              one object a line, UTF-8; blank lines are skipped, but counted as rows
 .json               an array of objects, or as .jsonl
+.jsonl.gz, .json.gz the same, compressed by gzip
 """
 
+import gzip
 import json
-import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_fipo.config.data import FILE_SUFFIXES
+from megatron_fipo.config.data_files import COMPRESSED, format_of
 from megatron_fipo.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -22,39 +24,38 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _BATCH_ROWS = 4096
 _SHOWN_NAMES = 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def read_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tuple[int, Row]]:
-    """(row number, row) of each row, from 1; a row has at least these columns, where the file has them.
+def read_rows(path: Path, required: Sequence[str], optional: str, *, every: bool = False) -> Iterator[tuple[int, Row]]:
+    """(row number, row) of each row of a file that `files_of` gave, from 1; with these columns, where there are such.
+
+    A table whose required columns are not all there gives all it has, as does any with `every`.
 
     Numbers keep the text they were written with: a JSON number with a point is a Decimal, a float32 is numpy's.
 
     Raises:
-        DataError: the file is missing, of another format or damaged, a row is no JSON object, or a table lacks a
-            required column. Names file and row.
+        DataError: the file cannot be read, is damaged or of another format than its name says, or a row is no JSON
+            object. Names file and row.
     """
-    if path.suffix not in FILE_SUFFIXES:
-        raise DataError(f"{path}: neither {' nor '.join(FILE_SUFFIXES)}, the formats of problem files")
-    # os.path's answer is false for what Path's raises on: names that are too long, directories that may not be read.
-    if not os.path.isfile(path):
-        what = "is a directory" if os.path.isdir(path) else "is no regular file" if os.path.lexists(path) else ""
-        raise DataError(f"{path}: {what or 'no such file'}")
+    ending = str(format_of(path))
     readers = {".parquet": _parquet_rows, ".arrow": _arrow_rows}
     try:
-        if path.suffix in readers:
-            yield from readers[path.suffix](path, required, optional)
+        if ending in readers:
+            yield from readers[ending](path, None if every else [*required, optional])
         else:
-            yield from _json_rows(path)
-    except OSError as error:
+            yield from _json_rows(path, ending)
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def nested(row: Any, column: str) -> Any:
-    """The value of a column, into nested ones at its dots; None where what it is nested in is null.
+    """The value of a column, into nested ones and lists (name.0) at its dots; None where what it is in is null.
 
     Raises LookupError that says what is missing and what is there.
     """
@@ -63,6 +64,10 @@ def nested(row: Any, column: str) -> Any:
     if isinstance(row, dict) and column in row:
         return row[column]
     name, _, rest = column.partition(".")
+    if isinstance(row, list) and name.isdecimal():
+        if int(name) >= len(row):
+            raise LookupError(f"no element {name} in a list of {len(row)}")
+        return nested(row[int(name)], rest) if rest else row[int(name)]
     if not isinstance(row, dict):
         raise LookupError(f"no column {column} in a {type(row).__name__}")
     if name not in row:
@@ -76,18 +81,18 @@ def shown_names(names: Iterable[str]) -> str:
     return f"{cut[:_SHOWN_NAMES]}" + (f" and {len(cut) - _SHOWN_NAMES} more" if len(cut) > _SHOWN_NAMES else "")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as file:
+def _json_rows(path: Path, ending: str) -> Iterator[tuple[int, Row]]:
+    with gzip.open(path) if path.suffix == COMPRESSED else path.open("rb") as file:
         start = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
         file.seek(start)
-        is_array = path.suffix == ".json" and file.read(_BATCH_ROWS).lstrip().startswith(b"[")
+        is_array = ending == ".json" and file.read(_BATCH_ROWS).lstrip().startswith(b"[")
         file.seek(start)
         rows: Iterator[tuple[int, Any]]
         if is_array:
             rows = _array_rows(path, file.read())
         else:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-            expected = "one object a line" if path.suffix == ".jsonl" else "an array of objects, or one object a line"
+            expected = "one object a line" if ending == ".jsonl" else "an array of objects, or one object a line"
             rows = ((number, _parse(line, f"{path}, row {number}", expected)) for number, line in lines)
         for number, row in rows:
             if not isinstance(row, dict):
@@ -138,13 +143,24 @@ def _json_errors(where: str, expected: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}{_other(error.object)})"
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error}); the file should have {expected}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be read") from error
     except ValueError as error:  # a number of too many digits, a key that stands twice
         raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
+
+
+def _other(text: bytes) -> str:
+    """What text that is not UTF-8 likely is, and the mend."""
+    if text.startswith(_GZIP):
+        return "; it is compressed by gzip: name it .jsonl.gz or .json.gz"
+    if text.startswith(_UTF_16):
+        return "; it is UTF-16: iconv -f UTF-16 -t UTF-8 FILE makes it UTF-8"
+    return ""
 
 
 def _decimal(text: str) -> Decimal:
@@ -162,17 +178,17 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _parquet_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet
 
     with _arrow_errors(path, "a parquet file"):
         file = pyarrow.parquet.ParquetFile(path)
         present = file.schema_arrow.names
-    wanted = _top_columns(path, present, required, optional)
-    yield from _batches(path, lambda: file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted))
+    names = _top_columns(path, present, wanted)
+    yield from _batches(path, lambda: file.iter_batches(batch_size=_BATCH_ROWS, columns=names))
 
 
-def _arrow_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[tuple[int, Row]]:
+def _arrow_rows(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
     import pyarrow
     import pyarrow.ipc
 
@@ -189,22 +205,22 @@ def _arrow_rows(path: Path, required: Sequence[str], optional: str) -> Iterator[
             file = pyarrow.ipc.open_stream(source)
             batches = iter(file)
         present = file.schema.names
-    wanted = _top_columns(path, present, required, optional)
-    yield from _batches(path, lambda: (batch.select(wanted) for batch in batches))
+    names = _top_columns(path, present, wanted)
+    yield from _batches(path, lambda: (batch.select(names) for batch in batches))
 
 
-def _top_columns(path: Path, present: Sequence[str], required: Sequence[str], optional: str) -> list[str]:
-    """The columns of the table to read: those asked for, or what they are nested in."""
-    names = []
-    for column in (*required, optional):
-        name = column if column in present else column.partition(".")[0]
+def _top_columns(path: Path, present: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The columns of the table to read: those asked for, or what they are nested in; all without these, or for None.
+
+    The last of `wanted` may be missing.
+    """
+    names = [name if name in present else name.partition(".")[0] for name in wanted or ()]
+    if wanted is None or not {*names[:-1]} <= {*present}:
+        names = list(present)
+    for name in names:
         if present.count(name) > 1:
             raise DataError(f"{path}: has the column {name} {present.count(name)} times")
-        if name in present:
-            names.append(name)
-        elif column != optional:
-            raise DataError(f"{path}: no column {name}; it has {shown_names(present)}")
-    return list(dict.fromkeys(names))
+    return [name for name in dict.fromkeys(names) if name in present]
 
 
 def _batches(path: Path, read: "Callable[[], Iterator[pyarrow.RecordBatch]]") -> Iterator[tuple[int, Row]]:

@@ -29,7 +29,7 @@ def generate(config: DataConfig, split: str) -> Iterator[RawProblem]:
         message = {"role": "user", "content": content}
         # Some tasks have many right answers and so no reference; their scorers do not read it.
         answer = "" if entry["answer"] is None else str(entry["answer"])
-        yield RawProblem([message], entry["question"], answer, config.task, where, extra)
+        yield RawProblem([message], entry["question"], answer, config.task, where, extra, row=_plain(entry))
 
 
 def _create(config: DataConfig, size: int, seed: int) -> Any:

@@ -1,16 +1,19 @@
 """Rows of problem files as problems: which columns are read, what a prompt and an answer may be, what is refused."""
 
+import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import DataConfig
 from megatron_fipo.config.data import QUESTION, RECIPE_PROMPT, ColumnsConfig
-from megatron_fipo.data.answers import answer_text
+from megatron_fipo.config.data_files import NotFound, files_of, source_name
+from megatron_fipo.data.answers import answer_text, completion_text
 from megatron_fipo.data.chat_templates import Message
+from megatron_fipo.data.column_hints import likely_keys
+from megatron_fipo.data.layout import Layout
 from megatron_fipo.data.readers import Row, nested, read_rows, shown_names
 from megatron_fipo.errors import DataError
 
@@ -31,6 +34,9 @@ class RawProblem:
     where: str
     """File and row, for messages."""
     extra: dict[str, Any] = field(default_factory=dict)
+    """As Problem.extra."""
+    row: Row = field(default_factory=dict)
+    """The columns that were read."""
 
     def same_question(self, prompt_template: str) -> str:
         """Equal for problems that ask the same, in whatever spaces, and in this template, the recipe's or none."""
@@ -43,72 +49,106 @@ class RawProblem:
         return text
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which columns of a split's files are read, and how."""
-
-    prompt: str
-    answer: str
-    source: str
-    answer_format: str
-    prompt_template: str
-
-    @classmethod
-    def of(cls, config: DataConfig, split: str) -> "Layout":
-        """The layout of train or validation, whose own columns stand in for the general ones."""
-        columns, own = config.columns, config.validation_columns
-        general = cls(columns.prompt, columns.answer, columns.source, config.answer_format, config.prompt_template)
-        if split == "train":
-            return general
-        return cls(
-            own.prompt or general.prompt,
-            own.answer or general.answer,
-            own.source or general.source,
-            own.answer_format or general.answer_format,
-            general.prompt_template,
-        )
-
-
 def _one_spelling(text: str) -> str:
     """`text` with single spaces, and with each accented letter as one character."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def read_files(names: list[str], layout: Layout, data_source: str | None = None) -> Iterator[RawProblem]:
-    """The problems of files, in order. `data_source` names rows without a name of their own; None: the file's stem.
+def refuse(error: DataError) -> None:
+    """What happens to a row whose answer cannot be used, unless it is dropped."""
+    raise error
+
+
+def read_files(
+    names: list[str],
+    layout: Layout,
+    data_source: str | None = None,
+    *,
+    every_column: bool = False,
+    on_bad_answer: Callable[[DataError], None] = refuse,
+) -> Iterator[RawProblem]:
+    """The problems of files, in order.
+
+    Args:
+        data_source: names rows without a name of their own; None: the file's name, or the directory's.
+        every_column: whether rows have more than the columns of `layout`.
+        on_bad_answer: told of a row whose answer is missing or cannot be read, which is then left out.
 
     Raises:
         DataError: a file or a row cannot be used. Names file, row (from 1) and column.
     """
     for name in names:
-        path = resolve_embedded(name)
-        name_of_all = data_source or path.stem
-        for number, row in read_rows(path, (layout.prompt, layout.answer), layout.source):
-            yield _raw_problem(row, layout, name_of_all, f"{path}, row {number}")
+        _check_embedded(name, layout)
+        base = resolve_embedded(name).absolute()
+        try:
+            paths = files_of(name)
+        except NotFound as error:
+            raise DataError(f"{error} ({error.remedy})") from None
+        for path in paths:
+            name_of_all = data_source or source_name(base if os.path.isdir(base) else path)
+            required = [layout.prompt] if layout.answer is None else [layout.prompt, layout.answer]
+            for number, row in read_rows(path, required, layout.source, every=every_column):
+                problem = _raw_problem(row, layout, name_of_all, f"{path}, row {number}", on_bad_answer)
+                if problem is not None:
+                    yield problem
 
 
-def _raw_problem(row: Row, layout: Layout, data_source: str, where: str) -> RawProblem:
-    messages, question = _prompt(_value(row, layout.prompt, where), layout, f"{where}, column {layout.prompt}")
-    value = _value(row, layout.answer, where)
+def _check_embedded(name: str, layout: Layout) -> None:
+    """The default's validation file stays behind where a command line gives other training files and columns."""
+    default = ColumnsConfig()
+    if name.startswith("embedded:") and (layout.prompt, layout.answer) != (default.prompt, default.answer):
+        raise DataError(
+            f"{name}: is the embedded task's and has no columns {layout.prompt} and {layout.answer}: "
+            f"give data.{layout.split}=[FILE]{'' if layout.split == 'train' else ', or validation.every=0'}"
+        )
+
+
+def _raw_problem(
+    row: Row, layout: Layout, data_source: str, where: str, on_bad_answer: Callable[[DataError], None]
+) -> RawProblem | None:
+    place = f"{where}, column {layout.prompt}"
+    messages, question = _prompt(_value(row, layout.prompt, layout, where), layout, place)
     try:
-        answer = answer_text(value, layout.answer_format)
-    except ValueError as error:
-        raise DataError(f"{where}, column {layout.answer}: {error}") from error
-    return RawProblem(messages, question, answer, _source(row, layout, where) or data_source, where)
+        answer = _answer(row, layout, where)
+    except (DataError, ValueError) as error:
+        on_bad_answer(error if isinstance(error, DataError) else DataError(_bad_answer(str(error), layout, where)))
+        return None
+    return RawProblem(messages, question, answer, _source(row, layout, where) or data_source, where, row=row)
 
 
-def _value(row: Row, column: str, where: str) -> Any:
+def _bad_answer(problem: str, layout: Layout, where: str) -> str:
+    remedy = "; data.bad_answers=drop leaves such rows out" if problem.startswith("the answer is missing") else ""
+    return f"{where}, column {layout.answer}: {problem}{remedy}"
+
+
+def _answer(row: Row, layout: Layout, where: str) -> str:
+    """The right answer; empty in data without any.
+
+    Raises ValueError that says what is wrong with it, and DataError where its column is not there.
+    """
+    if layout.answer is None:
+        return ""
+    value = _value(row, layout.answer, layout, where)
+    if layout.answer == layout.prompt and isinstance(value, list):
+        value = value[-1:]  # the last of the prompt's messages, which `_prompt` leaves out
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        elements = "the one" if len(value) == 1 else f"the first of {len(value)}"
+        raise ValueError(f"is a list; data.columns.answer={layout.answer}.0 is {elements}")
+    return answer_text(completion_text(value), layout.answer_format, layout.answer_pattern)
+
+
+def _value(row: Row, column: str, layout: Layout, where: str) -> Any:
     try:
         return nested(row, column)
     except LookupError as error:
-        raise DataError(f"{where}, column {column}: {error}") from error
+        raise DataError(f"{where}, column {column}: {error}{likely_keys(row, layout)}") from error
 
 
 def _source(row: Row, layout: Layout, where: str) -> str | None:
     """The row's own name of its data set, if the column is there; only the usual column may be missing."""
     if layout.source == _DEFAULT_SOURCE_COLUMN and layout.source not in row:
         return None
-    value = _value(row, layout.source, where)
+    value = _value(row, layout.source, layout, where)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{where}, column {layout.source}: should be a text, not a {type(value).__name__}")
     if value:
@@ -131,7 +171,12 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
         )
     messages = [_message(message, where) for message in value]
     if messages and messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: ends with the assistant's message, which the policy is to write")
+        if layout.answer != layout.prompt:
+            raise DataError(
+                f"{where}: ends with the assistant's message, which the policy is to write; "
+                f"data.columns.answer={layout.prompt} reads the answer from it"
+            )
+        del messages[-1]
     asked = [message["content"] for message in messages if message["role"] not in ("system", "developer")]
     return messages, "\n".join(asked).strip()
 
@@ -139,13 +184,21 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{where}: should be a list of chat messages with role and content")
-    role, content = value.get("role"), value.get("content")
+    role, content = value.get("role"), _text_of_parts(value.get("content"))
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{where}: a chat message should have the texts role and content; it has {shown_names(value)}")
     if role not in _ROLES:
         raise DataError(f"{where}: no chat message has the role {role[:40]!r}; it is one of {', '.join(_ROLES)}")
     _check_text(content, where)
     return {"role": role, "content": content}
+
+
+def _text_of_parts(content: Any) -> Any:
+    """The text of a message's parts, where all are texts; else `content` itself."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
+    return content
 
 
 def _check_text(text: str, where: str) -> None:

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_fipo.weights import plain_pickle
-from megatron_fipo.weights.checkpoint_metadata import METADATA, read_metadata
+from megatron_fipo.weights.checkpoint_metadata import read_metadata
+from megatron_fipo.weights.formats import METADATA
 
 
 @contextlib.contextmanager

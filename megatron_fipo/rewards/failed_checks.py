@@ -12,21 +12,27 @@ from megatron_fipo.errors import RewardError
 from megatron_fipo.samples import FAILED_CHECKS, Group
 
 
-def judge_failed_checks(groups: Sequence[Group], config: RewardConfig, where: str) -> str | None:
+def judge_failed_checks(groups: Sequence[Group], config: RewardConfig, where: str, first: str = "") -> str | None:
     """A warning if more than `reward.failed_share_warn` of the checks of these groups failed, else None.
 
-    `where` completes "of the checks …", such as "in this step".
+    Args:
+        where: completes "of the checks …", such as "in this step".
+        first: what FailureLog.summary says.
 
     Raises:
-        RewardError: more than `reward.failed_share_stop` of them failed.
+        RewardError: more than `reward.failed_share_stop` of them failed, or all.
     """
     outcomes = Counter(judgement.outcome for group in groups for judgement in group.judgements)
     checks, failed = outcomes.total(), sum(outcomes[kind] for kind in FAILED_CHECKS)
     share = failed / checks if checks else 0.0
-    if share <= config.failed_share_warn:
+    if share <= config.failed_share_warn and share < 1:
         return None
     kinds = ", ".join(f"{outcomes[kind]} {kind}" for kind in FAILED_CHECKS if outcomes[kind])
     found = f"{failed} of {checks} checks {where} failed ({kinds}; reward.rule={config.rule})"
+    if first:
+        found += f", {first}"
+    if share == 1:
+        raise RewardError(f"{found}; with no verdict there is nothing to train on")
     if share > config.failed_share_stop:
         raise RewardError(
             f"{found}, a larger share than reward.failed_share_stop={config.failed_share_stop:g}: find out why, or "

@@ -9,17 +9,18 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
-from megatron_fipo.errors import RewardError
+from megatron_fipo.errors import FipoError, RewardError
+from megatron_fipo.rewards.failures import Failure, FailureLog
 from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
 from megatron_fipo.samples import Group, Judgement
 
 # Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
 _BATCH = 8
+_LONGEST_NOTED = 2000
 
 
 class _Ticket:
@@ -48,15 +49,22 @@ class _Ticket:
 class VerifierPool:
     """`config.workers` verifier processes and a thread for each. Use as a context manager, or call `close`."""
 
-    def __init__(self, config: RewardConfig, max_response_length: int):
-        """Starts the processes in the background. `max_response_length` in tokens, for the overlong penalty."""
+    def __init__(self, config: RewardConfig, max_response_length: int, failures: FailureLog | None = None):
+        """Starts the processes in the background.
+
+        Args:
+            max_response_length: in tokens, for the overlong penalty.
+            failures: where checks that fail are noted.
+        """
         self._config = config
+        self.failures = failures or FailureLog()
         self._max_response_length = max_response_length
         self._counts: Counter[str] = Counter(judged=0, too_long=0, timeout=0, crash=0)
         self._counts_lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
         self._closed = False
-        self._processes = [VerifierProcess(config.rule, config.math_tolerance) for _ in range(config.workers)]
+        self._processes = [VerifierProcess(config) for _ in range(config.workers)]
+        self._first_start: Future[None] = Future()
         self._threads = [
             threading.Thread(target=self._supervise, args=(process,), name=f"verifier-{index}", daemon=True)
             for index, process in enumerate(self._processes)
@@ -76,11 +84,25 @@ class VerifierPool:
         with self._counts_lock:
             return dict(self._counts)
 
+    def wait_started(self) -> None:
+        """Waits for the first process, at most the two minutes that it has, and closes the pool if it cannot start.
+
+        Raises:
+            ConfigError: reward.rule is a function that cannot be used.
+            RewardError: the process does not come up.
+        """
+        try:
+            self._first_start.result()
+        except FipoError:
+            self.close()
+            raise
+
     def submit(self, group: Group) -> Future[Group]:
         """Judges a group in the background; the future gives the group with `judgements` filled, one a response.
 
         `group.text` must hold the decoded responses. From asyncio: `await asyncio.wrap_future(pool.submit(group))`.
-        The future raises RewardError if no verifier can be started, or the pool is closed first.
+        The future raises RewardError if no verifier can be started, or the pool is closed first, and ConfigError if
+        reward.rule is a function that cannot be used.
         """
         if len(group.text) != len(group.responses):
             raise ValueError(f"problem {group.problem.id}: {len(group.responses)} responses, {len(group.text)} texts")
@@ -110,8 +132,13 @@ class VerifierPool:
     def _supervise(self, process: VerifierProcess) -> None:
         """One thread's life: feeds one process until the pool closes."""
         # Start-up runs ahead of the first response; if it fails, whoever submits one is told.
-        with suppress(RewardError):
+        refusal = None
+        try:
             process.ensure_started()
+        except FipoError as error:
+            refusal = error
+        if process is self._processes[0]:
+            self._first_start.set_exception(refusal) if refusal else self._first_start.set_result(None)
         while (work := self._queue.get()) is not None:
             ticket, indices = work
             try:
@@ -125,31 +152,37 @@ class VerifierPool:
         while pending:
             process.ensure_started()
             try:
-                process.send([_item(ticket.group, index) for index in pending], self._config.timeout_s)
+                items = [_item(ticket.group, index, process.inputs) for index in pending]
+                process.send(items, self._config.timeout_s)
                 while pending:
                     for result in process.receive(self._config.timeout_s):
                         self._settle(ticket, pending.popleft(), result)
             except VerifierHung:
                 process.kill()
-                self._settle(ticket, pending.popleft(), {"outcome": "timeout"})
+                error = f"no verdict within reward.timeout_s={self._config.timeout_s:g}"
+                self._settle(ticket, pending.popleft(), {"outcome": "timeout", "error": error})
             except VerifierDied:
                 process.kill()
                 if self._closed:
                     raise RewardError("the verifier pool was closed while it judged a response") from None
-                self._settle(ticket, pending.popleft(), {"outcome": "crash"})
+                self._settle(ticket, pending.popleft(), {"error": "the verifier process ended in the check"})
 
     def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
         outcome = result.get("outcome", "crash")
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
         with self._counts_lock:
             self._counts[outcome] += 1
-        reward = self._reward(accuracy, len(ticket.group.responses[index].token_ids))
-        ticket.settle(index, Judgement(accuracy, reward, answer, outcome))
+        if "error" in result:
+            self.failures.add(_failure(ticket.group, index, outcome, result))
+        reward = self._reward(accuracy, result.get("reward"), len(ticket.group.responses[index].token_ids))
+        ticket.settle(index, Judgement(accuracy, reward, answer, outcome, result.get("extra", {})))
 
-    def _reward(self, accuracy: float, length: int) -> float:
-        """incorrect … correct by accuracy, linear in between for fractional scorers; then the overlong penalty."""
-        config, share = self._config, min(max(accuracy, 0.0), 1.0)
-        reward = config.incorrect + share * (config.correct - config.incorrect)
+    def _reward(self, accuracy: float, reward: float | None, length: int) -> float:
+        """The rule's own reward, or incorrect … correct by accuracy, linear in between; then the overlong penalty."""
+        config = self._config
+        if reward is None:
+            share = min(max(accuracy, 0.0), 1.0)
+            reward = config.incorrect + share * (config.correct - config.incorrect)
         if config.overlong_buffer.enable:
             reward += overlong_penalty(
                 length,
@@ -160,6 +193,30 @@ class VerifierPool:
         return reward
 
 
-def _item(group: Group, index: int) -> dict[str, Any]:
+def _item(group: Group, index: int, inputs: Sequence[str]) -> dict[str, Any]:
+    """What a rule is told of a response: no more than it wants, since the ids of a long one are many."""
+    problem, response = group.problem, group.responses[index]
+    values = {
+        "response": group.text[index],
+        "token_ids": response.token_ids.tolist() if "token_ids" in inputs else None,
+        "ground_truth": problem.ground_truth,
+        "columns": problem.columns,
+        "data_source": problem.data_source,
+        "prompt": problem.text,
+        "finish_reason": response.finish_reason,
+        "extra": problem.extra,
+    }
+    return {name: values[name] for name in inputs}
+
+
+def _failure(group: Group, index: int, outcome: str, result: dict[str, Any]) -> Failure:
     problem = group.problem
-    return {"text": group.text[index], "ground_truth": problem.ground_truth, "extra": problem.extra}
+    return Failure(
+        problem=problem.id,
+        data_source=problem.data_source,
+        ground_truth=problem.ground_truth[-_LONGEST_NOTED:],
+        response=group.text[index][-_LONGEST_NOTED:],
+        outcome=outcome,
+        error=result["error"],
+        traceback=result.get("traceback", ""),
+    )

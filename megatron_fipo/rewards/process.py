@@ -2,21 +2,25 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_fipo.errors import RewardError
+from megatron_fipo.config import RewardConfig
+from megatron_fipo.errors import ConfigError, RewardError
 
 _START_TIMEOUT_S = 120.0
 _KILL_TIMEOUT_S = 10.0
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-# The worker handles text that a model wrote: it gets what Python needs to start, and no tokens or keys.
+# The worker handles text that a model wrote: it gets what Python needs to start, and no tokens or keys but those that
+# reward.environment names.
 _INHERITED_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
 
 
@@ -31,9 +35,10 @@ class VerifierDied(Exception):
 class VerifierProcess:
     """One `megatron_fipo.rewards.worker`, restarted on demand. Used by one thread, except for `retire`."""
 
-    def __init__(self, rule: str, math_tolerance: float):
-        self._rule = rule
-        self._math_tolerance = math_tolerance
+    def __init__(self, config: RewardConfig):
+        self._config = config
+        self.inputs: tuple[str, ...] = ()
+        """What the rule wants to know of a response, once it has started."""
         self._lock = threading.Lock()
         self._retired = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,7 +47,12 @@ class VerifierProcess:
         self._received = b""
 
     def ensure_started(self) -> None:
-        """Starts the process unless it runs, and waits until it is warm. RewardError if it does not come up."""
+        """Starts the process unless it runs, and waits until it is warm.
+
+        Raises:
+            ConfigError: reward.rule is a function that cannot be used.
+            RewardError: the process does not come up.
+        """
         if self._process is not None and self._process.poll() is None:
             return
         self.kill()
@@ -51,25 +61,31 @@ class VerifierProcess:
                 raise RewardError("the verifier pool was closed while responses were waiting for their verdict")
             self._spawn()
         try:
-            self.receive(_START_TIMEOUT_S)
+            (started,) = self.receive(_START_TIMEOUT_S)
         except (VerifierHung, VerifierDied) as error:
             output = self._last_stderr_line()
             self.kill()
             raise RewardError(
-                f"the verifier process for reward.rule={self._rule} did not start in {_START_TIMEOUT_S:.0f} s: {output}"
+                f"the verifier process for reward.rule={self._config.rule} did not start in {_START_TIMEOUT_S:.0f} s: "
+                f"{output}"
             ) from error
+        if "refused" in started:
+            self.kill()
+            raise ConfigError("reward.rule", started["refused"], "docs/rewards.md has an example")
+        self.inputs = tuple(started["inputs"])
 
     def _spawn(self) -> None:
         self._connection, theirs = socket.socketpair()
         self._received = b""
         # A file, since nobody reads a pipe while the process runs; closed in kill().
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        environment = {name: os.environ[name] for name in _INHERITED_VARIABLES if name in os.environ}
+        passed_on = (*_INHERITED_VARIABLES, *self._config.environment)
+        environment = {name: os.environ[name] for name in passed_on if name in os.environ}
         search_path = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
         environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
         with theirs:
-            arguments = [str(theirs.fileno()), self._rule, repr(self._math_tolerance)]
+            arguments = [str(theirs.fileno()), self._config.rule, repr(self._config.math_tolerance)]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_fipo.rewards.worker", *arguments],
                 env=environment,
@@ -77,6 +93,8 @@ class VerifierProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
+                # A group of its own, so that what a rule of the user's has started ends with it.
+                process_group=0,
             )
 
     def send(self, items: list[dict[str, Any]], timeout_s: float) -> None:
@@ -112,7 +130,7 @@ class VerifierProcess:
         """Ends the process if there is one, whatever it is doing; it may be started again."""
         with self._lock:
             if self._process is not None:
-                self._process.kill()
+                _kill_group(self._process.pid)
                 self._process.wait(_KILL_TIMEOUT_S)
             for resource in (self._connection, self._stderr):
                 if resource is not None:
@@ -124,10 +142,16 @@ class VerifierProcess:
         with self._lock:
             self._retired = True
             if self._process is not None:
-                self._process.kill()
+                _kill_group(self._process.pid)
 
     def _last_stderr_line(self) -> str:
         assert self._stderr is not None
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def _kill_group(leader: int) -> None:
+    """SIGKILL to a process and to what it has started, whether it still lives or not."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)

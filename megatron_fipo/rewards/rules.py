@@ -6,7 +6,7 @@ they are used, so that a worker of the exact-match rule stays small and starts a
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -27,6 +27,10 @@ class Verdict:
     """The extracted answer in its normal form, for consensus voting; empty where there is none."""
     outcome: str = "judged"
     """judged, or too_long for an answer above the rule's limit, which is wrong."""
+    reward: float | None = None
+    """The reward as it is, of a rule of the user's own; None: reward.correct and reward.incorrect make it."""
+    extra: dict[str, float | str] = field(default_factory=dict)
+    """What else a rule of the user's own said."""
 
 
 Rule = Callable[[str, str, dict[str, Any]], Verdict]
@@ -87,6 +91,10 @@ def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
 
 RULES: dict[str, Rule] = {"exact_match": exact_match, "math_verify": math_verify, "reasoning_gym": reasoning_gym}
 """By their name in `reward.rule`."""
+
+
+INPUTS = ("extra", "ground_truth", "response")
+"""What these rules are told of a response."""
 
 
 def prepare(rule: str, math_tolerance: float) -> Rule:

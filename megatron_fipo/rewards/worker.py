@@ -3,11 +3,13 @@
     python -m megatron_fipo.rewards.worker SOCKET_FD RULE MATH_TOLERANCE
 
 A process of its own, not a fork and not multiprocessing's spawn, which would import the trainer's main module and torch
-with it. JSON lines both ways. A request is a list of {text, ground_truth, extra}; for each item in turn one line
-comes back: {accuracy, answer, outcome}, or {error} where the rule raised.
+with it. JSON lines both ways. The first one back is {inputs}, what the rule wants to know of a response, or {refused}.
+A request is a list of objects with these inputs; for each in turn one line comes back: {accuracy, answer, outcome,
+reward, extra}, or {error, traceback} where the rule raised.
 """
 
 import ctypes
+import dataclasses
 import json
 import logging
 import os
@@ -15,30 +17,53 @@ import resource
 import signal
 import socket
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
 
-from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB
-from megatron_fipo.rewards.rules import Rule, prepare
+from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB, own_rule
+from megatron_fipo.errors import one_line
+from megatron_fipo.rewards import own, rules
+from megatron_fipo.rewards.rules import Verdict
 
+Judge = Callable[[dict[str, Any]], Verdict]
 _MEMORY_LIMIT_BYTES = VERIFIER_MEMORY_GIB << 30
 _PR_SET_PDEATHSIG = 1
+_LONGEST_TRACEBACK = 8000
 
 
-def judge(rule: Rule, item: dict[str, Any]) -> dict[str, Any]:
+def load(rule: str, math_tolerance: float) -> tuple[Judge, tuple[str, ...]]:
+    """The rule of a configuration, and the inputs that it wants. Raises own.Refused."""
+    if (place := own_rule(rule)) is not None:
+        found = own.load(*place)
+        return found, found.inputs
+    shipped = rules.prepare(rule, math_tolerance)
+    return lambda item: shipped(item["response"], item["ground_truth"], item["extra"]), rules.INPUTS
+
+
+def judge(rule: Judge, item: dict[str, Any]) -> dict[str, Any]:
     """One item's result line. Every exception of the rule is reported as such, RecursionError and MemoryError too."""
     try:
-        verdict = rule(item["text"], item["ground_truth"], item["extra"])
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    return {"accuracy": verdict.accuracy, "answer": verdict.answer, "outcome": verdict.outcome}
+        return dataclasses.asdict(rule(item))
+    except own.BadReward as error:
+        return {"error": str(error)}
+    except (Exception, SystemExit) as error:
+        inside = error.__traceback__
+        while inside is not None and inside.tb_frame.f_code.co_filename in (__file__, own.__file__):
+            inside = inside.tb_next  # these frames are not the rule's
+        text = "".join(traceback.format_exception(type(error), error, inside))
+        return {"error": one_line(error), "traceback": text[-_LONGEST_TRACEBACK:]}
 
 
-def serve(connection: socket.socket, rule: Rule) -> None:
+def serve(connection: socket.socket, rule: Judge) -> None:
     """Judges until the other end closes."""
-    connection.sendall(b'{"ready": true}\n')
     for line in connection.makefile("rb"):
         for item in json.loads(line):
-            connection.sendall(json.dumps(judge(rule, item)).encode() + b"\n")
+            _send(connection, judge(rule, item))
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _tie_life_to_parent() -> None:
@@ -57,7 +82,13 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     with socket.socket(fileno=descriptor) as connection:
         try:
-            serve(connection, prepare(rule_name, math_tolerance))
+            try:
+                rule, inputs = load(rule_name, math_tolerance)
+            except own.Refused as error:
+                _send(connection, {"refused": str(error)})
+                return
+            _send(connection, {"inputs": inputs})
+            serve(connection, rule)
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
 

@@ -4,12 +4,11 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 import megatron_fipo
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.config.checks_machine import has_cuda_driver
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.weights.distributed_checkpoint import is_checkpoint
+from megatron_fipo.weights.formats import is_checkpoint
 
 CPU_BATCHED_TOKENS = 8192
 """Prompt tokens that a CPU server processes at once; vLLM's default there, 2048, cuts up small batches already."""
@@ -53,7 +52,7 @@ def server_arguments(
     if is_checkpoint(model_dir):
         # Weights that vLLM cannot read: it starts with made-up ones, and a run pushes the trainer's before it samples.
         arguments.append("--load-format=dummy")
-    if torch.cuda.is_available():
+    if gpus():
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
         if config.shared_gpu:
             arguments.append("--enable-sleep-mode")
@@ -94,15 +93,29 @@ def server_environment(config: RolloutConfig, devices: list[str] | None) -> dict
     return environment
 
 
-def visible_devices(config: RolloutConfig) -> list[list[str]] | None:
-    """GPUs of each server on this machine. None without CUDA, where `rollout.shared_gpu` is a ConfigError."""
-    if not torch.cuda.is_available():
+def gpus() -> int:
+    """How many GPUs torch, and so a server, sees here. Without CUDA's driver torch is not imported for it."""
+    if not has_cuda_driver():
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def visible_devices(config: RolloutConfig, *, beside_trainer: bool) -> list[list[str]] | None:
+    """GPUs of each server on this machine. None without CUDA, where `rollout.shared_gpu` is a ConfigError.
+
+    `beside_trainer`: the processes of a trainer have the first GPUs, as many as its launcher says.
+    """
+    count = gpus()
+    if not count:
         if config.shared_gpu:
             raise ConfigError("rollout.shared_gpu", "there is no GPU here to share", "rollout.shared_gpu=false")
         return None
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    return assign_devices(config, devices, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    devices = given.split(",") if given else [str(index) for index in range(count)]
+    trainer = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if beside_trainer else 0
+    return assign_devices(config, devices, trainer)
 
 
 def assign_devices(config: RolloutConfig, devices: list[str], trainer: int) -> list[list[str]]:

@@ -82,10 +82,13 @@ class RolloutService:
         seed: int,
         max_position_embeddings: int | None = None,
         warn: Callable[[str], None] = logger.warning,
+        *,
+        beside_trainer: bool = True,
     ):
         """Nothing starts yet. `model_dir` is a Hugging Face directory; `max_position_embeddings` overrides its own.
 
-        `warn` gets a line for each server that is lost or comes back.
+        `warn` gets a line for each server that is lost or comes back. `beside_trainer`: a trainer on this machine has
+        GPUs of its own.
         """
         self.config = config
         self.roster = 0
@@ -94,7 +97,7 @@ class RolloutService:
         """The version that the last weight update put into service; None before one."""
         self._model_dir, self._run_dir, self._log_dir, self._seed = model_dir, run_dir, run_dir / "logs", seed
         self._max_position_embeddings = max_position_embeddings
-        self._warn = warn
+        self._warn, self._beside_trainer = warn, beside_trainer
         self._restarts = 0
         self._reserved: list[socket.socket] = []
         self._names: dict[str, str] = {}
@@ -135,7 +138,7 @@ class RolloutService:
         atexit.register(self.close)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._names = server_names(self._run_dir, self._places.enter_context(own_place(self._run_dir)))
-        devices = visible_devices(self.config)
+        devices = visible_devices(self.config, beside_trainer=self._beside_trainer)
         for index in range(self.config.servers):
             self.servers.append(self._start_server(index, devices[index] if devices else None))
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -31,6 +32,7 @@ _FILES = {
     "report.html": "curves; open it in a browser",
     "metrics.jsonl": "one line a step",
     "validation.jsonl": "scores on held-out problems",
+    "validation": "scores of each held-out problem, for compare",
     "samples": "rollouts to read, with rewards",
     "tensorboard": "tensorboard --logdir here",
     "checkpoints": "to resume from",
@@ -38,6 +40,16 @@ _FILES = {
     "environment.json": "versions and commit",
     "logs": "output of the other processes",
 }
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase that has ended. Nested ones have spans of their own, inside this one's."""
+
+    phase: str
+    start: float
+    """Seconds since 1970."""
+    seconds: float
 
 
 class Phase:
@@ -71,6 +83,7 @@ class Console:
         self._step, self._total_steps = resumed_step, total_steps
         self._phases: list[Phase] = []
         self._seconds: dict[str, float] = defaultdict(float)
+        self._spans: list[Span] = []
         self._first_validation: ValidationScores | None = None
         self._rich = RichConsole(file=file or sys.stdout, width=width, highlight=False, markup=False, emoji=False)
         self._live = enabled and self._rich.is_terminal and not self._rich.is_dumb_terminal
@@ -121,6 +134,7 @@ class Console:
             self._phases.pop()
             elapsed_s = time.monotonic() - phase.started
             self._seconds[name] += elapsed_s - phase.nested_s
+            self._spans.append(Span(name, time.time() - elapsed_s, elapsed_s))
             if self._phases:
                 self._phases[-1].nested_s += elapsed_s
             self._progress.update(self._task, phase=self._phases[-1].name if self._phases else "", since=None)
@@ -129,6 +143,11 @@ class Console:
         """Seconds spent in each phase since the last call, as metrics: `seconds_log_probs` …"""
         taken = {f"seconds_{name.replace('-', '_').replace(' ', '_')}": value for name, value in self._seconds.items()}
         self._seconds.clear()
+        return taken
+
+    def take_spans(self) -> list[Span]:
+        """The phases that have ended since the last call, in the order of their ends."""
+        taken, self._spans = self._spans, []
         return taken
 
     def step_line(self, metrics: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The line a step: which columns fit the terminal, and numbers of a steady width."""
+"""The line per step: which columns fit the terminal, and numbers of a steady width."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -67,26 +67,26 @@ class Column:
 
 LEGEND = "f: influence weight, its spread and its share at the band's bounds; times in s"
 
-# Ranks 0 to 4 make 79 characters.
+# Ranks 0 to 5 make 75 characters: what a run learns, whether it is sound, how fast it is. Then what the time goes into.
 COLUMNS = (
     Column("step", 4, _metric("step"), _fixed(0), 0),
     Column("reward", 6, _metric("reward_mean"), _fixed(3), 1),
     Column("acc", 5, _metric("accuracy"), _fixed(3), 1),
     Column("length", 6, _metric("response_length_mean"), tenths, 1),
-    Column("f mean", 6, _metric("influence_weights_mean"), _fixed(3), 5),
+    Column("f mean", 6, _metric("influence_weights_mean"), _fixed(3), 10),
     Column("f std", 6, _metric("influence_weights_std"), _fixed(4), 2),
     Column("f clip", 6, _clipped_weights, lambda value: f"{value:.1%}", 2),
-    Column("ppo_kl", 7, _metric("ppo_kl"), _scientific, 5),
-    Column("entropy", 7, _metric("entropy"), _fixed(3), 6),
-    Column("grad", 7, _metric("grad_norm"), _scientific, 5),
-    Column("|Δlogp|", 7, _metric("log_prob_diff_mean"), _scientific, 6),
-    Column("tok/s", 5, _metric("tokens_per_second"), _thousands, 3),
-    Column("sample", 6, _metric("seconds_sample"), tenths, 4),
-    Column("verify", 6, _metric("seconds_verify"), tenths, 4),
-    Column("logp", 6, _metric("seconds_log_probs"), tenths, 4),
-    Column("update", 6, _metric("seconds_update"), tenths, 4),
-    Column("sync", 6, _metric("seconds_weights"), tenths, 4),
-    Column("total s", 7, _metric("seconds_step"), tenths, 7),
+    Column("ppo_kl", 7, _metric("ppo_kl"), _scientific, 6),
+    Column("entropy", 7, _metric("entropy"), _fixed(3), 4),
+    Column("grad", 7, _metric("grad_norm"), _scientific, 4),
+    Column("|Δlogp|", 7, _metric("log_prob_diff_mean"), _scientific, 3),
+    Column("tok/s", 5, _metric("tokens_per_second"), _thousands, 5),
+    Column("sample", 6, _metric("seconds_sample"), tenths, 7),
+    Column("verify", 6, _metric("seconds_verify"), tenths, 9),
+    Column("logp", 6, _metric("seconds_log_probs"), tenths, 8),
+    Column("update", 6, _metric("seconds_update"), tenths, 7),
+    Column("sync", 6, _metric("seconds_weights"), tenths, 8),
+    Column("step s", 6, _metric("seconds_step"), tenths, 3),
 )
 
 

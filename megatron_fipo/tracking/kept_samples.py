@@ -1,8 +1,9 @@
-"""A few rollouts of each step as files: text for a person, JSONL beside it for a program."""
+"""A few rollouts of each step and validation as files: text for a person, JSONL beside it for a program."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from megatron_fipo.files import write_atomically
 from megatron_fipo.samples import Group
@@ -11,18 +12,21 @@ _PER_GROUP = 4
 _RULE = "=" * 100
 
 
-def keep_samples(run_directory: Path, step: int, groups: list[Group], count: int) -> Path | None:
-    """Write about `count` of the step's responses to samples/step-NNNNNN.{txt,jsonl}; return the text file's path.
+def keep_samples(
+    run_directory: Path, step: int, groups: list[Group], count: int, of: Literal["step", "validation"] = "step"
+) -> Path | None:
+    """Write about `count` of the responses to samples/step-NNNNNN.{txt,jsonl}; return the text file's path.
 
-    Up to four responses each of groups spread over the batch, from the group's worst reward to its best, so that what
-    is rewarded can be read off. With nothing to keep, writes nothing and returns None.
+    Those of held-out problems, after so many steps, go to validation-NNNNNN. Up to four responses each of groups spread
+    over the batch, from the group's worst reward to its best, so that what is rewarded can be read off. With nothing to
+    keep, writes nothing and returns None.
     """
     chosen = list(_choose(groups, count))
     if not chosen:
         return None
     directory = run_directory / "samples"
     directory.mkdir(exist_ok=True)
-    path = directory / f"step-{step:06d}.txt"
+    path = directory / f"{of}-{step:06d}.txt"
     rows = [_row(step, group, index) for group, indices in chosen for index in indices]
     write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_atomically(path, "\n".join(_readable(step, group, indices) for group, indices in chosen))
@@ -32,7 +36,8 @@ def keep_samples(run_directory: Path, step: int, groups: list[Group], count: int
 def _choose(groups: list[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
     """Groups, each with the indices of its responses to keep, worst reward first; `count` indices in all at most."""
     judged = [group for group in groups if group.judgements]
-    shown = min(len(judged), -(-count // _PER_GROUP))
+    most = min(_PER_GROUP, max((len(group.judgements) for group in judged), default=1))
+    shown = min(len(judged), -(-count // most))
     for position in _spread(len(judged), shown):
         group = judged[position]
         by_reward = sorted(range(len(group.judgements)), key=lambda index: group.judgements[index].reward)
@@ -61,6 +66,7 @@ def _row(step: int, group: Group, index: int) -> dict[str, object]:
         "reward": judgement.reward if judgement.was_judged else None,
         "accuracy": judgement.accuracy if judgement.was_judged else None,
         "outcome": judgement.outcome,
+        **({"extra": judgement.extra} if judgement.extra else {}),
         "length": len(response.token_ids),
         "finish_reason": response.finish_reason,
         "weight_version": response.weight_version,

@@ -1,4 +1,4 @@
-"""The run's numbers on disk: metrics.jsonl, validation.jsonl and TensorBoard, whole after a crash and after a resume.
+"""The run's numbers on disk, JSONL files and TensorBoard, whole after a crash and after a resume.
 
 A row is on disk before `log_step` returns. Logged before its step's checkpoint, a step that a resume skips has its row;
 and a resume cuts off the rows of the steps it will repeat. So no step is lost and none is there twice.
@@ -30,31 +30,34 @@ class MetricsWriter:
             cut_after_step(path, resumed_step)
         self._tensorboard = _TensorBoard(run_directory / "tensorboard", resumed_step) if config.tensorboard else None
 
-    def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one training step's numbers. Values may be Python, NumPy or zero-dimensional torch numbers.
+    def log_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one training step's numbers, and return the row.
 
-        NaN and infinities become null, which JSON has, and are missing in TensorBoard.
+        Values may be Python, NumPy or zero-dimensional torch numbers. NaN and infinities become null, which JSON has,
+        and are missing in TensorBoard.
         """
-        self._append(METRICS_FILE, "train", step, metrics)
+        return self._append(METRICS_FILE, "train", step, metrics)
 
-    def log_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append the scores of held-out problems after `step` steps."""
-        self._append(VALIDATION_FILE, "validation", step, metrics)
+    def log_validation(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Append the scores of held-out problems after `step` steps, and return the row."""
+        return self._append(VALIDATION_FILE, "validation", step, metrics)
 
     def close(self) -> None:
         """Flush TensorBoard's file; the others are on disk already."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _append(self, name: str, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
+    def _append(self, name: str, prefix: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {key: _plain(key, value) for key, value in metrics.items() if key != "step"}
-        row = json.dumps({"step": step, **numbers}, allow_nan=False)
+        row = {"step": step, **numbers}
+        text = json.dumps(row, allow_nan=False)
         with self._files[name].open("a") as file:
-            file.write(row + "\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.write(step, {f"{prefix}/{key}": value for key, value in numbers.items()})
+        return row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

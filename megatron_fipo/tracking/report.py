@@ -1,85 +1,206 @@
-"""report.html: a run's curves, result, settings and versions on one page that needs no network and no other file."""
+"""report.html: a run's curves, result, settings and versions, to look at while it trains and after.
+
+The page is one file with everything in it, Plotly too, written when a run starts and when it ends, however it ends.
+Between, report-data.js beside it has the numbers, which an open page loads anew every few seconds by a <script>: that
+works from a file too, where browsers let a page fetch nothing. Writing takes at most a hundredth of the run's time.
+"""
 
 import html
-import json
-from collections.abc import Mapping
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from string import Template
-from typing import Any
+from statistics import fmean
+from types import TracebackType
+from typing import Any, Self
 
+from megatron_fipo.config import Config
+from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_atomically
-from megatron_fipo.tracking.console_table import duration
+from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
-from megatron_fipo.tracking.plots import PANELS, draw
+from megatron_fipo.tracking.page import asset, chart_scripts, in_script, page
+from megatron_fipo.tracking.panels import PANELS, PHASES, columns
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.4em; margin-bottom: 0 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; margin: 1.5em 0 }
-.plots svg { width: 100%; height: auto }
-table { border-collapse: collapse; margin: 1em 0 }
-td, th { padding: .15em 1.2em .15em 0; text-align: left; font-variant-numeric: tabular-nums }
-details { margin: .5em 0 }
-pre { background: #f5f5f5; padding: 1em; overflow-x: auto }
-</style>
-<h1>$title</h1>
-<p>$state</p>
-$summary
-<div class="plots">
-$plots
-</div>
-$details
-</html>
-""")
+PAGE_FILE = "report.html"
+DATA_FILE = "report-data.js"
+
+_SHORTEST_INTERVAL_S = 2.0
+_SHARE_OF_TIME = 0.01
+_SPANS = 400
+"""Phases in the timeline: the latest ones."""
+_POINTS = 1000
+"""Most points of a curve."""
+_FILES = {
+    "config.yaml": "every setting",
+    "environment.json": "versions, commit, command",
+    "metrics.jsonl": "one row per step",
+    "validation.jsonl": "held-out scores",
+    "summary.json": "the result",
+    "logs/": "output of the other processes",
+}
+_BODY = """<p class="quiet">{subtitle}</p>
+<p id="state" role="status"></p>
+<p id="note" class="note" hidden></p>
+<div id="tiles" class="tiles"></div>
+<div id="charts" class="charts"></div>
+<section>
+<h2>Held-out problems</h2>
+<div class="scroll"><table id="held-out"></table></div>
+</section>
+<section>
+<h2>Rollouts to read</h2>
+<div id="samples"></div>
+</section>
+<h2>Settings and files</h2>
+{details}
+<ul>{files}</ul>
+<p class="quiet">Links work where this page is inside its run's directory.</p>
+<noscript><p class="note">Curves need JavaScript.</p></noscript>"""
 
 
-def write_report(run_directory: Path) -> Path:
-    """Draw report.html from the run's files, finished or under way; return its path. Takes half a second of a core."""
-    steps = read_rows(run_directory / METRICS_FILE)
-    validations = read_rows(run_directory / VALIDATION_FILE)
-    summary = _summary(run_directory / "summary.json", last_step=steps[-1]["step"] if steps else 0)
-    drawings = [draw(panel, steps, validations) for panel in PANELS]
-    page = _PAGE.substitute(
-        title=html.escape(run_directory.resolve().name),
-        state=_state(steps, summary),
-        summary=_table(summary),
-        plots="\n".join(drawing for drawing in drawings if drawing),
-        details="\n".join(_detail(run_directory / name) for name in ("config.yaml", "environment.json")),
+class Report:
+    """Keeps a run's report up to date, on rank 0; a context manager, which notes how the run ended."""
+
+    def __init__(self, directory: Path, config: Config, warn: Callable[[str], None]) -> None:
+        """Begin with the rows that the run's files have, after a resume.
+
+        `warn` gets a line where the report cannot be written, which ends no run. DataError if a file is broken.
+        """
+        self._directory, self._config, self._warn = directory, config, warn
+        self._training = [_needed(row) for row in read_rows(directory / METRICS_FILE)]
+        self._held_out = read_rows(directory / VALIDATION_FILE)
+        self._spans: deque[Span] = deque(maxlen=_SPANS)
+        self._finished = False
+        self._next_at = 0.0
+
+    def __enter__(self) -> Self:
+        self._write("running", whole=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            named = "" if isinstance(error, FipoError) else f"{type(error).__name__}: "
+            self._write("failed", f"{named}{error}"[:2000], whole=True)
+        elif not self._finished:  # asked to stop, or by a signal
+            self._write("stopped", whole=True)
+
+    def add_step(self, row: Mapping[str, Any], spans: Iterable[Span]) -> None:
+        """Show a step's row of metrics.jsonl, and the phases that have ended since the last call."""
+        self._training.append(_needed(row))
+        self._update(spans)
+
+    def add_validation(self, row: dict[str, Any], spans: Iterable[Span]) -> None:
+        """Show a row of validation.jsonl."""
+        self._held_out.append(row)
+        self._update(spans)
+
+    def finish(self, spans: Iterable[Span]) -> None:
+        """Note that the run has done all its steps, and write the whole page."""
+        self._finished = True
+        self._spans.extend(spans)
+        self._write("finished", whole=True)
+
+    def _update(self, spans: Iterable[Span]) -> None:
+        """Write the numbers, unless that was done a moment ago."""
+        self._spans.extend(spans)
+        started = time.monotonic()
+        if started >= self._next_at:
+            self._write("running", whole=False)
+            ended = time.monotonic()
+            self._next_at = ended + max(_SHORTEST_INTERVAL_S, (ended - started) / _SHARE_OF_TIME)
+
+    def _write(self, state: str, words: str = "", *, whole: bool) -> None:
+        try:
+            data = in_script(self._data(state, words))
+            write_atomically(self._directory / DATA_FILE, f"report.show({data});\n")
+            if whole:
+                write_atomically(self._directory / PAGE_FILE, _page(self._directory, self._config, data))
+        except OSError as error:
+            self._warn(f"{self._directory / PAGE_FILE} is not up to date: {error}")
+
+    def _data(self, state: str, words: str) -> dict[str, Any]:
+        """What report.js shows."""
+        rows_per_point = -(-len(self._training) // _POINTS) or 1
+        return {
+            "written": time.time(),
+            "state": {"kind": state, "words": words},
+            "total_steps": self._config.run.steps,
+            "k": self._config.validation.samples,
+            "steps_per_point": rows_per_point,
+            "training": _columns(_means(self._training, rows_per_point), _TRAINING_KEYS),
+            "held_out": _columns(self._held_out, columns(held_out=True)),
+            "sources": _by_source(self._held_out),
+            "spans": [[span.phase, round(span.start, 3), round(span.seconds, 3)] for span in self._spans],
+            "samples": {name: _kept(self._directory, name) for name in ("step", "validation")},
+        }
+
+
+_TRAINING_KEYS = frozenset({*columns(held_out=False), "seconds_step"})
+
+
+def _needed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": row["step"]} | {key: row[key] for key in _TRAINING_KEYS if row.get(key) is not None}
+
+
+def _means(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Each `count` rows as one, of the last one's step: a browser draws a thousand points well, and no more is seen."""
+    if count == 1:
+        return rows
+    parts = (rows[start : start + count] for start in range(0, len(rows), count))
+    return [_mean(part) | {"step": part[-1]["step"]} for part in parts]
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
+    keys = {key for row in rows for key in row}
+    return {key: fmean(row[key] for row in rows if key in row) for key in keys}
+
+
+def _columns(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, list[float | None]]:
+    """Each metric that some row has, over the rows, to six digits; and `step`."""
+    found = {key: [_short(row.get(key)) for row in rows] for key in sorted(set(keys))}
+    shown = {key: values for key, values in found.items() if any(value is not None for value in values)}
+    return {"step": [row["step"] for row in rows], **shown}
+
+
+def _short(value: Any) -> float | None:
+    return float(f"{value:.6g}") if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _by_source(held_out: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
+    """The scores of each data source, where there are several."""
+    names = sorted({key.partition("/")[2] for row in held_out for key in row if key.startswith("accuracy/")})
+    wanted = ("accuracy", "cons_at_k", "pass_at_k", "response_length_mean")
+    return {name: {key: [_short(row.get(f"{key}/{name}")) for row in held_out] for key in wanted} for name in names}
+
+
+def _kept(directory: Path, name: str) -> list[str]:
+    """The files of rollouts, oldest first."""
+    return sorted(path.name for path in (directory / "samples").glob(f"{name}-*.txt"))
+
+
+def _page(directory: Path, config: Config, data: str) -> str:
+    details = "\n".join(_detail(directory / name) for name in ("config.yaml", "environment.json"))
+    links = (
+        f'<li><a href="{name}">{name}</a> <span class="quiet">{what}</span></li>'
+        for name, what in _FILES.items()
+        if name not in ("summary.json", "logs/") or (directory / name).exists()
     )
-    path = run_directory / "report.html"
-    write_atomically(path, page)
-    return path
-
-
-def _summary(path: Path, last_step: int) -> dict[str, Any]:
-    """The result of a finished run; empty for one under way, also where it goes on after an earlier end."""
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    return summary if summary.get("steps") == last_step else {}
-
-
-def _state(steps: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
-    return "The run is finished." if summary else f"The run is under way: {len(steps)} steps so far."
-
-
-def _table(summary: Mapping[str, Any]) -> str:
-    if not summary:
-        return ""
-    cells = (
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_shown(key, value))}</td></tr>"
-        for key, value in summary.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _shown(key: str, value: Any) -> str:
-    if key == "seconds" and isinstance(value, int | float):
-        return duration(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    problems = ", ".join(config.data.train) or config.data.task
+    subtitle = f"{config.algorithm.name} · {config.model.path} · {problems} · seed {config.run.seed}"
+    body = _BODY.format(subtitle=html.escape(subtitle), details=details, files="".join(links))
+    spec = in_script({"panels": [asdict(panel) for panel in PANELS], "phases": PHASES, "data_file": DATA_FILE})
+    scripts = [
+        *chart_scripts(),
+        f"const page = {spec};\n",
+        asset("report.js"),
+        f"report.show({data});\nreport.follow();\n",
+    ]
+    return page(f"{config.run.name} · {directory.resolve().name}", body, scripts)
 
 
 def _detail(path: Path) -> str:

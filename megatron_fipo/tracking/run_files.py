@@ -63,6 +63,26 @@ def write_summary(run_directory: Path, summary: Mapping[str, Any]) -> None:
     write_json_atomically(run_directory / "summary.json", dict(summary))
 
 
+def distinguishing(config: Config) -> dict[str, Any]:
+    """What tells a run from others beside it, for its summary: the recipe's names and the settings that differ most."""
+    algorithm = config.algorithm
+    return {
+        "name": config.run.name,
+        "algorithm": algorithm.name,
+        "model": config.model.path,
+        "data": list(config.data.train) or config.data.task,
+        "seed": config.run.seed,
+        "lr": config.optimizer.lr,
+        "prompts_per_step": algorithm.prompts_per_step,
+        "samples_per_prompt": algorithm.samples_per_prompt,
+        "mini_batch_prompts": algorithm.mini_batch_prompts,
+        "loss_mode": algorithm.loss_mode,
+        "clip_ratio_low": algorithm.clip_ratio_low,
+        "clip_ratio_high": algorithm.clip_ratio_high,
+        "future_kl": dataclasses.asdict(algorithm.future_kl) if algorithm.future_kl else None,
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -37,6 +37,10 @@ def _verdicts(sampled: list[Group]) -> dict[str, float]:
     if judged:
         metrics["reward_mean"] = fmean(judgement.reward for judgement in judged)
         metrics["accuracy"] = fmean(judgement.accuracy for judgement in judged)
+    for name in sorted({name for judgement in judged for name in judgement.extra}):
+        said = [judgement.extra[name] for judgement in judged if name in judgement.extra]
+        if numbers := [value for value in said if isinstance(value, float)]:
+            metrics[f"reward/{name}"] = fmean(numbers)
     return metrics
 
 

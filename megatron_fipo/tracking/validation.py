@@ -1,5 +1,8 @@
 """Accuracy on held-out problems: avg@k, cons@k, pass@k over the k samples of each problem.
 
+Training scores its held-out problems by this module, `evaluate` whatever problems it is given, and `compare` adds
+intervals to the per-problem scores that both keep.
+
 Choices worth knowing: a response whose check failed (timeout, crash) counts in no accuracy, only in the rates of failed
 checks, and a problem without any verdict is left out of the means; answers vote as extracted strings, so `1/2` and
 `0.5` are two candidates.
@@ -12,6 +15,30 @@ from math import comb, nan
 from statistics import fmean
 
 from megatron_fipo.samples import FAILED_CHECKS, Group, Judgement
+
+
+@dataclass(frozen=True)
+class ProblemScores:
+    """What came of one problem. The three accuracies are in [0, 1], or NaN without any verdict."""
+
+    problem: str
+    """The problem's id, a hash of its prompt: the same in every run with this prompt."""
+    data_source: str
+    samples: int
+    judged: int
+    """Samples with a verdict; the others' checks timed out or crashed."""
+    right: int
+    """Samples that are wholly right."""
+    accuracy: float
+    """The mean accuracy of the judged samples."""
+    cons: float
+    pass_at_k: float
+    tokens: int
+    """Length of all responses together."""
+    truncated: int
+    """Responses that the length limit cut off."""
+    timeout: int
+    crash: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,7 @@ class ValidationResult:
 
     overall: ValidationScores
     by_source: dict[str, ValidationScores]
+    problems: list[ProblemScores]
 
     def metrics(self) -> dict[str, float]:
         """Flat and ready for the metrics file: accuracy, cons_at_k …, and `accuracy/<source>` with several sources."""
@@ -68,16 +96,55 @@ def score(groups: list[Group], k: int) -> ValidationResult:
         if len(group.responses) < k or len(group.judgements) != len(group.responses):
             counts = f"{len(group.responses)} responses and {len(group.judgements)} judgements"
             raise ValueError(f"problem {group.problem.id} has {counts}; validation needs {k} or more of both")
-    by_source: dict[str, list[Group]] = defaultdict(list)
-    for group in groups:
-        by_source[group.problem.data_source].append(group)
-    return ValidationResult(
-        _scores(groups, k), {source: _scores(part, k) for source, part in sorted(by_source.items())}
+    return combine([score_group(group, k) for group in groups], k)
+
+
+def score_group(group: Group, k: int) -> ProblemScores:
+    """The scores of one problem's judged samples."""
+    truncated = sum(response.finish_reason == "length" for response in group.responses)
+    tokens = sum(len(response.token_ids) for response in group.responses)
+    return score_problem(group.problem.id, group.problem.data_source, group.judgements, tokens, truncated, k)
+
+
+def score_problem(
+    problem: str, data_source: str, judgements: list[Judgement], tokens: int, truncated: int, k: int
+) -> ProblemScores:
+    """As `score_group`, from its parts: `tokens` is the length of all responses, `truncated` counts those cut off."""
+    verdicts = [judgement for judgement in judgements if judgement.was_judged]
+    outcomes = Counter(judgement.outcome for judgement in judgements)
+    right, judged = _right(verdicts), len(verdicts)
+    return ProblemScores(
+        problem=problem,
+        data_source=data_source,
+        samples=len(judgements),
+        judged=judged,
+        right=right,
+        accuracy=_mean(judgement.accuracy for judgement in verdicts),
+        cons=consensus(verdicts[:k]) if verdicts else nan,
+        pass_at_k=pass_at_k(judged, right, min(k, judged)) if verdicts else nan,
+        tokens=tokens,
+        truncated=truncated,
+        timeout=outcomes["timeout"],
+        crash=outcomes["crash"],
     )
 
 
+def combine(problems: list[ProblemScores], k: int) -> ValidationResult:
+    """The scores of problems together, and of each data source among them. ValueError if there are none."""
+    if not problems:
+        raise ValueError("no problems to validate on")
+    by_source: dict[str, list[ProblemScores]] = defaultdict(list)
+    for problem in problems:
+        by_source[problem.data_source].append(problem)
+    of_source = {source: _scores(part, k) for source, part in sorted(by_source.items())}
+    return ValidationResult(_scores(problems, k), of_source, problems)
+
+
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of `samples` responses, drawn without replacement, hold one of the `right` ones."""
+    """The chance that k of `samples` responses, drawn without replacement, hold one of the `right` ones.
+
+    The unbiased estimator of Chen et al., Evaluating Large Language Models Trained on Code (2021), in exact integers.
+    """
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
@@ -98,24 +165,21 @@ def consensus(judgements: list[Judgement]) -> float:
     return fmean(fmean(accuracies) for accuracies in votes.values() if len(accuracies) == most)
 
 
-def _scores(groups: list[Group], k: int) -> ValidationScores:
-    responses = [response for group in groups for response in group.responses]
-    verdicts = [[judgement for judgement in group.judgements if judgement.was_judged] for group in groups]
-    judged = [of_problem for of_problem in verdicts if of_problem]
-    outcomes = Counter(judgement.outcome for group in groups for judgement in group.judgements)
+def _scores(problems: list[ProblemScores], k: int) -> ValidationScores:
+    judged = [problem for problem in problems if problem.judged]
+    samples = sum(problem.samples for problem in problems)
+    failed = {kind: sum(getattr(problem, kind) for problem in problems) for kind in FAILED_CHECKS}
     return ValidationScores(
-        problems=len(groups),
-        problems_not_judged=len(groups) - len(judged),
+        problems=len(problems),
+        problems_not_judged=len(problems) - len(judged),
         k=k,
-        avg=_mean(fmean(judgement.accuracy for judgement in of_problem) for of_problem in judged),
-        cons=_mean(consensus(of_problem[:k]) for of_problem in judged),
-        pass_at_k=_mean(
-            pass_at_k(len(of_problem), _right(of_problem), min(k, len(of_problem))) for of_problem in judged
-        ),
-        response_length_mean=fmean(len(response.token_ids) for response in responses),
-        truncated=fmean(response.finish_reason == "length" for response in responses),
-        not_judged=sum(outcomes[kind] for kind in FAILED_CHECKS),
-        failed_rates={kind: outcomes[kind] / len(responses) for kind in FAILED_CHECKS},
+        avg=_mean(problem.accuracy for problem in judged),
+        cons=_mean(problem.cons for problem in judged),
+        pass_at_k=_mean(problem.pass_at_k for problem in judged),
+        response_length_mean=sum(problem.tokens for problem in problems) / samples,
+        truncated=sum(problem.truncated for problem in problems) / samples,
+        not_judged=sum(failed.values()),
+        failed_rates={kind: count / samples for kind, count in failed.items()},
     )
 
 

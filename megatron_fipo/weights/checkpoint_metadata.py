@@ -11,8 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fipo.weights import plain_pickle
-
-METADATA = ".metadata"
+from megatron_fipo.weights.formats import METADATA
 
 
 def read_metadata(directory: Path) -> Metadata:

@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
 from megatron_fipo.weights.architectures import EMBEDDING, FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
-from megatron_fipo.weights.checkpoint_metadata import METADATA, read_metadata
+from megatron_fipo.weights.checkpoint_metadata import read_metadata
+from megatron_fipo.weights.formats import METADATA
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.layouts import merge
@@ -49,11 +50,6 @@ def stored_place(parameter: Parameter) -> tuple[str, int | None]:
         return parameter.megatron, None
     layer, inner = parameter.megatron.removeprefix(LAYER_PREFIX).split(".", 1)
     return LAYER_PREFIX + _STORED_NORMS.get(inner, inner), int(layer)
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Whether the weights in `directory` are a distributed checkpoint's, and not Hugging Face's."""
-    return (directory / METADATA).is_file()
 
 
 class CheckpointReader:

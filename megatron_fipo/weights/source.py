@@ -5,7 +5,8 @@ from pathlib import Path
 from megatron_fipo.config.model_config import Geometry
 from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.architectures import parameters
-from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, is_checkpoint
+from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
+from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.huggingface import HuggingFaceReader
 
 

@@ -111,7 +111,7 @@ def test_a_data_set_without_a_usual_split_or_format_is_refused(tmp_path: Path) -
     with pytest.raises(DataError, match="has no split validation or test; its splits are easy, hard"):
         fetch_split(str(odd), "validation")
     table = lay_out(tmp_path / "table", {"train.csv": "question,answer\n1,2\n"})
-    with pytest.raises(DataError, match=r"train\.csv: neither \.parquet nor \.jsonl"):
+    with pytest.raises(DataError, match=r"train\.csv is of another format"):
         load(tmp_path, str(table))
 
 

@@ -83,10 +83,10 @@ def test_a_broken_row_is_named(tmp_path, tokenizer, broken, message):
 
 
 def test_a_broken_file_is_named(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"missing\.parquet: no such file"):
+    with pytest.raises(DataError, match=r"missing\.parquet is not found"):
         load(tokenizer, str(tmp_path / "missing.parquet"))
     (tmp_path / "text.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"neither \.parquet nor \.jsonl"):
+    with pytest.raises(DataError, match=r"is of another format"):
         load(tokenizer, str(tmp_path / "text.csv"))
     (tmp_path / "fake.parquet").write_text("not parquet")
     with pytest.raises(DataError, match="not a parquet file"):
@@ -138,7 +138,7 @@ def test_a_held_out_problem_is_known_under_another_template_and_other_columns(tm
 def test_without_validation_its_files_are_not_read(tmp_path, tokenizer):
     config = DataConfig(train=[write(tmp_path / "a.jsonl", [row("1+6=?")])], validation=[str(tmp_path / "none.jsonl")])
     assert load_problems(config, "train", tokenizer, 20, validates=False).counts.kept == 1
-    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"none\.jsonl is not found"):
         load_problems(config, "train", tokenizer, 20)
 
 

@@ -123,6 +123,13 @@ def rows(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def report(directory: Path) -> dict[str, Any]:
+    """What the run's report shows."""
+    text = (directory / "report-data.js").read_text()
+    shown: dict[str, Any] = json.loads(text.removeprefix("report.show(").removesuffix(");\n"))
+    return shown
+
+
 def prompts(directory: Path, step: int) -> list[str]:
     """The problems whose samples a step kept."""
     path = directory / "samples" / f"step-{step:06d}.jsonl"

@@ -84,14 +84,24 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
 
 
 def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to."""
+    """And a run without any checkpoint, whose place is taken, ends well if it is told to; its files tell of it."""
     (tmp_path / "checkpoints").write_text("in the way")
-    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn")
+    validation = ["validation.every=2", "validation.samples=1"]
+    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn", *validation)
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]
     for step in (1, 2):
         assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(tmp_path)
+    report = runs.report(tmp_path)
+    assert report["state"] == {"kind": "finished", "words": ""}
+    assert report["training"]["step"] == [1, 2] and report["held_out"]["step"] == [0, 2]
+    assert all(seconds > 0 for seconds in report["held_out"]["seconds_validate"])
+    assert {"start", "validate", "sample", "log-probs", "update", "weights"} <= {span[0] for span in report["spans"]}
+    assert report["samples"]["validation"] == ["validation-000000.txt", "validation-000002.txt"]
+    assert len((tmp_path / "samples" / "validation-000002.jsonl").read_text().splitlines()) == 32
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 
 
 def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
@@ -174,6 +184,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     state.write_text(json.dumps(content | {"seconds": "x"}))
     output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=1)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
+    assert runs.report(broken)["state"] == {"kind": "failed", "words": output.partition("error: ")[2].splitlines()[0]}
     assert "removed what a killed run in" in output and f" in {broken / 'checkpoints'}" in output
     output = runs.finish(runs.start(broken, *settings), broken, exit_code=1)
     assert f"error: {state.parent}: trainer.json has " in output, "the manifest finds it too, and first"
@@ -185,6 +196,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert not [path for path in left if path.exists()]
     assert not list(broken.rglob("*.partial"))
     check_rows(runs.rows(broken), steps=4)
+    assert runs.report(broken)["training"]["step"] == [1, 2, 3, 4], "the report has the steps before the resume"
     for step in (3, 4):
         assert runs.prompts(broken, step) == runs.prompts(whole, step), "prompts skipped or repeated"
     for expected, found in zip(runs.rows(whole)[2:], runs.rows(broken)[2:], strict=True):
@@ -200,6 +212,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         assert process.wait(timeout=60) == 128 + signal.SIGINT
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
     assert "Traceback" not in runs.output(tmp_path)
+    assert runs.report(tmp_path)["state"]["kind"] == "stopped"
     beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
     places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))
     assert [path for place in places for path in place.glob(f"*{beginning}*")] == []

@@ -54,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def sound_row(rng: random.Random, answer_format: str) -> dict[str, Any]:
     question = "+".join(str(rng.randint(0, 9)) for _ in range(rng.randint(2, 5))) + "=?"
-    answer = {"plain": "7", "gsm8k": "so\n#### 7", "boxed": r"so \boxed{7}"}[answer_format]
+    answer = {"plain": "7", "gsm8k": "so\n#### 7", "boxed": r"so \boxed{7}", "pattern": "so: 7"}[answer_format]
     prompt = [{"role": "user", "content": question}]
     return {"data_source": "sums", "prompt": prompt, "reward_model": {"ground_truth": answer}}
 
@@ -72,6 +72,8 @@ def outcome(path: Path, tokenizer: Tokenizer, rng: random.Random, answer_format:
     config = DataConfig(
         train=[str(path)],
         answer_format=answer_format,
+        answer_pattern="so: (.+)",
+        bad_answers=rng.choice(["error", "drop"]),
         overlong_prompts=rng.choice(["drop", "truncate_left", "error"]),
         prompt_template=rng.choice(["{question}", "Q: {question}"]),
     )
@@ -85,6 +87,7 @@ def outcome(path: Path, tokenizer: Tokenizer, rng: random.Random, answer_format:
         return "refused"
     counts = loaded.counts
     dropped = counts.duplicates + counts.dropped_empty + counts.dropped_overlong + counts.dropped_held_out
+    dropped += counts.dropped_bad_answers
     assert counts.rows == counts.kept + dropped
     assert counts.kept == len(loaded.problems) > 0
     for problem in loaded.problems:
@@ -93,6 +96,7 @@ def outcome(path: Path, tokenizer: Tokenizer, rng: random.Random, answer_format:
         assert problem.data_source and problem.text
         assert problem.token_ids and all(0 <= token < tokenizer.size for token in problem.token_ids)
         json.dumps(vars(problem), ensure_ascii=False).encode()
+        assert isinstance(json.loads(problem.columns), dict)
     return "read"
 
 

@@ -31,4 +31,14 @@ def test_more_than_the_second_limit_ends_the_run() -> None:
         judge_failed_checks([make_group("TTTTCC9999", "9")], CONFIG, "in this step")
     assert judge_failed_checks([make_group("TTTTC99999", "9")], CONFIG, "in this step"), "the limit itself only warns"
     never = RewardConfig(failed_share_stop=1.0)
-    assert judge_failed_checks([make_group("TT", "9")], never, "in this step"), "1 never stops"
+    assert judge_failed_checks([make_group("TTTTTTTTC9", "9")], never, "in this step"), "1 goes on with one verdict"
+
+
+def test_checks_that_all_fail_end_the_run_and_name_the_first_failure() -> None:
+    never = RewardConfig(rule="mine.py:score", failed_share_stop=1.0)
+    first = "the first: KeyError: 'x'; runs/a/reward_failures.jsonl has its traceback"
+    message = (
+        r"2 of 2 checks in this step failed \(2 crash; reward\.rule=mine\.py:score\), the first: KeyError: 'x'; runs/a/"
+    )
+    with pytest.raises(RewardError, match=message):
+        judge_failed_checks([make_group("CC", "9")], never, "in this step", first)

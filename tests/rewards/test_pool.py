@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_fipo.config import OverlongBufferConfig, RewardConfig
-from megatron_fipo.errors import RewardError
+from megatron_fipo.errors import ConfigError, RewardError
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.samples import Group, Problem, Response
 
@@ -173,8 +173,8 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
 
 def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
     with (
-        VerifierPool(RewardConfig(rule="no_such_rule", workers=1), 100) as pool,
-        pytest.raises(RewardError, match="no_such_rule"),
+        VerifierPool(RewardConfig(rule="no_such_module:score", workers=1), 100) as pool,
+        pytest.raises(ConfigError, match="no_such_module:score: cannot be imported: ModuleNotFoundError"),
     ):
         pool.judge([make_group(["Answer: 7"])])
 

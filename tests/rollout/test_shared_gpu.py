@@ -91,7 +91,7 @@ def test_too_few_gpus_are_refused_with_what_would_help() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_nothing_to_share() -> None:
     with pytest.raises(ConfigError, match="no GPU here to share"):
-        visible_devices(RolloutConfig(shared_gpu=True))
+        visible_devices(RolloutConfig(shared_gpu=True), beside_trainer=True)
 
 
 def test_a_sleeping_server_is_spared_the_trainers_allocator_settings(monkeypatch: pytest.MonkeyPatch) -> None:

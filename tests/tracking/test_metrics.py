@@ -28,7 +28,8 @@ def test_one_row_a_step_on_disk_at_once(tmp_path):
         "groups_kept": 4,
         "grad_norm": 0.25,
     }
-    writer.log_step(2, {"grad_norm": math.inf, "ppo_kl": math.nan})
+    row = writer.log_step(2, {"grad_norm": math.inf, "ppo_kl": math.nan})
+    assert row == read_rows(tmp_path / "metrics.jsonl")[1]
     assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "grad_norm": None, "ppo_kl": None}
     with pytest.raises(TypeError, match="finish_reason is no number but str"):
         writer.log_step(3, {"finish_reason": "stop"})

@@ -1,15 +1,14 @@
-"""The run's own files: configuration without passwords, environment, summary, readable samples, report."""
+"""The run's own files: configuration without passwords, environment, summary, readable samples."""
 
 import json
 import re
 
 import yaml
 
-from megatron_fipo.config import Config, TrackingConfig
+from megatron_fipo.config import Config
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.kept_samples import keep_samples
-from megatron_fipo.tracking.metrics import MetricsWriter
-from megatron_fipo.tracking.report import write_report
-from megatron_fipo.tracking.run_files import write_config, write_environment, write_summary
+from megatron_fipo.tracking.run_files import distinguishing, write_config, write_environment
 from tests.tracking.groups import make_group
 
 
@@ -58,22 +57,20 @@ def test_nothing_to_keep(tmp_path):
     assert not (tmp_path / "samples").exists()
 
 
-def test_report_before_and_after_the_end(tmp_path):
-    page = write_report(tmp_path).read_text()
-    assert "under way: 0 steps" in page and "<svg" not in page
-    writer = MetricsWriter(tmp_path, TrackingConfig(tensorboard=False))
-    writer.log_validation(0, {"accuracy": 0.25})
-    for step in (1, 2):
-        writer.log_step(step, {"reward_mean": step / 3, "seconds_sample": 2.0, "grad_norm": None})
-    write_summary(
-        tmp_path, {"accuracy_before": 0.25, "accuracy_after": None, "steps": 2, "seconds": 200.0, "note": "<b>"}
-    )
-    page = write_report(tmp_path).read_text()
-    assert "The run is finished" in page and "3 min 20 s" in page and "&lt;b&gt;" in page and "<b>" not in page
-    panels = ["Reward", "Accuracy", "Seconds in each phase"]
-    assert page.count("<svg") == len(panels) and all(panel in page for panel in panels)
-    # Self-contained: nothing is fetched.
-    assert not re.search(r"""(src|href)=["'](?!#)""", page)
-    # A run that goes on after its end is under way again.
-    writer.log_step(3, {"reward_mean": 1.0})
-    assert "under way: 3 steps" in write_report(tmp_path).read_text()
+def test_kept_samples_of_held_out_problems_have_a_file_of_their_own(tmp_path):
+    """With one response per problem as many problems are kept as rollouts are asked for."""
+    groups = [make_group("9", "9", name=f"p{index}") for index in range(10)]
+    path = keep_samples(tmp_path, 0, groups, count=5, of="validation")
+    assert path == tmp_path / "samples" / "validation-000000.txt"
+    assert len(path.with_suffix(".jsonl").read_text().splitlines()) == 5
+    assert keep_samples(tmp_path, 0, groups, count=99) == tmp_path / "samples" / "step-000000.txt"
+
+
+def test_a_summary_tells_recipes_apart():
+    """What a reader of many runs needs: the recipe's name alone is not enough when its keys were changed."""
+    fipo, other = (distinguishing(load_config([f"algorithm={name}"])) for name in ("fipo", "fipo_7b"))
+    assert (fipo["algorithm"], other["algorithm"]) == ("fipo", "fipo_7b")
+    assert (fipo["future_kl"]["band_low"], other["future_kl"]["band_low"]) == (1.0, 0.8)
+    changed = distinguishing(load_config(["algorithm=fipo", "algorithm.future_kl.decay_rate=8", "optimizer.lr=1e-5"]))
+    assert {key for key in fipo if fipo[key] != changed[key]} == {"future_kl", "lr"}
+    assert json.loads(json.dumps(fipo)) == fipo

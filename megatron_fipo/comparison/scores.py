@@ -1,0 +1,176 @@
+"""Scores of groups of runs, with intervals over problems and seeds; differences to a baseline; what a score costs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_fipo.comparison.groups import Group
+from megatron_fipo.comparison.runs import Run
+from megatron_fipo.tracking.intervals import Interval, Values, difference_interval, mean_interval
+
+METRICS = {"accuracy": "accuracy", "cons_at_k": "cons", "pass_at_k": "pass_at_k"}
+"""Held-out scores of validation.jsonl, each with its column in the problems' files."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One group's score at some step of each of its runs."""
+
+    interval: Interval
+    steps: list[int]
+    """The step at which each run's score was taken."""
+    over: str
+    """What the interval is over, in words."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took to reach a score, of the runs that did."""
+
+    reached: int
+    runs: int
+    seconds: float | None
+    """Median training time, validation aside."""
+    tokens: float | None
+    """Median number of tokens sampled."""
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """Everything that a comparison says about one group."""
+
+    group: Group
+    final: Score | None
+    best: Score | None
+    difference: Score | None
+    """To the baseline, at the last step that all runs of both have validated; None for the baseline itself."""
+    cost: Cost
+
+
+Series = dict[int, float]
+
+
+def series(run: Run, metric: str, source: str | None = None) -> Series:
+    """A held-out score by step, of one data source or of all; steps without a verdict are left out."""
+    key = metric if source is None else f"{metric}/{source}"
+    rows = {step: row.get(key) for step, row in sorted(run.validations.items())}
+    if source is not None and not any(value is not None for value in rows.values()):
+        return {}
+    return {step: float(value) for step, value in rows.items() if isinstance(value, int | float)}
+
+
+def compare(
+    groups: Sequence[Group], baseline: Group, metric: str, target: float, source: str | None = None
+) -> list[GroupScores]:
+    """The scores of each group. `metric` is one of METRICS; `target` what `Cost` is about."""
+    return [
+        GroupScores(
+            group,
+            _score(group, metric, source, max),
+            _score(group, metric, source, lambda found: max(found, key=lambda step: (found[step], -step))),
+            None if group is baseline else _difference(group, baseline, metric, source),
+            cost_of(group, metric, target, source),
+        )
+        for group in groups
+    ]
+
+
+def default_target(groups: Sequence[Group], metric: str, source: str | None = None) -> float:
+    """A score that each group reaches in the mean: the least of their last ones, rounded down to a hundredth."""
+    means = []
+    for group in groups:
+        last = [found[max(found)] for run in group.runs if (found := series(run, metric, source))]
+        if last:
+            means.append(sum(last) / len(last))
+    return math.floor(min(means) * 100) / 100 if means else 0.0
+
+
+def sources_of(groups: Sequence[Group]) -> list[str]:
+    """The data sources that validation.jsonl reports apart, where there are several."""
+    names: dict[str, None] = {}
+    for group in groups:
+        for run in group.runs:
+            for row in run.validations.values():
+                names |= {key.removeprefix("accuracy/"): None for key in row if key.startswith("accuracy/")}
+    return sorted(names)
+
+
+def cost_of(group: Group, metric: str, target: float, source: str | None = None) -> Cost:
+    """Training time and tokens until a validation first reached `target`; the median over the runs that did."""
+    seconds, tokens = [], []
+    for run in group.runs:
+        reached = [step for step, value in series(run, metric, source).items() if value >= target]
+        if reached:
+            rows = [row for step, row in run.steps.items() if step <= min(reached)]
+            seconds.append(sum(row.get("seconds_step") or 0.0 for row in rows))
+            tokens.append(sum(row.get("response_tokens") or 0.0 for row in rows))
+    if not seconds:
+        return Cost(0, len(group.runs), None, None)
+    return Cost(len(seconds), len(group.runs), float(np.median(seconds)), float(np.median(tokens)))
+
+
+def _score(group: Group, metric: str, source: str | None, choose: Callable[[Series], int]) -> Score | None:
+    at = {}
+    for index, run in enumerate(group.runs):
+        if found := series(run, metric, source):
+            at[index] = choose(found)
+    if not at:
+        return None
+    runs, steps = [group.runs[index] for index in at], list(at.values())
+    tables = _tables(runs, steps, metric, source)
+    if tables is None:
+        values: Values = np.array([[series(run, metric, source)[step]] for run, step in zip(runs, steps, strict=True)])
+    else:
+        common = sorted(set.intersection(*(set(table) for table in tables)))
+        values = _matrix(tables, common)
+    return Score(mean_interval(values), steps, _over(values))
+
+
+def _difference(group: Group, baseline: Group, metric: str, source: str | None) -> Score | None:
+    ours = [run for run in group.runs if series(run, metric, source)]
+    theirs = [run for run in baseline.runs if series(run, metric, source)]
+    if not ours or not theirs:
+        return None
+    common = set.intersection(*(set(series(run, metric, source)) for run in (*ours, *theirs)))
+    if not common:
+        return None
+    step = max(common)
+    tables = _tables([*ours, *theirs], [step] * (len(ours) + len(theirs)), metric, source)
+    if tables is None:
+        values: Values = np.array([[series(run, metric, source)[step]] for run in (*ours, *theirs)])
+    else:
+        values = _matrix(tables, sorted(set.intersection(*(set(table) for table in tables))))
+    found = difference_interval(values[: len(ours)], values[len(ours) :])
+    return Score(found, [step] * len(ours), _over(values[: len(ours)], values[len(ours) :]))
+
+
+def _tables(
+    runs: Sequence[Run], steps: Sequence[int], metric: str, source: str | None
+) -> list[dict[str, float]] | None:
+    """Each run's problems with a verdict and their scores; None unless all have kept some problem in common."""
+    tables = []
+    for run, step in zip(runs, steps, strict=True):
+        problems = run.problems(step)
+        if problems is None:
+            return None
+        chosen = [problem for problem in problems if problem.judged and source in (None, problem.data_source)]
+        tables.append({problem.problem: float(getattr(problem, METRICS[metric])) for problem in chosen})
+    return tables if set.intersection(*(set(table) for table in tables)) else None
+
+
+def _matrix(tables: Sequence[dict[str, float]], problems: Sequence[str]) -> Values:
+    """(runs, problems)"""
+    return np.array([[table[problem] for problem in problems] for table in tables])
+
+
+def _over(*parts: Values) -> str:
+    problems = parts[0].shape[1]
+    seeds = " and ".join(str(len(part)) for part in parts)
+    many = any(len(part) > 1 for part in parts)
+    words = []
+    if problems > 1:
+        words.append(f"{problems} problems")
+    words.append(f"{seeds} {'seeds' if many or len(parts) > 1 else 'seed'}")
+    return ", ".join(words)

@@ -1,0 +1,198 @@
+"""A comparison as rows of text: for the terminal, for the page and, in plain numbers, for CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_fipo.comparison.groups import Group, Grouping
+from megatron_fipo.comparison.runs import Run
+from megatron_fipo.comparison.scores import GroupScores, Score, series
+from megatron_fipo.tracking.console_table import duration
+
+NOTHING = "-"
+Table = list[list[str]]
+"""Rows of cells, the first of them the titles."""
+
+
+def score_table(scores: Sequence[GroupScores], target: float) -> Table:
+    """A row for each group: last and best score, difference to the baseline, cost of the target.
+
+    Of evaluations, which have neither steps nor a cost, the score and the difference.
+    """
+    if all(run.is_evaluation for found in scores for run in found.group.runs):
+        rows = [
+            [found.group.name, score_in_words(found.final), difference_in_words(found.difference)] for found in scores
+        ]
+        return [["model", "score", "to the baseline"], *rows]
+    titles = [
+        "group",
+        "seeds",
+        "last",
+        "at step",
+        "best",
+        "at step",
+        "to the baseline",
+        f"time to {target:g}",
+        "tokens",
+    ]
+    rows = [titles]
+    for found in scores:
+        cost = found.cost
+        share = "" if cost.reached == cost.runs else f" ({cost.reached} of {cost.runs} runs)"
+        rows.append(
+            [
+                found.group.name,
+                ", ".join(str(seed) for seed in found.group.seeds),
+                score_in_words(found.final),
+                _steps(found.final),
+                score_in_words(found.best),
+                _steps(found.best),
+                difference_in_words(found.difference),
+                NOTHING if cost.seconds is None else f"{duration(cost.seconds)}{share}",
+                NOTHING if cost.tokens is None else short(cost.tokens),
+            ]
+        )
+    return rows
+
+
+def difference_table(grouping: Grouping) -> Table:
+    """The keys that are not the same in all groups; none where there is one group."""
+    rows = [["key", *(group.name for group in grouping.groups)]]
+    rows += [[key, *(_value(value) for value in values)] for key, values in grouping.differences.items()]
+    return rows
+
+
+def run_table(groups: Sequence[Group], metric: str) -> Table:
+    """A row for each run."""
+    rows = [["run", "group", "seed", "steps", "last", "best", "at step", "time", "tokens"]]
+    for group in groups:
+        for run in group.runs:
+            found = series(run, metric)
+            best = max(found, key=lambda step: (found[step], -step)) if found else None
+            rows.append(
+                [
+                    run.directory.name,
+                    group.name,
+                    str(run.seed),
+                    f"{run.last_step}" if run.is_finished else f"{run.last_step} of {run.settings['run.steps']}",
+                    f"{found[max(found)]:.3f}" if found else NOTHING,
+                    NOTHING if best is None else f"{found[best]:.3f}",
+                    NOTHING if best is None else str(best),
+                    duration(total(run, "seconds_step")),
+                    short(total(run, "response_tokens")),
+                ]
+            )
+    return rows
+
+
+def groups_csv(by_source: dict[str, list[GroupScores]], metric: str, target: float) -> str:
+    """A line for each data source and group."""
+    lines: list[dict[str, Any]] = []
+    for source, scores in by_source.items():
+        for found in scores:
+            line: dict[str, Any] = {"data_source": source, "group": found.group.name, "metric": metric}
+            line |= {"runs": len(found.group.runs), "seeds": " ".join(str(seed) for seed in found.group.seeds)}
+            for name, score in (("last", found.final), ("best", found.best), ("difference", found.difference)):
+                line |= _numbers(name, score)
+            line |= {"target": target, "reached_target": found.cost.reached}
+            line |= {"seconds_to_target": found.cost.seconds, "tokens_to_target": found.cost.tokens}
+            lines.append(line)
+    return _csv(lines)
+
+
+def runs_csv(groups: Sequence[Group], metric: str) -> str:
+    """A line for each validation of each run."""
+    lines = [
+        {
+            "group": group.name,
+            "run": str(run.directory),
+            "seed": run.seed,
+            "step": step,
+            metric: value,
+            "seconds": total(run, "seconds_step", step),
+            "tokens": total(run, "response_tokens", step),
+        }
+        for group in groups
+        for run in group.runs
+        for step, value in series(run, metric).items()
+    ]
+    return _csv(lines)
+
+
+def total(run: Run, metric: str, until: int | None = None) -> float:
+    """The sum of a metric over a run's steps, up to `until`."""
+    return sum(row.get(metric) or 0.0 for step, row in run.steps.items() if until is None or step <= until)
+
+
+def score_in_words(score: Score | None) -> str:
+    """Such as 0.533 [0.36 0.70]."""
+    if score is None:
+        return NOTHING
+    found = score.interval
+    ends = "" if found.low is None else f" [{found.low:.3f} {found.high:.3f}]"
+    return f"{found.mean:.3f}{ends}"
+
+
+def difference_in_words(score: Score | None) -> str:
+    """Such as +0.053 [-0.06 +0.17]."""
+    if score is None:
+        return NOTHING
+    found = score.interval
+    ends = "" if found.low is None else f" [{found.low:+.3f} {found.high:+.3f}]"
+    return f"{found.mean:+.3f}{ends}"
+
+
+def verdict(found: GroupScores, baseline: Group) -> str | None:
+    """What the difference to the baseline says, in a sentence; None for the baseline and without one."""
+    if found.difference is None:
+        return None
+    difference, step = found.difference.interval, found.difference.steps[0]
+    name, over = found.group.name, found.difference.over
+    if found.group.runs[0].is_evaluation:
+        when, unknown = "", ""
+    else:
+        when = f" at step {step}"
+        alone = [group.name for group in (found.group, baseline) if len(group.runs) == 1]
+        unknown = f"; other seeds may say otherwise: {' and '.join(alone)} ran with one" if alone else ""
+    if not difference.is_known:
+        return f"{name} and {baseline.name} differ by {difference.mean:+.3f}{when}; {over} give no interval"
+    shown = f"{difference_in_words(found.difference)}{when}, over {over}{unknown}"
+    if difference.excludes_zero():
+        return f"{name} is {'above' if difference.mean > 0 else 'below'} {baseline.name}: {shown}"
+    return f"{name} and {baseline.name} cannot be told apart: {shown}"
+
+
+def short(value: float) -> str:
+    """Three digits and a unit: 1.23M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _steps(score: Score | None) -> str:
+    if score is None:
+        return NOTHING
+    low, high = min(score.steps), max(score.steps)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _numbers(name: str, score: Score | None) -> dict[str, float | int | str | None]:
+    if score is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_over": None}
+    found = score.interval
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_over": score.over}
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,125 @@
+"""Judges the section `reward` of a configuration: the rule, a function of the user's included, and its company."""
+
+import ast
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from megatron_fipo.config import Config, RewardConfig
+from megatron_fipo.config.loop import SHIPPED_RULES, own_rule
+from megatron_fipo.errors import ConfigError, one_line
+
+_FORMS = "package.module:function or path/to/file.py:function"
+
+
+def reward(config: Config) -> Iterator[str]:
+    """Judge how responses are judged."""
+    settings = config.reward
+    own = own_rule(settings.rule)
+    if own is not None:
+        _check_form(settings.rule, *own)
+        if (settings.correct, settings.incorrect) != (1.0, -1.0):
+            yield "reward.correct, reward.incorrect: a rule of your own says the reward itself; these are not read"
+    elif settings.environment:
+        yield f"reward.environment is not read with reward.rule={settings.rule}, which needs no variables"
+    yield from _company(config, is_own=own is not None)
+    for name in settings.environment:
+        if not name.isidentifier():
+            problem = f"{name!r} is no name of a variable"
+            raise ConfigError("reward.environment", problem, "names alone, whose values are taken from the environment")
+
+
+def _company(config: Config, *, is_own: bool) -> Iterator[str]:
+    settings = config.reward
+    if settings.rule == "reasoning_gym" and config.data.source != "reasoning_gym":
+        raise ConfigError(
+            "reward.rule",
+            f"reasoning_gym scores its own problems, not those of data.source={config.data.source}",
+            "reward.rule=math_verify or exact_match, or data.source=reasoning_gym",
+        )
+    if config.data.source == "reasoning_gym" and settings.rule != "reasoning_gym" and not is_own:
+        rule = settings.rule
+        yield f"reward.rule: {rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
+    if settings.math_tolerance and settings.rule != "math_verify":
+        yield f"reward.math_tolerance is not read with reward.rule={settings.rule}; reward.rule=math_verify does"
+    if settings.correct <= settings.incorrect:
+        raise ConfigError(
+            "reward.correct",
+            f"{settings.correct:g} is no better than reward.incorrect {settings.incorrect:g}",
+            "a larger reward for right answers",
+        )
+    if settings.failed_share_stop < settings.failed_share_warn:
+        raise ConfigError(
+            "reward.failed_share_stop",
+            f"{settings.failed_share_stop:g} is below reward.failed_share_warn {settings.failed_share_warn:g}",
+            "a limit at or above the warning's",
+        )
+    buffer = settings.overlong_buffer
+    if buffer.enable and buffer.len >= config.rollout.max_response_length:
+        raise ConfigError(
+            "reward.overlong_buffer.len",
+            f"{buffer.len} tokens are not below rollout.max_response_length {config.rollout.max_response_length}",
+            "a shorter ramp, or reward.overlong_buffer.enable=false",
+        )
+
+
+def check_reward_here(settings: RewardConfig) -> None:
+    """Raise ConfigError where a rule's file lacks its function, or a variable is not set, on the first rank's machine.
+
+    What importing it says is found when the verifiers start: the file is read here, and not run.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    own = own_rule(settings.rule)
+    if own is not None and own[0].endswith(".py"):
+        _check_function(settings.rule, *own)
+    for name in settings.environment:
+        if name not in os.environ:
+            raise ConfigError("reward.environment", f"{name} is not set", f"export {name}=…, or leave it out")
+
+
+def _check_form(rule: str, place: str, function: str) -> None:
+    if place and function.isidentifier():
+        if place.endswith(".py") or all(part.isidentifier() for part in place.split(".")):
+            return
+        raise ConfigError("reward.rule", f"{place} is neither a module nor a file that ends in .py", _FORMS)
+    if rule.endswith(".py"):
+        names = _functions(rule) if os.path.isfile(rule) else []
+        remedy = " or ".join(f"{rule}:{name}" for name in names[:5]) or f"{rule}:FUNCTION"
+        raise ConfigError("reward.rule", f"{rule} names no function of that file", remedy)
+    near = get_close_matches(rule, SHIPPED_RULES, n=1)
+    suggestion = f"did you mean {near[0]}? " if near else ""
+    known = f"{suggestion}{', '.join(SHIPPED_RULES)}, {_FORMS}"
+    raise ConfigError("reward.rule", f"{rule[:200]!r} is no rule", known)
+
+
+def _check_function(rule: str, place: str, function: str) -> None:
+    if not os.path.isfile(os.path.expanduser(place)):
+        raise ConfigError("reward.rule", f"{place} is not found from {os.getcwd()}", f"the file's path: {_FORMS}")
+    tree = _parsed(place)
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+    if function not in names and "*" not in names:
+        known = ", ".join(_functions(place)) or "none"
+        raise ConfigError("reward.rule", f"{place} has no function {function}", f"its functions: {known}")
+
+
+def _functions(place: str) -> list[str]:
+    """The functions at the top of a file."""
+    return [node.name for node in _parsed(place).body if isinstance(node, ast.FunctionDef)]
+
+
+def _parsed(place: str) -> ast.Module:
+    try:
+        return ast.parse(Path(os.path.expanduser(place)).read_bytes())
+    except SyntaxError as error:
+        raise ConfigError("reward.rule", f"{place}, line {error.lineno}: {error.msg}", "a file of Python") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError("reward.rule", f"{place} cannot be read: {one_line(error)}", "a file of Python") from None

@@ -1,0 +1,117 @@
+"""What the keys of the configuration likely are for a row whose columns they do not name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_fipo.config.data import ColumnsConfig
+from megatron_fipo.data.answers import answer_text, completion_text
+from megatron_fipo.data.layout import Layout
+from megatron_fipo.data.readers import Row, nested
+
+_PROMPTS = ("prompt", "question", "problem", "messages", "query", "instruction", "input")
+_ANSWERS = (
+    *(
+        "ground_truth",
+        "answer",
+        "final_answer",
+        "expected_answer",
+        "gold_answer",
+        "gold",
+        "target",
+        "label",
+        "solution",
+    ),
+    *("completion", "answers", "output", "response"),
+)
+"""Usual names of columns, the likelier first."""
+_LONGEST_PLAIN = 200
+"""A longer text is a worked solution and not an answer."""
+
+
+def likely_keys(row: Row, layout: Layout) -> str:
+    """ "; likely KEY=VALUE …" for the columns of `row`; empty where none looks like a prompt and an answer.
+
+    An answer is only suggested if it can be read from this row under the answer format that is suggested with it.
+    """
+    prompt = layout.prompt if _is_prompt(_value(row, layout.prompt)) else _find_prompt(row)
+    answer = next(_answers(row, prompt), None)
+    if prompt is None:
+        return _wrapped(row)
+    keys: dict[str, tuple[str | None, str]] = {"prompt": (layout.prompt, prompt)}
+    if answer is not None:
+        keys |= {"answer": (layout.answer, answer[0]), "answer_format": (layout.answer_format, answer[1])}
+    section = _section(layout)
+    texts = [
+        f"{'data' if name == 'answer_format' and section == 'data.columns' else section}.{name}={right}"
+        for name, (present, right) in keys.items()
+        if present != right
+    ]
+    hint = f"; likely {' '.join(texts)}" if texts else ""
+    if answer is None and layout.answer is not None:
+        hint += "; none looks like an answer, which a reward of your own does not need: data.columns.answer=null"
+    return hint
+
+
+def _wrapped(row: Row) -> str:
+    """A hint where the row is no row but the object around a list of them."""
+    lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) != 1 or "content" in row[lists[0]][0] or "value" in row[lists[0]][0]:
+        return ""
+    return f"; its list {lists[0]} may be the rows: jq .{lists[0]} FILE > rows.json makes a file of them"
+
+
+def _section(layout: Layout) -> str:
+    """Where the keys are set: for validation in a section of its own, once the general keys fit the training files."""
+    default = ColumnsConfig()
+    is_general = layout.split == "train" or (layout.prompt, layout.answer) == (default.prompt, default.answer)
+    return "data.columns" if is_general else "data.validation_columns"
+
+
+def _columns(row: Row) -> Iterator[tuple[str, str]]:
+    """(name, path) of the row's columns and of those nested in them."""
+    yield from ((name, name) for name in row)
+    for outer, value in row.items():
+        if isinstance(value, dict):
+            yield from ((inner, f"{outer}.{path}") for inner, path in _columns(value))
+
+
+def _named(row: Row, names: tuple[str, ...]) -> Iterator[str]:
+    """Paths of the columns of these names, in the order of the names."""
+    columns = list(_columns(row))
+    for wanted in names:
+        yield from (path for name, path in columns if name.lower() == wanted)
+
+
+def _find_prompt(row: Row) -> str | None:
+    return next((path for path in _named(row, _PROMPTS) if _is_prompt(_value(row, path))), None)
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(message, dict) and "content" in message for message in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _answers(row: Row, prompt: str | None) -> Iterator[tuple[str, str]]:
+    """(column, answer format) of what can be read as an answer."""
+    for path in _named(row, _ANSWERS):
+        value = _value(row, path)
+        if isinstance(value, list) and value and not isinstance(value[0], dict):
+            path, value = f"{path}.0", value[0]
+        for answer_format in ("gsm8k", "boxed", "plain"):
+            try:
+                text = answer_text(completion_text(value), answer_format)
+            except ValueError:
+                continue
+            if answer_format != "plain" or len(text) <= _LONGEST_PLAIN:
+                yield path, answer_format
+                break
+    if prompt is not None and isinstance(value := _value(row, prompt), list) and value[-1].get("role") == "assistant":
+        yield prompt, "plain"
+
+
+def _value(row: Row, column: str) -> Any:
+    try:
+        return nested(row, column)
+    except LookupError:
+        return None

@@ -1,0 +1,208 @@
+"""How good is a model? `python -m megatron_fipo.evaluate model.path=DIRECTORY data.validation=[FILE]`.
+
+Samples the validation problems from vLLM servers of its own and judges them as training does: avg@k, cons@k and pass@k
+with intervals, lengths, and everything that was sampled. There is no trainer; neither Megatron-Core nor torch is
+imported here. Started again after a stop, it goes on where it was.
+"""
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import Config
+from megatron_fipo.config.checks import check_evaluation
+from megatron_fipo.config.checks_here import check_here_to_sample
+from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.loop import own_rule
+from megatron_fipo.data.problems import load_problems
+from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
+from megatron_fipo.evaluation.progress import EvaluationProgress
+from megatron_fipo.evaluation.results import summarise, table
+from megatron_fipo.evaluation.sample_file import SampledProblem, SampleFile
+from megatron_fipo.evaluation.served import check_served
+from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
+from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
+from megatron_fipo.files import write_json_atomically
+from megatron_fipo.judged_rollouts import JudgedRollouts
+from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
+from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.samples import Group, Problem
+from megatron_fipo.tracking.problem_files import write_problems
+from megatron_fipo.tracking.run_files import write_config, write_environment
+from megatron_fipo.tracking.run_lock import RunLock
+from megatron_fipo.weights.formats import is_checkpoint
+
+USAGE = """usage: megatron-fipo evaluate [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
+
+Accuracy of a model on problems: avg@k, cons@k, pass@k with intervals. The same command goes on after a stop.
+
+  model.path=DIRECTORY          Hugging Face directory, checkpoint, or a run, of which the newest checkpoint is meant
+  data.validation=[FILE]        problems; data=gsm8k, data=math: from the hub; docs/data.md
+  validation.samples=32         samples per problem, k; validation.temperature and validation.top_p: how they are drawn
+  rollout.servers=2             vLLM servers; rollout.tensor_parallel: GPUs of each
+  rollout.max_response_length   longest response, in tokens
+  reward.rule=math_verify       how responses are judged; docs/rewards.md
+  evaluation.directory=PLACE    where the files go
+
+examples:
+  megatron-fipo evaluate                                        the embedded model; needs no GPU
+  megatron-fipo evaluate model.path=runs/mine validation.samples=8
+  megatron-fipo evaluate experiment=evaluate_aime model.path=models/Qwen2.5-32B
+  megatron-fipo evaluate experiment=evaluate_aime --cfg job     print the configuration and stop
+
+docs/evaluate.md has the files, the scores and what the intervals mean."""
+
+
+def main(config: Config) -> None:
+    """Evaluate, print a table, write the files."""
+    terminate_on_sigterm()
+    weights = find_weights(config.model.path)
+    config = _without_trainer(config)
+    check_here_to_sample(config, weights.directory)
+    _check_can_be_served(config, weights)
+    rollouts = JudgedRollouts(config, weights.directory)
+    columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
+    loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
+    settings = settings_of(config, weights, loaded.problems)
+    directory = directory_of(config, weights, settings)
+    with ExitStack() as stack:
+        _take_directory(directory, stack)
+        keep_settings(directory, settings)
+        samples = stack.enter_context(SampleFile(directory / SAMPLES_FILE))
+        missing = [index for index, problem in enumerate(loaded.problems) if problem.id not in samples.done]
+        total = len(loaded.problems)
+        terminal = stack.enter_context(EvaluationProgress(total, total - len(missing)))
+        terminal.note(f"model: {weights.directory}\nfiles: {directory}\nproblems: {loaded.counts}")
+        for warning in loaded.warnings:
+            terminal.warn(warning)
+        if missing:
+            if len(missing) < total:
+                terminal.note(f"{total - len(missing)} problems were finished by an earlier start")
+            write_config(directory, config)
+            write_environment(directory)
+            evaluation = Evaluation(config, weights, directory, rollouts, terminal)
+            evaluation.sample(loaded.problems, missing, samples)
+        sampled = [samples.done[problem.id] for problem in loaded.problems]
+        _finish(directory, weights, settings, sampled, config.validation.samples, terminal)
+
+
+class Evaluation:
+    """The part that needs servers: sampling what is missing."""
+
+    def __init__(
+        self, config: Config, weights: Weights, directory: Path, rollouts: JudgedRollouts, terminal: EvaluationProgress
+    ):
+        self._config, self._weights, self._directory = config, weights, directory
+        self._rollouts, self._terminal = rollouts, terminal
+
+    def sample(self, problems: list[Problem], missing: list[int], samples: SampleFile) -> None:
+        """Sample and judge the problems of these indices; each is in the file as soon as it is judged.
+
+        Raises:
+            FipoError: a server, a verifier or the weights failed; or too many checks did, and then all are in the file.
+        """
+        config, rollouts = self._config, self._rollouts
+        model_dir = huggingface_directory(self._weights, self._directory / "model")
+        context, started = config.model.max_position_embeddings, time.monotonic()
+        service = RolloutService(
+            config.rollout,
+            model_dir,
+            self._directory,
+            config.run.seed,
+            context,
+            self._terminal.warn,
+            beside_trainer=False,
+        )
+        # By the place among all problems, as a run's validation has it.
+        seeds = [rollouts.seed_of("validation", index) for index in missing]
+        rollouts.start(service, self._directory)
+        with rollouts:
+            if config.rollout.addresses:
+                check_served(service, model_dir)
+            rollouts.connect(service.admit)
+            self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
+            started = time.monotonic()
+            groups, judged = rollouts.sample(
+                [problems[index] for index in missing],
+                config.validation.samples,
+                rollouts.validation_sampling(),
+                seeds,
+                self._terminal.progress,
+                on_judged=samples.append,
+            )
+            for future in judged:
+                future.result()
+        self._say_speed(groups, time.monotonic() - started)
+        shutil.rmtree(self._directory / "model", ignore_errors=True)
+        if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):
+            self._terminal.warn(warning)
+
+    def _say_speed(self, groups: list[Group], seconds: float) -> None:
+        responses = [response for group in groups for response in group.responses]
+        tokens = sum(len(response.token_ids) for response in responses)
+        speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
+        self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
+
+
+def _check_can_be_served(config: Config, weights: Weights) -> None:
+    if config.rollout.addresses and is_checkpoint(weights.directory):
+        raise ConfigError(
+            "model.path",
+            f"{weights.directory} is a checkpoint, which the servers of rollout.addresses cannot have loaded",
+            "a Hugging Face directory made of it, or rollout.addresses=[] rollout.servers=1",
+        )
+
+
+def _without_trainer(config: Config) -> Config:
+    """The configuration, whose servers share no GPU with a trainer: they need not sleep."""
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, shared_gpu=False))
+
+
+def _take_directory(directory: Path, stack: ExitStack) -> None:
+    """Make the directory, keep other evaluations out of it, and remove what a killed one has left."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FipoError(f"evaluation.directory={directory} cannot be made: {error}") from error
+    stack.enter_context(RunLock(directory, lambda text: print(text, flush=True)))
+    say_removed(directory, remove_partial_files(directory) + remove_outside(directory))
+    stack.callback(remove_outside, directory)
+    stack.enter_context(own_place(directory))
+
+
+def _finish(
+    directory: Path,
+    weights: Weights,
+    settings: dict[str, Any],
+    sampled: list[SampledProblem],
+    k: int,
+    terminal: EvaluationProgress,
+) -> None:
+    """Write and show what came of it."""
+    scores = summarise(sampled, k)
+    write_problems(directory / PROBLEMS_FILE, [problem.scores(k) for problem in sampled])
+    write_json_atomically(
+        directory / RESULTS_FILE, {"model": weights.name, "scores": scores, "settings": settings, "version": 1}
+    )
+    overall = scores[ALL]
+    terminal.show(table(scores))
+    terminal.note(
+        f"right in every sample: {overall['always_right']}, in some: {overall['sometimes_right']}, in none: "
+        f"{overall['never_right']} of {overall['problems']} problems"
+    )
+    for name, what in ((RESULTS_FILE, "scores"), (PROBLEMS_FILE, "each problem"), (SAMPLES_FILE, "each response")):
+        terminal.note(f"  {os.path.relpath(directory / name)}  {what}")
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+    else:
+        run_with_config(main, judge=check_evaluation)

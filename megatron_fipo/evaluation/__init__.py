@@ -1,0 +1,1 @@
+"""What `megatron-fipo evaluate` is made of: which weights, samples that survive a kill, results with intervals."""

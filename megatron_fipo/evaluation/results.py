@@ -1,0 +1,102 @@
+"""An evaluation's results: scores with intervals, of each data set and of all together, as JSON and as a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from megatron_fipo.evaluation.files import ALL
+from megatron_fipo.evaluation.sample_file import SampledProblem
+from megatron_fipo.tracking.console_table import tenths
+from megatron_fipo.tracking.intervals import LEVEL, Values, mean_interval
+from megatron_fipo.tracking.validation import ProblemScores, ValidationScores, combine, pass_at_k
+
+
+def summarise(sampled: Sequence[SampledProblem], k: int) -> dict[str, Any]:
+    """The scores of all problems under "all", and of each data source by its name, ready for JSON.
+
+    An interval is over problems: other problems of the same kind would have given another score. Where no response of
+    any problem could be judged, there are no accuracies.
+    """
+    problems = [problem.scores(k) for problem in sampled]
+    result = combine(problems, k)
+    parts = {ALL: result.overall} | result.by_source
+    return {name: _part(name, scores, sampled, problems) for name, scores in parts.items()}
+
+
+def _part(
+    name: str, scores: ValidationScores, sampled: Sequence[SampledProblem], problems: list[ProblemScores]
+) -> dict[str, Any]:
+    chosen = [index for index, problem in enumerate(problems) if name in (ALL, problem.data_source)]
+    judged = [problems[index] for index in chosen if problems[index].judged]
+    lengths = np.array([sample.tokens for index in chosen for sample in sampled[index].samples])
+    quantiles = np.quantile(lengths, [0.1, 0.5, 0.9])
+    solved = [problem.right / problem.judged for problem in judged]
+    return {
+        "problems": scores.problems,
+        "problems_not_judged": scores.problems_not_judged,
+        "samples": scores.k,
+        "avg_at_k": _interval([problem.accuracy for problem in judged]),
+        "cons_at_k": _interval([problem.cons for problem in judged]),
+        "pass_at": {str(draws): _pass_at(judged, draws) for draws in _powers_of_two(scores.k)},
+        "always_right": sum(share == 1 for share in solved),
+        "sometimes_right": sum(0 < share < 1 for share in solved),
+        "never_right": sum(share == 0 for share in solved),
+        "response_length": {
+            "mean": scores.response_length_mean,
+            **{label: float(value) for label, value in zip(("p10", "p50", "p90"), quantiles, strict=True)},
+            "longest": int(lengths.max()),
+        },
+        "truncated": scores.truncated,
+        "not_judged": scores.not_judged,
+    }
+
+
+def _powers_of_two(k: int) -> list[int]:
+    """1, 2, 4 … and k itself."""
+    return sorted({1 << power for power in range(k.bit_length())} | {k})
+
+
+def _pass_at(judged: list[ProblemScores], draws: int) -> dict[str, float | None] | None:
+    # Of a problem some of whose checks failed there are fewer samples to draw from.
+    return _interval([pass_at_k(problem.judged, problem.right, min(draws, problem.judged)) for problem in judged])
+
+
+def _interval(values: list[float]) -> dict[str, float | None] | None:
+    if not values:
+        return None
+    scores: Values = np.array([values])
+    found = mean_interval(scores)
+    return {"value": found.mean, "low": found.low, "high": found.high}
+
+
+def table(results: dict[str, Any]) -> Table:
+    """A row for each data set, and one for all where there are several."""
+    named = [name for name in results if name != ALL]
+    rows = named if len(named) == 1 else [*named, ALL]
+    k = results[ALL]["samples"]
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.caption = f"[ ]: {LEVEL:.0%} interval over problems; length in tokens"
+    shown.caption_justify = "left"
+    titles = ["data set", "problems", f"avg@{k}", f"cons@{k}", f"pass@{k}", "length", "truncated"]
+    if k == 1:  # one sample a problem is its own majority, and its only chance
+        titles = [title for title in titles if not title.startswith(("cons", "pass"))]
+    for title in titles:
+        shown.add_column(title, justify="left" if title == "data set" else "right")
+    for name in rows:
+        part = results[name]
+        shares = [part["avg_at_k"], part["cons_at_k"], part["pass_at"][str(k)]]
+        cells = [in_words(share) for share in shares[: 1 if k == 1 else 3]]
+        length = tenths(part["response_length"]["mean"])
+        shown.add_row(name, str(part["problems"]), *cells, length, f"{part['truncated']:.1%}")
+    return shown
+
+
+def in_words(share: dict[str, float | None] | None) -> str:
+    """Such as 0.533 [0.36 0.70]; a dash where nothing could be judged."""
+    if share is None or share["value"] is None:
+        return "-"
+    if share["low"] is None or share["high"] is None:
+        return f"{share['value']:.3f}"
+    return f"{share['value']:.3f} [{share['low']:.2f} {share['high']:.2f}]"

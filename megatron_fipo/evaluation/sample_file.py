@@ -1,0 +1,120 @@
+"""The samples of an evaluation on disk: one line of JSON a problem, with all of its samples, as soon as it is judged.
+
+A line is whole or was never written as far as a reader can tell: one that a kill cut short is cut off, and its problem
+is sampled again, under the same seed.
+"""
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from megatron_fipo.errors import DataError
+from megatron_fipo.samples import Group, Judgement
+from megatron_fipo.tracking.validation import ProblemScores, score_problem
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One response and what came of it."""
+
+    text: str
+    answer: str
+    """What was extracted from it."""
+    accuracy: float | None
+    """None where the check came to no verdict."""
+    outcome: str
+    tokens: int
+    finish_reason: str
+    """stop, or length where rollout.max_response_length cut it off."""
+
+
+class SampledProblem(msgspec.Struct, frozen=True):
+    """One line of samples.jsonl."""
+
+    problem: str
+    data_source: str
+    prompt: str
+    ground_truth: str
+    samples: list[Sample]
+
+    def scores(self, k: int) -> ProblemScores:
+        """By the code that scores training's validation."""
+        judgements = [Judgement(sample.accuracy or 0.0, 0.0, sample.answer, sample.outcome) for sample in self.samples]
+        tokens = sum(sample.tokens for sample in self.samples)
+        truncated = sum(sample.finish_reason == "length" for sample in self.samples)
+        return score_problem(self.problem, self.data_source, judgements, tokens, truncated, k)
+
+
+class SampleFile:
+    """Appends judged problems, from any thread; a context manager, which closes the file."""
+
+    def __init__(self, path: Path):
+        """Open the file, made if need be, and read what an earlier evaluation has left in it.
+
+        Raises:
+            DataError: a line before the last is damaged. Names it.
+        """
+        self._lock = threading.Lock()
+        self.done: dict[str, SampledProblem] = {}
+        """The finished problems by their ids."""
+        self._file = path.open("a+b")
+        try:
+            self._file.seek(0)
+            self._read(path)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, path: Path) -> None:
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                problem = msgspec.json.decode(line, type=SampledProblem)
+            except msgspec.MsgspecError as error:
+                raise DataError(
+                    f"{path}, line {number}: {error}; remove the line, or the file to start anew"
+                ) from error
+            self.done[problem.problem] = problem
+            whole += len(line)
+        self._file.truncate(whole)
+
+    def append(self, group: Group) -> None:
+        """Put a judged group on disk before this returns."""
+        found = SampledProblem(
+            problem=group.problem.id,
+            data_source=group.problem.data_source,
+            prompt=group.problem.text,
+            ground_truth=group.problem.ground_truth,
+            samples=[_sample(group, index) for index in range(len(group.responses))],
+        )
+        with self._lock:
+            self._file.write(msgspec.json.encode(found) + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.done[found.problem] = found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._file.close()
+
+
+def _sample(group: Group, index: int) -> Sample:
+    response, judgement = group.responses[index], group.judgements[index]
+    return Sample(
+        text=group.text[index],
+        answer=judgement.answer,
+        accuracy=judgement.accuracy if judgement.was_judged else None,
+        outcome=judgement.outcome,
+        tokens=len(response.token_ids),
+        finish_reason=response.finish_reason,
+    )

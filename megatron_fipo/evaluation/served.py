@@ -1,0 +1,34 @@
+"""Whether servers that somebody else started serve the weights that are to be evaluated, and not a trainer's."""
+
+from pathlib import Path
+
+import httpx
+
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.service import INITIAL_VERSION, PROBE_TIMEOUT_S, RolloutService
+
+_UNTOUCHED = ("default", str(INITIAL_VERSION))
+"""Labels of weights that no trainer has replaced: vLLM's own, and a service's."""
+
+
+def check_served(service: RolloutService, model_dir: Path) -> None:
+    """Raise RolloutError for a server of another model, or one whose weights a run has updated, or that is not there.
+
+    To be called before `service.wait_ready`, which labels weights anew.
+    """
+    with httpx.Client(headers=service.headers, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+        for server in service.servers:
+            try:
+                models = client.get(f"{server.url}/v1/models").raise_for_status().json()["data"]
+                version = client.get(f"{server.url}/weight_info").raise_for_status().json()["weight_version"]
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+                raise RolloutError(f"{server.url} does not say what it serves: {error}") from error
+            served = str(models[0]["root"])
+            if Path(served).resolve() != model_dir.resolve():
+                raise RolloutError(
+                    f"{server.url} serves {served}, and model.path is {model_dir}: start it with that one"
+                )
+            if version not in _UNTOUCHED:
+                raise RolloutError(
+                    f"{server.url} has weights of a run's step {version}, not those of {model_dir}: start it again"
+                )

@@ -1,0 +1,72 @@
+"""What an evaluation's numbers depend on. Another value is another evaluation, in another directory."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.evaluation.files import SETTINGS_FILE
+from megatron_fipo.evaluation.weights import Weights
+from megatron_fipo.files import write_json_atomically
+from megatron_fipo.samples import Problem
+
+
+def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Flat, by the configuration's keys where there are some."""
+    rollout, reward = config.rollout, dataclasses.asdict(config.reward)
+    # How many verifiers there are, and what may fail, changes no verdict.
+    for name in ("workers", "failed_share_warn", "failed_share_stop", "overlong_buffer"):
+        reward.pop(name)
+    prompts = [(problem.id, problem.token_ids, problem.ground_truth) for problem in problems]
+    return {
+        "model.path": str(weights.directory.resolve()),
+        "weights": weights.fingerprint(),
+        "problems": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "run.seed": config.run.seed,
+        "model.max_position_embeddings": config.model.max_position_embeddings,
+        "validation.samples": config.validation.samples,
+        "validation.temperature": config.validation.temperature,
+        "validation.top_p": config.validation.top_p,
+        "rollout.max_prompt_length": rollout.max_prompt_length,
+        "rollout.max_response_length": rollout.max_response_length,
+        "rollout.dtype": rollout.dtype,
+        "rollout.quantization": rollout.quantization,
+        **{f"reward.{name}": value for name, value in reward.items()},
+    }
+
+
+def directory_of(config: Config, weights: Weights, settings: dict[str, Any]) -> Path:
+    """Where this evaluation's files go: the same place for the same settings, so that it goes on there."""
+    if config.evaluation.directory is not None:
+        return Path(config.evaluation.directory)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    place = weights.run / "evaluations" if weights.run else Path("runs") / "evaluations"
+    return place / f"{weights.name}-{digest}"
+
+
+def keep_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Write them into an evaluation's directory, or hold them against those that are there.
+
+    Raises:
+        ConfigError: the directory holds an evaluation with other settings. Names the first that differs.
+        DataError: what is there cannot be read.
+    """
+    path = directory / SETTINGS_FILE
+    if not path.exists():
+        write_json_atomically(path, settings)
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; remove the directory to start anew") from error
+    for key, value in settings.items():
+        if earlier.get(key) != value:
+            raise ConfigError(
+                "evaluation.directory",
+                f"{directory} holds an evaluation with {key}={earlier.get(key)}, not {value}",
+                "another directory, or null for one by these settings",
+            )

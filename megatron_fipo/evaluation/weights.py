@@ -1,0 +1,86 @@
+"""Which weights `model.path` means to an evaluation, and how vLLM comes to read them.
+
+A Hugging Face directory is read as it is. A distributed checkpoint, which vLLM cannot read, becomes one for as long as
+the evaluation takes, in a process of its own, since that takes torch. A run's directory means its newest checkpoint.
+"""
+
+import hashlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.errors import ConfigError, WeightError
+from megatron_fipo.policy.checkpoint_places import newest, step_of
+from megatron_fipo.weights.formats import is_checkpoint
+
+_REMEDY = "a Hugging Face model directory, a checkpoint, a run's directory, or embedded:tiny"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model to evaluate."""
+
+    directory: Path
+    """Where the weights are, with config.json and tokenizer."""
+    name: str
+    """For directories' and results' names, such as tiny or my-run-step-000024."""
+    run: Path | None
+    """The run that made them, if it is known."""
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names, sizes and times; their bytes are not read."""
+        files = sorted(path for path in self.directory.iterdir() if path.is_file())
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(repr((str(self.directory.resolve()), states)).encode()).hexdigest()[:16]
+
+
+def find_weights(path: str) -> Weights:
+    """What `model.path` names. ConfigError if that is nothing to evaluate."""
+    if not path:
+        raise ConfigError("model.path", "is empty", _REMEDY)
+    directory = resolve_embedded(path)
+    if (directory / "config.json").is_file():
+        return _weights(directory)
+    if not directory.is_dir():
+        raise ConfigError("model.path", f"there is no directory {path}", _REMEDY)
+    checkpoint = newest(directory / "checkpoints")
+    if checkpoint is None:
+        a_run = (directory / "config.yaml").is_file()
+        problem = f"the run {path} has no checkpoint yet" if a_run else f"{path} holds no config.json"
+        raise ConfigError("model.path", problem, _REMEDY)
+    exported = directory / "huggingface" / checkpoint.name
+    return _weights(exported if (exported / "config.json").is_file() else checkpoint)
+
+
+def _weights(directory: Path) -> Weights:
+    parent = directory.absolute().parent
+    if parent.name in ("checkpoints", "huggingface") and (parent.parent / "config.yaml").is_file():
+        return Weights(directory, f"{parent.parent.name}-step-{step_of(directory):06d}", parent.parent)
+    return Weights(directory, directory.absolute().name, None)
+
+
+def huggingface_directory(weights: Weights, work: Path) -> Path:
+    """The weights where vLLM can read them: as they are, or converted into `work`, there when complete.
+
+    A conversion that was stopped goes on. WeightError, naming every tensor that does not fit.
+    """
+    if not is_checkpoint(weights.directory):
+        return weights.directory
+    if work.is_dir():
+        return work
+    # Spawned: the interpreter that evaluates stays free of torch, and its threads do not get into the way.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(_convert, weights.directory, work).result()
+        except BrokenProcessPool as error:
+            raise WeightError(f"the conversion of {weights.directory} was killed; is there memory left?") from error
+    return work
+
+
+def _convert(source: Path, target: Path) -> None:
+    from megatron_fipo.weights.conversion import to_huggingface
+
+    to_huggingface(source, target, source)

@@ -1,0 +1,190 @@
+"""A reward of the user's own: loaded by its name, called with what it asks for, and held to what a reward can be.
+
+Runs in the verifier's processes. The function names what it wants; docs/rewards.md has the names.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_fipo.errors import one_line
+from megatron_fipo.rewards.rules import Verdict
+from megatron_fipo.samples import LARGEST_REWARD
+
+Item = dict[str, Any]
+"""What the pool sends of a response: values by the names of `OwnRule.inputs`; of the columns, their JSON text."""
+
+PARAMETERS = {
+    "response": "response",
+    "token_ids": "token_ids",
+    "ground_truth": "ground_truth",
+    "columns": "columns",
+    "data_source": "data_source",
+    "prompt": "prompt",
+    "finish_reason": "finish_reason",
+    # As verl calls them.
+    "solution_str": "response",
+    "extra_info": "columns",
+}
+"""What a function may ask for, and the item's value that it is made of."""
+
+_SCORE = ("score", "reward")
+_ACCURACY = ("accuracy", "acc")
+_ANSWER = ("answer", "pred")
+_LONGEST_TEXT = 1000
+
+
+class Refused(Exception):
+    """The function cannot be used. Says why in one line, for after "reward.rule: "."""
+
+
+class BadReward(Exception):
+    """What the function returned is no reward. Names the value."""
+
+
+@dataclass(frozen=True)
+class OwnRule:
+    """A function of the user's and the parameters that it is called with."""
+
+    function: Callable[..., Any]
+    parameters: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the values that an item must have."""
+        return tuple(sorted({PARAMETERS[name] for name in self.parameters}))
+
+    def __call__(self, item: Item) -> Verdict:
+        """The verdict on one response. Raises whatever the function raises, and BadReward."""
+        return verdict_of(self.function(**{name: _argument(name, item) for name in self.parameters}))
+
+
+def load(place: str, function: str) -> OwnRule:
+    """The function of that name in a module, or in a file that ends in .py.
+
+    Raises:
+        Refused: it cannot be imported, is no function, or asks for what there is not.
+    """
+    where = f"{place}:{function}"
+    try:
+        module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        raise Refused(f"{where}: cannot be imported: {one_line(error)}{_line_of(error, place)}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise Refused(f"{where}: there is no function {function}; its functions are {', '.join(names) or 'none'}")
+    if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found):
+        raise Refused(f"{where}: is async or a generator; a plain function that returns the reward is right")
+    return OwnRule(found, _parameters(where, found))
+
+
+def verdict_of(value: Any) -> Verdict:
+    """What a function returned, as a verdict: a number, or a dict or object with `score` and perhaps more.
+
+    Raises BadReward for anything else, and for numbers that are not finite or too large to train on.
+    """
+    if isinstance(value, Mapping):
+        return _verdict(dict(value))
+    if hasattr(value, "score") and not isinstance(value, type):
+        named: Iterable[str] = getattr(value, "_fields", None) or getattr(value, "__slots__", None) or vars(value)
+        return _verdict({name: getattr(value, name) for name in named if not name.startswith("_")})
+    score = _number("returned", value)
+    return Verdict(score, "", reward=score)
+
+
+def _verdict(values: dict[Any, Any]) -> Verdict:
+    score_name = next((name for name in _SCORE if name in values), None)
+    if score_name is None:
+        raise BadReward(f"returned an object with {sorted(map(str, values))[:20]} and no score")
+    score = _number(score_name, values.pop(score_name))
+    accuracy_name = next((name for name in _ACCURACY if values.get(name) is not None), None)
+    accuracy = score if accuracy_name is None else _number(accuracy_name, values.pop(accuracy_name))
+    answer_name = next((name for name in _ANSWER if values.get(name) is not None), None)
+    answer = "" if answer_name is None else str(values.pop(answer_name))[:_LONGEST_TEXT]
+    extra = {
+        str(name): value[:_LONGEST_TEXT] if isinstance(value, str) else _number(f"returned {name} =", value)
+        for name, value in values.items()
+        if value is not None
+    }
+    return Verdict(accuracy, answer, reward=score, extra=extra)
+
+
+def _number(name: str, value: Any) -> float:
+    """A number, or numpy's or torch's of no dimension, as a float."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, Real):
+        raise BadReward(f"{name} {_shown(value)}; a number, or a dict with the number score, is right")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or abs(number) > LARGEST_REWARD:
+        raise BadReward(f"{name} {_shown(value)}; a finite number within ±{LARGEST_REWARD:g} is right")
+    return number
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = " ".join(repr(value).split())
+    except Exception as error:  # the user's own __repr__, or a whole number of too many digits
+        text = f"what cannot be shown ({type(error).__name__})"
+    return f"{text if len(text) <= 100 else text[:100] + '…'} ({type(value).__name__})"
+
+
+def _argument(name: str, item: Item) -> Any:
+    value = item[PARAMETERS[name]]
+    if name == "columns":
+        return json.loads(value)
+    if name == "extra_info":
+        return json.loads(value).get("extra_info") or {}
+    return value
+
+
+def _parameters(where: str, function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{where}: its parameters cannot be read ({one_line(error)}); wrap it in a function") from error
+    names = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return tuple(name for name in PARAMETERS if name not in ("solution_str", "extra_info") or name in names)
+        if name in PARAMETERS and parameter.kind is not parameter.POSITIONAL_ONLY:
+            names.append(name)
+        elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
+            raise Refused(f"{where}: asks for {name}; a parameter is one of {', '.join(PARAMETERS)}, or has a default")
+    return tuple(names)
+
+
+def _from_file(place: str) -> ModuleType:
+    """The module of a file, beside which it may import others."""
+    path = Path(os.path.expanduser(place))
+    name = f"reward_of_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    # Dataclasses look their own module up.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """Where in the user's file importing stopped."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if os.path.basename(frame.filename) == os.path.basename(place)]
+    return f" at line {inside[-1].lineno}" if inside else ""

@@ -1,0 +1,139 @@
+"""Confidence intervals of a mean over problems, and over problems and seeds, by bootstrap. All vectorised by NumPy.
+
+Problems and seeds are two samples of their own: other problems would have given another score, and so would another
+seed. Both are drawn again, with replacement and independently of each other, and a score's mean is taken over the rows
+and columns drawn: Owen's pigeonhole bootstrap (The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007). The
+samples of one problem are never drawn apart: they are alike, and counting each by itself makes an interval too narrow.
+
+A bootstrap of m things has too little spread, by √((m − 1)/m), and a normal quantile where Student's would be right;
+with 3 seeds that is an interval of 37 % of its length. Hesterberg (What Teachers Should Know About the Bootstrap, The
+American Statistician 69, 2015) mends both through the level of the percentiles. That needs more different draws than
+3 seeds have, so here the same factor, √(m/(m − 1)) · t/z, spreads the weights of each draw around 1.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+_SEED = 20_260_319
+"""Of the draws: the same numbers give the same interval."""
+_BLOCK = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with the ends of its interval; the ends are None where nothing can be said of them."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there are ends."""
+        return self.low is not None
+
+    def excludes_zero(self) -> bool:
+        """Whether a difference of this interval is one."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def mean_interval(scores: Values, level: float = LEVEL) -> Interval:
+    """The mean of `scores`, (seeds, problems), each in [0, 1], with its interval over both.
+
+    With one seed it is over problems alone, with one column (the means of whole runs) over seeds alone, and with one of
+    both unknown. Where all scores are 0, or all are 1, no draw differs; the interval is then the exact one of Clopper
+    and Pearson for the number of problems.
+    """
+    seeds, problems = scores.shape
+    mean = float(scores.mean())
+    if scores.size == 1:
+        return Interval(mean, None, None)
+    if problems > 1 and float(scores.min()) == float(scores.max()) and mean in (0.0, 1.0):
+        reach = 1.0 - ((1.0 - level) / 2) ** (1.0 / problems)
+        return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
+    generator = np.random.default_rng(_SEED)
+    draws = _blocks(
+        lambda count: _means(
+            scores, _weights(generator, seeds, count, level), _weights(generator, problems, count, level)
+        )
+    )
+    low, high = _ends(draws, level)
+    return Interval(mean, float(np.clip(low, 0.0, mean)), float(np.clip(high, mean, 1.0)))
+
+
+def difference_interval(scores: Values, baseline: Values, level: float = LEVEL) -> Interval:
+    """The mean of `scores` less that of `baseline`, (seeds, problems) over the same problems, with its interval.
+
+    Paired by problem: a draw takes the same problems for both, so that hard problems, hard for both, do not count as
+    noise. Seeds are drawn apart; the fifth run of one algorithm has nothing in common with the fifth of another.
+    """
+    if scores.shape[1] != baseline.shape[1]:
+        raise ValueError(f"{scores.shape[1]} problems against {baseline.shape[1]}; pairs need the same ones")
+    mean = float(scores.mean() - baseline.mean())
+    if scores.shape[1] == 1 and 1 in (scores.shape[0], baseline.shape[0]):
+        return Interval(mean, None, None)
+    generator = np.random.default_rng(_SEED)
+
+    def draw(count: int) -> Values:
+        problems = _weights(generator, scores.shape[1], count, level)
+        ours = _means(scores, _weights(generator, scores.shape[0], count, level), problems)
+        return ours - _means(baseline, _weights(generator, baseline.shape[0], count, level), problems)
+
+    low, high = _ends(_blocks(draw), level)
+    return Interval(mean, float(np.clip(low, -1.0, mean)), float(np.clip(high, mean, 1.0)))
+
+
+def _blocks(draw: Callable[[int], Values]) -> Values:
+    """RESAMPLES draws, in blocks that bound the memory: 10,000 problems take 80 MB."""
+    return np.concatenate([draw(_BLOCK) for _ in range(RESAMPLES // _BLOCK)])
+
+
+def _weights(generator: np.random.Generator, size: int, count: int, level: float) -> Values:
+    """(count, size) weights with mean 1 a row: how often each of `size` was drawn, spread as the module says."""
+    if size == 1:
+        return np.ones((count, 1))
+    # Ten times as fast as the multinomial distribution's own generator.
+    places = generator.integers(size, size=(count, size), dtype=np.int32) + size * np.arange(count)[:, None]
+    drawn = np.bincount(places.ravel(), minlength=count * size).reshape(count, size)
+    return np.asarray(1.0 + _spread(size, level) * (drawn - 1.0), dtype=np.float64)
+
+
+def _means(scores: Values, seeds: Values, problems: Values) -> Values:
+    """(count,) means of (seeds, problems) scores under (count, seeds) and (count, problems) weights."""
+    return np.asarray(((seeds @ scores) * problems).mean(axis=1) / scores.shape[0])
+
+
+def _ends(draws: Values, level: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@functools.cache
+def _spread(size: int, level: float) -> float:
+    probability = (1.0 + level) / 2
+    normal = NormalDist().inv_cdf(probability)
+    return float((size / (size - 1)) ** 0.5 * student_quantile(probability, size - 1) / normal)
+
+
+@functools.cache
+def student_quantile(probability: float, degrees: int) -> float:
+    """The quantile, for probabilities above one half, of Student's distribution."""
+    # Imported here: who asks for help alone need not wait for it.
+    from mpmath import betainc
+
+    low, high = 0.0, 1000.0  # for one degree the 97.5 % quantile is 12.7
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        inside = degrees / (degrees + middle * middle)
+        tail = betainc(degrees / 2, 0.5, 0, inside, regularized=True) / 2
+        low, high = (middle, high) if tail > 1 - probability else (low, middle)
+    return low

@@ -1,0 +1,130 @@
+"""The charts of report.html: which metric is a line of which chart. report.js fills them with a run's numbers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps."""
+
+    key: str
+    """Its name in metrics.jsonl, or in validation.jsonl."""
+    name: str
+    """What the legend calls it; "{k}" is the number of samples per held-out problem."""
+    held_out: bool = False
+    """From validation.jsonl."""
+    low: str | None = None
+    high: str | None = None
+    """Metrics between which to shade."""
+    spread: str | None = None
+    """Instead: a metric to shade by, to both sides of the line."""
+    dash: str = "solid"
+    symbol: str = "circle"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart over the steps. A curve whose metric a run lacks is left out, and so is a chart without curves."""
+
+    title: str
+    y: str
+    """Name of the vertical axis, with its unit."""
+    lines: tuple[Curve, ...]
+    percent: bool = False
+    kind: str = "lines"
+    """lines, or stack: bars on each other."""
+
+
+PHASES = ("start", "sample", "verify", "log-probs", "update", "weights", "validate", "checkpoint")
+"""In a step's order, which is that of colours and of the timeline's lanes."""
+
+
+def _phase_curve(phase: str) -> Curve:
+    if phase == "validate":
+        return Curve("seconds_validate", phase, held_out=True)
+    return Curve(f"seconds_{phase.replace('-', '_')}", phase)
+
+
+PANELS = (
+    Panel(
+        "Accuracy on held-out problems",
+        "share right",
+        (
+            Curve("accuracy", "avg@{k}", held_out=True),
+            Curve("cons_at_k", "cons@{k}", held_out=True, dash="dash", symbol="square-open"),
+            Curve("pass_at_k", "pass@{k}", held_out=True, dash="dot", symbol="diamond-open"),
+        ),
+    ),
+    Panel("Reward", "mean per response", (Curve("reward_mean", "reward"),)),
+    Panel("Accuracy in training", "share of responses right", (Curve("accuracy", "accuracy"),)),
+    Panel(
+        "Response length",
+        "tokens",
+        (
+            Curve(
+                "response_length_mean",
+                "training, middle half shaded",
+                low="response_length_q25",
+                high="response_length_q75",
+            ),
+            Curve("response_length_mean", "held-out", held_out=True, dash="dash", symbol="square-open"),
+        ),
+    ),
+    Panel(
+        "Influence weight f",
+        "weight",
+        (Curve("influence_weights_mean", "mean ± standard deviation", spread="influence_weights_std"),),
+    ),
+    Panel(
+        "Influence weights at the band's bounds",
+        "share of tokens",
+        (
+            Curve("influence_clipfrac_low", "lower bound"),
+            Curve("influence_clipfrac_high", "upper bound", dash="dash"),
+        ),
+        percent=True,
+    ),
+    Panel("Entropy", "nats per token", (Curve("entropy", "entropy"),)),
+    Panel("Policy KL, old to new (ppo_kl)", "nats per token", (Curve("ppo_kl", "ppo_kl"),)),
+    Panel(
+        "Clipped ratios",
+        "share of tokens",
+        (Curve("pg_clipfrac", "clipped"), Curve("pg_clipfrac_lower", "dual-clipped", dash="dash")),
+        percent=True,
+    ),
+    Panel("Gradient norm, before clipping", "norm", (Curve("grad_norm", "norm"),)),
+    Panel(
+        "Trainer against engine: |Δ log-prob|",
+        "nats per token",
+        (
+            Curve("log_prob_diff_mean", "whole"),
+            Curve("log_prob_diff_quarter_1", "first quarter", dash="dot"),
+            Curve("log_prob_diff_quarter_4", "last quarter", dash="dash"),
+        ),
+    ),
+    Panel(
+        "Groups sampled",
+        "groups per step",
+        (
+            Curve("groups_kept", "trained on"),
+            Curve("groups_dropped_all_right", "all right"),
+            Curve("groups_dropped_all_wrong", "all wrong"),
+            Curve("groups_dropped_surplus", "surplus"),
+        ),
+        kind="stack",
+    ),
+    Panel("Throughput", "response tokens per second", (Curve("tokens_per_second", "whole step"),)),
+    Panel(
+        "Time by phase",
+        "seconds per step",
+        tuple(_phase_curve(phase) for phase in PHASES if phase != "start"),
+        kind="stack",
+    ),
+)
+
+
+def columns(held_out: bool) -> Iterator[str]:
+    """Every metric that a chart needs of metrics.jsonl, or of validation.jsonl; some twice."""
+    for line in (line for panel in PANELS for line in panel.lines if line.held_out == held_out):
+        yield from (key for key in (line.key, line.low, line.high, line.spread) if key is not None)

@@ -1,0 +1,86 @@
+"""The section `reward` of a configuration: names of rules, files of the user's own, variables.
+
+Why: a wrong name has to be answered before processes start. What importing a function says is in
+tests/rewards/test_own.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.errors import ConfigError
+from tests.config.judging import judge
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("exactmatch", "'exactmatch' is no rule .*did you mean exact_match"),
+        ("mine.py", r"mine\.py names no function of that file \(mine\.py:score or mine\.py:other\)"),
+        ("missing.py", r"missing\.py names no function of that file \(missing\.py:FUNCTION\)"),
+        ("missing.py:score", r"missing\.py is not found from .*package\.module:function"),
+        ("mine.py:scor", r"mine\.py has no function scor \(its functions: score, other\)"),
+        ("broken.py:f", r"broken\.py, line 2: "),
+        ("'a b:c'", "a b is neither a module nor a file"),
+        ("'mine.py:'", "is no rule"),
+        ("':score'", "is no rule"),
+    ],
+)
+def test_a_wrong_rule_is_refused(
+    rule: str,
+    message: str,
+    model_directory: Any,
+    tiny_files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import json as j\ndef score(response): return 0\ndef other(response): return 0\n")
+    Path("broken.py").write_text("x = 1\ndef f(:\n")
+    with pytest.raises(ConfigError, match=rf"^reward\.rule: .*{message}"):
+        judge(*tiny_files, f"reward.rule={rule}", local=True)
+    # The controls, in the same directory: one that is there, and one that only importing the module would find.
+    right = "mine.py:score" if rule == "mine.py:scor" else "package.module:score"
+    if rule in ("mine.py:scor", "exactmatch"):
+        assert judge(*tiny_files, f"reward.rule={right}", local=True) == []
+
+
+def test_variables_are_names_that_are_set(tiny_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ("reward.rule=package.module:score", *tiny_files)
+    with pytest.raises(ConfigError, match=r"^reward\.environment: 'A=b' is no name"):
+        judge(*own, "reward.environment=['A=b']")
+    with pytest.raises(ConfigError, match=r"^reward\.environment: JUDGE_KEY is not set .export JUDGE_KEY=…"):
+        judge(*own, "reward.environment=[JUDGE_KEY]", local=True)
+    monkeypatch.setenv("JUDGE_KEY", "x")
+    assert judge(*own, "reward.environment=[JUDGE_KEY]", local=True) == []
+    assert "reward.environment is not read" in judge("reward.environment=[JUDGE_KEY]")[0]
+
+
+def test_what_a_rule_of_ones_own_does_not_read_is_warned_about() -> None:
+    own = "reward.rule=package.module:score"
+    assert judge(own) == []
+    assert "these are not read" in judge(own, "reward.correct=2")[0]
+    assert judge(own, "data=chain_sum") == [], "it may score what reasoning-gym generates"
+
+
+def test_no_answers_take_a_rule_of_ones_own() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.columns\.answer: is null, and reward\.rule=math_verify compares"):
+        judge("data.columns.answer=null")
+    assert judge("data.columns.answer=null", "reward.rule=package.module:score") == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("null", "is not set"),
+        ("'a(b'", "is no regular expression"),
+        ("'a'", "has 0 groups"),
+        ("'(a)(b)'", "has 2 groups"),
+    ],
+)
+def test_an_answer_pattern_has_one_group(pattern: str, message: str) -> None:
+    for section in ("data.answer", "data.validation_columns.answer"):
+        with pytest.raises(ConfigError, match=rf"^{section}_pattern: .*{message}"):
+            judge(f"{section}_format=pattern", f"{section}_pattern={pattern}")
+    assert judge("data.answer_format=pattern", "data.answer_pattern='(?:a|b)(c)'") == []

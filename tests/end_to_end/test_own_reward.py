@@ -1,0 +1,91 @@
+"""The page docs/rewards.md, followed from an empty directory: own problems, own reward, a run, and what stops it.
+
+Why: each step is tested by itself; here is whether a newcomer gets there with the page alone. Columns reach the reward
+after a resume too, and in validation. Not covered: that anything is learnt from it.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.rewards.failures import FAILURES_FILE
+from tests.end_to_end import runs
+
+pytestmark = pytest.mark.slow
+
+PAGE = (runs.ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+SMALL = ("algorithm.samples_per_prompt=4", "algorithm.filter_groups.enable=false", "validation.every=1")
+SMALL += ("checkpoint.every=1", "tracking.samples_per_step=64", "run.directory=run")
+
+
+def block(language: str, number: int = 0) -> str:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[number]
+
+
+def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The page's command with a few keys more, as a shell in that directory runs it."""
+    command = " ".join([block("sh").strip(), *map(shlex.quote, [*SMALL, *overrides])])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
+    for name, text in (
+        ("my_reward.py", block("python")),
+        ("train.jsonl", block("json", 0)),
+        ("held_out.jsonl", block("json", 1)),
+    ):
+        (tmp_path / name).write_text(text)
+
+    done = run(tmp_path, "reward.rule=my_reward.py:scores")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "has no function scores" in done.stderr
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(tmp_path, "run.steps=3")
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout + done.stderr
+
+    steps = {json.loads(line)["question"]: json.loads(line)["steps"] for line in block("json", 0).splitlines()}
+    samples = [
+        json.loads(line)
+        for path in sorted((tmp_path / "run/samples").glob("step-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    assert {sample["step"] for sample in samples} == {1, 2, 3} and len(samples) == 3 * 8 * 4
+    for sample in samples:
+        (question,) = (question for question in steps if question in sample["prompt"])
+        written = min(sample["response"].count("="), steps[question])
+        expected = (2.0 if sample["accuracy"] else -0.5) + 0.05 * written
+        assert sample["reward"] == pytest.approx(expected) and sample["extra"]["steps"] == written
+    rows = runs.rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3] and all("reward/steps" in row for row in rows)
+    assert all(row["verifier_crashes"] == 0 for row in rows)
+    assert len({sample["reward"] for sample in samples}) > 2, "the control: not one value alone"
+    assert not (tmp_path / "run" / FAILURES_FILE).exists()
+
+    # The same run goes on with a reward that raises on training problems: no step is made of that.
+    (tmp_path / "my_reward.py").write_text("def score(response, columns):\n    return columns['no such column']\n")
+    done = run(tmp_path, "run.steps=4", "validation.every=0", "reward.failed_share_stop=1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    message = (
+        "error: 32 of 32 checks in this step failed (32 crash; reward.rule=my_reward.py:score), the first: KeyError:"
+    )
+    assert message in done.stderr and f"run/{FAILURES_FILE} has its traceback" in done.stderr
+    assert done.stdout.count("Traceback (most recent call last)") == 1 and 'my_reward.py", line 2' in done.stdout
+    kept = [json.loads(line) for line in (tmp_path / "run" / FAILURES_FILE).read_text().splitlines()]
+    assert len(kept) == 32 and all("my_reward.py" in row["traceback"] for row in kept)
+    assert len(runs.rows(tmp_path / "run")) == 3
