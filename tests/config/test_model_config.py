@@ -105,12 +105,13 @@ def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
 
 def transformers_geometry(config: dict[str, Any]) -> Geometry:
     """The same record from transformers' own reading, which fills in its own defaults."""
-    kind = config["architectures"][0].replace("ForCausalLM", "Config")
+    family = FAMILIES[config["architectures"][0]]
+    kind = family.architecture.replace("ForCausalLM", "Config")
     found = getattr(transformers, kind).from_dict(copy.deepcopy(config))
-    assert found.hidden_act == ("gelu_pytorch_tanh" if kind == "GemmaConfig" else "silu")
-    assert not getattr(found, "attention_bias", False)
-    assert not getattr(found, "mlp_bias", False)
-    assert kind == "MistralConfig" or not getattr(found, "use_sliding_window", False)
+    assert found.hidden_act == {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[family.activation]
+    assert family.qkv_bias or not getattr(found, "attention_bias", False)
+    assert not getattr(found, "attention_out_bias", False) and not getattr(found, "mlp_bias", False)
+    assert family.windowed or not getattr(found, "use_sliding_window", False)
     assert set(getattr(found, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     rope = dict(found.rope_parameters)
     theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")

@@ -60,7 +60,7 @@ def run(directory: Path, *command: str) -> None:
 @pytest.mark.slow
 def test_the_worked_example_runs(tmp_path: Path) -> None:
     family, small_model, configuration = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "adding_a_family.md").read_text(), re.DOTALL
+        r"```(?:python|text)\n(.*?)```", (ROOT / "docs" / "adding_a_family.md").read_text(), re.DOTALL
     )
     package = tmp_path / "megatron_fipo"
     shutil.copytree(ROOT / "megatron_fipo", package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
