@@ -22,6 +22,7 @@ from megatron_fipo.launch.memory import GIB
 from megatron_fipo.planner import layouts
 from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.weights.architectures import Geometry, read_architecture
+from tests.config.published import GEMMA_7B, MISTRAL_7B
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_32B = 32_763_876_352
@@ -58,6 +59,28 @@ def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
     assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
     assert ended.peak_bytes < 2 * GIB
+
+
+@pytest.mark.slow
+def test_a_run_of_another_family(tmp_path: Path) -> None:
+    """Its stages are built without memory, and hold what transformers has."""
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(GEMMA_7B))
+    ended = run("preflight", tmp_path, "experiment=fipo_7b", f"model.path={tmp_path}/gemma", "parallel.tensor=4")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    weights: dict[str, Any] = json.loads((tmp_path / "preflight.json").read_text())["weights"]
+    assert (weights["parameters"], weights["huggingface_tensors"]) == (8_537_680_896, 2 + 28 * 9)
+
+
+def test_a_window_saves_time(tmp_path: Path) -> None:
+    """Of attention alone: 4096 tokens of the up to 32,768 before. Where no sequence is longer, it saves nothing."""
+    seconds = {}
+    for window in (4096, 32768, None):
+        (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B | {"sliding_window": window}))
+        found = estimate(load_config(["experiment=fipo_7b"]), read_architecture(tmp_path))
+        seconds[window] = (found.time.update, found.time.sample)
+    assert seconds[32768] == seconds[None]
+    assert all(with_one < without for with_one, without in zip(seconds[4096], seconds[None], strict=True))
 
 
 @pytest.mark.slow

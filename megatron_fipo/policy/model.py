@@ -218,7 +218,7 @@ def _build_chunk(
     stretch(chunk.rotary_pos_emb, geometry.rope_scaling)
     if geometry.family.scaled_embedding and chunk.pre_process:
         # Rounded to the weights' type first, as transformers and vLLM have it.
-        scale = torch.tensor(geometry.hidden_size**0.5).to(megatron.params_dtype).item()
+        scale = torch.tensor(geometry.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
         chunk.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     return chunk
 

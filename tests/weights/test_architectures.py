@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.families import FAMILIES
+from megatron_fipo.launch.memory import model_sizes
 from megatron_fipo.weights.architectures import (
     Geometry,
     canonical_name,
@@ -29,7 +30,7 @@ from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 from megatron_fipo.weights.plan import parameters_per_rank, plan
-from tests.config.published import LLAMA_31_8B, QWEN25_32B
+from tests.config.published import GEMMA_7B, LLAMA_31_8B, MISTRAL_7B, MISTRAL_NEMO, QWEN25_32B
 
 
 def read(tmp_path: Path, config: dict[str, Any]) -> Geometry:
@@ -107,6 +108,17 @@ def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -
     """The two counts were taken from GPTModels built on the meta device at TP8·PP4."""
     counts = parameters_per_rank(plan(read(tmp_path, QWEN25_32B), 8, 4))
     assert (counts[0], counts[3]) == (1_072_674_816, 1_072_679_936)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(MISTRAL_7B, 7_241_732_096), (MISTRAL_NEMO, 12_247_782_400), (GEMMA_7B, 8_537_680_896)],
+    ids=["mistral", "nemo", "gemma"],
+)
+def test_published_models_have_as_many_parameters_as_published(
+    tmp_path: Path, config: dict[str, Any], expected: int
+) -> None:
+    assert model_sizes(read(tmp_path, config))[0] == expected
 
 
 def test_plan_interleaves_chunks_and_prints(tmp_path: Path) -> None:
