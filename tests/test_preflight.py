@@ -4,6 +4,7 @@ Why: they decide what is started on a cluster. tests/launch/test_memory.py compa
 Not covered: how near the estimated seconds come to a cluster's.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.errors import WeightError
+from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
 from megatron_fipo.launch.memory import GIB
 from megatron_fipo.planner import layouts
@@ -72,15 +73,21 @@ def test_a_run_of_another_family(tmp_path: Path) -> None:
     assert (weights["parameters"], weights["huggingface_tensors"]) == (8_537_680_896, 2 + 28 * 9)
 
 
-def test_a_window_saves_time(tmp_path: Path) -> None:
-    """Of attention alone: 4096 tokens of the up to 32,768 before. Where no sequence is longer, it saves nothing."""
-    seconds = {}
+def test_a_window_saves_time_and_keeps_sequences_whole(tmp_path: Path) -> None:
+    """Time of attention alone. Where no sequence is longer than the window, it has no effect."""
+    seconds, cut = {}, {}
+    config = load_config(["experiment=fipo_7b"])
     for window in (4096, 32768, None):
         (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B | {"sliding_window": window}))
-        found = estimate(load_config(["experiment=fipo_7b"]), read_architecture(tmp_path))
+        mistral = read_architecture(tmp_path)
+        found = estimate(config, mistral)
         seconds[window] = (found.time.update, found.time.sample)
+        cut[window] = {layout.config.parallel.context > 1 for layout in layouts(config, mistral)}
     assert seconds[32768] == seconds[None]
     assert all(with_one < without for with_one, without in zip(seconds[4096], seconds[None], strict=True))
+    assert cut[4096] == {False} and cut[32768] == cut[None] == {False, True}
+    with pytest.raises(ConfigError, match=r"no window \(8 tokens here\) over context-parallel ranks"):
+        estimate(load_config(["experiment=fipo_7b", "parallel.context=2"]), dataclasses.replace(mistral, window=8))
 
 
 @pytest.mark.slow

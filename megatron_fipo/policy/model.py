@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.config.window import check_window, window_in_use
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.families import Family
 from megatron_fipo.policy import platform
@@ -88,7 +89,14 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
     model, parallel, family = config.model, config.parallel, geometry.family
     check_widths(config, geometry)
     dtype, window = getattr(torch, model.dtype), window_in_use(config, geometry)
-    _check_context_parallel(config, dtype, window)
+    if wants_transformer_engine(model):
+        check_window(config, geometry)
+    if dtype == torch.float32 and parallel.context > 1 and wants_transformer_engine(model):
+        raise ConfigError(
+            "model.dtype",
+            "Transformer Engine's attention takes no float32 over context-parallel ranks",
+            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
+        )
     # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
     fused = wants_transformer_engine(model) or platform.has_cuda()
     return TransformerConfig(
@@ -134,30 +142,6 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         **precision_settings(model),
         **_recompute_settings(model),
     )
-
-
-def window_in_use(config: Config, geometry: Geometry) -> int | None:
-    """Tokens that each layer attends to; None where the run's sequences are never longer, and it has no effect."""
-    longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-    return geometry.window if geometry.window is not None and geometry.window < longest else None
-
-
-def _check_context_parallel(config: Config, dtype: torch.dtype, window: int | None) -> None:
-    """Refuse what Transformer Engine's attention cannot do over context-parallel ranks."""
-    if config.parallel.context == 1 or not wants_transformer_engine(config.model):
-        return
-    if dtype == torch.float32:
-        raise ConfigError(
-            "model.dtype",
-            "Transformer Engine's attention takes no float32 over context-parallel ranks",
-            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
-        )
-    if window is not None:
-        raise ConfigError(
-            "parallel.context",
-            f"Transformer Engine's attention has no window ({window} tokens here) over context-parallel ranks",
-            f"parallel.context=1, model.layers=local or sequences of {window} tokens at most",
-        )
 
 
 def _activation(family: Family, fused: bool) -> Callable[..., torch.Tensor]:
