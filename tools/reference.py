@@ -74,15 +74,17 @@ model. `model.max_position_embeddings` raises the context without another rotary
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly: a token attends to so many
 tokens, itself included; padded, packed and over context-parallel ranks. It has no effect where no sequence of a run is
 longer, prompt and response together. Transformer Engine has no window over context-parallel ranks, which is refused in
-one line. Qwen's window, `use_sliding_window`, is for some of the layers, which vLLM does not serve: it is refused.
+one line. Local layers keep a mask for it in every layer, a byte per pair of tokens of a sequence. Qwen's window,
+`use_sliding_window`, is for some of the layers, which vLLM does not serve: it is refused.
 
 **Gemma** is the first one. Its released config.json says gelu and means the approximation by tanh: transformers and
 vLLM take it so. Gemma 2 and 3 are refused: two rotary bases, norms after attention and feed-forward and capped logits
 are not all in Megatron-Core. From a **Mistral** directory the Hugging Face files are read, not params.json and
 consolidated.safetensors beside them.
 
-All families are compared with transformers on a CPU (logits, every gradient, every layout) and served by vLLM on a CPU
-with live weight updates. Mistral and Gemma have not yet run on CUDA.
+Each family's logits and gradients are compared with transformers' on a CPU, over tensor, sequence, pipeline, context
+and data parallelism. vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma in the tests, with live weight updates.
+Mistral and Gemma have not yet run on CUDA.
 """
 
 

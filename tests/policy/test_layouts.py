@@ -70,12 +70,14 @@ FAMILIES = [
     {"packing": True, "pipeline": 2, "context": 2, "virtual_pipeline": 2},
     {"packing": True, "tensor": 2, "pipeline": 2, "sequence": True, "compare": "updated"},
     {"data": 2, "tensor": 2, "model": {"recompute": "full"}},
-    {"tensor": 2, "pipeline": 2, "sabotage": "family"},
 ]
+WITHOUT_ITS_OWN = {"tensor": 2, "pipeline": 2, "sabotage": "family"}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma": ("Gemma", {"head_dim": 24, "pad_token_id": None}),
 }
@@ -204,10 +206,18 @@ def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, la
     check_gradients(case, layouts, updates_under(case, world_size, layouts))
 
 
-@pytest.mark.parametrize("case", ["mistral", "gemma"], indirect=True)
-def test_gradients_of_other_families_equal_the_reference(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("case", "layouts"),
+    [
+        ("mistral", [*FAMILIES, WITHOUT_ITS_OWN]),
+        ("gemma", [*FAMILIES, WITHOUT_ITS_OWN]),
+        *(pytest.param(name, FAMILIES, marks=pytest.mark.matrix) for name in ("qwen3", "llama")),
+    ],
+    indirect=["case"],
+)
+def test_gradients_of_other_families_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """The negative control takes away what sets the family apart: the window, and the 1 that norms add."""
-    check_gradients(case, FAMILIES, updates_under(case, 4, FAMILIES))
+    check_gradients(case, layouts, updates_under(case, 4, layouts))
 
 
 def test_updates_one_after_the_other_learn_alike_with_overlap() -> None:
