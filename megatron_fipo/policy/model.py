@@ -90,13 +90,7 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
     check_widths(config, geometry)
     dtype, window = getattr(torch, model.dtype), window_in_use(config, geometry)
     if wants_transformer_engine(model):
-        check_window(config, geometry)
-    if dtype == torch.float32 and parallel.context > 1 and wants_transformer_engine(model):
-        raise ConfigError(
-            "model.dtype",
-            "Transformer Engine's attention takes no float32 over context-parallel ranks",
-            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
-        )
+        _check_attention(config, geometry)
     # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
     fused = wants_transformer_engine(model) or platform.has_cuda()
     return TransformerConfig(
@@ -142,6 +136,17 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         **precision_settings(model),
         **_recompute_settings(model),
     )
+
+
+def _check_attention(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError for what Transformer Engine's attention lacks."""
+    if config.model.dtype == "float32" and config.parallel.context > 1:
+        raise ConfigError(
+            "model.dtype",
+            "Transformer Engine's attention takes no float32 over context-parallel ranks",
+            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
+        )
+    check_window(config, geometry)
 
 
 def _activation(family: Family, fused: bool) -> Callable[..., torch.Tensor]:
