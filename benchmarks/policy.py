@@ -56,8 +56,6 @@ def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabular
         ffn_hidden_size=ffn,
         vocab_size=vocabulary,
         tied_embeddings=tied,
-        qkv_bias=True,
-        qk_norm=False,
         rms_norm_eps=1e-6,
         rope_theta=1e6,
         rope_scaling=None,

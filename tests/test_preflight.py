@@ -4,6 +4,7 @@ Why: they decide what is started on a cluster. tests/launch/test_memory.py compa
 Not covered: how near the estimated seconds come to a cluster's.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -16,12 +17,13 @@ import pytest
 
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.errors import WeightError
+from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
 from megatron_fipo.launch.memory import GIB
 from megatron_fipo.planner import layouts
 from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.weights.architectures import Geometry, read_architecture
+from tests.config.published import GEMMA_7B, MISTRAL_7B
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_32B = 32_763_876_352
@@ -58,6 +60,34 @@ def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
     assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
     assert ended.peak_bytes < 2 * GIB
+
+
+@pytest.mark.slow
+def test_a_run_of_another_family(tmp_path: Path) -> None:
+    """Its stages are built without memory, and hold what transformers has."""
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text(json.dumps(GEMMA_7B))
+    ended = run("preflight", tmp_path, "experiment=fipo_7b", f"model.path={tmp_path}/gemma", "parallel.tensor=4")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    weights: dict[str, Any] = json.loads((tmp_path / "preflight.json").read_text())["weights"]
+    assert (weights["parameters"], weights["huggingface_tensors"]) == (8_537_680_896, 2 + 28 * 9)
+
+
+def test_a_window_saves_time_and_keeps_sequences_whole(tmp_path: Path) -> None:
+    """Time of attention alone. Where no sequence is longer than the window, it has no effect."""
+    seconds, cut = {}, {}
+    config = load_config(["experiment=fipo_7b"])
+    for window in (4096, 32768, None):
+        (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B | {"sliding_window": window}))
+        mistral = read_architecture(tmp_path)
+        found = estimate(config, mistral)
+        seconds[window] = (found.time.update, found.time.sample)
+        cut[window] = {layout.config.parallel.context > 1 for layout in layouts(config, mistral)}
+    assert seconds[32768] == seconds[None]
+    assert all(with_one < without for with_one, without in zip(seconds[4096], seconds[None], strict=True))
+    assert cut[4096] == {False} and cut[32768] == cut[None] == {False, True}
+    with pytest.raises(ConfigError, match=r"no window \(8 tokens here\) over context-parallel ranks"):
+        estimate(load_config(["experiment=fipo_7b", "parallel.context=2"]), dataclasses.replace(mistral, window=8))
 
 
 @pytest.mark.slow

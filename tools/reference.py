@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the schema and conf/, and docs/models.md from the keys of config.json.
+"""Writes docs/configuration.md from the schema and conf/, and docs/models.md from families and the keys of config.json.
 
 So neither can drift from its documentation.
 
@@ -16,8 +16,9 @@ from typing import Any, get_args
 
 from megatron_fipo.config import every_setting, sections
 from megatron_fipo.config.configure import configuration_directory, configuration_groups
-from megatron_fipo.config.model_keys import FAMILIES, HARMLESS, REFUSED, UNDERSTOOD
+from megatron_fipo.config.model_keys import HARMLESS, REFUSED, UNDERSTOOD
 from megatron_fipo.config.model_rope import KEYS_OF_TYPE
+from megatron_fipo.families import Family, family_modules
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -48,16 +49,17 @@ the updates a step.
 _MODELS_HEADER = """\
 # Models
 
-<!-- Written by tools/reference.py from megatron_fipo/config/model_keys.py: change that, then `make format`. -->
+<!-- Written by tools/reference.py from megatron_fipo/families/ and config/model_keys.py. -->
 
 A model comes as a Hugging Face directory, or as a distributed checkpoint with config.json and tokenizer beside it.
-Dense models of these architectures are covered: {architectures}.
+Dense models of the families below are covered, each declared in one file of `megatron_fipo/families/`
+([Adding one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
 the vLLM plugin read the file through one function, `megatron_fipo/config/model_config.py`, which refuses in one line
 
 * a key that is in no list, since it may change the model. If the model computes the same without it, remove it from the
-  file; if it should be allowed for everybody, add it to the list that is right for it;
+  file; if it should be allowed for everybody, add it to the list that is right for it, or to its family's own keys;
 * a value that is not computed exactly here, a size that cannot be, a key that is there twice;
 * a rotary embedding that is described in two places in two ways: programs differ in which of them they follow;
 * quantised weights (FP8, AWQ, GPTQ and others), by `quantization_config` or by a file such as quantize_config.json
@@ -68,12 +70,36 @@ whole context; `tools/convert_hf.py --verify` compares logits there ([weights.md
 
 `attention_dropout` is harmless whatever it is: a run trains without dropout, so that old and new log-probs are of one
 model. `model.max_position_embeddings` raises the context without another rotary embedding, as the 7B recipe does.
+
+A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly: a token attends to so many
+tokens, itself included; padded, packed and over context-parallel ranks. It has no effect where no sequence of a run is
+longer, prompt and response together. Transformer Engine has no window over context-parallel ranks, which is refused in
+one line. Local layers keep a mask for it in every layer, a byte per pair of tokens of a sequence. Qwen's window,
+`use_sliding_window`, is for some of the layers, which vLLM does not serve: it is refused.
+
+**Gemma** is the first one. Its released config.json says gelu and means the approximation by tanh: transformers and
+vLLM take it so. Gemma 2 and 3 are refused: two rotary bases, norms after attention and feed-forward and capped logits
+are not all in Megatron-Core. From a **Mistral** directory the Hugging Face files are read, not params.json and
+consolidated.safetensors beside them.
+
+Each family's logits and gradients are compared with transformers' on a CPU, over tensor, sequence, pipeline, context
+and data parallelism. vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma in the tests, with live weight updates.
+Mistral and Gemma have not yet run on CUDA.
 """
 
 
 def models() -> str:
     """The page of the keys of config.json."""
-    return "\n".join([_MODELS_HEADER.format(architectures=", ".join(f"`{name}`" for name in FAMILIES)), *_model_keys()])
+    return "\n".join([_MODELS_HEADER, *_families(), *_model_keys()])
+
+
+def _families() -> Iterator[str]:
+    yield "## Families\n\n| architecture | what it is | keys of its own, or with other values |\n| --- | --- | --- |"
+    for module in family_modules():
+        family: Family = module.FAMILY
+        keys = "; ".join(f"`{key}`: {kind.expected}" for key, kind in family.keys.items()) or "none"
+        yield f"| `{family.architecture}` | {module.__doc__} | {keys} |"
+    yield ""
 
 
 def _model_keys() -> Iterator[str]:

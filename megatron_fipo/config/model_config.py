@@ -1,7 +1,8 @@
 """Reads a model's config.json whole: the one owner of what it says. Imports no torch.
 
-Every key is understood, known to be harmless, or refused (`model_keys.py`); so is every value, before anything is
-built of it. Preflight, planner, training, conversion and the engines' plugin all read through `read_architecture`.
+Every key is understood, known to be harmless, or refused (`model_keys.py`, and each family's own file); so is every
+value, before anything is built of it. Preflight, planner, training, conversion and the engines' plugin all read through
+`read_architecture`.
 """
 
 import json
@@ -13,9 +14,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config.model_keys import FAMILIES, HARMLESS_KEYS, REFUSED, UNDERSTOOD, Family, shown
+from megatron_fipo.config.model_keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
 from megatron_fipo.config.model_rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.families import FAMILIES, Family
+from megatron_fipo.families.kinds import shown
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """What AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside the weights that they quantise."""
@@ -53,13 +56,18 @@ class Geometry:
     vocab_size: int
     """Rows of the embedding as stored, without padding for tensor parallelism."""
     tied_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    window: int | None = None
+    """Tokens that every layer attends to, a token itself included; None: all before it."""
+
+    @property
+    def family(self) -> Family:
+        """What is the same for all models of the architecture."""
+        return FAMILIES[self.architecture]
 
     @property
     def original_context(self) -> int:
@@ -99,14 +107,14 @@ def read_architecture(model_dir: str | Path) -> Geometry:
     config = _read(path)
     family = _family(path, config)
     for key, value in config.items():
-        _check_key(path, key, value)
+        _check_key(path, family, key, value)
     config = _DEFAULTS | dict(family.defaults) | config
     try:
         rope_theta, rope_scaling = read_rope(config)
     except RopeProblem as error:
         raise _refusal(path, _name(error.key), error.problem, error.remedy) from None
     heads, groups, head_dim = _heads(path, family, config)
-    _check_layers(path, family, config)
+    _check_layers(path, config)
     eos = config.get("eos_token_id")
     return Geometry(
         architecture=config["architectures"][0],
@@ -118,13 +126,12 @@ def read_architecture(model_dir: str | Path) -> Geometry:
         ffn_hidden_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied_embeddings=config["tie_word_embeddings"],
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         rms_norm_eps=float(config["rms_norm_eps"]),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_position_embeddings=config["max_position_embeddings"],
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        window=config["sliding_window"] if family.windowed else None,
     )
 
 
@@ -177,12 +184,13 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
     for key in _REQUIRED:
         if config.get(key) is None:
             raise _refusal(path, key, "is missing", UNDERSTOOD[key].expected)
-    named = config["architectures"]
+    named, listed = config["architectures"], UNDERSTOOD["architectures"]
     if isinstance(named, list) and len(named) == 1 and named[0] not in list(FAMILIES):
         name = _name(named[0]) if isinstance(named[0], str) else shown(named[0])
         problem = f"names one that is unknown: architecture {name} is not supported"
         raise _refusal(path, "architectures", problem, f"supported: {', '.join(FAMILIES)}")
-    _check_key(path, "architectures", named)
+    if not listed.accepts(named):
+        raise _refusal(path, "architectures", f"= {shown(named)} is not supported", f"it must be {listed.expected}")
     architecture = named[0]
     family = FAMILIES[architecture]
     if config.get("model_type", family.model_type) != family.model_type:
@@ -191,14 +199,14 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
     return family
 
 
-def _check_key(path: Path, key: str, value: Any) -> None:
-    kind = UNDERSTOOD.get(key) or REFUSED.get(key)
+def _check_key(path: Path, family: Family, key: str, value: Any) -> None:
+    kind = family.keys.get(key) or UNDERSTOOD.get(key) or REFUSED.get(key)
     if kind is not None and not kind.accepts(value):
         if key in REFUSED and "quant" in key:
             raise _refusal(path, key, f"= {shown(value)}: the weights are quantised", QUANTIZED_REMEDY)
         raise _refusal(path, key, f"= {shown(value)} is not supported", f"it must be {kind.expected}")
     if kind is None and key not in HARMLESS_KEYS:
-        near = get_close_matches(key[:80], [*UNDERSTOOD, *HARMLESS_KEYS], n=1, cutoff=0.85)
+        near = get_close_matches(key[:80], [*UNDERSTOOD, *family.keys, *HARMLESS_KEYS], n=1, cutoff=0.85)
         meant = f"did you mean {near[0]}? " if near else ""
         raise _refusal(
             path,
@@ -217,16 +225,11 @@ def _heads(path: Path, family: Family, config: Mapping[str, Any]) -> tuple[int, 
     if heads % groups:
         problem = f"= {groups} does not divide num_attention_heads = {heads}"
         raise _refusal(path, "num_key_value_heads", problem, "one that divides them")
-    if family.model_type != "qwen3" and hidden % heads:
-        # transformers' Llama refuses this even where head_dim is given.
+    if family.heads_divide_hidden and hidden % heads:
         problem = f"= {heads} does not divide hidden_size = {hidden}"
         raise _refusal(path, "num_attention_heads", problem, "one that divides it")
-    head_dim = config.get("head_dim")
-    if head_dim is None:
-        if "head_dim" in config and family.model_type != "llama":
-            raise _refusal(path, "head_dim", "is null, which transformers cannot build", "a number, or leave it out")
-        head_dim = hidden // heads
-    if not family.head_dim_is_free and head_dim * heads != hidden:
+    head_dim = config.get("head_dim") or hidden // heads
+    if not family.free_head_dim and head_dim * heads != hidden:
         problem = f"= {head_dim} is not hidden_size ÷ num_attention_heads, the only width of vLLM's {family.model_type}"
         raise _refusal(path, "head_dim", problem, f"{hidden // heads}")
     if head_dim % 2:
@@ -235,14 +238,12 @@ def _heads(path: Path, family: Family, config: Mapping[str, Any]) -> tuple[int, 
     return heads, groups, head_dim
 
 
-def _check_layers(path: Path, family: Family, config: Mapping[str, Any]) -> None:
-    """What is said of single layers; a window is refused for Llama, which has no use_sliding_window to turn it off."""
+def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
+    """What is said of single layers."""
     kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
     if kinds is not None and len(kinds) != layers:
         problem = f"has {len(kinds)} entries, num_hidden_layers is {layers}"
         raise _refusal(path, "layer_types", problem, "one for each layer")
-    if family.model_type == "llama" and config.get("sliding_window") is not None:
-        raise _refusal(path, "sliding_window", f"= {shown(config['sliding_window'])} is not supported", "null")
 
 
 def _name(key: str) -> str:

@@ -4,91 +4,27 @@ A key that is in none of the three tables is refused, since nobody has looked at
 one, find out whether transformers' model or vLLM's reads it, and add it to the table that is right for it.
 """
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
+from megatron_fipo.families import FAMILIES
+from megatron_fipo.families.kinds import (
+    BOOLEAN,
+    DICTIONARY,
+    UNUSED_NUMBER,
+    Kind,
+    either,
+    list_of,
+    number,
+    only,
+    or_null,
+    shown,
+    whole,
+)
 
-@dataclass(frozen=True)
-class Kind:
-    """The values that a key may have."""
+__all__ = ["HARMLESS", "HARMLESS_KEYS", "REFUSED", "UNDERSTOOD", "shown"]
 
-    expected: str
-    """What is right, for the user."""
-    accepts: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What transformers assumes of one value of config.json's `architectures`."""
-
-    model_type: str
-    defaults: Mapping[str, Any]
-    """What stands for keys that an older config.json leaves out. `num_key_value_heads` None is the query heads."""
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    head_dim_is_free: bool = True
-    """Whether a head's width may differ from hidden size ÷ heads: vLLM's Qwen2 does not read head_dim."""
-
-
-def _whole(low: int, high: int) -> Kind:
-    return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
-
-
-def number(low: float, high: float) -> Kind:
-    """A finite number between the two, which are not meant themselves."""
-
-    def accepts(value: Any) -> bool:
-        return type(value) in (int, float) and low < value < high  # False of NaN
-
-    return Kind(f"a number above {low:g} and below {high:g}", accepts)
-
-
-def _only(*values: Any) -> Kind:
-    """These values and no others; True is not 1 here, but 1 is 1.0."""
-    return Kind(" or ".join(map(shown, values)), lambda found: any(same_value(found, value) for value in values))
-
-
-def same_value(one: Any, other: Any) -> bool:
-    """Equality as JSON has it: true is not 1, but 1 is 1.0."""
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
-
-
-def shown(value: Any) -> str:
-    """A value as JSON has it, on one line and short."""
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} nested too deeply"
-    except ValueError:  # Python writes no number of thousands of digits
-        text = f"a {type(value).__name__} of too many digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _or_null(kind: Kind) -> Kind:
-    return Kind(f"{kind.expected}, or null", lambda value: value is None or kind.accepts(value))
-
-
-def _list_of(kind: Kind) -> Kind:
-    return Kind(f"a list of {kind.expected}", lambda value: isinstance(value, list) and all(map(kind.accepts, value)))
-
-
-def _either(one: Kind, other: Kind) -> Kind:
-    return Kind(f"{one.expected}, or {other.expected}", lambda value: one.accepts(value) or other.accepts(value))
-
-
-_BOOL = Kind("true or false", lambda value: type(value) is bool)
-_DICTIONARY = Kind("an object or null", lambda value: value is None or isinstance(value, dict))
-_TOKEN = _whole(0, 2**31 - 1)
-_DTYPE = _only("float32", "bfloat16", "float16", "float64", None)
-
-FAMILIES = {
-    "Qwen2ForCausalLM": Family("qwen2", {"max_position_embeddings": 32768}, qkv_bias=True, head_dim_is_free=False),
-    "Qwen3ForCausalLM": Family("qwen3", {"max_position_embeddings": 32768, "head_dim": 128}, qk_norm=True),
-    "LlamaForCausalLM": Family("llama", {"max_position_embeddings": 2048, "num_key_value_heads": None}),
-}
-"""The dense models that are covered. `weights/architectures.py` has the rules of their tensors."""
+_TOKEN = whole(0, 2**31 - 1)
+_DTYPE = only("float32", "bfloat16", "float16", "float64", None)
 
 UNDERSTOOD: Mapping[str, Kind] = {
     # What is built.
@@ -96,48 +32,50 @@ UNDERSTOOD: Mapping[str, Kind] = {
         f"a list of one of {', '.join(FAMILIES)}",
         lambda value: isinstance(value, list) and len(value) == 1 and value[0] in list(FAMILIES),
     ),
-    "model_type": _only(*(family.model_type for family in FAMILIES.values())),
-    "num_hidden_layers": _whole(1, 1000),
-    "hidden_size": _whole(1, 2**20),
-    "intermediate_size": _whole(1, 2**24),
-    "num_attention_heads": _whole(1, 2**16),
-    "num_key_value_heads": _or_null(_whole(1, 2**16)),
-    "head_dim": _or_null(_whole(2, 2**16)),
-    "vocab_size": _whole(1, 2**24),
-    "tie_word_embeddings": _BOOL,
+    "model_type": only(*(family.model_type for family in FAMILIES.values())),
+    "num_hidden_layers": whole(1, 1000),
+    "hidden_size": whole(1, 2**20),
+    "intermediate_size": whole(1, 2**24),
+    "num_attention_heads": whole(1, 2**16),
+    "num_key_value_heads": or_null(whole(1, 2**16)),
+    "head_dim": whole(2, 2**16),
+    "vocab_size": whole(1, 2**24),
+    "tie_word_embeddings": BOOLEAN,
     "rms_norm_eps": number(0, 1),
-    "eos_token_id": _or_null(_either(_TOKEN, _list_of(_TOKEN))),
+    "eos_token_id": or_null(either(_TOKEN, list_of(_TOKEN))),
     # Positions; config/model_rope.py reads what is inside.
-    "max_position_embeddings": _whole(1, 10**9),
-    "original_max_position_embeddings": _whole(1, 10**9),
+    "max_position_embeddings": whole(1, 10**9),
+    "original_max_position_embeddings": whole(1, 10**9),
     "rope_theta": number(1, 1e15),
-    "rope_parameters": _DICTIONARY,
-    "rope_scaling": _DICTIONARY,
-    "partial_rotary_factor": _only(1.0, None),
+    "rope_parameters": DICTIONARY,
+    "rope_scaling": DICTIONARY,
+    "partial_rotary_factor": only(1.0, None),
     # What Megatron-Core could compute otherwise and here does in one way.
-    "hidden_act": _only("silu"),
-    "attention_bias": _only(False),
-    "mlp_bias": _only(False),
-    "use_sliding_window": _only(False),
-    "layer_types": _or_null(_list_of(_only("full_attention"))),
-    # Read only where use_sliding_window is true.
-    "sliding_window": _or_null(_whole(0, 2**31 - 1)),
-    "max_window_layers": _whole(0, 2**31 - 1),
+    "hidden_act": only("silu"),
+    "attention_bias": only(False),
+    "mlp_bias": only(False),
+    "use_sliding_window": only(False),
+    "layer_types": or_null(list_of(only("full_attention"))),
+    "sliding_window": only(None),
+    "max_window_layers": whole(0, 2**31 - 1),
     # The type of the stored weights; a run's own are model.dtype and rollout.dtype.
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
     # Not used, but transformers refuses the whole file for other values.
-    "attention_dropout": Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e15),
+    "attention_dropout": UNUSED_NUMBER,
     "initializer_range": Kind("a number from 0.0 to 1.0", lambda value: type(value) is float and 0 <= value <= 1),
-    "bos_token_id": _or_null(_whole(-1, 2**31 - 1)),
+    "bos_token_id": or_null(whole(-1, 2**31 - 1)),
 }
-"""Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands."""
+"""Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands.
 
-_NONE = _only(None)
-_OFF = _only(None, False)
-_ONE = _only(None, 1)
-_ZERO = _only(None, 0)
-_EMPTY = _only(None, {}, [])
+A family says which keys mean another thing in it (`Family.keys`), of this table or the next.
+"""
+
+_NONE = only(None)
+_OFF = only(None, False)
+_ONE = only(None, 1)
+_ZERO = only(None, 0)
+_EMPTY = only(None, {}, [])
 
 REFUSED: Mapping[str, Kind] = {
     # Weights that are not plain numbers, or another model's code.
@@ -145,21 +83,21 @@ REFUSED: Mapping[str, Kind] = {
     "quantization": _NONE,
     "compression_config": _NONE,
     "auto_map": _NONE,
-    "pruned_heads": _only(None, {}),
-    "per_layer_config": _only(None, {}),
+    "pruned_heads": only(None, {}),
+    "per_layer_config": only(None, {}),
     "block_configs": _EMPTY,
     "vision_config": _NONE,
     "text_config": _NONE,
     # Experts.
-    "num_experts": _only(0),
-    "num_local_experts": _only(0),
-    "n_routed_experts": _only(0),
+    "num_experts": only(0),
+    "num_local_experts": only(0),
+    "n_routed_experts": only(0),
     "num_experts_per_tok": _ZERO,
     "moe_intermediate_size": _ZERO,
     "shared_expert_intermediate_size": _ZERO,
     "num_nextn_predict_layers": _ZERO,
     # Factors in the forward pass.
-    "logit_scale": _only(1),
+    "logit_scale": only(1),
     "logits_scaling": _ONE,
     "residual_multiplier": _ONE,
     "embedding_multiplier": _ONE,
@@ -169,9 +107,9 @@ REFUSED: Mapping[str, Kind] = {
     "final_logit_softcapping": _NONE,
     "attn_temperature_tuning": _OFF,
     "clip_qkv": _NONE,
-    "activation": _only(None, "swiglu"),
+    "activation": only(None, "swiglu"),
     # Attention of another kind.
-    "is_causal": _only(True),
+    "is_causal": only(True),
     "use_bidirectional_attention": _OFF,
     "is_decoder": _OFF,
     "is_encoder_decoder": _OFF,
@@ -194,7 +132,7 @@ REFUSED: Mapping[str, Kind] = {
     "no_rope_layers": _EMPTY,
     "no_rope_layer_interval": _NONE,
     "alibi": _OFF,
-    "position_embedding_type": _only(None, "rope"),
+    "position_embedding_type": only(None, "rope"),
 }
 """Keys that would make another model of it, each with the values that do not. vLLM takes not every null for absent."""
 

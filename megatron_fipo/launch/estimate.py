@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
 from megatron_fipo.launch.timing import StepTime, step_time
@@ -66,7 +67,12 @@ def trainer_world_size(config: Config) -> int:
 
 
 def estimate(config: Config, geometry: Geometry) -> Estimate:
-    """Memory and time of a run. Raises ConfigError for a layout that does not divide the ranks or the model."""
+    """Memory and time of a run on GPUs.
+
+    Raises ConfigError for a layout that does not divide the ranks or the model, or cannot have the model's window.
+    """
+    if config.model.layers != "local":
+        check_window(config, geometry)
     parallel = config.parallel
     world_size = trainer_world_size(config)
     replica = parallel.tensor * parallel.pipeline * parallel.context

@@ -118,11 +118,18 @@ def _products_s(config: Config, geometry: Geometry, length: float) -> float:
     # The first and the last layer stay in bf16, but for the recipe that cannot tell layers apart.
     in_fp8 = {"off": 0, "delayed": geometry.num_layers}.get(config.model.fp8, max(0, geometry.num_layers - 2))
     in_bf16 = (geometry.num_layers - in_fp8) * layer + geometry.vocab_size * geometry.hidden_size
-    # Causal attention looks back over half the sequence, twice: scores and values.
-    attention = 2 * geometry.num_layers * query * length / min(1.0, geometry.head_dim / _ATTENTION_HEAD)
+    # Twice: scores and values.
+    attended = 2 * geometry.num_layers * query * 2 * _attended(geometry, length)
+    attention = attended / min(1.0, geometry.head_dim / _ATTENTION_HEAD)
     seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
     seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
     return seconds / hardware.compute_efficiency
+
+
+def _attended(geometry: Geometry, length: float) -> float:
+    """Tokens that a token of a sequence attends to, on average: half of them, or fewer where there is a window."""
+    window = min(geometry.window or length, length)
+    return window - window**2 / (2 * length)
 
 
 def _communication_s(config: Config, geometry: Geometry, tokens_of_rank: float) -> float:
@@ -177,18 +184,20 @@ def _whole_batches_prompts(config: Config) -> int:
 def _sample_s(config: Config, geometry: Geometry, prompts: float) -> float:
     """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
     algorithm, rollout, hardware = config.algorithm, config.rollout, config.hardware
+    longest = longest_sequence(config)
     mean_response = _MEAN_SHARE * rollout.max_response_length
     sequences = prompts * algorithm.samples_per_prompt / rollout_servers(config)
     width = 2 if rollout.dtype == "bfloat16" else 4
     token_bytes = 2 * geometry.num_layers * geometry.dimension("key_value") * width / rollout.tensor_parallel
     weights = model_bytes(config, geometry) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
-    at_once = max(1.0, min(rollout.max_num_seqs, sequences, free / (token_bytes * longest_sequence(config) / 2)))
+    at_once = max(1.0, min(rollout.max_num_seqs, sequences, free / (token_bytes * _attended(geometry, longest))))
     bandwidth = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
 
     def decode_s(batch: float) -> float:
         flops = 2 * weights / width * batch / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency)
-        return max((weights + batch * token_bytes * mean_response / 2) / bandwidth, flops) + _ENGINE_OVERHEAD_S
+        read = weights + batch * token_bytes * _attended(geometry, mean_response)
+        return max(read / bandwidth, flops) + _ENGINE_OVERHEAD_S
 
     full = sequences * mean_response / at_once * decode_s(at_once)
     # At the end a few of the longest responses are left, alone in their batch.

@@ -1,5 +1,7 @@
 """Megatron-Core's GPTModel from a model's geometry and a run's configuration: this rank's pipeline chunks."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version
 
 from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.config.window import check_window, window_in_use
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.families import Family
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention
 from megatron_fipo.policy.precision import check_recipe, check_widths, precision_settings, this_machine
@@ -80,17 +84,15 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
 
     Raises:
         ConfigError: the FP8 recipe cannot multiply matrices of this model's widths, or Transformer Engine has no
-            attention for this type and layout.
+            attention for this type, window and layout.
     """
-    model, parallel = config.model, config.parallel
+    model, parallel, family = config.model, config.parallel, geometry.family
     check_widths(config, geometry)
-    dtype = getattr(torch, model.dtype)
-    if dtype == torch.float32 and parallel.context > 1 and wants_transformer_engine(model):
-        raise ConfigError(
-            "model.dtype",
-            "Transformer Engine's attention takes no float32 over context-parallel ranks",
-            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
-        )
+    dtype, window = getattr(torch, model.dtype), window_in_use(config, geometry)
+    if wants_transformer_engine(model):
+        _check_attention(config, geometry)
+    # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
+    fused = wants_transformer_engine(model) or platform.has_cuda()
     return TransformerConfig(
         num_layers=geometry.num_layers,
         hidden_size=geometry.hidden_size,
@@ -100,16 +102,18 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         kv_channels=geometry.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=geometry.rms_norm_eps,
-        qk_layernorm=geometry.qk_norm,
+        layernorm_zero_centered_gamma=family.zero_centered_norms,
+        qk_layernorm=family.qk_norm,
+        # Tokens before a query that it attends to, and tokens after it.
+        window_size=None if window is None else (window - 1, 0),
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_activation(family, fused),
         add_bias_linear=False,
-        add_qkv_bias=geometry.qkv_bias,
+        add_qkv_bias=family.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         masked_softmax_fusion=False,
-        # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
-        bias_activation_fusion=wants_transformer_engine(model) or platform.has_cuda(),
+        bias_activation_fusion=fused,
         # One kernel for all packed sequences; else every layer waits for their lengths and turns them one by one.
         apply_rope_fusion=HAVE_TE and wants_transformer_engine(model),
         tensor_model_parallel_size=parallel.tensor,
@@ -132,6 +136,24 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
         **precision_settings(model),
         **_recompute_settings(model),
     )
+
+
+def _check_attention(config: Config, geometry: Geometry) -> None:
+    """Raise ConfigError for what Transformer Engine's attention lacks."""
+    if config.model.dtype == "float32" and config.parallel.context > 1:
+        raise ConfigError(
+            "model.dtype",
+            "Transformer Engine's attention takes no float32 over context-parallel ranks",
+            "model.dtype=bfloat16, model.layers=local or parallel.context=1",
+        )
+    check_window(config, geometry)
+
+
+def _activation(family: Family, fused: bool) -> Callable[..., torch.Tensor]:
+    if family.activation == "silu":
+        return torch.nn.functional.silu
+    # Megatron-Core's fused kernel of this name is the approximation by tanh; by itself the function is not.
+    return torch.nn.functional.gelu if fused else partial(torch.nn.functional.gelu, approximate="tanh")
 
 
 def _schedule_settings(parallel: ParallelConfig) -> dict[str, Any]:
@@ -183,6 +205,10 @@ def _build_chunk(
         vp_stage=virtual_stage,
     )
     stretch(chunk.rotary_pos_emb, geometry.rope_scaling)
+    if geometry.family.scaled_embedding and chunk.pre_process:
+        # Rounded to the weights' type first, as transformers and vLLM have it.
+        scale = torch.tensor(geometry.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
+        chunk.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     return chunk
 
 

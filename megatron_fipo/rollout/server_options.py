@@ -46,12 +46,14 @@ def server_arguments(
         "--enable-prefix-caching",
         f"--seed={seed}",
         f"--weight-transfer-config={json.dumps({'backend': config.weight_transfer})}",
+        # A Mistral's directory has it all once more in Mistral's own format, which vLLM would follow and we do not.
+        "--config-format=hf",
+        "--tokenizer-mode=hf",
+        # From a checkpoint, whose weights vLLM cannot read, made-up ones: a run pushes its own before it samples.
+        f"--load-format={'dummy' if is_checkpoint(model_dir) else 'safetensors'}",
     ]
     if config.quantization is not None:
         arguments.append(f"--quantization={config.quantization}")
-    if is_checkpoint(model_dir):
-        # Weights that vLLM cannot read: it starts with made-up ones, and a run pushes the trainer's before it samples.
-        arguments.append("--load-format=dummy")
     if gpus():
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
         if config.shared_gpu:

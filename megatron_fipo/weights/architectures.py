@@ -1,33 +1,29 @@
-"""One declarative table an architecture: how Hugging Face tensors become Megatron-Core parameters and how they are cut.
+"""One table per model: how its Hugging Face tensors become Megatron-Core parameters and how they are cut.
 
 Loading, export, the printed plan and live weight updates all read `parameters(geometry)`, where the geometry is what
-`config/model_config.py` reads from config.json. To add an architecture, add its rules to the table at the end and its
-family to `config/model_keys.py`. Imports no torch, so that a configuration can be checked against it at once.
+`config/model_config.py` reads from config.json. The rules of a layer are the family's (`families/`), those outside of
+layers stand here. Imports no torch, so that a configuration can be checked against it at once.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.families.rules import LAYER_PREFIX, Rule, Source
 
 __all__ = [
     "EMBEDDING",
     "FUSED_NORMS",
     "LAYER_PREFIX",
-    "LAYER_RULES",
     "Geometry",
     "Parameter",
-    "Rule",
-    "Source",
     "canonical_name",
     "check_tensor_parallel",
     "parameters",
     "read_architecture",
 ]
 
-LAYER_PREFIX = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"
 
 FUSED_NORMS = {
@@ -35,26 +31,6 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Transformer Engine keeps a norm inside the linear layer after it; the tables use the local specification's names."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One Hugging Face tensor of a rule: its name, with {layer} where it has one, and the names of its dimensions."""
-
-    name: str
-    shape: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one Megatron-Core parameter is made of Hugging Face tensors."""
-
-    megatron: str
-    sources: tuple[Source, ...]
-    cut: int | None
-    """Dimension of each source that tensor parallelism cuts into equal parts; None: every rank has the whole."""
-    interleaved: bool = False
-    """How a rank's parts of several sources are joined on dimension 0: by head group, or one after the other."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +62,7 @@ class Parameter:
 
 def parameters(geometry: Geometry) -> dict[str, Parameter]:
     """Every Megatron-Core parameter of a model by its name, in export order: embedding, layers, final norm, output."""
-    layer_rules = LAYER_RULES[geometry.architecture]
+    layer_rules = geometry.family.layer
     table = [_fill(_EMBEDDING, geometry)]
     table += [_fill(rule, geometry, layer) for layer in range(geometry.num_layers) for rule in layer_rules]
     table += [_fill(_FINAL_NORM, geometry)]
@@ -145,59 +121,8 @@ def _fill(rule: Rule, geometry: Geometry, layer: int | None = None, exported: bo
     )
 
 
-def _layer(
-    megatron: str, *sources: tuple[str, tuple[str, ...]], cut: int | None = None, interleaved: bool = False
-) -> Rule:
-    return Rule(
-        megatron=LAYER_PREFIX + "{layer}." + megatron,
-        sources=tuple(Source("model.layers.{layer}." + name, shape) for name, shape in sources),
-        cut=cut,
-        interleaved=interleaved,
-    )
-
-
 _EMBEDDING_SOURCE = Source("model.embed_tokens.weight", ("vocabulary", "hidden"))
 _EMBEDDING = Rule(EMBEDDING, (_EMBEDDING_SOURCE,), cut=0)
 _TIED_OUTPUT = Rule("output_layer.weight", (_EMBEDDING_SOURCE,), cut=0)
 _OUTPUT = Rule("output_layer.weight", (Source("lm_head.weight", ("vocabulary", "hidden")),), cut=0)
 _FINAL_NORM = Rule("decoder.final_layernorm.weight", (Source("model.norm.weight", ("hidden",)),), cut=None)
-
-_QKV_BIAS = _layer(
-    "self_attention.linear_qkv.bias",
-    ("self_attn.q_proj.bias", ("query",)),
-    ("self_attn.k_proj.bias", ("key_value",)),
-    ("self_attn.v_proj.bias", ("key_value",)),
-    cut=0,
-    interleaved=True,
-)
-_QK_NORM = (
-    _layer("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight", ("head",))),
-    _layer("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight", ("head",))),
-)
-_DENSE_LAYER = (
-    _layer("input_layernorm.weight", ("input_layernorm.weight", ("hidden",))),
-    _layer(
-        "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", ("query", "hidden")),
-        ("self_attn.k_proj.weight", ("key_value", "hidden")),
-        ("self_attn.v_proj.weight", ("key_value", "hidden")),
-        cut=0,
-        interleaved=True,
-    ),
-    _layer("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", ("hidden", "query")), cut=1),
-    _layer("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight", ("hidden",))),
-    _layer(
-        "mlp.linear_fc1.weight",
-        ("mlp.gate_proj.weight", ("ffn", "hidden")),
-        ("mlp.up_proj.weight", ("ffn", "hidden")),
-        cut=0,
-    ),
-    _layer("mlp.linear_fc2.weight", ("mlp.down_proj.weight", ("hidden", "ffn")), cut=1),
-)
-
-LAYER_RULES: Mapping[str, tuple[Rule, ...]] = {
-    "Qwen2ForCausalLM": (*_DENSE_LAYER, _QKV_BIAS),
-    "Qwen3ForCausalLM": (*_DENSE_LAYER, *_QK_NORM),
-    "LlamaForCausalLM": _DENSE_LAYER,
-}
-"""The rules of a layer by the value of config.json's `architectures`; `config/model_keys.py` has what else is known."""

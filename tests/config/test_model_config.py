@@ -17,11 +17,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.config.model_config import QUANTIZATION_FILES, Geometry, read_architecture
-from megatron_fipo.config.model_keys import FAMILIES, HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.config.model_keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
 from megatron_fipo.config.model_rope import LinearScaling, Llama3Scaling
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.weights.architectures import LAYER_RULES
-from tests.config.published import LLAMA3, LLAMA_31_8B, QWEN3_8B, QWEN25_32B, SMOLLM2, TRANSFORMERS_4
+from megatron_fipo.families import FAMILIES
+from tests.config.published import (
+    GEMMA_7B,
+    LLAMA3,
+    LLAMA_31_8B,
+    MISTRAL_7B,
+    MISTRAL_NEMO,
+    QWEN3_8B,
+    QWEN25_32B,
+    SMOLLM2,
+    TRANSFORMERS_4,
+)
 
 SIZES = {
     "hidden_size": 64,
@@ -56,11 +66,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "rope_theta": 500000.0,
     },
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **SIZES, "sliding_window": 8},
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        **SIZES,
+        "head_dim": 32,
+        "hidden_act": "gelu",
+    },
 }
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 2, 3, 4, -1, 10**6, 10**12, 10**40),
     *(0.0, 1.0, 1.5, 4.0, 1e-6, -1e-6, math.nan, math.inf, 1e300),
-    *("", "4", "silu", "gelu", "bfloat16", "int8", "x\ny", "\ud800", "qwen2", "rope"),
+    *("", "4", "silu", "gelu", "gelu_pytorch_tanh", "bfloat16", "int8", "x\ny", "\ud800", "qwen2", "rope"),
     *([], [4], ["full_attention"], ["full_attention", "sliding_attention"], ["full_attention"] * 2),
     *(["Qwen2ForCausalLM"], ["LlamaForCausalLM", "Qwen2ForCausalLM"], "Qwen2ForCausalLM", [[]]),
     *({}, {"rope_type": "default"}, {"quant_method": "fp8"}, {"a": {"b": [1]}}),
@@ -88,10 +106,12 @@ def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
 def transformers_geometry(config: dict[str, Any]) -> Geometry:
     """The same record from transformers' own reading, which fills in its own defaults."""
     family = FAMILIES[config["architectures"][0]]
-    kind = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "llama": "LlamaConfig"}[family.model_type]
+    kind = family.architecture.replace("ForCausalLM", "Config")
     found = getattr(transformers, kind).from_dict(copy.deepcopy(config))
-    assert found.hidden_act == "silu" and not getattr(found, "attention_bias", False)
-    assert not getattr(found, "mlp_bias", False) and not getattr(found, "use_sliding_window", False)
+    assert found.hidden_act == {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[family.activation]
+    assert family.qkv_bias or not getattr(found, "attention_bias", False)
+    assert not getattr(found, "attention_out_bias", False) and not getattr(found, "mlp_bias", False)
+    assert family.windowed or not getattr(found, "use_sliding_window", False)
     assert set(getattr(found, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     rope = dict(found.rope_parameters)
     theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
@@ -110,13 +130,12 @@ def transformers_geometry(config: dict[str, Any]) -> Geometry:
         ffn_hidden_size=found.intermediate_size,
         vocab_size=found.vocab_size,
         tied_embeddings=found.tie_word_embeddings,
-        qkv_bias=family.model_type == "qwen2",
-        qk_norm=family.model_type == "qwen3",
         rms_norm_eps=found.rms_norm_eps,
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=found.max_position_embeddings,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        window=getattr(found, "sliding_window", None),
     )
 
 
@@ -125,7 +144,8 @@ def test_every_key_with_every_value_is_refused_or_right(tmp_path: Path, name: st
     """Some 4,000 files a model. The unchanged one is accepted, so that not everything is refused."""
     assert judge(tmp_path, MODELS[name]) is None
     accepted = []
-    for key in (*UNDERSTOOD, *REFUSED, *UNKNOWN):
+    own = FAMILIES[MODELS[name]["architectures"][0]].keys
+    for key in {*UNDERSTOOD, *REFUSED, *own, *UNKNOWN}:
         for value in VALUES:
             refusal = judge(tmp_path, MODELS[name] | {key: value})
             if refusal is None:
@@ -309,10 +329,24 @@ def test_what_transformers_would_refuse_late_is_refused_at_once(
 def test_every_key_is_in_one_list() -> None:
     listed = [*UNDERSTOOD, *REFUSED, *(key for keys in HARMLESS.values() for key in keys)]
     assert len(listed) == len(set(listed))
-    assert FAMILIES.keys() == LAYER_RULES.keys()
+    assert {model["architectures"][0] for model in MODELS.values()} == FAMILIES.keys(), "each family is tried here"
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
+@pytest.mark.parametrize(("window", "found"), [(8, 8), (None, None), ("lacking", 4096)])
+def test_a_window_is_read_or_refused_by_its_name(tmp_path: Path, window: Any, found: int | None) -> None:
+    """Mistral's own default is 4096; to the other families' models a window is another model."""
+    config = {key: value for key, value in MODELS["mistral"].items() if key != "sliding_window"}
+    config |= {} if window == "lacking" else {"sliding_window": window}
+    assert judge(tmp_path, config) is None and read_architecture(tmp_path).window == found
+    for name in ("llama", "gemma"):
+        refusal = judge(tmp_path, MODELS[name] | {"sliding_window": 8})
+        assert refusal is not None and "sliding_window = 8 is not supported" in str(refusal)
+    for name in ("qwen2", "qwen3"):
+        refusal = judge(tmp_path, MODELS[name] | {"sliding_window": 8, "use_sliding_window": True})
+        assert refusal is not None and "use_sliding_window = true is not supported" in str(refusal)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma"])
 def test_what_transformers_writes_is_accepted(tmp_path: Path, kind: str) -> None:
     """All keys of its dictionary, and the file that it saves."""
     found = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], eos_token_id=2)
@@ -327,7 +361,9 @@ def test_what_transformers_4_wrote_is_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [QWEN25_32B, QWEN3_8B, LLAMA_31_8B, SMOLLM2], ids=["qwen25", "qwen3", "llama", "smol"]
+    "config",
+    [QWEN25_32B, QWEN3_8B, LLAMA_31_8B, SMOLLM2, MISTRAL_7B, MISTRAL_NEMO, GEMMA_7B],
+    ids=["qwen25", "qwen3", "llama", "smol", "mistral", "nemo", "gemma"],
 )
 def test_published_models_are_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
     """What stands in these models' own config.json, of transformers 4's time."""

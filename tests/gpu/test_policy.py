@@ -53,6 +53,13 @@ def test_local_layers_in_bfloat16(case: dict[str, Any], packing: bool) -> None: 
 
 
 @pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize("model", [{"layers": "local"}, EXACT], ids=["local", "transformer_engine"])
+@pytest.mark.parametrize("case", ["mistral", "gemma"], indirect=True)
+def test_other_families_in_float32(case: dict[str, Any], model: dict[str, Any]) -> None:  # noqa: F811
+    assert worst_error(case, model=model, packing=True, algorithm=SMOOTH) < 1e-2
+
+
+@pytest.mark.usefixtures("transformer_engine")
 @pytest.mark.parametrize("packing", [True, False])
 def test_transformer_engine_in_float32(case: dict[str, Any], packing: bool) -> None:  # noqa: F811
     assert worst_error(case, model=EXACT, packing=packing, algorithm=SMOOTH) < 1e-2

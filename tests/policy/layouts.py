@@ -23,6 +23,7 @@ platform.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
 from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
@@ -107,6 +108,12 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
                 parameter.sequence_parallel = False
+    if sabotage == "family":
+        for module in (module for chunk in policy.chunks for module in chunk.modules()):
+            if isinstance(module, TorchAttention):
+                module.window = None
+            elif isinstance(module, RMSNorm):
+                module.zero_centered = False
     (mini_batch,) = policy.plan(read_sequences(batch))
     policy.score([mini_batch])
     on_policy = policy.update(mini_batch) if sabotage == "on_policy" else None

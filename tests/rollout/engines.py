@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+import transformers
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.rollout.work import Sampling
@@ -20,10 +20,12 @@ STOP_TOKEN = 2
 MAX_PROMPT, MAX_RESPONSE = 192, 32
 
 
-def save_tiny_model(directory: Path, seed: int, *, tied: bool = False) -> Qwen2ForCausalLM:
-    """A random fp32 Qwen2 of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
+def save_tiny_model(
+    directory: Path, seed: int, *, tied: bool = False, kind: str = "Qwen2", **settings: Any
+) -> transformers.PreTrainedModel:
+    """A random fp32 model of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -36,8 +38,9 @@ def save_tiny_model(directory: Path, seed: int, *, tied: bool = False) -> Qwen2F
         eos_token_id=STOP_TOKEN,
         # Wide enough that two models disagree by whole nats.
         initializer_range=0.2,
+        **settings,
     )
-    model = Qwen2ForCausalLM(config).float().eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
     model.save_pretrained(directory)
     return model
 
@@ -77,7 +80,7 @@ def sampling(**changes: Any) -> Sampling:
     return Sampling(**settings | changes)
 
 
-def forward_log_probs(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> torch.Tensor:
+def forward_log_probs(model: transformers.PreTrainedModel, prompt: list[int], response: Response) -> torch.Tensor:
     """transformers' own log-probs of a response: fp32 [response length]."""
     tokens = torch.tensor([prompt + response.token_ids.tolist()])
     with torch.no_grad():
@@ -85,7 +88,7 @@ def forward_log_probs(model: Qwen2ForCausalLM, prompt: list[int], response: Resp
     return log_probs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
 
 
-def log_prob_error(model: Qwen2ForCausalLM, prompt: list[int], response: Response) -> float:
+def log_prob_error(model: transformers.PreTrainedModel, prompt: list[int], response: Response) -> float:
     """Largest difference between the engine's log-probs of a response and transformers'."""
     return float((forward_log_probs(model, prompt, response) - torch.from_numpy(response.log_probs)).abs().max())
 

@@ -46,7 +46,7 @@ def fused_attn_fwd(
     _bias_type: int,
     mask: int,
     _softmax_type: int,
-    _window: tuple[int, int],
+    window: tuple[int, int],
     _bottom_right: bool,
     query_offsets: Tensor,
     key_offsets: Tensor,
@@ -65,7 +65,7 @@ def fused_attn_fwd(
     lengths = query_offsets, key_offsets, query_starts, key_starts
     for places, of_statistics in _sequences(query, key, lengths):
         q, k, v = (tensor[place] for tensor, place in zip((query, key, value), places, strict=True))
-        scores = _scores(q, k, scale, mask)
+        scores = _scores(q, k, scale, mask, window)
         logsumexp = scores.logsumexp(-1)
         out[places[0]] = torch.einsum("hqk,khd->qhd", (scores - logsumexp[..., None]).exp(), _per_query_head(v, q)).to(
             out.dtype
@@ -89,7 +89,7 @@ def fused_attn_bwd(
     _bias_type: int,
     mask: int,
     _softmax_type: int,
-    _window: tuple[int, int],
+    window: tuple[int, int],
     _bottom_right: bool,
     _deterministic: bool,
     query_offsets: Tensor,
@@ -112,7 +112,7 @@ def fused_attn_bwd(
     for places, of_statistics in _sequences(query, key, lengths):
         q, k, v = (tensor[place] for tensor, place in zip((query, key, value), places, strict=True))
         o, do = out[places[0]].float(), gradient[places[0]].float()
-        probabilities = (_scores(q, k, scale, mask) - statistics[of_statistics][..., None]).exp()
+        probabilities = (_scores(q, k, scale, mask, window) - statistics[of_statistics][..., None]).exp()
         of_value = torch.einsum("hqk,qhd->khd", probabilities, do)
         of_probabilities = torch.einsum("qhd,khd->hqk", do, _per_query_head(v, q))
         of_scores = probabilities * (of_probabilities - (do * o).sum(-1).T[..., None]) * scale
@@ -153,12 +153,15 @@ def _slices(offsets: Tensor, starts: Tensor | None) -> list[slice]:
     return [slice(begin, begin + count) for begin, count in zip(begins, counts, strict=False)]
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, mask: int) -> Tensor:
-    """[heads, queries, keys], -inf behind the mask, which starts at the first query and key."""
+def _scores(query: Tensor, key: Tensor, scale: float, mask: int, window: tuple[int, int]) -> Tensor:
+    """[heads, queries, keys], -inf behind the mask and before the window, which start at the first query and key."""
     scores = torch.einsum("qhd,khd->hqk", query.float(), _per_query_head(key, query)) * scale
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool)
     if mask in CAUSAL:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    return scores
+        hidden = hidden.logical_not().triu(1)
+    if window[0] >= 0:
+        hidden = hidden | torch.ones_like(hidden).tril(-window[0] - 1)
+    return scores.masked_fill(hidden, float("-inf"))
 
 
 def _per_query_head(x: Tensor, query: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ TWO: list[dict[str, Any]] = [
     {**OVERLAPPED, "compare": "updated"},
 ]
 FOUR: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2, "sequence": True}]
+FAMILIES: list[dict[str, Any]] = [{"tensor": 2, "packing": False}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
 
 # Delayed scaling has no scales yet in a first update. Context parallelism is for fused attention, which takes no fp32.
 TENSORWISE, BLOCKWISE = {"model": {"fp8": "tensorwise"}}, {"model": {"fp8": "blockwise"}}
@@ -62,6 +63,21 @@ ROUNDED_FOUR: list[dict[str, Any]] = [{"context": 4}, {"context": 2, "tensor": 2
 def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:  # noqa: F811
     layouts = [{"packing": True, **layout, "model": EXACT | layout.get("model", {})} for layout in layouts]
     check_gradients(case, layouts, updates_under(case, world_size, layouts, RANKS))
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma"], indirect=True)
+def test_gradients_of_other_families_equal_the_reference(case: dict[str, Any]) -> None:  # noqa: F811
+    """A window, norms of 1 + weight, and a GeGLU whose fused kernel has to be the approximation by tanh."""
+    layouts = [{"packing": True, **layout, "model": EXACT} for layout in FAMILIES]
+    check_gradients(case, layouts, updates_under(case, 2, layouts, RANKS))
+
+
+@pytest.mark.parametrize("case", ["mistral"], indirect=True)
+def test_rounded_gradients_of_a_window_are_near(case: dict[str, Any]) -> None:  # noqa: F811
+    """In bf16 attention is another kernel."""
+    layouts = [{"packing": packing, **ROUNDED, "model": BF16} for packing in (True, False)]
+    ((packed, padded),) = updates_under(case, 1, layouts, RANKS)
+    assert packed["worst"] < 0.1 and padded["worst"] < 0.1, (packed, padded)
 
 
 @pytest.mark.parametrize("case", ["untied"], indirect=True)

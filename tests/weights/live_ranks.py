@@ -20,18 +20,19 @@ from megatron_fipo.weights.transfer import open_transfer
 from tests.rollout.engines import rollout_config
 
 
-def push(model_dir: str, servers: list[dict[str, Any]], run_dir: str) -> list[int]:
-    """Load the model in two tensor-parallel halves of two stages, and send it to each server; tensors it checked."""
+def push(servers: list[dict[str, Any]], run_dir: str) -> list[int]:
+    """Load each server's model in two tensor-parallel halves of two stages, and send it; tensors that were checked."""
     platform.start_process_group(60)
     config = Config()
     config.model.dtype, config.model.layers = "float32", "local"
     config.parallel.tensor = config.parallel.pipeline = 2
     start_model_parallel(config.parallel, seed=0)
-    geometry = read_architecture(model_dir)
-    chunks = build_model(config, geometry)
-    load_into(chunks, model_dir, geometry)
     checked = []
     for server in servers:
+        model_dir = server["model_dir"]
+        geometry = read_architecture(model_dir)
+        chunks = build_model(config, geometry)
+        load_into(chunks, model_dir, geometry)
         os.environ[TOKEN_VARIABLE] = server["token"]
         rollout = rollout_config(
             servers=0,

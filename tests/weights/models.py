@@ -14,7 +14,7 @@ class SmallModel:
 
     name: str
     kind: str
-    """Prefix of transformers' classes: Qwen2, Qwen3 or Llama."""
+    """Prefix of transformers' classes: Qwen2, Llama, Gemma …"""
     heads: int
     groups: int
     vocab: int
@@ -48,6 +48,8 @@ SMALL_MODELS = (
         extra={"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 131072, "head_dim": 8},
     ),
     SmallModel("llama-two-groups", "Llama", heads=6, groups=2, vocab=61, tied=False),
+    SmallModel("mistral-window", "Mistral", heads=8, groups=4, vocab=61, tied=False, extra={"sliding_window": 5}),
+    SmallModel("gemma-tied", "Gemma", heads=4, groups=4, vocab=61, tied=True, extra={"head_dim": 16}),
 )
 
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_fipo.config.model_keys import FAMILIES
 from megatron_fipo.errors import ConfigError, WeightError
+from megatron_fipo.families import FAMILIES
+from megatron_fipo.launch.memory import model_sizes
 from megatron_fipo.weights.architectures import (
-    LAYER_RULES,
     Geometry,
     canonical_name,
     check_tensor_parallel,
@@ -30,7 +30,7 @@ from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 from megatron_fipo.weights.plan import parameters_per_rank, plan
-from tests.config.published import LLAMA_31_8B, QWEN25_32B
+from tests.config.published import GEMMA_7B, LLAMA_31_8B, MISTRAL_7B, MISTRAL_NEMO, QWEN25_32B
 
 
 def read(tmp_path: Path, config: dict[str, Any]) -> Geometry:
@@ -43,10 +43,8 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
     """A random small geometry and a tensor-parallel size that divides it, the vocabulary left aside."""
     size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = size * draw(st.integers(1, 2))
-    architecture = draw(st.sampled_from(sorted(LAYER_RULES)))
-    family = FAMILIES[architecture]
     geometry = Geometry(
-        architecture=architecture,
+        architecture=draw(st.sampled_from(sorted(FAMILIES))),
         num_layers=1,
         hidden_size=draw(st.integers(1, 5)),
         num_attention_heads=groups * draw(st.integers(1, 4)),
@@ -55,8 +53,6 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
         ffn_hidden_size=size * draw(st.integers(1, 4)),
         vocab_size=draw(st.integers(size * size, 20 + size * size)),
         tied_embeddings=draw(st.booleans()),
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
         rms_norm_eps=1e-6,
         rope_theta=1e4,
         rope_scaling=None,
@@ -112,6 +108,17 @@ def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -
     """The two counts were taken from GPTModels built on the meta device at TP8·PP4."""
     counts = parameters_per_rank(plan(read(tmp_path, QWEN25_32B), 8, 4))
     assert (counts[0], counts[3]) == (1_072_674_816, 1_072_679_936)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(MISTRAL_7B, 7_241_732_096), (MISTRAL_NEMO, 12_247_782_400), (GEMMA_7B, 8_537_680_896)],
+    ids=["mistral", "nemo", "gemma"],
+)
+def test_published_models_have_as_many_parameters_as_published(
+    tmp_path: Path, config: dict[str, Any], expected: int
+) -> None:
+    assert model_sizes(read(tmp_path, config))[0] == expected
 
 
 def test_plan_interleaves_chunks_and_prints(tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """Why: between a trainer in shards and an engine in other shards lie a gather, a broadcast and vLLM's own cut, and
 whatever one of them mixes up is a policy that nobody trained.
 
-Megatron-Core in two tensor-parallel halves of two pipeline stages, on four real ranks; vLLM with one worker and with
-two. What fails in an update, and shared memory, are in test_transfer.py; the other layouts in test_reshard.py.
+Megatron-Core in two tensor-parallel halves of two pipeline stages, on four real ranks; vLLM with one worker, which
+serves a Mistral with a window shorter than its prompts, and with two, which serve a Gemma. What fails in an update, and
+shared memory, are in test_transfer.py, with Qwen2; the other layouts in test_reshard.py.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
@@ -18,25 +20,32 @@ from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollo
 
 pytestmark = pytest.mark.slow
 
+MODELS: dict[int, dict[str, Any]] = {1: {"kind": "Mistral", "sliding_window": 24}, 2: {"kind": "Gemma", "head_dim": 32}}
+"""By number of workers of the server, what its models are."""
+
 WARM = problems(4, length=CACHED_PROMPT)
 COLD = problems(5, length=CACHED_PROMPT)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Qwen2ForCausalLM]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[PreTrainedModel]]]:
+    """By number of workers an old and a new model, in directories named after workers and 0 or 1."""
     directory = tmp_path_factory.mktemp("models")
-    return directory, [save_tiny_model(directory / str(seed), seed) for seed in range(2)]
+    return directory, {
+        workers: [save_tiny_model(directory / f"{workers}-{seed}", seed, **settings) for seed in range(2)]
+        for workers, settings in MODELS.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def services(models: tuple[Path, list[Qwen2ForCausalLM]]) -> Iterator[dict[int, RolloutService]]:
-    """By number of workers, with the first model."""
+def services(models: tuple[Path, dict[int, list[PreTrainedModel]]]) -> Iterator[dict[int, RolloutService]]:
+    """By number of workers, with the old model."""
     directory, _ = models
     started: dict[int, RolloutService] = {}
     try:
-        for workers in (1, 2):
+        for workers in MODELS:
             config = rollout_config(tensor_parallel=workers, weight_transfer="process_group")
-            started[workers] = RolloutService(config, directory / "0", directory / f"run{workers}", seed=0)
+            started[workers] = RolloutService(config, directory / f"{workers}-0", directory / f"run{workers}", seed=0)
             started[workers].start()
         for service in started.values():
             service.wait_ready()
@@ -46,7 +55,7 @@ def services(models: tuple[Path, list[Qwen2ForCausalLM]]) -> Iterator[dict[int, 
             service.close()
 
 
-def _errors(client: RolloutClient, model: Qwen2ForCausalLM) -> tuple[float, float]:
+def _errors(client: RolloutClient, model: PreTrainedModel) -> tuple[float, float]:
     """Largest difference from the model's log-probs, on prompts that were sampled from before and on others."""
     errors = []
     for prompts in (WARM, COLD):
@@ -57,25 +66,28 @@ def _errors(client: RolloutClient, model: Qwen2ForCausalLM) -> tuple[float, floa
 
 
 def test_engines_hold_what_the_trainer_holds_in_shards(
-    models: tuple[Path, list[Qwen2ForCausalLM]], services: dict[int, RolloutService], tmp_path: Path
+    models: tuple[Path, dict[int, list[PreTrainedModel]]], services: dict[int, RolloutService], tmp_path: Path
 ) -> None:
-    directory, (old, new) = models
+    directory, pairs = models
     clients = {workers: RolloutClient(service) for workers, service in services.items()}
-    for client in clients.values():
+    for workers, client in clients.items():
         groups = client.generate(WARM, 2, sampling(), range(len(WARM)))
+        old = pairs[workers][0]
         assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.responses) < 1e-4
     servers = [
         {
             "url": service.servers[0].url,
             "token": service.headers["Authorization"].removeprefix("Bearer "),
             "workers": workers,
+            "model_dir": str(directory / f"{workers}-1"),
         }
         for workers, service in services.items()
     ]
-    arguments = {"model_dir": str(directory / "1"), "servers": servers, "run_dir": str(tmp_path)}
-    checked = run_ranks("tests.weights.live_ranks:push", 4, arguments, timeout=180)
-    assert checked == [[len(new.state_dict())] * 2] * 4
-    for client in clients.values():
+    checked = run_ranks("tests.weights.live_ranks:push", 4, {"servers": servers, "run_dir": str(tmp_path)}, timeout=180)
+    tensors = [len(list(new.parameters())) for _, new in pairs.values()]  # a tied one counts once
+    assert checked == [tensors] * 4
+    for workers, client in clients.items():
+        old, new = pairs[workers]
         warm, cold = _errors(client, new)
         assert warm < 1e-4 and cold < 1e-4
         assert min(_errors(client, old)) > 0.5, "the two models are too alike to tell"

@@ -1,0 +1,23 @@
+"""The model families that are covered, one file each: `FAMILIES` has what every module here names FAMILY.
+
+docs/adding_a_family.md says how to add one. Imports no torch, so that a configuration can be checked at once.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
+from megatron_fipo.families.family import Family
+
+__all__ = ["FAMILIES", "Family", "family_modules"]
+
+
+def family_modules() -> list[ModuleType]:
+    """The modules of this package that declare a family, by name."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+    return [module for module in modules if hasattr(module, "FAMILY")]
+
+
+FAMILIES: Mapping[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in family_modules()}
+"""By the value of config.json's `architectures`."""

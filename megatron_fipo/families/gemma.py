@@ -1,0 +1,21 @@
+"""Gemma, the first: GeGLU, norms of 1 + weight, embeddings scaled as they enter and used again as the output layer."""
+
+from megatron_fipo.families.family import Family
+from megatron_fipo.families.kinds import only, whole
+from megatron_fipo.families.rules import DENSE_LAYER
+
+FAMILY = Family(
+    architecture="GemmaForCausalLM",
+    model_type="gemma",
+    layer=DENSE_LAYER,
+    defaults={"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True},
+    keys={
+        # The released files say gelu and mean its approximation: transformers and vLLM compute that for both.
+        "hidden_act": only("gelu_pytorch_tanh", "gelu"),
+        "hidden_activation": only(None, "gelu_pytorch_tanh"),
+        "num_key_value_heads": whole(1, 2**16),
+    },
+    activation="gelu_tanh",
+    zero_centered_norms=True,
+    scaled_embedding=True,
+)

@@ -1,0 +1,14 @@
+"""Llama 2 and 3, and the many models that are written as a Llama."""
+
+from megatron_fipo.families.family import Family
+from megatron_fipo.families.kinds import or_null, whole
+from megatron_fipo.families.rules import DENSE_LAYER
+
+FAMILY = Family(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    layer=DENSE_LAYER,
+    defaults={"max_position_embeddings": 2048, "num_key_value_heads": None},
+    keys={"head_dim": or_null(whole(2, 2**16))},
+    heads_divide_hidden=True,  # transformers refuses the file otherwise
+)

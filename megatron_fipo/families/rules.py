@@ -1,0 +1,82 @@
+"""How Hugging Face tensors become Megatron-Core parameters: the rules that families are put together from.
+
+Names are those of Megatron-Core's local layer specification. `weights/architectures.py` fills in layers and sizes.
+"""
+
+from dataclasses import dataclass
+
+LAYER_PREFIX = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Hugging Face tensor of a rule: its name, with {layer} where it has one, and the names of its dimensions.
+
+    Dimensions are vocabulary, hidden, query, key_value, head and ffn.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one Megatron-Core parameter is made of Hugging Face tensors."""
+
+    megatron: str
+    sources: tuple[Source, ...]
+    cut: int | None
+    """Dimension of each source that tensor parallelism cuts into equal parts; None: every rank has the whole."""
+    interleaved: bool = False
+    """How a rank's parts of several sources are joined on dimension 0: by head group, or one after the other."""
+
+
+def layer_rule(
+    megatron: str, *sources: tuple[str, tuple[str, ...]], cut: int | None = None, interleaved: bool = False
+) -> Rule:
+    """A rule of every layer. `megatron` and the names in `sources` are relative to the layer."""
+    return Rule(
+        megatron=LAYER_PREFIX + "{layer}." + megatron,
+        sources=tuple(Source("model.layers.{layer}." + name, shape) for name, shape in sources),
+        cut=cut,
+        interleaved=interleaved,
+    )
+
+
+QKV_BIAS = layer_rule(
+    "self_attention.linear_qkv.bias",
+    ("self_attn.q_proj.bias", ("query",)),
+    ("self_attn.k_proj.bias", ("key_value",)),
+    ("self_attn.v_proj.bias", ("key_value",)),
+    cut=0,
+    interleaved=True,
+)
+"""Bias of the query, key and value projections."""
+
+QK_NORM = (
+    layer_rule("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight", ("head",))),
+    layer_rule("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight", ("head",))),
+)
+"""A norm of each head's query and key."""
+
+DENSE_LAYER = (
+    layer_rule("input_layernorm.weight", ("input_layernorm.weight", ("hidden",))),
+    layer_rule(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", ("query", "hidden")),
+        ("self_attn.k_proj.weight", ("key_value", "hidden")),
+        ("self_attn.v_proj.weight", ("key_value", "hidden")),
+        cut=0,
+        interleaved=True,
+    ),
+    layer_rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", ("hidden", "query")), cut=1),
+    layer_rule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight", ("hidden",))),
+    layer_rule(
+        "mlp.linear_fc1.weight",
+        ("mlp.gate_proj.weight", ("ffn", "hidden")),
+        ("mlp.up_proj.weight", ("ffn", "hidden")),
+        cut=0,
+    ),
+    layer_rule("mlp.linear_fc2.weight", ("mlp.down_proj.weight", ("hidden", "ffn")), cut=1),
+)
+"""Two norms, grouped-query attention without biases, and a gated feed-forward."""
