@@ -15,8 +15,6 @@ def prepare_repository(name: str) -> None:
     """Make a private repository unless there is one: what the hub would refuse after a conversion, it refuses now."""
     from huggingface_hub import HfApi
 
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise UploadError(f"push={name}: is no repository's name; owner/name is one")
     try:
         HfApi().create_repo(name, private=True, exist_ok=True)
     except Exception as error:  # the client's are many, of several libraries

@@ -1,4 +1,4 @@
-"""Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
+"""Judges what a configuration needs on this machine: model, problem files, a loss of the user's, servers' token."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from megatron_fipo.config.checks_machine import check_machine, has_cuda_driver
 from megatron_fipo.config.data import FILE_SUFFIXES
 from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.plugins import check_call, load_function
 
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
@@ -19,6 +20,7 @@ def check_here(config: Config) -> None:
     _check_data_files(config)
     _check_token(config)
     _check_gpu(config)
+    _check_loss(config)
     _check_model(config)
 
 
@@ -61,6 +63,14 @@ def _check_gpu(config: Config) -> None:
             f"{rollout.quantization} needs CUDA, whose driver is not on this machine",
             "rollout.quantization=fp8_per_channel, which vLLM has for CPUs too, or null",
         )
+
+
+def _check_loss(config: Config) -> None:
+    """Import a loss of the user's, and see whether it can be called: before processes start, and on each rank."""
+    algorithm = config.algorithm
+    if algorithm.loss is not None:
+        function = load_function(algorithm.loss, "algorithm.loss")
+        check_call(function, 2, algorithm.loss_options, algorithm.loss, "algorithm.loss")
 
 
 def _check_model(config: Config) -> None:
