@@ -36,7 +36,8 @@ def test_a_file_and_a_module_beside_the_command(tmp_path: Path, monkeypatch: pyt
 
 def test_every_way_of_starting_finds_a_module_of_the_working_directory(tmp_path: Path) -> None:
     write(tmp_path / "own_module.py", "def own(): return 5\n")
-    code = "import sys; sys.path.pop(0); from megatron_fipo.plugins import load_function as l; print(l('own_module:own', 'k')())"
+    code = "import sys; sys.path.pop(0); from megatron_fipo.plugins import load_function; "
+    code += "print(load_function('own_module:own', 'key')())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
