@@ -29,6 +29,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", ".metadata")
 """One of these is in every directory with weights; the last one in distributed checkpoints."""
 
 
+_FOLDERS = ("huggingface", "checkpoints")
+"""Where a run has them."""
+
+
 class ExportError(FipoError):
     """A command line that names nothing to export, or a hub that does not take it."""
 
@@ -136,19 +140,19 @@ def find(path: Path, step: int | None = None) -> Source:
     if not path.is_dir():
         raise ExportError(f"{path}: no such directory")
     if any((path / name).is_file() for name in _WEIGHTS):
-        found = Source(path, _run_of(path.resolve().parent.parent), _step(path.resolve()))
+        found = Source(path, _run_of(path.resolve()), _step(path.resolve()))
         if step not in (None, found.step):
             raise ExportError(f"step={step}: {path} is one model; name its run to choose a step")
         return found
     steps: dict[int, Path] = {}
-    for folder in (path, path / "huggingface", path / "checkpoints"):
+    for folder in (path, *(path / name for name in _FOLDERS)):
         steps |= {step_of(entry): entry for entry in complete(folder)}
     if not steps:
         raise ExportError(f"{path}: neither a run with a checkpoint, nor a checkpoint, nor a Hugging Face directory")
     chosen = max(steps) if step is None else step
     if chosen not in steps:
         raise ExportError(f"step={step}: {path} has no such checkpoint; it has {', '.join(map(str, sorted(steps)))}")
-    return Source(steps[chosen], _run_of(steps[chosen].resolve().parent.parent), chosen)
+    return Source(steps[chosen], _run_of(steps[chosen].resolve()), chosen)
 
 
 def default_target(source: Source) -> Path:
@@ -189,8 +193,9 @@ def convert(source: Source, target: Path, dtype: str | None = None) -> None:
     print(f"{source.directory} → {target}: {done.tensors} tensors, {done.bytes / 2**20:,.1f} MiB")
 
 
-def _run_of(directory: Path) -> Path | None:
-    return directory if (directory / "config.yaml").is_file() else None
+def _run_of(path: Path) -> Path | None:
+    run = path.parent.parent
+    return run if path.parent.name in _FOLDERS and (run / "config.yaml").is_file() else None
 
 
 def _step(path: Path) -> int | None:
