@@ -24,7 +24,7 @@ def unfinished(checkpoint: Path) -> Path:
 
 def newest(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run's checkpoint directory, or None."""
-    found = _complete(directory)
+    found = complete(directory)
     return found[-1] if found else None
 
 
@@ -67,11 +67,11 @@ def remove(checkpoint: Path) -> None:
 
 def remove_all_but(directory: Path, keep: int) -> None:
     """Remove all complete checkpoints but the `keep` newest; 0 keeps all. Raises OSError."""
-    for old in _complete(directory)[:-keep] if keep else ():
+    for old in complete(directory)[:-keep] if keep else ():
         remove(old)
 
 
-def _complete(directory: Path) -> list[Path]:
+def complete(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
