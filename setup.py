@@ -138,6 +138,7 @@ setup(
             "hypothesis",
             "ipykernel",
             "mbridge",
+            "mkdocs-material",
             "mypy",
             "nbclient",
             "nbformat",
