@@ -22,13 +22,14 @@ class CtrlC:
     def __init__(self) -> None:
         """To be made at the start, before ranks meet: the variable that tells of the launcher goes then."""
         self.asked = False
-        self._leads = LISTENER_VARIABLE in os.environ
+        self.is_led = LISTENER_VARIABLE in os.environ
+        """Whether this is rank 0 of our own launcher."""
         self._breaks = False
 
     def begin(self) -> None:
         """From here on a Ctrl-C asks to stop, and no longer ends this process. In the main thread."""
         # A script's background ignores the terminal's Ctrl-C, and goes on doing so.
-        if self._leads and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        if self.is_led and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._on_signal)
 
     @contextmanager

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from megatron_fipo.errors import FipoError
 
 _VARIABLE = "FIPO_REASON_FD"
+_told_to = os.environ.pop(_VARIABLE, None)  # so that what this process starts does not take the number for its own
+if _told_to is not None:
+    os.set_inheritable(int(_told_to), False)
+
 _LONGEST = 3000
 """Characters, so that a reason is one write, which no other rank's comes between."""
 
@@ -27,13 +31,12 @@ class Reason:
 
 def tell(error: FipoError) -> bool:
     """Tell whoever started this process; False where nobody has asked for it."""
-    descriptor = os.environ.get(_VARIABLE)
-    if descriptor is None:
+    if _told_to is None:
         return False
     message = json.dumps([int(os.environ.get("RANK", "-1")), str(error)[:_LONGEST], error.exit_code])
     try:
-        os.write(int(descriptor), f"{message}\n".encode())
-    except (OSError, ValueError):  # whoever asked is gone
+        os.write(int(_told_to), f"{message}\n".encode())
+    except OSError:  # whoever asked is gone
         return False
     return True
 

@@ -79,7 +79,7 @@ class Trainer:
         self._name_belongings(stack)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
-        self.console.note(implementation)
+        self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
         self.experience: Experience | None = None
         self.metrics: MetricsWriter | None = None
         only_rank_0(lambda: self._open_run_files(stack))

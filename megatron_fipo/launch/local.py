@@ -280,7 +280,7 @@ class _Watch:
         failure, signum = self.first_failure, self.stop_signal
         if failure is not None and signum is not None and failure.process.returncode in (-signum, 128 + signum):
             failure = None  # it did as it was asked to
-        if failure is None and signum is None and all(rank.process.returncode == 0 for rank in self.ranks):
+        if all(rank.process.returncode == 0 for rank in self.ranks):  # a Ctrl-C may come when all is done
             return 0
         if failure is None:
             if signum in (None, signal.SIGINT):
