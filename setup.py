@@ -133,13 +133,17 @@ setup(
             "transformer-engine[core-cu13,pytorch]>=2.20,<2.21; python_version >= '3.12'",
         ],
         # accelerate and gguf: tools/make_smollm2.py. mbridge: the independent weight mapping that tests compare with.
+        # ipykernel, nbclient and nbformat: the notebook of the documentation, which a test runs.
         "dev": [
             "accelerate",
             "gguf",
             "hypothesis",
+            "ipykernel",
             "mbridge",
             "mkdocs-material",
             "mypy",
+            "nbclient",
+            "nbformat",
             "pre-commit",
             "pytest",
             "pytest-timeout",

@@ -20,7 +20,8 @@ COMMANDS = {
 }
 EXAMPLES = """
   megatron-fipo train                                    the embedded model, on this machine
-  megatron-fipo train algorithm=dapo run.steps=10        other settings; docs/configuration.md has them all
+  megatron-fipo train algorithm=dapo run.steps=10        other settings; train --help lists them
+  megatron-fipo train -m algorithm=fipo,dapo run.seed=1,2,3    six runs, one after the other, and a table
   megatron-fipo evaluate model.path=runs/mine            how good is its newest checkpoint?
   megatron-fipo compare runs/fipo runs/dapo              is one better, or is that the seed?
   megatron-fipo preflight experiment=fipo_32b            does it fit, and how long is a step?
@@ -44,7 +45,7 @@ def main() -> None:
         print(f"megatron-fipo {importlib.metadata.version('megatron_fipo')}")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=1, cutoff=0.5)
         instead = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: megatron-fipo {name}: no such command; {instead}", file=sys.stderr)
         sys.exit(2)

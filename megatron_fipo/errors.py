@@ -32,6 +32,14 @@ class RefusedOnRank0(FipoError):
         self.exit_code = exit_code
 
 
+class RunFailed(FipoError):
+    """Why a run's processes ended, as one of them told it: its text and its exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class WeightError(FipoError):
     """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
 

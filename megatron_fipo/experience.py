@@ -133,11 +133,13 @@ class Experience(JudgedRollouts):
         DataError where the data is another, unless data.allow_change; its order then begins a new epoch. And where a
         carried group is too long for this configuration.
         """
-        keeps_order, warning = compare_for_resume(self.fingerprint, state.data, self.config.data.allow_change)
+        resumes_changed = self.config.run.resume_changed
+        allow_change = self.config.data.allow_change or resumes_changed
+        keeps_order, warning = compare_for_resume(self.fingerprint, state.data, allow_change)
         if warning:
             self.console.warn(warning)
         self._check_lengths(state.kept)
-        if keeps_order:
+        if keeps_order and not (resumes_changed and self.order.is_another(state.order)):
             self.order.load(state.order)
         else:
             self.order.start_over(state.order)

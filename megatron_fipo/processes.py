@@ -17,6 +17,17 @@ LISTENER_VARIABLE = "FIPO_STORE_FD"
 """Names the listening socket, at which a run's ranks meet, that rank 0 inherits from the launcher."""
 
 
+LAUNCHER_PARENT = "FIPO_LAUNCHER_PARENT"
+"""Names the process, such as a notebook's, that has started a launcher, which is not to outlive it."""
+
+
+def die_with_library() -> None:
+    """In a launcher: end with the process that LAUNCHER_PARENT names, if one does."""
+    parent = os.environ.pop(LAUNCHER_PARENT, None)
+    if parent is not None:
+        die_with_parent(int(parent))
+
+
 def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, value, 0, 0, 0) != 0:

@@ -1,18 +1,35 @@
-"""Which directory a run has, and what it goes on from there. On rank 0, which tells the others."""
+"""Which directory a run has, and what it goes on from there. Rank 0 tells the others; a launcher looks first."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_fipo.config import RunConfig
-from megatron_fipo.errors import CheckpointError, FipoError
+from megatron_fipo.config import Config
+from megatron_fipo.config.resolved import read_tree
+from megatron_fipo.config.resume import changes, refused
+from megatron_fipo.errors import CheckpointError, ConfigError, FipoError
 from megatron_fipo.leftovers import remove_outside, remove_partial_files, say_removed
-from megatron_fipo.policy.checkpoint_places import files_of, newest
+from megatron_fipo.policy.checkpoint_places import files_of, newest, step_of
 from megatron_fipo.tracking.metrics import METRICS_FILE
+from megatron_fipo.tracking.run_files import kept_config, set_aside, write_config
 from megatron_fipo.tracking.run_lock import RunLock
 
 _DIRECTORIES = ("samples", "tensorboard", "validation")
 """What a run writes to after a while, and must not end then. Checkpoints and what lies beside them may be missing."""
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run in a directory begins with."""
+
+    resume_from: Path | None
+    """The checkpoint that the run goes on from."""
+    changed: Mapping[str, tuple[Any, Any]]
+    """Settings that differ from the checkpoint's, old and new."""
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -21,34 +38,84 @@ class RunDirectory:
 
     lock: RunLock
     """What keeps other runs out."""
-    resume_from: Path | None
-    """The checkpoint that the run goes on from."""
+    start: Start
 
 
-def take_directory(config: RunConfig, stack: ExitStack) -> RunDirectory:
+def look(config: Config) -> None:
+    """Refuse what can be refused before any process is started. Makes nothing, takes nothing, waits for nothing.
+
+    Raises:
+        FipoError: as `take_directory`, which judges again: another run may begin there meanwhile.
+    """
+    path = Path(config.run.directory)
+    if path.is_dir():
+        RunLock(path, print).refuse_if_taken()
+        _judge(config, path)
+
+
+def take_directory(config: Config, stack: ExitStack) -> RunDirectory:
     """Make the run's directory if need be, and keep other runs out of it until `stack` is left.
 
     Raises:
-        FipoError: another run has it, it holds one that `run.resume` does not go on from, or something in the
-            checkpoint to go on from is no file.
+        FipoError: another run has it, it holds one that `run.resume` does not go on from, something in the checkpoint
+            to go on from is no file, or the checkpoint was trained with other settings.
     """
-    path = Path(config.directory)
+    path = Path(config.run.directory)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FipoError(f"run.directory={path} cannot be made: {error}") from error
+    lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
+    say_removed(path, remove_partial_files(path) + remove_outside(path))
+    return RunDirectory(lock, _judge(config, path))
+
+
+def keep_settings(config: Config, directory: Path, step: int, start: Start) -> list[str]:
+    """Write the configuration where a run of `step` steps keeps it; what is to be warned of.
+
+    A run that begins anew in a used directory gets files of its own: what an earlier start has left is renamed.
+    """
+    warnings = list(start.warnings)
+    if not step and (renamed := set_aside(directory)):
+        names = ", ".join(path.name for path in renamed)
+        warnings.append(f"an earlier start in {directory} saved no checkpoint; what it wrote is now {names}")
+    write_config(directory, config, step, changed=bool(start.changed))
+    return warnings
+
+
+def _judge(config: Config, path: Path) -> Start:
     for place in (path / name for name in _DIRECTORIES):
         if place.exists() and not place.is_dir():
             raise FipoError(f"{place} is no directory: move it away, or give another run.directory")
-    lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
-    say_removed(path, remove_partial_files(path) + remove_outside(path))
     found = newest(path / "checkpoints")
-    if config.resume == "never" and (found or (path / METRICS_FILE).exists()):
+    if config.run.resume == "never" and (found or (path / METRICS_FILE).exists()):
         raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")
-    resume_from = found if config.resume == "auto" else None
-    if resume_from is not None:
-        try:
-            files_of(resume_from)
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"{resume_from}: cannot be resumed from: {error}") from None
-    return RunDirectory(lock, resume_from)
+    if found is None:
+        return Start(None, {}, ())
+    try:
+        files_of(found)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"{found}: cannot be resumed from: {error}") from None
+    return _compare(config, path, found)
+
+
+def _compare(config: Config, path: Path, found: Path) -> Start:
+    """Hold the settings against those that the checkpoint was trained with, as the run has kept them."""
+    try:
+        old = read_tree(kept_config(path, step_of(found)))
+    except ConfigError as error:
+        problem = f"{error.key} {error.problem}"
+        return Start(found, {}, (f"{problem}: settings that differ from the checkpoint's would not be noticed",))
+    changed = changes(old, config)
+    differences = refused(changed, config)
+    shown = "; ".join(differences[:_MOST_SHOWN])
+    if len(differences) > _MOST_SHOWN:
+        shown += f"; and {len(differences) - _MOST_SHOWN} more"
+    if differences and not config.run.resume_changed:
+        raise ConfigError(
+            "run.directory",
+            f"{found} was trained with other settings: {shown}",
+            "give the same settings, or another run.directory, or run.resume_changed=true to go on with the new ones",
+        )
+    warnings = (f"goes on with other settings from step {step_of(found)}: {shown}",) if differences else ()
+    return Start(found, changed, warnings)

@@ -12,24 +12,27 @@ from contextlib import ExitStack
 from typing import Any
 
 from megatron_fipo.config import Config, ParallelConfig
-from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
-from megatron_fipo.launch.local import STOPPED, adopt_environment, already_launched, launch
-from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.interrupt import CtrlC
+from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
+from megatron_fipo.processes import die_with_library, terminate_on_sigterm
 
 
 def main(config: Config) -> None:
     """Start the run's processes, or be one of them."""
     fetch_model(config.model.path)  # before there are processes, so that one fetches
     if not already_launched():
-        sys.exit(launch(world_size(config.parallel), config.run.directory))
+        die_with_library()
+        sys.exit(launch_training(world_size(config.parallel), config))
+    ctrl_c = CtrlC()
     terminate_on_sigterm()
     # Libraries warn about what they would rather have (apex, newer names); errors of ours are never warnings.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     from megatron_fipo.trainer import Trainer
 
     with ExitStack() as stack:
-        train(Trainer(config, stack))
+        train(Trainer(config, stack, ctrl_c))
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -41,28 +44,39 @@ def train(run: Any) -> None:
     """The loop. `run` is a Trainer, whose methods are called by every rank together."""
     run.prepare()
     run.push_weights()
-    if run.step == 0:
+    if run.lacks_validation():
         run.validate()
     while run.step < run.config.run.steps:
-        run.step += 1
+        run.begin_step()
         started = time.monotonic()
         sequences, sampled = run.sample()
+        if sequences is None:
+            run.undo_step()
+            run.stop()
         updated = run.update(sequences)
         run.push_weights()
         run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)
         if run.is_due(run.config.validation.every):
             run.validate()
-        stops = run.step < run.config.run.steps and run.asked_to_stop()
-        if stops or run.is_due(run.config.checkpoint.every):
+        if run.is_due(run.config.checkpoint.every):
             run.save()
-        if stops:
-            run.settle()
-            sys.exit(STOPPED)
+        if run.asked_to_stop():
+            run.stop()
     run.settle()
     run.finish()
 
 
+def several(arguments: list[str]) -> None:
+    """All runs that a command line with -m describes; ends the process."""
+    from megatron_fipo.launch.sweep import FLAGS, sweep
+
+    with refusals_in_one_line():
+        sweep([text for text in arguments if text not in FLAGS])
+
+
 if __name__ == "__main__":
     adopt_environment()  # before the configuration is checked against the number of processes
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        several(sys.argv[1:])
     run_with_config(main)

@@ -5,12 +5,12 @@ What only rank 0 has (problems, servers, verifiers, files, terminal) is None or 
 
 import math
 import os
+import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed
 from megatron.core import parallel_state
@@ -20,26 +20,31 @@ from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
-from megatron_fipo.errors import CheckpointError, FipoError, RefusedOnRank0, RolloutError
+from megatron_fipo.errors import CheckpointError, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
+from megatron_fipo.interrupt import CtrlC, Interrupted
+from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.leftovers import own_place, remove_outside, say_removed
-from megatron_fipo.loop_state import LoopState
+from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.update import Policy, gather_parameters
-from megatron_fipo.run_directory import take_directory
+from megatron_fipo.run_directory import RunDirectory, keep_settings, take_directory
+from megatron_fipo.samples import Group
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import Report
-from megatron_fipo.tracking.run_files import distinguishing, write_config, write_environment, write_summary
+from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
+from megatron_fipo.tracking.updates import over_updates
 from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.mailbox import StandBy, trainer_store
+from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.transfer import open_transfer
 
@@ -50,13 +55,15 @@ _T = TypeVar("_T")
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, stack: ExitStack):
+    def __init__(self, config: Config, stack: ExitStack, ctrl_c: CtrlC):
         """Join the other ranks; everything that has to be ended is entered into `stack`.
+
+        Once `prepare` is done, a Ctrl-C that `ctrl_c` hears of on rank 0 ends the run where nothing is lost.
 
         Raises:
             FipoError: the checkpoint, the model or the data cannot be used.
         """
-        self.config, self.stack = config, stack
+        self.config, self.stack, self.ctrl_c = config, stack, ctrl_c
         self.model_dir = model_directory(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
@@ -66,26 +73,27 @@ class Trainer:
         # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
         # on shared storage one node may see a checkpoint later than another.
         self.first = torch.distributed.get_rank() == 0
-        self.place = self._by_rank_0(lambda: take_directory(config.run, stack))
-        found = self.place.resume_from if self.place else None
-        told = [config.run.directory, str(found) if found else ""]
-        torch.distributed.broadcast_object_list(told, src=0)
-        self.directory = Path(told[0])
-        self.resume_from = Path(told[1]) if told[1] else None
+        self.place: RunDirectory | None = None
+        directory, found = answer_of_rank_0(lambda: self._take_directory(stack))
+        self.directory = Path(directory)
+        self.resume_from = Path(found) if found else None
         self._name_belongings(stack)
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
-        self.console.note(implementation)
+        self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
         self.experience: Experience | None = None
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
-        self._by_rank_0(lambda: self._open_run_files(stack))
+        only_rank_0(lambda: self._open_run_files(stack))
         self.stand_by = StandBy(trainer_store())
         self.saving: Saving | None = None
         """The checkpoint that is being written."""
         stack.callback(self._abandon_saving)
-        self.version = self.step
-        """The version of the present weights: the step that made them."""
+        self.version = self.saved_step = self.step
+        """The version of the present weights: the step that made them. And the step of the newest checkpoint."""
+        self.step_began_with: ExperienceState[Group] | None = None
+        self.undone_to: ExperienceState[Group] | None = None
+        """On rank 0, what a step that was undone had begun with."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -98,7 +106,7 @@ class Trainer:
             if (found := self.resume_from) is not None:
                 if config.checkpoint.verify and (warning := checkpoint_manifest.verify(found)):
                     self.console.warn(warning)
-                self._by_rank_0(lambda: self._load_loop(found))
+                only_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, geometry, str(self.model_dir), updates)
             if self.resume_from is not None:
@@ -116,17 +124,35 @@ class Trainer:
             self.stack.callback(self.transfer.close)
         self.console.take_seconds()
         self.started = time.monotonic()
+        self.ctrl_c.begin()
 
     def push_weights(self) -> None:
         """Hand the present weights to the rollout service, as version `step`."""
         self.version = self.step
         self._push()
 
-    def sample(self) -> tuple[Sequences, dict[str, float]]:
-        """This step's sequences, on every rank, and rank 0's metrics of how they came about."""
+    def begin_step(self) -> None:
+        """Count one step more, and remember on rank 0 what it begins with."""
+        self.step += 1
+        if self.experience is not None:
+            self.step_began_with = self.experience.state()
+
+    def undo_step(self) -> None:
+        """Go back to the end of the step before; nothing of this one has been trained."""
+        self.step -= 1
+        self.undone_to = self.step_began_with
+        self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
+
+    def sample(self) -> tuple[Sequences | None, dict[str, float]]:
+        """This step's sequences, on every rank, and rank 0's metrics of how they came about.
+
+        No sequences: a Ctrl-C broke it off.
+        """
         sequences, metrics = None, {}
         with self.console.phase("sample") as phase:
             collected = self._while_serving(lambda experience: experience.collect(phase))
+            if fact_of_rank_0(self.first and collected is None):
+                return None, {}
             self._make_room()
             if collected is not None:
                 selection, sampled = collected
@@ -151,7 +177,7 @@ class Trainer:
         with self.console.phase("update"):
             updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
             gather_parameters(self.policy.chunks)
-        return agreement | _over_updates(updates)
+        return agreement | over_updates(updates)
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
@@ -167,6 +193,12 @@ class Trainer:
             left_out = int(metrics["updates_skipped"])
             self.console.warn(f"step {self.step}: {left_out} updates left out, their gradients are not finite")
 
+    def lacks_validation(self) -> bool:
+        """Whether held-out accuracy is due now, at the start: before the first step, or where a stop broke it off."""
+        every = self.config.validation.every
+        due = every > 0 and (self.step == 0 or self.is_due(every))
+        return fact_of_rank_0(due and self.metrics is not None and not self.metrics.has_validation(self.step))
+
     def validate(self) -> None:
         """Accuracy and length on held-out problems."""
         if not self.config.validation.every:
@@ -177,6 +209,7 @@ class Trainer:
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
         if validated is None or self.metrics is None or self.report is None:
+            self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
         result, groups = validated
         count = self.config.tracking.samples_per_validation
@@ -195,21 +228,31 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
     def asked_to_stop(self) -> bool:
-        """Whether somebody has put a file named stop into the run's directory, which this removes.
+        """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed.
 
         A file and not a signal: a job's signals reach servers and verifiers too, which would end on them.
         """
-        asked = self.first and (self.directory / STOP_FILE).exists()
-        if asked:
-            (self.directory / STOP_FILE).unlink()
-            self.console.note(f"stopping after step {self.step}, as {self.directory / STOP_FILE} asks for")
-        return self._on_rank_0(asked)
+        if self.step == self.config.run.steps and not self.lacks_validation():
+            return False
+        file = self.directory / STOP_FILE
+        if by_file := self.first and file.exists():
+            file.unlink()
+            self.console.note(f"stopping after step {self.step}, as {file} asks for")
+        return fact_of_rank_0(by_file or self.ctrl_c.asked)
+
+    def stop(self) -> NoReturn:
+        """Save what no checkpoint has yet, and end this process in peace."""
+        self.settle()
+        if self.step > 0 and self.saved_step != self.step:
+            self.save()
+            self.settle()
+        sys.exit(STOPPED)
 
     def save(self) -> None:
         """Begin a checkpoint of the policy and of the loop; complete when `settle` says so, or at once."""
         self.settle()
         self._check_lock()
-        state, arrays = self._by_rank_0(self._loop_state) or ({}, {})
+        state, arrays = only_rank_0(self._loop_state) or ({}, {})
         with self.console.phase("checkpoint"):
             directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
             try:
@@ -239,6 +282,7 @@ class Trainer:
             except CheckpointError as error:
                 self._not_saved(error)
                 return
+            self.saved_step = checkpoint.step_of(saved)
             if self.first and self.config.checkpoint.keep and self.config.checkpoint.huggingface_every:
                 huggingface_directories.prune(self.directory / "huggingface", saved)
 
@@ -279,7 +323,7 @@ class Trainer:
         if self.config.rollout.shared_gpu:
             if self.experience is not None:
                 self.experience.make_room()
-            self._on_rank_0(False)  # the other ranks wait for it
+            fact_of_rank_0(False)  # the other ranks wait for it
 
     def _push(self) -> None:
         """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
@@ -293,55 +337,45 @@ class Trainer:
                     self.transfer.push(export(self.policy.chunks, self.policy.geometry), self.version)
                     return
                 except RolloutError:
-                    if not self._on_rank_0(self.experience is not None and self.experience.lose_failed()):
+                    if not fact_of_rank_0(self.experience is not None and self.experience.lose_failed()):
                         raise
 
     def _while_serving(self, work: Callable[[Experience], _T]) -> _T | None:
-        """What `work`, which samples, returns on rank 0; the other ranks stand by to revive the servers with it."""
+        """What `work`, which samples, returns on rank 0; the other ranks stand by to revive the servers with it.
+
+        None on the others, and after a Ctrl-C.
+        """
         if self.experience is None:
             while self.stand_by.hear():
                 self._push()
             return None
-        result = work(self.experience)
+        try:
+            with self.ctrl_c.breaks():
+                result = work(self.experience)
+        except Interrupted:
+            result = None
         self.stand_by.tell(False)
         return result
 
     def _revive(self) -> None:
         """Called on rank 0 within `_while_serving` when no server is left: all ranks give restarted ones weights."""
-        self.stand_by.tell(True)
-        self._push()
-
-    def _on_rank_0(self, fact: bool) -> bool:
-        """Rank 0's `fact`, on every rank."""
-        told = torch.tensor([fact], dtype=torch.int64)
-        torch.distributed.broadcast(told, src=0)
-        return bool(told.item())
-
-    def _by_rank_0(self, work: Callable[[], _T]) -> _T | None:
-        """What `work` returns on rank 0. What it refuses is refused by every rank.
-
-        The others would else lose rank 0 in the middle of a collective, and tell of that.
-        """
-        refusal: list[Any] = ["", 0]
-        result, refused = None, None
-        if self.first:
-            try:
-                result = work()
-            except FipoError as error:
-                refusal, refused = [str(error), error.exit_code], error
-        torch.distributed.broadcast_object_list(refusal, src=0)
-        if refused is not None:
-            raise refused
-        if refusal[0]:
-            raise RefusedOnRank0(*refusal)
-        return result
+        with self.ctrl_c.breaks(False):
+            self.stand_by.tell(True)
+            self._push()
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def _take_directory(self, stack: ExitStack) -> tuple[str, str | None]:
+        self.place = take_directory(self.config, stack)
+        found = self.place.start.resume_from
+        return self.config.run.directory, str(found) if found else None
+
     def _open_run_files(self, stack: ExitStack) -> None:
-        write_config(self.directory, self.config)
+        assert self.place is not None, "rank 0 has one"
+        for warning in keep_settings(self.config, self.directory, self.step, self.place.start):
+            self.console.warn(warning)
         write_environment(self.directory, world_size=torch.distributed.get_world_size())
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
         stack.callback(self.metrics.close)
@@ -363,9 +397,8 @@ class Trainer:
 
     def _loop_state(self) -> tuple[dict[str, Any], Arrays]:
         assert self.experience is not None, "rank 0 has one"
-        state = LoopState(
-            step=self.step, seconds=self._seconds(), results=self.results, experience=self.experience.state()
-        )
+        experience = self.undone_to or self.experience.state()
+        state = LoopState(step=self.step, seconds=self._seconds(), results=self.results, experience=experience)
         return loop_state.encode(state)
 
     def _load_loop(self, path: Path) -> None:
@@ -374,24 +407,3 @@ class Trainer:
         assert self.experience is not None, "rank 0 has one"
         state = self.experience.resume(path / checkpoint.TRAINER_STATE, path / checkpoint.TRAINER_ARRAYS, self.step)
         self.seconds_before, self.results = state.seconds, state.results
-
-
-def _over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """A step's metrics from its updates': least, greatest, sum or mean by name; ppo_kl of the first by itself."""
-    collected: dict[str, list[float]] = defaultdict(list)
-    for metrics in updates:
-        for name, value in metrics.items():
-            collected[name].append(value)
-    combined: dict[str, float] = {"updates": float(len(updates)), "updates_skipped": 0.0}
-    for name, values in collected.items():
-        if name.endswith("_min"):
-            combined[name] = min(values)
-        elif name.endswith("_max"):
-            combined[name] = max(values)
-        elif name in ("updates_skipped", "tokens_trained", "responses_dropped"):
-            combined[name] = sum(values)
-        else:
-            combined[name] = sum(values) / len(values)
-    if updates:
-        combined["ppo_kl_first"] = updates[0]["ppo_kl"]
-    return combined

@@ -18,6 +18,7 @@ from megatron_fipo.config import every_setting, sections
 from megatron_fipo.config.configure import configuration_directory, configuration_groups
 from megatron_fipo.config.model_keys import HARMLESS, REFUSED, UNDERSTOOD
 from megatron_fipo.config.model_rope import KEYS_OF_TYPE
+from megatron_fipo.config.resume import table
 from megatron_fipo.families import Family, family_modules
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -118,7 +119,14 @@ def _model_keys() -> Iterator[str]:
 
 def reference() -> str:
     """The page of the keys of conf/."""
-    return "\n".join([_HEADER, "## Groups\n", *_groups(), "\n## Keys", *_keys()])
+    return "\n".join([_HEADER, "## Groups\n", *_groups(), "\n## Keys", *_keys(), *_free()])
+
+
+def _free() -> Iterator[str]:
+    yield "\n## What may change when a run goes on\n"
+    yield "All other keys decide what is trained: [runs.md](runs.md).\n\n| keys | why |\n| --- | --- |"
+    for reason, keys in table():
+        yield f"| {', '.join(f'`{key}`' for key in keys)} | {reason} |"
 
 
 def _groups() -> Iterator[str]:

@@ -4,26 +4,32 @@ Imports neither torch nor megatron, so that a mistake on the command line is ans
 """
 
 import contextlib
+import difflib
 import functools
 import io
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo.config import Config, every_setting, sections
+from megatron_fipo import reasons
+from megatron_fipo.config import Config, every_setting, resolved, sections
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.errors import below_null_section, check_overrides, readable, unknown_key
+from megatron_fipo.config.explain import explain
 from megatron_fipo.config.model_keys import shown
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.errors import ConfigError, FipoError, RefusedOnRank0
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -34,6 +40,9 @@ _FAILURES: tuple[type[Exception], ...] = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
 _TRACEBACKS = "HYDRA_FULL_ERROR"
+_FIRST_RANK_SPEAKS_S = 2.0
+RESOLVED = "--resolved"
+"""The flag of a command line that names a whole configuration in a file, and says nothing else."""
 
 
 def run_with_config(
@@ -48,13 +57,20 @@ def run_with_config(
     process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
     traceback instead.
     """
-    with_traceback = os.environ.get(_TRACEBACKS) == "1"
-    try:
+    with refusals_in_one_line():
         config = _config_from_command_line()
         for warning in judge(config) if judge else check(config, world_size=_world_size(), local=local):
             if _speaks_for_the_run():
                 print(f"warning: {warning}", file=sys.stderr)
         main(config)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """End the process with one line on stderr and the error's exit code where a FipoError is raised in here."""
+    with_traceback = os.environ.get(_TRACEBACKS) == "1"
+    try:
+        yield
     except FipoError as error:
         if with_traceback:
             raise
@@ -93,13 +109,19 @@ def configuration_groups() -> list[str]:
 
 def _config_from_command_line() -> Config:
     """Compose under hydra.main, which only hands the result over: the run itself happens outside of Hydra."""
+    if sys.argv[1:2] == [RESOLVED] and len(sys.argv) == 3:
+        return resolved.read(Path(sys.argv[2]))
+    named = [text for text in sys.argv[1:] if not text.startswith("-") and "=" not in text]
+    if named and {"-h", "--help"} & set(sys.argv[1:]):
+        print(explain(named))
+        raise SystemExit(0)
     composed: list[DictConfig] = []
 
     def keep(config: DictConfig) -> None:
         composed.append(config)
 
     if {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError("--multirun", "a run owns its processes and servers", "sweep with a loop in the shell")
+        raise ConfigError("--multirun", "this command takes one configuration", "megatron-fipo train takes several")
     entry = hydra.main(version_base=_HYDRA_VERSION, config_path=str(configuration_directory()), config_name="config")
     with_traceback = os.environ.get(_TRACEBACKS)
     # Hydra's own handler prints several lines and exits with 1; with this set it raises.
@@ -130,11 +152,19 @@ def _flags_in_one_line() -> Iterator[None]:
     except SystemExit as end:
         if end.code == 2 and (lines := said.getvalue().splitlines()):
             problem = lines[-1].partition("error: ")[2][:300]
-            raise ConfigError("command line", problem, "--help shows flags") from None
+            raise ConfigError("command line", problem, f"{_nearest_flag(problem)}--help shows flags") from None
         raise
     finally:
         if not said.getvalue().startswith("usage: "):
             sys.stderr.write(said.getvalue())
+
+
+def _nearest_flag(problem: str) -> str:
+    """A question about the flag that was meant, of those that Hydra's command line has."""
+    unknown = re.search(r"unrecognized arguments: (-\S+)", problem)
+    known = get_args_parser()._option_string_actions if unknown else {}
+    near = difflib.get_close_matches(unknown[1], [*known, "--multirun"], n=1, cutoff=0.5) if unknown else []
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _refusal(error: Exception, overrides: Sequence[str]) -> Exception:
@@ -199,5 +229,10 @@ def _speaks_for_the_run() -> bool:
 
 
 def _end(error: FipoError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    """One process says it: the one that started this one and asked to be told, or else the first rank."""
+    if not reasons.tell(error):
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            time.sleep(_FIRST_RANK_SPEAKS_S)  # a launcher ends this one meanwhile, if the first has said the same
+        if not isinstance(error, RefusedOnRank0):
+            print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -33,6 +33,11 @@ class RunConfig:
         "never: refuse a directory that already holds a run.",
         choices=("auto", "never"),
     )
+    resume_changed: bool = setting(
+        False,
+        "Go on from a checkpoint although settings that decide what is trained have changed since; the new ones are "
+        "kept as config-STEP.yaml.",
+    )
     collective_timeout_s: float = setting(
         3600.0, "Longest wait for other ranks, sampling aside, in s.", minimum=1, maximum=LONGEST_WAIT_S
     )

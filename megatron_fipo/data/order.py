@@ -63,6 +63,10 @@ class ProblemOrder:
         self._epoch, self._position = state.epoch, state.position
         self._order = self._epoch_order()
 
+    def is_another(self, state: OrderState) -> bool:
+        """Whether `state` stood in an order of another seed, or of a shuffle where this has none."""
+        return (state.seed, state.shuffle) != (self._seed, self._shuffle)
+
     def start_over(self, state: OrderState) -> None:
         """Begin the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
         self._epoch, self._position = state.epoch + 1, 0

@@ -6,6 +6,7 @@ run between two lines. Imports no torch: the launcher stays small while the rank
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -19,9 +20,14 @@ from typing import IO
 
 import psutil
 
-from megatron_fipo.errors import FipoError
+from megatron_fipo.commands import environment, going_on, typed_command
+from megatron_fipo.config import Config, resolved
+from megatron_fipo.config.configure import RESOLVED
+from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
 from megatron_fipo.processes import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
+from megatron_fipo.reasons import Listener, Reason
+from megatron_fipo.run_directory import look
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
@@ -44,31 +50,55 @@ def adopt_environment() -> None:
 
 
 def launch(
-    world_size: int, run_directory: str | Path, command: Sequence[str] | None = None, grace_s: float = 30.0
+    world_size: int,
+    run_directory: str | Path,
+    command: Sequence[str],
+    grace_s: float = 30.0,
+    save_s: float = 3600.0,
 ) -> int:
     """Run `world_size` ranks of a run on this machine to their end, and return the exit status for the shell.
 
-    `command` defaults to the current command line with run.directory fixed, so that all ranks use one directory. Rank 0
-    writes to the terminal, rank N to logs/rank-N.log of the run. When one fails, the others get SIGTERM and, `grace_s`
-    seconds later, SIGKILL; the status is that of the rank that failed first (128 + n for signal n). SIGINT, SIGTERM and
-    SIGHUP are passed on in the same way, and the status is then 128 + n; a second Ctrl-C kills at once. STOPPED means
-    that the ranks saved the run and ended because they were asked to.
+    Rank 0 writes to the terminal, rank N to logs/rank-N.log of the run. When one fails, the others get SIGTERM and,
+    `grace_s` seconds later, SIGKILL; the status is that of the rank that failed first (128 + n for signal n). SIGTERM
+    and SIGHUP are passed on in the same way, and the status is then 128 + n. A Ctrl-C (SIGINT) reaches rank 0, which
+    has `save_s` seconds to end the run where nothing is lost; a second one kills at once. STOPPED means that the ranks
+    saved the run and ended because they were asked to.
+
+    Raises:
+        RunFailed: a rank failed, and has told why.
     """
     directory = Path(run_directory).resolve()
     watched = {s for s in _STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        with no_descendant_left() as older_children:
-            ranks = _start(world_size, directory, list(command or train_command(directory)), mask)
-            return _Watch(ranks, directory, watched, older_children, grace_s).run()
+        with Listener() as reasons, no_descendant_left() as older_children:
+            ranks = _start(world_size, directory, list(command), mask, reasons)
+            return _Watch(ranks, directory, watched, older_children, grace_s, save_s).run(reasons)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def train_command(run_directory: Path) -> list[str]:
-    """The current command line of the trainer with run.directory set to `run_directory`, quoted for Hydra."""
-    quoted = str(run_directory).replace("'", "\\'")
-    return [sys.executable, "-m", "megatron_fipo.train", *sys.argv[1:], f"run.directory='{quoted}'"]
+def launch_training(world_size: int, config: Config) -> int:
+    """`launch` ranks that train with exactly this configuration, which they read from a file in the run's directory.
+
+    Raises:
+        FipoError: the directory cannot be used, or a rank has told why it failed.
+    """
+    directory = Path(config.run.directory).resolve()
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
+    look(config)
+    file = directory / "logs" / f"configuration-{os.getpid()}.yaml"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        resolved.write(file, config)
+    except OSError as error:
+        raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
+    print(f"run directory: {directory}", flush=True)
+    command = [sys.executable, "-m", "megatron_fipo.train", RESOLVED, str(file)]
+    try:
+        return launch(world_size, directory, command, save_s=config.run.collective_timeout_s)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -83,7 +113,7 @@ class _Rank:
     """Size of the log before this start, in bytes: a resumed run goes on in the same file."""
 
 
-def _start(world_size: int, directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
+def _start(world_size: int, directory: Path, command: list[str], mask: Set[int], reasons: Listener) -> list[_Rank]:
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -91,16 +121,21 @@ def _start(world_size: int, directory: Path, command: list[str], mask: Set[int])
     # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
     # else's from here on.
     with socket.create_server((_LOOPBACK, 0), backlog=4096) as listener:
-        return [_start_rank(number, world_size, listener, directory, command, mask) for number in range(world_size)]
+        port, told = listener.getsockname()[1], reasons.environment() | environment(typed_command())
+        ranks = []
+        for number in range(world_size):
+            variables, passed = _rank_environment(number, world_size, port) | told, [reasons.descriptor]
+            if number == 0:
+                variables[LISTENER_VARIABLE] = str(listener.fileno())
+                passed.append(listener.fileno())
+            ranks.append(_start_rank(number, directory, command, mask, variables, passed))
+        return ranks
 
 
 def _start_rank(
-    number: int, world_size: int, listener: socket.socket, directory: Path, command: list[str], mask: Set[int]
+    number: int, directory: Path, command: list[str], mask: Set[int], variables: dict[str, str], passed: list[int]
 ) -> _Rank:
     launcher = os.getpid()
-    environment = _rank_environment(number, world_size, listener.getsockname()[1])
-    if number == 0:
-        environment[LISTENER_VARIABLE] = str(listener.fileno())
 
     def before_exec() -> None:
         die_with_parent(launcher)
@@ -109,8 +144,8 @@ def _start_rank(
     def spawn(output: IO[bytes] | None) -> subprocess.Popen:
         return subprocess.Popen(
             command,
-            env=environment,
-            pass_fds=[listener.fileno()] if number == 0 else [],
+            env=variables,
+            pass_fds=passed,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -155,14 +190,19 @@ class _Watch:
         watched: Set[int],
         older_children: set[psutil.Process],
         grace_s: float,
+        save_s: float,
     ) -> None:
         self.ranks, self.directory = ranks, directory
-        self.watched, self.older_children, self.grace_s = watched, older_children, grace_s
+        self.watched, self.older_children = watched, older_children
+        self.grace_s, self.save_s = grace_s, save_s
         self.first_failure: _Rank | None = None
         self.stop_signal: int | None = None
+        self.saving_since: float | None = None
+        """Since when rank 0 knows of a Ctrl-C."""
         self.stopping_since: float | None = None
+        """Since when all ranks have been told to end."""
 
-    def run(self) -> int:
+    def run(self, reasons: Listener) -> int:
         while self._living():
             # The kernel merges the SIGCHLDs of ranks that end together, so look at least once a second.
             event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
@@ -171,9 +211,10 @@ class _Watch:
             if event is not None and event.si_signo != signal.SIGCHLD:
                 self._on_stop_signal(event.si_signo)
             if self._living() and self._grace_left() <= 0:
-                self._kill(f"still running {self.grace_s:g} s after it was asked to stop")
+                allowed_s = self.grace_s if self.stopping_since is not None else self.save_s
+                self._kill(f"still running {allowed_s:g} s after it was asked to stop")
         self._note_failures(None)
-        return self._report()
+        return self._report(reasons.heard())
 
     def _living(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.process.poll() is None]
@@ -189,9 +230,11 @@ class _Watch:
 
     def _grace_left(self) -> float:
         """Seconds until the ranks are killed; infinite while nobody asked them to stop."""
-        if self.stopping_since is None:
-            return float("inf")
-        return max(0.0, self.stopping_since + self.grace_s - time.monotonic())
+        if self.stopping_since is not None:
+            return max(0.0, self.stopping_since + self.grace_s - time.monotonic())
+        if self.saving_since is not None:
+            return max(0.0, self.saving_since + self.save_s - time.monotonic())
+        return float("inf")
 
     def _note_failures(self, ended_pid: int | None) -> None:
         """Remember who failed first, and stop the others. `ended_pid` is the first child to end since the last look."""
@@ -202,25 +245,30 @@ class _Watch:
             # They ended between the wait and this look; the signal that is kept is the first one's.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
-        self._ask_to_stop(signal.SIGTERM)
+        self._ask_to_stop()
 
     def _on_stop_signal(self, signum: int) -> None:
-        if self.stopping_since is None:
+        since = self.stopping_since or self.saving_since
+        if signum == signal.SIGINT and since is not None:
+            if time.monotonic() - since > _SAME_CTRL_C_S:
+                self._kill("killed on a second Ctrl-C")
+        elif signum == signal.SIGINT:
+            self.stop_signal, self.saving_since = signum, time.monotonic()
+            _say("stopping on SIGINT: saves the run as it was after its last whole step; a second Ctrl-C kills at once")
+            self.ranks[0].process.send_signal(signum)  # which tells the others
+        elif self.stopping_since is None:
             self.stop_signal = signum
-            _say(f"stopping on {signal.Signals(signum).name}; a second Ctrl-C kills at once")
-            self._ask_to_stop(signum)
-        elif signum == signal.SIGINT and time.monotonic() - self.stopping_since > _SAME_CTRL_C_S:
-            self._kill("killed on a second Ctrl-C")
+            _say(f"stopping on {signal.Signals(signum).name}; a Ctrl-C kills at once")
+            self._ask_to_stop()
 
-    def _ask_to_stop(self, signum: int) -> None:
+    def _ask_to_stop(self) -> None:
         self.stopping_since = time.monotonic()
-        # Ranks unwind on SIGINT and SIGTERM; a hang-up of the terminal is the latter to them.
-        passed_on = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
         for rank in self._living():
-            rank.process.send_signal(passed_on)
+            rank.process.send_signal(signal.SIGTERM)  # also for a hang-up of the terminal, which ranks do not know
 
     def _kill(self, reason: str) -> None:
         _say(f"{_names(self._living())}: {reason}")
+        self.stopping_since = self.stopping_since or time.monotonic()
         kill_descendants(besides=self.older_children)
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while self._living() and time.monotonic() < deadline:
@@ -228,22 +276,27 @@ class _Watch:
         if self._living():
             raise FipoError(f"{_names(self._living())} outlived SIGKILL by {_KILL_TIMEOUT_S:.0f} s")
 
-    def _report(self) -> int:
-        failure = self.first_failure
-        if failure is None and self.stop_signal is None:
-            if all(rank.process.returncode == 0 for rank in self.ranks):
-                return 0
-            _say(f"stopped and saved; the same command with run.directory={self.directory} goes on from there")
-            return STOPPED
+    def _report(self, reasons: list[Reason]) -> int:
+        failure, signum = self.first_failure, self.stop_signal
+        if failure is not None and signum is not None and failure.process.returncode in (-signum, 128 + signum):
+            failure = None  # it did as it was asked to
+        if all(rank.process.returncode == 0 for rank in self.ranks):  # a Ctrl-C may come when all is done
+            return 0
+        if failure is None:
+            if signum in (None, signal.SIGINT):
+                _say(f"stopped; this goes on from there:\n  {going_on(self.directory)}")
+            return STOPPED if signum is None else 128 + signum
         if sys.stderr.isatty():
             # A rank that was killed could not take its progress bar down: show the cursor again.
             _write("\033[?25h")
-        if self.stop_signal is not None:
-            return 128 + self.stop_signal
-        assert failure is not None
         code = failure.process.returncode
-        reason = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-        _say(f"rank {failure.number} of {len(self.ranks)} failed first ({reason}){_tail(failure)}")
+        how = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+        first = next((reason for reason in reasons if reason.rank == failure.number), None)
+        if code > 0 and first is not None:
+            raise RunFailed(first.text, first.exit_code)
+        _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
+        if reasons:
+            raise RunFailed(reasons[0].text, reasons[0].exit_code)
         return code if code > 0 else 128 - code
 
 

@@ -6,7 +6,6 @@ far apart, so that a run on short texts would look sound.
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -17,6 +16,7 @@ from megatron_fipo.config.model_config import Geometry
 from megatron_fipo.config.model_rope import LinearScaling, RopeScaling
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.policy import platform
+from megatron_fipo.weights.ranks import answer_of_rank_0
 from megatron_fipo.weights.reshard import gather_texts
 from megatron_fipo.weights.transformers_model import rotary_frequencies
 
@@ -51,10 +51,11 @@ def probe_positions(geometry: Geometry, context: int) -> list[int]:
 def check_rotary_embedding(model_chunks: Sequence[GPTModel], geometry: Geometry, model_dir: str, context: int) -> None:
     """Compare the angles of this rank's model with transformers', over the whole context. Every rank calls it.
 
-    Rank 0 asks transformers, so that the other ranks need not import it. Raises the same ConfigError on every rank,
-    naming the position, if one of them has another rotary embedding or transformers refuses the directory.
+    Rank 0 asks transformers, so that the other ranks need not import it. Every rank refuses, naming the position, if
+    one of them has another rotary embedding or transformers refuses the directory.
     """
-    expected, scale = _from_rank_0(model_dir, context - 1)
+    frequencies, scale = answer_of_rank_0(lambda: _expected(model_dir, context - 1))
+    expected = torch.tensor(frequencies)
     positions = probe_positions(geometry, context)
     problems = [angle_problem(chunk.rotary_pos_emb, expected, scale, positions) for chunk in model_chunks]
     said = [problem for text in gather_texts(json.dumps(problems), platform.device()) for problem in json.loads(text)]
@@ -80,16 +81,6 @@ def angle_problem(rotary: RotaryEmbedding, frequencies: Tensor, scale: float, po
     return ""
 
 
-def _from_rank_0(model_dir: str, last: int) -> tuple[Tensor, float]:
-    """`rotary_frequencies` of rank 0, or its ConfigError, on every rank."""
-    said: dict[str, Any] = {}
-    if torch.distributed.get_rank() == 0:
-        try:
-            frequencies, scale = rotary_frequencies(model_dir, last)
-            said = {"frequencies": frequencies.tolist(), "scale": scale}
-        except ConfigError as error:
-            said = {"refusal": [error.key, error.problem, error.remedy]}
-    said = json.loads(gather_texts(json.dumps(said), platform.device())[0])
-    if "refusal" in said:
-        raise ConfigError(*said["refusal"])
-    return torch.tensor(said["frequencies"]), said["scale"]
+def _expected(model_dir: str, last: int) -> tuple[list[float], float]:
+    frequencies, scale = rotary_frequencies(model_dir, last)
+    return frequencies.tolist(), scale

@@ -60,7 +60,7 @@ class Policy:
         """
         self.config, self.geometry = config, geometry
         if model_dir is not None:
-            check_before_building(model_dir, geometry, platform.device())
+            check_before_building(model_dir, geometry)
         chunks = build_model(config, geometry)
         if model_dir is not None:
             check_rotary_embedding(chunks, geometry, model_dir, context_length(config, geometry))

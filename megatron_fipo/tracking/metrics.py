@@ -42,6 +42,10 @@ class MetricsWriter:
         """Append the scores of held-out problems after `step` steps, and return the row."""
         return self._append(VALIDATION_FILE, "validation", step, metrics)
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the scores after `step` steps are there."""
+        return any(row["step"] == step for row in read_rows(self._files[VALIDATION_FILE]))
+
     def close(self) -> None:
         """Flush TensorBoard's file; the others are on disk already."""
         if self._tensorboard is not None:

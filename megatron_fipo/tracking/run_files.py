@@ -1,4 +1,4 @@
-"""What a run says about itself: config.yaml, the user's code, environment.json and summary.json."""
+"""What a run says about itself: config.yaml and its successors, the user's code, environment.json, summary.json."""
 
 import dataclasses
 import datetime
@@ -6,17 +6,23 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_fipo.commands import typed_command
 from megatron_fipo.config import Config
+from megatron_fipo.config.resolved import as_yaml
 from megatron_fipo.files import write_atomically, write_json_atomically
 from megatron_fipo.plugins import source_file
+from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE
+
+CONFIG_FILE = "config.yaml"
+"""The configuration that a run began with; config-000012.yaml beside it: what it went on with after step 12."""
+SUMMARY_FILE = "summary.json"
+
+_KEPT = re.compile(r"config-(\d{6,10})\.yaml")
 
 _PACKAGES = (
     "megatron-fipo",
@@ -31,16 +37,44 @@ _PACKAGES = (
 )
 
 
-def write_config(run_directory: Path, config: Config) -> None:
+def write_config(run_directory: Path, config: Config, step: int = 0, changed: bool = False) -> None:
     """Write the run's configuration, every key resolved, to config.yaml. Passwords inside URLs are blotted out.
 
-    A loss of the user's is copied to code/: what it was when the run started.
+    `step` is the one that the run goes on from: config.yaml stays what it is then, and where `changed` says that this
+    is another configuration it is kept beside it, as config-STEP.yaml. A loss of the user's is copied to code/: what it
+    was when the run started, or went on with other settings.
     """
-    text = yaml.safe_dump(_without_passwords(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
-    write_atomically(run_directory / "config.yaml", text)
+    path = run_directory / CONFIG_FILE
+    if step and path.exists():
+        if not changed:
+            return
+        path = run_directory / f"config-{step:06d}.yaml"
+    write_atomically(path, as_yaml(_without_passwords(dataclasses.asdict(config))))
     if (loss := config.algorithm.loss) is not None and (file := source_file(loss, "algorithm.loss")) is not None:
         (run_directory / "code").mkdir(exist_ok=True)
         write_atomically(run_directory / "code" / file.name, file.read_bytes())
+
+
+def kept_config(run_directory: Path, step: int) -> Path:
+    """Where the configuration is that a run had when it had done `step` steps: the newest one up to there."""
+    kept = {
+        int(match[1]): path for path in run_directory.glob("config-*.yaml") if (match := _KEPT.fullmatch(path.name))
+    }
+    return kept[max(earlier)] if (earlier := [at for at in kept if at <= step]) else run_directory / CONFIG_FILE
+
+
+def set_aside(run_directory: Path) -> list[Path]:
+    """Rename what a run without a checkpoint has left of its numbers and settings, as metrics-TIME.jsonl; their places.
+
+    For a run that begins anew in the directory: it writes files of its own.
+    """
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    rows = [path for name in (METRICS_FILE, VALIDATION_FILE) if (path := run_directory / name).is_file()]
+    kept = [path for path in run_directory.glob("config-*.yaml") if _KEPT.fullmatch(path.name)]
+    old = [path for path in rows if path.stat().st_size] + kept
+    if old and (run_directory / CONFIG_FILE).is_file():
+        old.append(run_directory / CONFIG_FILE)
+    return [path.rename(path.with_stem(f"{path.stem}-{stamp}")) for path in old]
 
 
 def write_environment(run_directory: Path, **more: Any) -> None:
@@ -49,7 +83,7 @@ def write_environment(run_directory: Path, **more: Any) -> None:
         run_directory / "environment.json",
         {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": _without_passwords(sys.argv),
+            "command": _without_passwords(typed_command()),
             "commit": _commit(Path(__file__).parent),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -67,7 +101,7 @@ def write_summary(run_directory: Path, summary: Mapping[str, Any]) -> None:
     The loop gives accuracy_before, accuracy_after, response_length_before, response_length_after (None without
     validation), steps, seconds, and whatever else a reader of many runs will want beside them.
     """
-    write_json_atomically(run_directory / "summary.json", dict(summary))
+    write_json_atomically(run_directory / SUMMARY_FILE, dict(summary))
 
 
 def distinguishing(config: Config) -> dict[str, Any]:

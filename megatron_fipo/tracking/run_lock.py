@@ -4,6 +4,7 @@ filelock's lease is a file made with O_EXCL, which every shared file system has,
 a dead holder is known at once by its process; on another its lease has to run out. Beside it lies who holds it.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 import filelock
+import psutil
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_json_atomically
@@ -23,6 +25,9 @@ LEASE_S = 60.0
 _NAMELESS_S = 5.0
 """Wait for a lock that names nobody, in s: another run has just made it, or a crash cut it short, and it is replaced
 when it has not changed for two of them."""
+
+_CLOCKS_S = 5.0
+"""How far a file's time and a process's may be apart, in s."""
 
 _LOCK_FILE, _OWNER_FILE = "run.lock", "run.lock.json"
 
@@ -64,6 +69,19 @@ class RunLock:
             self._lease.release()
             raise FipoError(f"{self._directory / _OWNER_FILE} cannot be written: {error}") from error
         return self
+
+    def refuse_if_taken(self) -> None:
+        """Raise FipoError if a run that lives on this machine has the directory; takes nothing, and waits for nothing.
+
+        For a launcher, before it starts anything. What other machines' runs do only `__enter__` can tell.
+        """
+        owner = self._lease.owner
+        if owner is None or owner.hostname != platform.node():
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
+            renewed = (self._directory / _LOCK_FILE).stat().st_mtime
+            if psutil.Process(owner.pid).create_time() < renewed + _CLOCKS_S:  # else the number is a younger process's
+                raise self._taken()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

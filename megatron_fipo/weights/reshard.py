@@ -30,22 +30,16 @@ from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
+from megatron_fipo.weights.ranks import only_rank_0
 from megatron_fipo.weights.source import check_source, joined, open_source
 from megatron_fipo.weights.staging import check_space
 
 logger = logging.getLogger(__name__)
 
 
-def check_before_building(model_dir: str | Path, geometry: Geometry, device: torch.device) -> None:
-    """`check_source` on rank 0; the same WeightError on every rank."""
-    said = ""
-    if dist.get_rank() == 0:
-        try:
-            check_source(model_dir, geometry)
-        except WeightError as error:
-            said = str(error)
-    if said := json.loads(gather_texts(json.dumps(said), device)[0]):
-        raise WeightError(said)
+def check_before_building(model_dir: str | Path, geometry: Geometry) -> None:
+    """`check_source` on rank 0; its refusal on every rank."""
+    only_rank_0(lambda: check_source(model_dir, geometry))
 
 
 def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry: Geometry) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config import Config, every_setting, sections
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import configuration_directory, load_config
 from tests.config.judging import SERVER
@@ -77,9 +77,26 @@ class TestCommandLine:
             word in text
             for word in (*EXPERIMENTS, "algorithm: cispo, dapo, dr_grpo, fipo", "--cfg job", "configuration.md")
         )
-        assert text.count("python -m megatron_fipo.train ") >= 5
+        assert text.count("megatron-fipo train ") >= 5
+        listed = text.partition("Sections: ")[2].partition("\n\n")[0]
+        assert [name.strip() for name in listed.split(",")] == [name for name, _ in sections() if "." not in name]
         shown = run_probe(tmp_path, "experiment=fipo_32b", "--cfg", "job", "--package", "optimizer")
         assert (shown.returncode, "lr: 1.0e-06" in shown.stdout) == (0, True)
+        shown = run_probe(tmp_path, "--help", "algorithm.filter_groups", "run.steps")
+        assert shown.stdout.startswith("algorithm.filter_groups: Dynamic sampling: ")
+        assert (
+            "  run.steps=1    (whole number, at least 0 and at most 1,000,000,000)\n      Training steps"
+            in shown.stdout
+        )
+        refused = run_probe(tmp_path, "--help", "algorithn")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "did you mean algorithm" in refused.stderr
+
+    def test_an_unknown_flag_is_answered_by_the_nearest_one(self, tmp_path: Path) -> None:
+        for typed, meant in (("--multrun", "--multirun"), ("--confg-dir=x", "--config-dir")):
+            refused = run_probe(tmp_path, typed)
+            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+            assert f"did you mean {meant}?" in refused.stderr
 
 
 def test_recipes_have_the_published_figures() -> None:

@@ -1,8 +1,8 @@
 """Why: `model.path=owner/name` has to fetch once, what is needed and no pickles, and say in one line what it lacks.
 
 Against a hub on loopback, by real HTTP and huggingface_hub's own client, in processes of their own: the client reads
-its settings when it is imported. A whole run of a fetched model is in tests/end_to_end/test_train.py. Does not cover the
-storage that the real hub sends large files from (Xet).
+its settings when it is imported. A whole run of a fetched model is in tests/end_to_end/test_train.py. Does not cover
+the storage that the real hub sends large files from (Xet).
 """
 
 import json

@@ -14,6 +14,7 @@ import pytest
 from megatron_fipo.cli import COMMANDS
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
+from megatron_fipo.launch.sweep import plan
 from tests.documents.commands import PAGES, ROOT, Command, commands_of
 
 SHOWN = [command for page in PAGES for command in commands_of(page)]
@@ -67,6 +68,10 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)
 def test_a_command_is_right_or_says_what_it_needs(command: Command) -> None:
+    if command.words[:3] == ["megatron-fipo", "train", "-m"]:
+        for member in plan(command.words[3:]):
+            check(member.config, world_size=None, local=False)
+        return
     settings = settings_of(command)
     if settings is not None:
         check(load_config(settings), world_size=None, local=False)

@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -212,17 +214,38 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
             assert found[name] == pytest.approx(expected[name], rel=2e-2), (expected["step"], name)
 
 
-def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    with runs.started(tmp_path, *SMALL, "run.steps=1000") as process:
+def test_interrupted_run_is_saved_leaves_nothing_and_goes_on_honestly(tmp_path: Path) -> None:
+    """While a step is sampled, whose time is most of it: it is dropped, and the state is that of the step before."""
+    settings = [*SMALL, "run.steps=1000", "algorithm.prompts_per_step=32", "algorithm.mini_batch_prompts=16"]
+    settings += ["algorithm.samples_per_prompt=8"]
+    with runs.started(tmp_path, *settings) as process:
         runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 128 + signal.SIGINT
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
-    assert "Traceback" not in runs.output(tmp_path)
+    output = runs.output(tmp_path)
+    assert "Traceback" not in output and f"run directory: {tmp_path}\n" in output
+    assert "Ctrl-C: step 2, half sampled, is dropped" in output
+    assert "this goes on from there:\n" in output and output.endswith(f"run.directory={tmp_path}\n")
     assert runs.report(tmp_path)["state"]["kind"] == "stopped"
     beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
     places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))
     assert [path for place in places for path in place.glob(f"*{beginning}*")] == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    log = (tmp_path / "logs/rank-1.log").read_text()
+
+    other = [*settings, "run.steps=2", "algorithm=dapo", "optimizer.lr=1e-5"]
+    output = runs.finish(runs.start(tmp_path, *other), tmp_path, exit_code=2).removeprefix(output)
+    assert output.count("\n") == 1 and "optimizer.lr: 2e-05 → 1e-05" in output
+    assert "algorithm.loss_mode: future_kl → vanilla" in output and "run.resume_changed=true" in output
+    assert (tmp_path / "logs/rank-1.log").read_text() == log, "no rank was started"
+    assert not (tmp_path / "config-000001.yaml").exists()
+    runs.run(tmp_path, *other, "run.resume_changed=true")
+    check_rows(runs.rows(tmp_path), steps=2)
+    first, then = (yaml.safe_load((tmp_path / name).read_text()) for name in ("config.yaml", "config-000001.yaml"))
+    assert (first["algorithm"]["name"], then["algorithm"]["name"]) == ("fipo", "dapo")
+    assert "influence_weights_mean" in runs.rows(tmp_path)[0] and "influence_weights_mean" not in runs.rows(tmp_path)[1]
 
 
 def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -253,8 +276,10 @@ def test_without_restarts_a_dead_server_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    """In one line, before any rank is started."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    process = runs.start(tmp_path, *SMALL, "run.resume=never")
-    assert process.wait(timeout=120) != 0
-    assert "already holds a run" in runs.output(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    output = runs.finish(runs.start(tmp_path, *SMALL, "run.resume=never"), tmp_path, exit_code=1)
+    assert output.startswith(f"error: {tmp_path} already holds a run") and output.count("\n") == 1
     assert runs.rows(tmp_path) == [{"step": 1}]
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "output.txt"])

@@ -15,17 +15,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_fipo.launch.local import adopt_environment, already_launched, train_command
+from megatron_fipo.launch.local import adopt_environment, already_launched
 
 starts_processes = pytest.mark.slow
 
 LAUNCHER = """
 import json, sys
+from megatron_fipo.config.configure import refusals_in_one_line
 from megatron_fipo.launch.local import launch
 world_size, directory, script, grace_s = json.loads(sys.argv[1])
-status = launch(world_size, directory, command=[sys.executable, "-c", script], grace_s=grace_s)
-assert "torch" not in sys.modules
-sys.exit(status)
+with refusals_in_one_line():
+    status = launch(world_size, directory, command=[sys.executable, "-c", script], grace_s=grace_s)
+    assert "torch" not in sys.modules
+    sys.exit(status)
 """
 
 PREAMBLE = """
@@ -157,7 +159,8 @@ sys.exit(75)
 """
     status, _, errors = start(2, script).finish()
     assert status == 75
-    assert errors == f"launch: stopped and saved; the same command with run.directory={tmp_path} goes on from there\n"
+    assert errors.startswith("launch: stopped; this goes on from there:\n  ")
+    assert errors.endswith(f"run.directory={tmp_path}\n") and errors.count("\n") == 2
     assert (tmp_path / "clean").exists()
 
 
@@ -222,7 +225,7 @@ while True: time.sleep(0.1)
     launched = start(2, script, grace_s=60.0)
     launched.wait_until_started()
     launched.process.send_signal(signal.SIGINT)
-    launched.wait_for(lambda: len(list(launched.directory.glob("asked-*"))) == 2)
+    launched.wait_for(lambda: len(list(launched.directory.glob("asked-*"))) == 1)  # rank 0 tells the others
     time.sleep(0.6)
     before = time.monotonic()
     launched.process.send_signal(signal.SIGINT)
@@ -230,6 +233,76 @@ while True: time.sleep(0.1)
     assert time.monotonic() - before < 5
     assert status == 130 and "killed on a second Ctrl-C" in errors
     assert launched.alive() == []
+
+
+@starts_processes
+def test_after_a_ctrl_c_the_ranks_end_by_themselves_and_what_goes_on_is_shown(start, tmp_path):
+    """Rank 0 takes its time to save, longer than the grace time of a SIGTERM; the other hears of it from rank 0."""
+    script = """
+signal.signal(signal.SIGINT, lambda *_: (directory / f"asked-{rank}").write_text("once"))
+started()
+while not (directory / "asked-0").exists(): time.sleep(0.01)
+time.sleep(1.5)
+sys.exit(75)
+"""
+    launched = start(2, script, grace_s=0.5)
+    launched.wait_until_started()
+    launched.process.send_signal(signal.SIGINT)
+    status, _, errors = launched.finish()
+    assert status == 130 and not (tmp_path / "asked-1").exists()
+    assert "this goes on from there:\n  " in errors and "still running" not in errors
+
+
+@starts_processes
+def test_a_rank_that_fails_while_it_saves_is_a_failure(start):
+    script = """
+signal.signal(signal.SIGINT, lambda *_: sys.exit(9))
+started()
+time.sleep(60)
+"""
+    launched = start(2, script)
+    launched.wait_until_started()
+    launched.process.send_signal(signal.SIGINT)
+    status, _, errors = launched.finish()
+    assert status == 9 and "rank 0 of 2 failed first (exit status 9)" in errors and launched.alive() == []
+
+
+REFUSAL = """
+from megatron_fipo.config.configure import refusals_in_one_line
+from megatron_fipo.errors import FipoError, RefusedOnRank0
+with refusals_in_one_line():
+    raise FipoError("the reason") if rank == 0 else RefusedOnRank0("the reason", 1)
+"""
+
+
+@starts_processes
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_refusal_is_one_line_from_one_process(start, tmp_path, world_size):
+    """Whichever rank ends first."""
+    status, output, errors = start(world_size, REFUSAL).finish()
+    assert (status, output, errors) == (1, "", "error: the reason\n")
+    assert all(not log.read_text() for log in (tmp_path / "logs").glob("*.log"))
+
+
+@starts_processes
+def test_a_rank_that_fails_without_a_reason_is_shown_beside_the_reason_of_another(start):
+    """That of rank 0 may only follow from what has happened to rank 1."""
+    script = """
+if rank == 1:
+    print("the cause")
+    started()
+    sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while not (directory / "pid-1").exists(): time.sleep(0.01)
+time.sleep(1)
+from megatron_fipo.config.configure import refusals_in_one_line
+from megatron_fipo.errors import FipoError
+with refusals_in_one_line():
+    raise FipoError("what follows")
+"""
+    status, _, errors = start(2, script).finish()
+    assert status == 1 and "rank 1 of 2 failed first (exit status 3)" in errors
+    assert "the cause" in errors and errors.endswith("error: what follows\n")
 
 
 @starts_processes
@@ -262,14 +335,6 @@ def test_the_tail_starts_at_this_launch(start, tmp_path):
     _, _, errors = start(2, "sys.exit('now' if rank == 1 else 0)").finish()
     assert "now" in errors and "before" not in errors
     assert (tmp_path / "logs" / "rank-1.log").read_text() == "from the run before\nnow\n"
-
-
-def test_train_command_fixes_the_directory_for_hydra(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "experiment=tiny", "run.directory=x"])
-    command = train_command(Path("/runs/it's one"))
-    assert command[1:] == [
-        "-m", "megatron_fipo.train", "experiment=tiny", "run.directory=x", "run.directory='/runs/it\\'s one'"
-    ]  # fmt: skip
 
 
 def test_who_launched_a_process(monkeypatch):

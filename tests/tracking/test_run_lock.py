@@ -57,12 +57,15 @@ def test_a_living_run_keeps_the_second_out_and_a_dead_one_does_not(tmp_path: Pat
         expected = f"in use by the run with process {process.pid} on .*, Slurm job 4711: give this run another"
         with pytest.raises(FipoError, match=expected):
             taken(tmp_path)
+        with pytest.raises(FipoError, match=expected):
+            RunLock(tmp_path, print).refuse_if_taken()
         time.sleep(2)
         with pytest.raises(FipoError, match="in use by"):
             taken(tmp_path)  # longer than its lease: it renews it
     finally:
         process.kill()
         process.wait()
+    RunLock(tmp_path, print).refuse_if_taken()
     (note,) = taken(tmp_path)
     assert re.search(f"process {process.pid} on .* has ended without leaving .*; this run takes its place", note)
 

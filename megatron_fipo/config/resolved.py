@@ -1,0 +1,49 @@
+"""A whole configuration as a file: what the ranks of a run read, and what a run keeps of its settings."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError, one_line
+
+
+def as_yaml(tree: dict[str, Any]) -> str:
+    """A configuration, as nested dictionaries, in the schema's order."""
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def write(path: Path, config: Config) -> None:
+    """Write every key with its value to `path`, readable for this user alone: addresses may hold passwords."""
+    text = as_yaml(dataclasses.asdict(config))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read(path: Path) -> Config:
+    """What `write` wrote. Keys that are left out have the schema's defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or a value is of another type than the schema's.
+    """
+    tree = read_tree(path)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(path), one_line(error), "a file that a run of this version has written") from None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The same as nested dictionaries, whatever keys and values are in it. Raises ConfigError."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(str(path), f"cannot be read: {one_line(error)}", "a configuration in YAML") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(str(path), "is no configuration", "sections with keys, in YAML")
+    return tree

@@ -1,0 +1,100 @@
+"""Which settings may change when a run goes on from a checkpoint. One table; all others decide what is trained.
+
+A key that is not in the table, such as a new one, is refused when it changes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_fipo.config import Config, every_setting, sections
+
+FREE: dict[str, tuple[str, ...]] = {
+    "every layout computes the same gradients": ("parallel.*", "model.recompute", "model.layers"),
+    "the machines; training does not read them": ("cluster.*", "hardware.*"),
+    "where the run is and what it is called": ("run.name", "run.directory"),
+    "how long it lasts; with a decaying optimizer.schedule it may not change": ("run.steps",),
+    "how a run goes on": ("run.resume", "run.resume_changed", "data.allow_change"),
+    "waits: what is late is done again, left out or ends the run": ("*_timeout_s", "rollout.max_restarts"),
+    "servers: a request's seed fixes its tokens, whichever server answers": (
+        *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
+        *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
+    ),
+    "how weights travel; they arrive bit for bit": (
+        *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every"),
+    ),
+    "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
+    "processes that judge": ("reward.workers", "reward.timeout_s"),
+    "the problems themselves are compared, wherever they are": ("data.train",),
+    "how often, not what": ("validation.every", "checkpoint.*"),
+    "what is written beside": ("tracking.*",),
+}
+"""Why, and the keys that it is true of."""
+
+_UNTOLD = ("run.directory", "run.resume", "run.resume_changed", "rollout.servers", "rollout.addresses")
+"""Free keys that differ from start to start and say nothing of the run."""
+
+
+def is_free(key: str) -> bool:
+    """Whether a key may change in mid-run."""
+    return any(fnmatchcase(key, pattern) for patterns in FREE.values() for pattern in patterns)
+
+
+def changes(old: Mapping[str, Any], new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both. `old` is a tree as a run has kept it; a key that it lacks had its default.
+
+    Left out are the keys of `_UNTOLD`. A section that only one of them has is one key.
+    """
+    present = asdict(new)
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, entry in every_setting():
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        before, after = _at(old, key, default), _at(present, key, None)
+        if before != after and key not in _UNTOLD:
+            found[key] = (before, after)
+    for name, _ in sections():
+        before, after = ("set" if _at(tree, name, "") is not None else None for tree in (old, present))
+        if before != after:
+            found = {key: pair for key, pair in found.items() if not key.startswith(f"{name}.")} | {
+                name: (before, after)
+            }
+    return found
+
+
+def refused(changed: Mapping[str, tuple[Any, Any]], new: Config) -> list[str]:
+    """Those of `changes` that a run may not go on with, as "key: old → new"."""
+    return [
+        f"{key}: {_shown(before)} → {_shown(after)}"
+        for key, (before, after) in changed.items()
+        if not _may_change(key, new)
+    ]
+
+
+def _may_change(key: str, new: Config) -> bool:
+    if key == "run.steps":
+        return new.optimizer.schedule == "constant"
+    return is_free(key) or (key.startswith("data.") and new.data.allow_change)
+
+
+def _at(tree: Any, key: str, default: Any) -> Any:
+    for name in key.split("."):
+        if tree is None:  # a section that is null
+            return None
+        if not isinstance(tree, Mapping) or name not in tree:
+            return default
+        tree = tree[name]
+    return tree
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = " ".join(text.split()) or "empty"
+    return text if len(text) <= 60 else f"{text[:60]} …"
+
+
+def table() -> Iterator[tuple[str, list[str]]]:
+    """Each reason of `FREE` with the schema's keys that it holds for."""
+    keys = [key for key, _ in every_setting()]
+    for reason, patterns in FREE.items():
+        yield reason, [key for key in keys if any(fnmatchcase(key, pattern) for pattern in patterns)]

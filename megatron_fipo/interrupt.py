@@ -1,0 +1,52 @@
+"""Ctrl-C in a run that this package's launcher has started: the run ends where nothing is lost that was trained.
+
+The launcher sends one SIGINT, to rank 0, which tells the others where all of them meet. Before the first step and under
+other launchers a SIGINT ends a rank at once: processes.terminate_on_sigterm.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_fipo.processes import LISTENER_VARIABLE
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C broke off what only rank 0 was doing. A KeyboardInterrupt, which asyncio lets through."""
+
+
+class CtrlC:
+    """Rank 0's record of a Ctrl-C. On other ranks, and under other launchers, it never hears of one."""
+
+    def __init__(self) -> None:
+        """To be made at the start, before ranks meet: the variable that tells of the launcher goes then."""
+        self.asked = False
+        self.is_led = LISTENER_VARIABLE in os.environ
+        """Whether this is rank 0 of our own launcher."""
+        self._breaks = False
+
+    def begin(self) -> None:
+        """From here on a Ctrl-C asks to stop, and no longer ends this process. In the main thread."""
+        # A script's background ignores the terminal's Ctrl-C, and goes on doing so.
+        if self.is_led and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    @contextmanager
+    def breaks(self, allowed: bool = True) -> Iterator[None]:
+        """A Ctrl-C raises Interrupted in here, also one from before; or not, inside such a place, unless `allowed`."""
+        before, self._breaks = self._breaks, allowed
+        try:
+            self._raise_if_asked()
+            yield
+        finally:
+            self._breaks = before
+        self._raise_if_asked()
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        self.asked = True
+        self._raise_if_asked()
+
+    def _raise_if_asked(self) -> None:
+        if self.asked and self._breaks:
+            raise Interrupted

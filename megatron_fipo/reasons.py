@@ -1,0 +1,68 @@
+"""Why a process of a run has ended, told over a pipe to the process that started it, which says it once.
+
+A rank tells its launcher, and a launcher the library's caller. Without such a pipe a process says it itself.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+
+from megatron_fipo.errors import FipoError
+
+_VARIABLE = "FIPO_REASON_FD"
+_told_to = os.environ.pop(_VARIABLE, None)  # so that what this process starts does not take the number for its own
+if _told_to is not None:
+    os.set_inheritable(int(_told_to), False)
+
+_LONGEST = 3000
+"""Characters, so that a reason is one write, which no other rank's comes between."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What a process refused or failed at, in one line, and its exit status."""
+
+    rank: int
+    """Which of a run's processes; -1 is the launcher."""
+    text: str
+    exit_code: int
+
+
+def tell(error: FipoError) -> bool:
+    """Tell whoever started this process; False where nobody has asked for it."""
+    if _told_to is None:
+        return False
+    message = json.dumps([int(os.environ.get("RANK", "-1")), str(error)[:_LONGEST], error.exit_code])
+    try:
+        os.write(int(_told_to), f"{message}\n".encode())
+    except OSError:  # whoever asked is gone
+        return False
+    return True
+
+
+class Listener:
+    """The end of the pipe at which reasons arrive; a context manager, which closes it."""
+
+    def __init__(self) -> None:
+        self._read, self.descriptor = os.pipe()
+        os.set_blocking(self._read, False)
+        self._text = ""
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._read)
+        os.close(self.descriptor)
+
+    def environment(self) -> dict[str, str]:
+        """What a process has to have, beside the descriptor itself, to tell its reason here."""
+        return {_VARIABLE: str(self.descriptor)}
+
+    def heard(self) -> list[Reason]:
+        """The reasons that have arrived so far, the first one first."""
+        with contextlib.suppress(BlockingIOError):
+            while arrived := os.read(self._read, 65536):
+                self._text += arrived.decode(errors="replace")
+        return [Reason(*json.loads(line)) for line in self._text.splitlines()]

@@ -1,0 +1,24 @@
+"""One step's metrics from those of its updates."""
+
+from collections import defaultdict
+
+
+def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """A step's metrics from its updates': least, greatest, sum or mean by name; ppo_kl of the first by itself."""
+    collected: dict[str, list[float]] = defaultdict(list)
+    for metrics in updates:
+        for name, value in metrics.items():
+            collected[name].append(value)
+    combined: dict[str, float] = {"updates": float(len(updates)), "updates_skipped": 0.0}
+    for name, values in collected.items():
+        if name.endswith("_min"):
+            combined[name] = min(values)
+        elif name.endswith("_max"):
+            combined[name] = max(values)
+        elif name in ("updates_skipped", "tokens_trained", "responses_dropped"):
+            combined[name] = sum(values)
+        else:
+            combined[name] = sum(values) / len(values)
+    if updates:
+        combined["ppo_kl_first"] = updates[0]["ppo_kl"]
+    return combined
