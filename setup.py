@@ -11,7 +11,6 @@ RUNTIME = [
     "huggingface_hub",
     "hydra-core>=1.3",
     "jinja2",
-    "matplotlib",
     # The newest for each Python. policy/ relies on its internals; megatron_versions.py there names what differs.
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("megatron_fipo.train", "train a model, or go on with a run"),
     "evaluate": ("megatron_fipo.evaluate", "accuracy of a model on problems, with intervals"),
     "compare": ("megatron_fipo.compare", "runs side by side: what differs, which is better, and how sure that is"),
+    "inspect": ("megatron_fipo.inspect", "what a run's directory holds, and what the model wrote in a step"),
     "preflight": ("megatron_fipo.preflight", "memory, time and weights of a configuration, before it costs an hour"),
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
     "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),

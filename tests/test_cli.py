@@ -47,7 +47,7 @@ def test_version() -> None:
     [
         ("trian", "did you mean train?"),
         ("--vresion", "did you mean --version?"),
-        ("xyzzy", "there are train, preflight"),
+        ("xyzzy", "there are train, evaluate"),
     ],
 )
 def test_an_unknown_command_is_one_line(typed: str, answer: str) -> None:

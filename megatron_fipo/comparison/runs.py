@@ -126,7 +126,7 @@ def _read_evaluation(directory: Path) -> Run:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{directory / RESULTS_FILE} cannot be read: {one_line(error)}; evaluate again") from error
     commit = _commit(directory / "environment.json")
-    return Run(directory, _defaults() | settings, {}, {0: row}, commit, is_evaluation=True)
+    return Run(directory, default_settings() | settings, {}, {0: row}, commit, is_evaluation=True)
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
         raise DataError(f"{path} is no configuration of a run: it has no section run")
-    found = _defaults() | dict(_flat(tree))
+    found = default_settings() | dict(_flat(tree))
     for key in ("run.seed", "run.steps"):
         if not isinstance(found[key], int):
             raise DataError(f"{path}: {key} is {found[key]!r}, no number")
@@ -152,7 +152,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
+def default_settings() -> dict[str, Any]:
     """The schema's, of keys outside sections that may be null as a whole."""
     defaults: dict[str, Any] = {}
     for key, entry in every_setting():

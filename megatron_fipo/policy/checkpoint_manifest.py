@@ -4,7 +4,7 @@ It finds damage, of disks and copies, not forgery: whoever can change a file can
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
@@ -51,10 +51,19 @@ def verify(directory: Path) -> str:
     Raises:
         CheckpointError: on every rank; a file is missing, is not the checkpoint's, or has other bytes. Names it.
     """
-    return together(str(directory), lambda: _verify(directory))
+    return together(str(directory), lambda: _verify(directory, _share))
 
 
-def _verify(directory: Path) -> str:
+def verify_alone(directory: Path) -> str:
+    """As `verify`, by this process alone and without a process group."""
+    try:
+        return _verify(directory, iter)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from None
+
+
+def _verify(directory: Path, read: Callable[[Mapping[str, Digest]], Iterator[str]]) -> str:
+    """`read` names the files whose bytes this process checks."""
     present = files_of(directory)
     present.pop(MANIFEST, None)
     files = _read(directory)
@@ -69,7 +78,7 @@ def _verify(directory: Path) -> str:
             raise CheckpointError(f"{name} does not belong to it: {MANIFEST} does not name it")
         if present[name] != files[name].size:
             raise CheckpointError(f"{name} has {present[name]} bytes, and {files[name].size} were written")
-    for name in _share(files):
+    for name in read(files):
         if digest_of(directory / name).checksum != files[name].checksum:
             raise CheckpointError(f"{name} is damaged: its checksum is another one than when it was written")
     return ""

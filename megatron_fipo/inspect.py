@@ -1,0 +1,152 @@
+"""What is in a run's directory: `megatron-fipo inspect RUN`; with --step, what the model wrote there.
+
+Shows how the run stands, the settings that are not the schema's defaults, its last steps, validations and checkpoints.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_fipo.comparison.runs import Run, default_settings, read_run
+from megatron_fipo.errors import ConfigError, DataError, FipoError
+from megatron_fipo.policy.checkpoint_places import complete, files_of
+from megatron_fipo.tracking.console_table import StepTable
+
+EPILOG = """examples:
+  megatron-fipo inspect runs/mine                      how it stands
+  megatron-fipo inspect runs/mine --step 20            the responses that step 20 kept, with their rewards
+  megatron-fipo inspect runs/mine --step 20 --held-out the same of the validation after step 20
+  megatron-fipo inspect runs/mine --verify             whether each checkpoint is what was written
+"""
+SCORES = {"avg": "accuracy", "cons": "cons_at_k", "pass": "pass_at_k"}
+PAGES = ("report.html", "summary.json", "config.yaml", "tensorboard", "huggingface", "reward_failures.jsonl")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was asked for; 0, or the exit code of the error."""
+    options = parse(arguments)
+    try:
+        lines = rollouts(options) if options.step is not None else overview(options)
+        for line in lines:
+            print(line)
+    except FipoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever reads has seen enough
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-fipo inspect",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--step", type=int, metavar="N", help="show the responses that were kept in this step")
+    parser.add_argument("--held-out", action="store_true", help="with --step: those of the validation after it")
+    parser.add_argument("--rows", type=int, default=10, metavar="K", help="newest steps to show (default 10)")
+    parser.add_argument("--verify", action="store_true", help="compare each checkpoint's files with their checksums")
+    return parser.parse_args(arguments)
+
+
+def rollouts(options: argparse.Namespace) -> Iterator[str]:
+    """The text of the responses that a step kept. ConfigError names the steps that kept some."""
+    kind = "validation" if options.held_out else "step"
+    directory = options.run / "samples"
+    path = directory / f"{kind}-{options.step:06d}.txt"
+    if not path.is_file():
+        kept = sorted(int(found.stem.removeprefix(f"{kind}-")) for found in directory.glob(f"{kind}-*.txt"))
+        shown = f"there are those of {_ranges(kept)}" if kept else f"tracking.samples_per_{kind} keeps some in a run"
+        raise ConfigError("--step", f"{path} not found", shown)
+    yield path.read_text(encoding="utf-8")
+
+
+def overview(options: argparse.Namespace) -> Iterator[str]:
+    """How the run stands, line by line."""
+    if not (options.run / "config.yaml").is_file():
+        raise DataError(f"{options.run}: this is no run's directory: it has no config.yaml")
+    run = read_run(options.run)
+    steps = int(run.settings["run.steps"])
+    state = "finished" if run.is_finished else "not finished"
+    yield f"{options.run}: {state}, step {run.last_step} of {steps}" + (f", commit {run.commit}" if run.commit else "")
+    yield from _settings(run)
+    yield from _steps(run, options.rows)
+    yield from _validations(run)
+    yield from _checkpoints(options.run / "checkpoints", options.verify)
+    found = [name for name in PAGES if (options.run / name).exists()]
+    yield f"\nfiles: {', '.join(found)}"
+    if kept := sorted({int(path.stem.rpartition("-")[2]) for path in (options.run / "samples").glob("step-*.txt")}):
+        yield f"kept responses: steps {_ranges(kept)} (--step N shows them)"
+
+
+def _settings(run: Run) -> Iterator[str]:
+    defaults = default_settings()
+    changed = {key: value for key, value in run.settings.items() if value != defaults.get(key, value)}
+    if changed:
+        yield "\nsettings that are not the schema's defaults:"
+        width = max(map(len, changed))
+        for key in sorted(changed):
+            yield f"  {key:<{width}}  {changed[key]}"
+
+
+def _steps(run: Run, rows: int) -> Iterator[str]:
+    if not run.steps:
+        yield "\nno step has ended"
+        return
+    table = StepTable(shutil.get_terminal_size((120, 24)).columns)
+    yield f"\n{table.header()}"
+    for step in sorted(run.steps)[-rows:]:
+        yield table.line(run.steps[step])
+
+
+def _validations(run: Run) -> Iterator[str]:
+    if run.validations:
+        yield "\nheld-out problems:"
+    for step in sorted(run.validations):
+        row = run.validations[step]
+        scores = {name: row.get(key) for name, key in SCORES.items()}
+        shown = "  ".join(f"{name}@k {value:.3f}" for name, value in scores.items() if value is not None)
+        yield f"  step {step:>5}  {shown or 'no verdict'}"
+
+
+def _checkpoints(directory: Path, verify: bool) -> Iterator[str]:
+    found = complete(directory)
+    yield f"\ncheckpoints: {len(found) or 'none'}"
+    for checkpoint in found:
+        try:
+            size = sum(files_of(checkpoint).values())
+        except (OSError, FipoError) as error:
+            yield f"  {checkpoint.name}  cannot be read: {error}"
+            continue
+        yield f"  {checkpoint.name}  {size / 1e6:,.1f} MB{_verdict(checkpoint) if verify else ''}"
+
+
+def _verdict(checkpoint: Path) -> str:
+    from megatron_fipo.policy import checkpoint_manifest  # torch, and of use only here
+
+    try:
+        warning = checkpoint_manifest.verify_alone(checkpoint)
+    except FipoError as error:
+        return f"  DAMAGED: {error}"
+    return f"  {warning}" if warning else "  every file has its checksum"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Such as 1–5, 10, from sorted numbers."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}–{part[-1]}" for part in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
