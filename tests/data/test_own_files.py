@@ -51,7 +51,7 @@ def load(keys: str, file: str = "train.jsonl") -> ProblemSet:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
 
 
 @pytest.mark.parametrize(("text", "keys"), EXAMPLES)
