@@ -97,7 +97,8 @@ def read_files(
 def _check_embedded(name: str, layout: Layout) -> None:
     """The default's validation file stays behind where a command line gives other training files and columns."""
     default = ColumnsConfig()
-    if name.startswith("embedded:") and (layout.prompt, layout.answer) != (default.prompt, default.answer):
+    has_columns = layout.prompt == default.prompt and layout.answer in (default.answer, None)
+    if name.startswith("embedded:") and not has_columns:
         raise DataError(
             f"{name}: is the embedded task's and has no columns {layout.prompt} and {layout.answer}: "
             f"give data.{layout.split}=[FILE]{'' if layout.split == 'train' else ', or validation.every=0'}"
