@@ -26,6 +26,7 @@ from megatron_fipo import leftovers
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 
@@ -100,6 +101,9 @@ def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Pat
     assert {"start", "validate", "sample", "log-probs", "update", "weights"} <= {span[0] for span in report["spans"]}
     assert report["samples"]["validation"] == ["validation-000000.txt", "validation-000002.txt"]
     assert len((tmp_path / "samples" / "validation-000002.jsonl").read_text().splitlines()) == 32
+    for row in runs.rows(tmp_path, "validation.jsonl"):
+        problems = read_problems(path_of_step(tmp_path, row["step"]))
+        assert sum(problem.accuracy for problem in problems) / len(problems) == pytest.approx(row["accuracy"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 
