@@ -88,7 +88,11 @@ def main(config: Config) -> None:
             write_config(directory, config)
             write_environment(directory)
             evaluation = Evaluation(config, weights, directory, rollouts, terminal)
-            evaluation.sample(loaded.problems, missing, samples)
+            try:
+                evaluation.sample(loaded.problems, missing, samples)
+            except BaseException:  # Ctrl-C too
+                terminal.note(f"{len(samples.done)} of {total} problems are done; the same command goes on from there")
+                raise
         sampled = [samples.done[problem.id] for problem in loaded.problems]
         _finish(directory, weights, settings, sampled, config.validation.samples, terminal)
 

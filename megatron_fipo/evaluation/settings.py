@@ -40,9 +40,15 @@ def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -
 
 
 def directory_of(config: Config, weights: Weights, settings: dict[str, Any]) -> Path:
-    """Where this evaluation's files go: the same place for the same settings, so that it goes on there."""
-    if config.evaluation.directory is not None:
-        return Path(config.evaluation.directory)
+    """Where this evaluation's files go: the same place for the same settings, so that it goes on there.
+
+    Raises:
+        ConfigError: evaluation.directory is empty.
+    """
+    if (given := config.evaluation.directory) is not None:
+        if not given.strip():
+            raise ConfigError("evaluation.directory", "is empty", "a directory, or null for one by the settings")
+        return Path(given)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     place = weights.run / "evaluations" if weights.run else Path("runs") / "evaluations"
     return place / f"{weights.name}-{digest}"
