@@ -2,7 +2,7 @@
 
 Samples the validation problems from vLLM servers of its own and judges them as training does: avg@k, cons@k and pass@k
 with intervals, lengths, and everything that was sampled. There is no trainer; neither Megatron-Core nor torch is
-imported here. Started again after a stop, it goes on where it was.
+imported here, though transformers imports the latter for its tokenizers. Started again after a stop, it goes on.
 """
 
 import dataclasses
