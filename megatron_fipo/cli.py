@@ -15,6 +15,7 @@ COMMANDS = {
     "preflight": ("megatron_fipo.preflight", "memory, time and weights of a configuration, before it costs an hour"),
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
     "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),
+    "export": ("megatron_fipo.export", "a run's model as a Hugging Face directory, to serve, evaluate or share"),
     "serve": ("megatron_fipo.rollout.server", "a rollout server for runs elsewhere (vLLM's own options)"),
 }
 EXAMPLES = """
@@ -23,6 +24,7 @@ EXAMPLES = """
   megatron-fipo evaluate model.path=runs/mine            how good is its newest checkpoint?
   megatron-fipo compare runs/fipo runs/dapo              is one better, or is that the seed?
   megatron-fipo preflight experiment=fipo_32b            does it fit, and how long is a step?
+  megatron-fipo export runs/mine my-model                its newest checkpoint, for transformers and vLLM
   megatron-fipo COMMAND --help                           what a command takes"""
 
 

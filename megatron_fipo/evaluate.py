@@ -63,7 +63,7 @@ docs/evaluate.md has the files, the scores and what the intervals mean."""
 def main(config: Config) -> None:
     """Evaluate, print a table, write the files."""
     terminate_on_sigterm()
-    weights = find_weights(config.model.path)
+    weights = find_weights(config.model.path, config.model.fetch_command)
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)

@@ -13,12 +13,14 @@ from typing import Any
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.launch.local import STOPPED, adopt_environment, already_launched, launch
 from megatron_fipo.processes import terminate_on_sigterm
 
 
 def main(config: Config) -> None:
     """Start the run's processes, or be one of them."""
+    fetch_model(config.model.path)  # before there are processes, so that one fetches
     if not already_launched():
         sys.exit(launch(world_size(config.parallel), config.run.directory))
     terminate_on_sigterm()

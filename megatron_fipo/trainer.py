@@ -16,10 +16,10 @@ import torch.distributed
 from megatron.core import parallel_state
 
 from megatron_fipo import loop_state
-from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
+from megatron_fipo.config.model_places import model_directory
 from megatron_fipo.errors import CheckpointError, FipoError, RefusedOnRank0, RolloutError
 from megatron_fipo.experience import Experience, training_sequences
 from megatron_fipo.leftovers import own_place, remove_outside, say_removed
@@ -57,7 +57,7 @@ class Trainer:
             FipoError: the checkpoint, the model or the data cannot be used.
         """
         self.config, self.stack = config, stack
-        self.model_dir = resolve_embedded(config.model.path)
+        self.model_dir = model_directory(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
         self.agreement = AgreementCheck(agreement_limits(config))

@@ -17,15 +17,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING
 
 from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.progress import progress_bar
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.plan import format_transfers, plan_transfers
 
@@ -110,6 +108,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Convert, verify if asked to, and say what was done."""
     import torch
 
+    from megatron_fipo.data.text_files import complete_text_files
     from megatron_fipo.weights import conversion
 
     source, target = arguments.source, arguments.target
@@ -121,7 +120,13 @@ def convert(arguments: argparse.Namespace) -> None:
                 raise WeightError(f"{model_dir} has no config.json; name the model's directory with --model")
             shard_bytes = arguments.max_shard_mib << 20
             done = conversion.to_huggingface(
-                source, target, model_dir, dtype=dtype, max_shard_bytes=shard_bytes, progress=progress
+                source,
+                target,
+                model_dir,
+                dtype=dtype,
+                max_shard_bytes=shard_bytes,
+                progress=progress,
+                complete=complete_text_files,
             )
         else:
             done = conversion.to_megatron(source, target, dtype=dtype, progress=progress)
@@ -204,17 +209,6 @@ def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]"
         yield model
     finally:
         platform.stop_process_group()
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; what is yielded moves it, given the bytes done and all bytes."""
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
-    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Policy losses behind one signature: tensors of one micro-batch in, a loss a token out.
 
-A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses` in `LOSSES`; docs/adding_a_loss.md adds one. What
+A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses`, in `LOSSES` or one of the user's
+(docs/adding_a_loss.md). What
 all losses share — truncated importance sampling against the engine, aggregation, statistics — is done once, in
 `policy_loss`. Nothing here knows how the model is laid out: sequences may be padded or packed, and cut over
 context-parallel ranks; the few sums over a whole sequence go through `LossInputs.layout`.
@@ -16,7 +17,10 @@ from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
 from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
+from megatron_fipo.errors import FipoError
+from megatron_fipo.plugins import load_function
 
+LOSS_KEY = "algorithm.loss"
 _CHECKED = "config/checks.py refuses a loss without the settings that it reads"
 
 
@@ -181,7 +185,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
         The loss sum (scalar with gradient), the normaliser (int32 scalar: tokens or sequences, by loss_agg_mode), and
         named statistics, which `statistics.py` turns into metrics.
     """
-    token = LOSSES[config.loss_mode](inputs, config)
+    token = _token_losses(inputs, config)
     losses, means = token.losses, dict(token.means)
     if config.importance_sampling_cap is not None:
         mismatch = inputs.old_log_probs - inputs.rollout_log_probs
@@ -201,6 +205,26 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
     }
     statistics |= {"count/loss": loss_sum.detach().float(), "count/normaliser": normaliser.float()}
     return loss_sum, normaliser, statistics
+
+
+def _token_losses(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
+    """What the configured loss function returns; FipoError if it is one of the user's, and returns something else."""
+    if config.loss is None:
+        return LOSSES[config.loss_mode](inputs, config)
+    found = load_function(config.loss, LOSS_KEY)(inputs, config, **config.loss_options)
+    if isinstance(found, Tensor):
+        found = TokenLosses(found, inputs.response_mask)
+    shape = inputs.response_mask.shape
+    if not isinstance(found, TokenLosses) or not isinstance(found.losses, Tensor) or found.losses.shape != shape:
+        said = f"a {type(found).__name__}" if not isinstance(found, TokenLosses) else f"losses {_shape(found.losses)}"
+        raise FipoError(f"{LOSS_KEY}: {config.loss} returned {said}; TokenLosses of shape {list(shape)} are right")
+    if not isinstance(found.mask, Tensor) or found.mask.dtype != torch.bool or found.mask.shape != shape:
+        raise FipoError(f"{LOSS_KEY}: {config.loss} returned a mask {_shape(found.mask)}; bool {list(shape)} is right")
+    return found
+
+
+def _shape(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def reference_kl(inputs: LossInputs, estimator: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Sections of the schema: loss, credit, batch geometry and optimizer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_fipo.config.settings import section, setting
 
@@ -70,6 +71,12 @@ class AlgorithmConfig:
         "The policy loss, a function of megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",
         choices=tuple(LOSS_SETTINGS),
     )
+    loss: str | None = setting(
+        None,
+        "A policy loss of your own in the place of loss_mode: package.module:function or path/to/file.py:function "
+        "(docs/adding_a_loss.md). It may read every setting of this section.",
+    )
+    loss_options: dict[str, Any] = setting({}, "Parameters of that function, by their names.")
     loss_agg_mode: str = setting(
         "token-mean",
         "How token losses become one number over the mini-batch. seq-mean-token-sum-norm (Dr. GRPO): the mean over "

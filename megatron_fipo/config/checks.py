@@ -18,6 +18,7 @@ from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
 from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.plugins import check_form
 
 _LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")
 _ADDRESS = re.compile(r"https?://[^\s/:]+:([0-9]{1,5})/?|https?://\[([0-9a-fA-F:]+)\]:([0-9]{1,5})/?")
@@ -142,8 +143,26 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 
 def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
-    """What a loss reads is set, and what it does not read is null."""
+    """What a loss reads is set, and what it does not read is null; a loss of the user's may read anything."""
+    if algorithm.loss is None:
+        _check_shipped_loss(algorithm)
+    else:
+        check_form(algorithm.loss, "algorithm.loss")
+    by_constant = algorithm.loss_agg_mode == "seq-mean-token-sum-norm"
+    if by_constant != (algorithm.loss_scale_factor is not None):
+        raise ConfigError(
+            "algorithm.loss_scale_factor",
+            f"is {algorithm.loss_scale_factor}, but loss_agg_mode is {algorithm.loss_agg_mode}",
+            "a length in tokens" if by_constant else "null, or algorithm.loss_agg_mode=seq-mean-token-sum-norm",
+        )
+
+
+def _check_shipped_loss(algorithm: AlgorithmConfig) -> None:
     mode = algorithm.loss_mode
+    if algorithm.loss_options:
+        raise ConfigError(
+            "algorithm.loss_options", f"is not read by loss_mode {mode}", "algorithm.loss names a loss of your own"
+        )
     example = {"future_kl": "fipo", "vanilla": "dapo"}.get(mode, mode)
     for name in sorted({name for names in LOSS_SETTINGS.values() for name in names}, key="future_kl".__ne__):
         key, value, is_read = f"algorithm.{name}", getattr(algorithm, name), name in LOSS_SETTINGS[mode]
@@ -156,13 +175,6 @@ def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
                 f"is set, but loss_mode {mode} does not read it",
                 f"{key}=null, or algorithm.loss_mode={' or '.join(readers)}; algorithm={example} is a whole choice",
             )
-    by_constant = algorithm.loss_agg_mode == "seq-mean-token-sum-norm"
-    if by_constant != (algorithm.loss_scale_factor is not None):
-        raise ConfigError(
-            "algorithm.loss_scale_factor",
-            f"is {algorithm.loss_scale_factor}, but loss_agg_mode is {algorithm.loss_agg_mode}",
-            "a length in tokens" if by_constant else "null, or algorithm.loss_agg_mode=seq-mean-token-sum-norm",
-        )
 
 
 def _sampling(config: Config) -> Iterator[str]:

@@ -1,15 +1,18 @@
-"""Judges what a configuration needs on this machine: model directory, problem files, the token of running servers."""
+"""Judges what a configuration needs on this machine: model, problem files, a loss of the user's, servers' token."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_config import Geometry, read_architecture
+from megatron_fipo.config.model_places import fetch_config, how_to_get
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.plugins import check_call, load_function
 
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
@@ -17,10 +20,12 @@ ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
     check_machine(config)
-    _check_data_files(config)
+    with _command_that_gets(config.data.fetch_command):
+        _check_data_files(config)
     check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
+    _check_loss(config)
     _check_model(config)
 
 
@@ -28,11 +33,23 @@ def check_here_to_sample(config: Config, model_dir: Path) -> None:
     """As `check_here`, for sampling the validation problems from the model in `model_dir`, without a trainer."""
     if config.rollout.servers:
         check_host(config.rollout.host)
-    _check_files({"data.validation": config.data.validation}, config.data.source)
+    with _command_that_gets(config.data.fetch_command):
+        _check_files({"data.validation": config.data.validation}, config.data.source)
     check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_servers_layout(config, read_architecture(model_dir))
+
+
+@contextmanager
+def _command_that_gets(command: str | None) -> Iterator[None]:
+    """Adds to a refusal of missing files the command that makes or fetches those of the configuration's group."""
+    try:
+        yield
+    except ConfigError as error:
+        if command is None:
+            raise
+        raise ConfigError(error.key, error.problem, f"{error.remedy}; `{command}` gets this group's own") from None
 
 
 def _check_data_files(config: Config) -> None:
@@ -76,14 +93,22 @@ def _check_gpu(config: Config) -> None:
         )
 
 
+def _check_loss(config: Config) -> None:
+    """Import a loss of the user's, and see whether it can be called: before processes start, and on each rank."""
+    algorithm = config.algorithm
+    if algorithm.loss is not None:
+        function = load_function(algorithm.loss, "algorithm.loss")
+        check_call(function, 2, algorithm.loss_options, algorithm.loss, "algorithm.loss")
+
+
 def _check_model(config: Config) -> None:
     path = config.model.path
     if not path:
-        raise ConfigError("model.path", "is empty", "a Hugging Face model directory, or embedded:tiny")
-    directory = resolve_embedded(path)
+        raise ConfigError("model.path", "is empty", how_to_get(path, config.model.fetch_command))
+    directory = fetch_config(path)
     if not os.path.isfile(directory / "config.json"):
         problem = f"{path} holds no config.json" if os.path.isdir(directory) else f"there is no directory {path}"
-        raise ConfigError("model.path", problem, "a Hugging Face model directory, or embedded:tiny")
+        raise ConfigError("model.path", problem, how_to_get(path, config.model.fetch_command))
     _check_layout(config, read_architecture(directory))
 
 

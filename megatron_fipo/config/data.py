@@ -109,3 +109,6 @@ class DataConfig:
     allow_change: bool = setting(
         False, "Resume although the training problems are others than the checkpoint's; their order starts anew."
     )
+    fetch_command: str | None = setting(
+        None, "Command that makes or fetches the files of train and validation; said where one is missing."
+    )

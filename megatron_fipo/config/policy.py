@@ -11,8 +11,12 @@ class ModelConfig:
 
     path: str = setting(
         "",
-        "Hugging Face model directory (config.json, safetensors, tokenizer), a distributed checkpoint with config.json "
-        "and tokenizer beside it, whose optimizer state is passed over, or embedded:tiny, which ships with this.",
+        "Hugging Face model directory (config.json, safetensors, tokenizer), owner/name or owner/name@revision of the "
+        "model hub, which is fetched once (docs/models.md), a distributed checkpoint with config.json and tokenizer "
+        "beside it, whose optimizer state is passed over, or embedded:tiny, which ships with this.",
+    )
+    fetch_command: str | None = setting(
+        None, "Command that makes or fetches the directory at path; said where it is missing."
     )
     dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
     layers: str = setting(

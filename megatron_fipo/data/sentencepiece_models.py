@@ -36,12 +36,13 @@ class SentencePieceModel:
         if not pieces:
             raise DataError(f"{path}: is an empty sentencepiece model")
         self._pieces = pieces
-        self._added = _added_tokens(path.parent, settings, pieces)
+        self.added = _added_tokens(path.parent, settings, pieces)
+        """Id → (text, whether it is special) of the tokens that are not the model's own."""
         self._ids = {text: i for i, text in enumerate(texts) if self._model.is_control(i)}
-        self._ids |= {text: i for i, (text, _) in self._added.items()}
+        self._ids |= {text: i for i, (text, _) in self.added.items()}
         names = sorted(self._ids, key=len, reverse=True)
         self._cut = re.compile("|".join(map(re.escape, names))) if names else None
-        self.size = max(self._pieces - 1, *self._added) + 1 if self._added else self._pieces
+        self.size = max(self._pieces - 1, *self.added) + 1 if self.added else self._pieces
         self.special_tokens = self._named_tokens(settings)
         for name in ("bos", "eos"):
             self._check_exists(path.parent, name)
@@ -66,8 +67,8 @@ class SentencePieceModel:
         text = ""
         run: list[int] = []
         for token in ids:
-            if token in self._added:
-                added, is_special = self._added[token]
+            if token in self.added:
+                added, is_special = self.added[token]
                 text, run = text + self._model.decode(run) + ("" if is_special else added), []
             # A model's vocabulary may be padded beyond the tokenizer's, and such an id can be sampled.
             elif 0 <= token < self._pieces and not self._model.is_control(token):

@@ -10,7 +10,7 @@ from megatron_fipo.data.vocabulary import end_tokens, read_settings
 from megatron_fipo.errors import ConfigError, DataError, one_line
 
 _NO_LIMIT = 1 << 40
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Tokenizer(Protocol):
@@ -51,8 +51,8 @@ def load_tokenizer(model_dir: str | Path, data: DataConfig | None = None) -> Tok
         ConfigError: data.chat_template_variables does not fit the template, or there is no template.
     """
     directory = Path(model_dir)
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        raise DataError(f"{directory}: no {', '.join(_TOKENIZER_FILES)} in the model directory")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(f"{directory}: no {', '.join(TOKENIZER_FILES)} in the model directory")
     data = data or DataConfig()
     if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
         return SentencePieceTokenizer(directory, data)

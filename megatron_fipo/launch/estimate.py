@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
 from megatron_fipo.launch.timing import StepTime, step_time
@@ -127,8 +128,14 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
 
 def geometry_directory(model_path: str) -> tuple[Path, bool]:
     """Where to read the model's config.json, and whether it is this package's copy, since the model is not here."""
-    directory = resolve_embedded(model_path)
     shipped = resolve_embedded(f"embedded:{Path(model_path).name}")
-    if not (directory / "config.json").is_file() and (shipped / "config.json").is_file():
+    has_copy = (shipped / "config.json").is_file()
+    try:
+        directory = fetch_config(model_path)
+    except ConfigError:
+        if not has_copy:
+            raise
+        return shipped, True
+    if not (directory / "config.json").is_file() and has_copy:
         return shipped, True
     return directory, False

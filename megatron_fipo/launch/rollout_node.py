@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.leftovers import remove_outside, say_removed
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     say_removed(place, remove_outside(place))
     service = RolloutService(
         settings,
-        resolve_embedded(config.model.path),
+        fetch_model(config.model.path),
         place,
         config.run.seed,
         config.model.max_position_embeddings,

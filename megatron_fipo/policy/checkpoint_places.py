@@ -24,8 +24,16 @@ def unfinished(checkpoint: Path) -> Path:
 
 def newest(directory: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run's checkpoint directory, or None."""
-    found = _complete(directory)
+    found = complete(directory)
     return found[-1] if found else None
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints in a run's directory of them, by step."""
+    if not directory.is_dir():
+        return []
+    matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -67,12 +75,5 @@ def remove(checkpoint: Path) -> None:
 
 def remove_all_but(directory: Path, keep: int) -> None:
     """Remove all complete checkpoints but the `keep` newest; 0 keeps all. Raises OSError."""
-    for old in _complete(directory)[:-keep] if keep else ():
+    for old in complete(directory)[:-keep] if keep else ():
         remove(old)
-
-
-def _complete(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    matches = [(match, path) for path in directory.iterdir() if (match := _COMPLETE.fullmatch(path.name))]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in matches)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed
 
+from megatron_fipo.data.text_files import complete_text_files
 from megatron_fipo.errors import WeightError
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.reshard import save_huggingface
@@ -30,7 +31,7 @@ def save(policy: Policy, checkpoint: Path, directory: Path, model_dir: Path) -> 
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)  # of a run that went back to an older checkpoint
     try:
-        save_huggingface(policy.chunks, policy.geometry, model_dir, target)
+        save_huggingface(policy.chunks, policy.geometry, model_dir, target, complete=complete_text_files)
     except WeightError as error:
         return str(error)
     return ""

@@ -1,4 +1,4 @@
-"""What a run says about itself: config.yaml, environment.json and summary.json."""
+"""What a run says about itself: config.yaml, the user's code, environment.json and summary.json."""
 
 import dataclasses
 import datetime
@@ -16,6 +16,7 @@ import yaml
 
 from megatron_fipo.config import Config
 from megatron_fipo.files import write_atomically, write_json_atomically
+from megatron_fipo.plugins import source_file
 
 _PACKAGES = (
     "megatron-fipo",
@@ -31,9 +32,15 @@ _PACKAGES = (
 
 
 def write_config(run_directory: Path, config: Config) -> None:
-    """Write the run's configuration, every key resolved, to config.yaml. Passwords inside URLs are blotted out."""
+    """Write the run's configuration, every key resolved, to config.yaml. Passwords inside URLs are blotted out.
+
+    A loss of the user's is copied to code/: what it was when the run started.
+    """
     text = yaml.safe_dump(_without_passwords(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
     write_atomically(run_directory / "config.yaml", text)
+    if (loss := config.algorithm.loss) is not None and (file := source_file(loss, "algorithm.loss")) is not None:
+        (run_directory / "code").mkdir(exist_ok=True)
+        write_atomically(run_directory / "code" / file.name, file.read_bytes())
 
 
 def write_environment(run_directory: Path, **more: Any) -> None:

@@ -20,6 +20,7 @@ from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, Check
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut
+from megatron_fipo.weights.source import open_source
 from megatron_fipo.weights.staging import check_space
 
 Progress = Callable[[int, int], None]
@@ -48,39 +49,39 @@ def to_huggingface(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = lambda done, total: None,
+    complete: Callable[[Path], None] = lambda directory: None,
 ) -> Converted:
-    """Write the model of a distributed checkpoint, of any layout, as a Hugging Face directory.
+    """Write the model of a distributed checkpoint of any layout, or of a Hugging Face directory, as the latter.
 
-    Configuration and tokenizer come from `model_dir`. Raises WeightError, naming every tensor that does not fit.
+    Configuration and tokenizer come from `model_dir`, and `complete` adds what else belongs to them. Raises
+    WeightError, naming every tensor that does not fit.
     """
     geometry = read_architecture(model_dir)
-    reader = CheckpointReader(source)
     table = exported_parameters(geometry)
-    _raise(reader.problems(table, geometry), source)
-    infos = [
-        TensorInfo(name, shape, dtype or reader.tensors[stored_place(entry)[0]].dtype)
-        for entry in table
-        for name, shape in zip(entry.names, entry.shapes, strict=True)
-    ]
     recipe = {"to": "hf", "from": _fingerprint(source), "model": _fingerprint(model_dir), "dtype": str(dtype)}
-    sizes = {info.name: info.nbytes for info in infos}
-    total, taken_up, done = sum(sizes.values()), 0, 0
-    with (
-        _writing(target),
-        HuggingFaceWriter(model_dir, target, infos, max_shard_bytes, recipe | {"shard": max_shard_bytes}) as writer,
-    ):
-        taken_up = sum(size for name, size in sizes.items() if writer.is_written(name))
-        check_space(target, total - taken_up)
-        for entry in table:
-            if not all(map(writer.is_written, entry.names)):
-                for name, tensor in zip(entry.names, reader.sources(entry), strict=True):
-                    if not writer.is_written(name):
-                        tensor = tensor if dtype is None else tensor.to(dtype)
-                        writer.add(name, tensor, count_not_finite(tensor))
-            done += sum(sizes[name] for name in entry.names)
-            progress(done, total)
-        counts = writer.records
-        writer.close()
+    recipe |= {"shard": max_shard_bytes}
+    with open_source(source) as reader:
+        _raise(reader.problems(table, geometry), source)
+        infos = [
+            TensorInfo(name, shape, dtype or _stored_dtype(reader, entry, name))
+            for entry in table
+            for name, shape in zip(entry.names, entry.shapes, strict=True)
+        ]
+        sizes = {info.name: info.nbytes for info in infos}
+        total, done = sum(sizes.values()), 0
+        with _writing(target), HuggingFaceWriter(model_dir, target, infos, max_shard_bytes, recipe, complete) as writer:
+            taken_up = sum(size for name, size in sizes.items() if writer.is_written(name))
+            check_space(target, total - taken_up)
+            for entry in table:
+                if not all(map(writer.is_written, entry.names)):
+                    for name, tensor in zip(entry.names, _whole(reader, entry), strict=True):
+                        if not writer.is_written(name):
+                            tensor = tensor if dtype is None else tensor.to(dtype)
+                            writer.add(name, tensor, count_not_finite(tensor))
+                done += sum(sizes[name] for name in entry.names)
+                progress(done, total)
+            counts = writer.records
+            writer.close()
     return Converted(len(infos), total, taken_up, {name: count for name, count in counts.items() if count})
 
 
@@ -138,6 +139,18 @@ def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = N
                 if not _same_bits(tensor.to(dtype or tensor.dtype), other.to(dtype or other.dtype)):
                     found.append(name)
     return found
+
+
+def _stored_dtype(reader: HuggingFaceReader | CheckpointReader, entry: Parameter, name: str) -> torch.dtype:
+    key = stored_place(entry)[0] if isinstance(reader, CheckpointReader) else name
+    return reader.tensors[key].dtype
+
+
+def _whole(reader: HuggingFaceReader | CheckpointReader, entry: Parameter) -> list[Tensor]:
+    """The Hugging Face tensors of one parameter, in the order of its names."""
+    if isinstance(reader, CheckpointReader):
+        return reader.sources(entry)
+    return [reader.detached_tensor(name) for name in entry.names]
 
 
 def count_not_finite(tensor: Tensor) -> int:

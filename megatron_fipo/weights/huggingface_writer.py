@@ -6,7 +6,7 @@ and not one shard. The shards are what the safetensors library would write, byte
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,13 +48,18 @@ class HuggingFaceWriter:
         tensors: Sequence[TensorInfo],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         recipe: dict[str, Any] | None = None,
+        complete: Callable[[Path], None] = lambda directory: None,
     ):
-        """`tensors` are all that will be written, in the order in which `add` will be called."""
+        """`tensors` are all that will be written, in the order in which `add` will be called.
+
+        `complete` is called with the directory before it is put in its place, to write what else belongs into it.
+        """
         self.source, self.target = Path(source_dir), Path(target_dir)
         self._shards = _plan(tensors, max_shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.places}
         self._info = {info.name: info for info in tensors}
         self._staging = Staging(self.target, recipe)
+        self._complete = complete
         self._file: BinaryIO | None = None
         self._awaited: set[str] = set()
         self._records: dict[str, Any] = {}
@@ -112,6 +117,7 @@ class HuggingFaceWriter:
             total = sum(info.nbytes for info in self._info.values())
             write_json_atomically(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         carry_files(self.source, directory, _main_dtype(self._info.values()))
+        self._complete(directory)
         self._staging.commit()
 
 

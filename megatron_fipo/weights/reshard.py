@@ -6,7 +6,7 @@ WeightError.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -109,11 +109,12 @@ def save_huggingface(
     source_dir: str | Path,
     target_dir: str | Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Write the model as a Hugging Face directory, from rank 0; the stages send theirs in order, one tensor at a time.
 
-    Configuration and tokenizer come along from `source_dir`. `target_dir` appears complete or not at all. Raises
-    WeightError on every rank.
+    Configuration and tokenizer come along from `source_dir`, and `complete` adds what else belongs to them.
+    `target_dir` appears complete or not at all. Raises WeightError on every rank.
     """
     device = next(model_chunks[0].parameters()).device
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
@@ -129,7 +130,7 @@ def save_huggingface(
                 for rank in stages
                 for name, shape, dtype in listings[rank]
             ]
-            writer = HuggingFaceWriter(source_dir, target_dir, infos, max_shard_bytes)
+            writer = HuggingFaceWriter(source_dir, target_dir, infos, max_shard_bytes, complete=complete)
             check_space(writer.target, sum(info.nbytes for info in infos))
         except (OSError, WeightError) as error:
             problems.append(str(error))

@@ -27,6 +27,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.tracking.problem_files import path_of_step, read_problems
+from tests.algorithm.test_adding_a_loss import write_page
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 
@@ -109,8 +110,13 @@ def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Pat
 
 
 def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
-    """It grows from the policy that training started from, and a resumed run still has that one and not its own."""
-    kl = ["algorithm=grpo", "algorithm.reference_kl_coef=0.1", "optimizer.lr=1e-4", "checkpoint.every=2"]
+    """It grows from the policy that training started from, and a resumed run still has that one and not its own.
+
+    With the loss of docs/adding_a_loss.md, a file in another directory, on two ranks and over a resume.
+    """
+    write_page(tmp_path / "page")
+    kl = [f"algorithm.loss={tmp_path / 'page' / 'my_losses.py'}:spo", "+algorithm.loss_options.epsilon=0.1"]
+    kl += ["algorithm=grpo", "algorithm.reference_kl_coef=0.1", "optimizer.lr=1e-4", "checkpoint.every=2"]
     kl += ["parallel.tensor=2", "parallel.pipeline=1", "checkpoint.huggingface_every=2"]
     run_on(server, tmp_path, *kl)
     assert_same_as_converted(tmp_path, step=2)
@@ -125,6 +131,7 @@ def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> N
     divergences = [row["reference_kl"] for row in rows]
     assert 0 < divergences[0] < divergences[1], "the mean of a step's two updates, of which only the first has none"
     assert divergences[2] > divergences[1] / 4
+    assert all(0 < row["spo_outside"] < 1 for row in rows) and (tmp_path / "code" / "my_losses.py").is_file()
 
 
 def assert_same_as_converted(directory: Path, step: int) -> None:

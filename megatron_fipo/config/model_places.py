@@ -1,0 +1,131 @@
+"""Where a configured model is: embedded, a directory here, or a repository of the model hub in its cache.
+
+owner/name and owner/name@revision name a model of the hub. A directory of that name comes first, and names that begin
+with models/ are directories alone: that is where this project's tools write. Imports neither torch nor megatron.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.errors import ConfigError, one_line
+
+KEY = "model.path"
+_HUB_ID = re.compile(r"(?!models/)(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
+"""What a run or an exported model needs: no weights that would have to be unpickled."""
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def hub_id(path: str) -> tuple[str, str | None] | None:
+    """(owner/name, revision) where `path` names a model of the hub, and no directory here."""
+    found = _HUB_ID.fullmatch(path)
+    if found is None or os.path.isdir(resolve_embedded(path)):
+        return None
+    return found["name"], found["revision"]
+
+
+def model_directory(path: str) -> Path:
+    """The directory that `model.path` means. For a model of the hub the one in the cache, complete or not.
+
+    Nothing is downloaded: a model that is not here is a path that does not exist.
+    """
+    found = hub_id(path)
+    if found is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        name, revision = found
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(config, str):
+            return Path(config).parent
+    return resolve_embedded(path)
+
+
+def fetch_config(path: str) -> Path:
+    """`model_directory`, with config.json fetched from the hub if that is where the model is. ConfigError if not."""
+    directory, found = model_directory(path), hub_id(path)
+    if found is None or (directory / "config.json").is_file():
+        return directory
+    from huggingface_hub import hf_hub_download
+
+    name, revision = found
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent
+    except Exception as error:  # the client's are many, of several libraries
+        raise _refused(path, name, error) from error
+
+
+def fetch_model(path: str) -> Path:
+    """`model_directory`, with a model of the hub fetched whole into its cache unless it is there; with a progress bar.
+
+    Of several processes on one cache, one fetches each file and the others wait for it. ConfigError if the hub cannot
+    be reached, refuses, or has no safetensors of the model.
+    """
+    directory, found = model_directory(path), hub_id(path)
+    if found is None or _is_complete(directory):
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()
+    name, revision = found
+    try:
+        # Files below a directory are other formats of the same weights.
+        folder = snapshot_download(name, revision=revision, allow_patterns=[*_FILES], ignore_patterns=["*/*"])
+    except Exception as error:  # the client's are many, of several libraries
+        raise _refused(path, name, error) from error
+    if not _is_complete(Path(folder)):
+        problem = f"{path} has no complete safetensors, from the hub or in its cache {_cache()}"
+        raise ConfigError(KEY, problem, f"a model with {_SINGLE} or {_INDEX}, or `hf download {name}` once more")
+    return Path(folder)
+
+
+def how_to_get(path: str, command: str | None) -> str:
+    """What to say where no model is at `path`."""
+    made = f"`{command}` gets it; or " if command else ""
+    return f"{made}a Hugging Face model directory, owner/name of a model of the hub, or embedded:tiny"
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether configuration and all weights are there. What a broken-off download has left is not."""
+    if not (directory / "config.json").is_file():
+        return False
+    if (directory / _SINGLE).is_file():
+        return True
+    try:
+        weights: Any = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return bool(weights) and all((directory / name).is_file() for name in set(weights.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _refused(path: str, name: str, error: Exception) -> ConfigError:
+    from huggingface_hub import constants
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _reason(error)
+    problem = f"{path} is no directory here and not in the hub's cache {_cache()}, and {why}"
+    remedy = f"`hf download {name}` where there is a network, with HF_HOME on storage that this machine sees too"
+    return ConfigError(KEY, problem, f"{remedy}; or a model directory")
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    for kind, reason in (
+        (GatedRepoError, "the hub gives it to those who have accepted its terms there, and `hf auth login`"),
+        (RepositoryNotFoundError, "the hub has no such model, or shows it after `hf auth login` alone"),
+        (RevisionNotFoundError, "the hub's model has no such revision"),
+    ):
+        if isinstance(error, kind):
+            return reason
+    return f"the hub cannot be reached: {one_line(error)}"
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
