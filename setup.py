@@ -138,6 +138,7 @@ setup(
             "gguf",
             "hypothesis",
             "mbridge",
+            "mkdocs-material",
             "mypy",
             "pre-commit",
             "pytest",
