@@ -6,10 +6,12 @@ imported here, though transformers imports the latter for its tokenizers. Starte
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
+from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.progress import EvaluationProgress
 from megatron_fipo.evaluation.results import summarise, table
 from megatron_fipo.evaluation.sample_file import SampledProblem, SampleFile
@@ -60,10 +63,13 @@ examples:
 docs/evaluate.md has the files, the scores and what the intervals mean."""
 
 
-def main(config: Config) -> None:
-    """Evaluate, print a table, write the files."""
+def main(config: Config, said: Sequence[str]) -> None:
+    """Evaluate, print a table, write the files. `said` is the command line, which wins over the model's own run."""
     terminate_on_sigterm()
     weights = find_weights(config.model.path, config.model.fetch_command)
+    if weights.run is not None:
+        config = with_settings_of(weights.run, config, said)
+        check_evaluation(config)
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
@@ -80,6 +86,8 @@ def main(config: Config) -> None:
         total = len(loaded.problems)
         terminal = stack.enter_context(EvaluationProgress(total, total - len(missing)))
         terminal.note(f"model: {weights.directory}\nfiles: {directory}\nproblems: {loaded.counts}")
+        if weights.run is not None:
+            terminal.note(f"settings: those of {weights.run}, where the command line has no others")
         for warning in loaded.warnings:
             terminal.warn(warning)
         if missing:
@@ -209,4 +217,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
     else:
-        run_with_config(main, judge=check_evaluation)
+        run_with_config(functools.partial(main, said=sys.argv[1:]), judge=check_evaluation)
