@@ -82,7 +82,7 @@ def main(config: Config, said: Sequence[str]) -> None:
         _take_directory(directory, stack)
         keep_settings(directory, settings)
         samples = stack.enter_context(SampleFile(directory / SAMPLES_FILE))
-        missing = [index for index, problem in enumerate(loaded.problems) if problem.id not in samples.done]
+        missing = _missing(loaded.problems, samples, is_finished=(directory / RESULTS_FILE).exists())
         total = len(loaded.problems)
         terminal = stack.enter_context(EvaluationProgress(total, total - len(missing)))
         terminal.note(f"model: {weights.directory}\nfiles: {directory}\nproblems: {loaded.counts}")
@@ -161,6 +161,12 @@ class Evaluation:
         tokens = sum(len(response.token_ids) for response in responses)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
         self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
+
+
+def _missing(problems: list[Problem], samples: SampleFile, *, is_finished: bool) -> list[int]:
+    """Indices of what is to be sampled. A stop may have come from failed checks, so they are done again after one."""
+    done = {name for name, found in samples.done.items() if is_finished or not found.has_failed_checks}
+    return [index for index, problem in enumerate(problems) if problem.id not in done]
 
 
 def _check_can_be_served(config: Config, weights: Weights) -> None:

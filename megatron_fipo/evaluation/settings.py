@@ -18,8 +18,8 @@ from megatron_fipo.samples import Problem
 def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:
     """Flat, by the configuration's keys where there are some."""
     rollout, reward = config.rollout, dataclasses.asdict(config.reward)
-    # How many verifiers there are, and what may fail, changes no verdict.
-    for name in ("workers", "failed_share_warn", "failed_share_stop", "overlong_buffer"):
+    # How many verifiers there are, what may fail and how long a check may take changes no verdict.
+    for name in ("workers", "failed_share_warn", "failed_share_stop", "timeout_s", "overlong_buffer"):
         reward.pop(name)
     prompts = [(problem.id, problem.token_ids, problem.ground_truth) for problem in problems]
     return {

@@ -13,6 +13,7 @@ import yaml
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.evaluate import _missing
 from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.results import in_words, summarise, table
 from megatron_fipo.evaluation.sample_file import SampleFile
@@ -32,6 +33,9 @@ def test_samples_survive_and_a_line_cut_short_costs_its_problem(tmp_path):
     with SampleFile(path) as samples:
         assert list(samples.done) == ["a", "b"]
         assert [sample.accuracy for sample in samples.done["b"].samples] == [0.0, None]
+        problems = [make_group("9", "9", name=name).problem for name in "abc"]
+        assert _missing(problems, samples, is_finished=False) == [1, 2], "a failed check is tried again after a stop"
+        assert _missing(problems, samples, is_finished=True) == [2]
         samples.append(make_group("97", "9", name="c"))
     assert path.read_bytes().startswith(whole)
     with SampleFile(path) as samples:
