@@ -2,14 +2,16 @@
 
 Samples the validation problems from vLLM servers of its own and judges them as training does: avg@k, cons@k and pass@k
 with intervals, lengths, and everything that was sampled. There is no trainer; neither Megatron-Core nor torch is
-imported here. Started again after a stop, it goes on where it was.
+imported here, though transformers imports the latter for its tokenizers. Started again after a stop, it goes on.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
+from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.progress import EvaluationProgress
 from megatron_fipo.evaluation.results import summarise, table
 from megatron_fipo.evaluation.sample_file import SampledProblem, SampleFile
@@ -60,10 +63,13 @@ examples:
 docs/evaluate.md has the files, the scores and what the intervals mean."""
 
 
-def main(config: Config) -> None:
-    """Evaluate, print a table, write the files."""
+def main(config: Config, said: Sequence[str]) -> None:
+    """Evaluate, print a table, write the files. `said` is the command line, which wins over the model's own run."""
     terminate_on_sigterm()
-    weights = find_weights(config.model.path)
+    weights = find_weights(config.model.path, config.model.fetch_command)
+    if weights.run is not None:
+        config = with_settings_of(weights.run, config, said)
+        check_evaluation(config)
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
@@ -76,10 +82,12 @@ def main(config: Config) -> None:
         _take_directory(directory, stack)
         keep_settings(directory, settings)
         samples = stack.enter_context(SampleFile(directory / SAMPLES_FILE))
-        missing = [index for index, problem in enumerate(loaded.problems) if problem.id not in samples.done]
+        missing = _missing(loaded.problems, samples, is_finished=(directory / RESULTS_FILE).exists())
         total = len(loaded.problems)
         terminal = stack.enter_context(EvaluationProgress(total, total - len(missing)))
         terminal.note(f"model: {weights.directory}\nfiles: {directory}\nproblems: {loaded.counts}")
+        if weights.run is not None:
+            terminal.note(f"settings: those of {weights.run}, where the command line has no others")
         for warning in loaded.warnings:
             terminal.warn(warning)
         if missing:
@@ -88,7 +96,11 @@ def main(config: Config) -> None:
             write_config(directory, config)
             write_environment(directory)
             evaluation = Evaluation(config, weights, directory, rollouts, terminal)
-            evaluation.sample(loaded.problems, missing, samples)
+            try:
+                evaluation.sample(loaded.problems, missing, samples)
+            except BaseException:  # Ctrl-C too
+                terminal.note(f"{len(samples.done)} of {total} problems are done; the same command goes on from there")
+                raise
         sampled = [samples.done[problem.id] for problem in loaded.problems]
         _finish(directory, weights, settings, sampled, config.validation.samples, terminal)
 
@@ -151,6 +163,12 @@ class Evaluation:
         self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
 
 
+def _missing(problems: list[Problem], samples: SampleFile, *, is_finished: bool) -> list[int]:
+    """Indices of what is to be sampled. A stop may have come from failed checks, so they are done again after one."""
+    done = {name for name, found in samples.done.items() if is_finished or not found.has_failed_checks}
+    return [index for index, problem in enumerate(problems) if problem.id not in done]
+
+
 def _check_can_be_served(config: Config, weights: Weights) -> None:
     if config.rollout.addresses and is_checkpoint(weights.directory):
         raise ConfigError(
@@ -205,4 +223,4 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
     else:
-        run_with_config(main, judge=check_evaluation)
+        run_with_config(functools.partial(main, said=sys.argv[1:]), judge=check_evaluation)

@@ -50,8 +50,9 @@ def fake_hub() -> Iterator[FakeHub]:
         def do_GET(self) -> None:
             hub.requests.append(f"{self.command} {unquote(self.path)}")
             path = unquote(urlsplit(self.path).path)
-            api = path.startswith("/api/models/")
-            path = path.removeprefix("/api/models") if api else path
+            api = path.startswith("/api/")
+            for prefix in ("/api", "/models", "/datasets"):
+                path = path.removeprefix(prefix)
             owner, name, kind, *rest = [*path.strip("/").split("/"), ""]
             directory = hub.repositories.get(f"{owner}/{name}")
             if directory is None:

@@ -69,10 +69,12 @@ def _names(differences: dict[str, list[Any]], together: list[list[Run]]) -> list
         return [str(settings["model.path"] if together[0][0].is_evaluation else settings["algorithm.name"])]
     parts: list[list[str]] = [[] for _ in together]
     order = sorted(differences, key=lambda key: (key not in _FIRST, key.count("."), key))
-    for key in order:
+    last_parts = [key.rpartition(".")[2] for key in order]
+    for key, last_part in zip(order, last_parts, strict=True):
         before = len({tuple(part) for part in parts})
         values = [_shown(value) for value in differences[key]]
-        said = values if key in _FIRST else [f"{key}={value}" for value in values]
+        short = last_part if last_parts.count(last_part) == 1 else key
+        said = values if key in _FIRST else [f"{short}={value}" for value in values]
         longer = [[*part, text] for part, text in zip(parts, said, strict=True)]
         if len({tuple(part) for part in longer}) > before:
             parts = longer
@@ -91,7 +93,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         for seed in sorted({seed for seed in group.seeds if group.seeds.count(seed) > 1}):
             count = group.seeds.count(seed)
-            notes.append(f"{group.name}: {count} runs have the seed {seed}; they count as {count} seeds")
+            notes.append(f"{group.name}: {count} runs have the seed {seed}; they count as one seed, with their mean")
         for run in group.runs:
             if not run.is_finished:
                 wanted = run.settings["run.steps"]

@@ -63,7 +63,8 @@ def show(comparison: Comparison) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
     grouping = comparison.grouping
     runs = sum(len(group.runs) for group in grouping.groups)
-    console.print(f"{runs} runs in {len(grouping.groups)} groups; the baseline is {comparison.baseline.name}")
+    several = f" in {len(grouping.groups)} groups; the baseline is {comparison.baseline.name}"
+    console.print(f"{runs} runs{several}" if len(grouping.groups) > 1 else f"{runs} of {comparison.baseline.name}")
     for note in grouping.notes:
         console.print(Text("note: ", style="bold yellow").append(note, style="not bold default"), soft_wrap=True)
     if grouping.differences:

@@ -125,6 +125,7 @@ def _score(group: Group, metric: str, source: str | None, choose: Callable[[Seri
     else:
         common = sorted(set.intersection(*(set(table) for table in tables)))
         values = _matrix(tables, common)
+    values = _by_seed(runs, values)
     return Score(mean_interval(values), steps, _over(values))
 
 
@@ -142,8 +143,8 @@ def _difference(group: Group, baseline: Group, metric: str, source: str | None) 
         values: Values = np.array([[series(run, metric, source)[step]] for run in (*ours, *theirs)])
     else:
         values = _matrix(tables, sorted(set.intersection(*(set(table) for table in tables))))
-    found = difference_interval(values[: len(ours)], values[len(ours) :])
-    return Score(found, [step] * len(ours), _over(values[: len(ours)], values[len(ours) :]))
+    parts = _by_seed(ours, values[: len(ours)]), _by_seed(theirs, values[len(ours) :])
+    return Score(difference_interval(*parts), [step] * len(ours), _over(*parts))
 
 
 def _tables(
@@ -158,6 +159,12 @@ def _tables(
         chosen = [problem for problem in problems if problem.judged and source in (None, problem.data_source)]
         tables.append({problem.problem: float(getattr(problem, METRICS[metric])) for problem in chosen})
     return tables if set.intersection(*(set(table) for table in tables)) else None
+
+
+def _by_seed(runs: Sequence[Run], values: Values) -> Values:
+    """The mean of the runs of each seed: a seed that was run twice is no second draw of a seed."""
+    seeds = np.array([run.seed for run in runs])
+    return np.array([values[seeds == seed].mean(axis=0) for seed in dict.fromkeys(seeds.tolist())])
 
 
 def _matrix(tables: Sequence[dict[str, float]], problems: Sequence[str]) -> Values:

@@ -153,7 +153,7 @@ def verdict(found: GroupScores, baseline: Group) -> str | None:
         when, unknown = "", ""
     else:
         when = f" at step {step}"
-        alone = [group.name for group in (found.group, baseline) if len(group.runs) == 1]
+        alone = [group.name for group in (found.group, baseline) if len(set(group.seeds)) == 1]
         unknown = f"; other seeds may say otherwise: {' and '.join(alone)} ran with one" if alone else ""
     if not difference.is_known:
         return f"{name} and {baseline.name} differ by {difference.mean:+.3f}{when}; {over} give no interval"

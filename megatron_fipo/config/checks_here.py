@@ -19,21 +19,22 @@ ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 def check_here(config: Config) -> None:
     """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
-    check_machine(config)
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
     check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
-    _check_loss(config)
     _check_model(config)
+    check_machine(config)
+    _check_loss(config)
 
 
 def check_here_to_sample(config: Config, model_dir: Path) -> None:
     """As `check_here`, for sampling the validation problems from the model in `model_dir`, without a trainer."""
     if config.rollout.servers:
         check_host(config.rollout.host)
-    _check_files({"data.validation": config.data.validation}, config.data.source)
+    with _command_that_gets(config.data.fetch_command):
+        _check_files({"data.validation": config.data.validation}, config.data.source)
     check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)

@@ -40,6 +40,11 @@ class SampledProblem(msgspec.Struct, frozen=True):
     ground_truth: str
     samples: list[Sample]
 
+    @property
+    def has_failed_checks(self) -> bool:
+        """Whether some response has no verdict."""
+        return any(sample.accuracy is None for sample in self.samples)
+
     def scores(self, k: int) -> ProblemScores:
         """By the code that scores training's validation."""
         judgements = [Judgement(sample.accuracy or 0.0, 0.0, sample.answer, sample.outcome) for sample in self.samples]
@@ -59,7 +64,7 @@ class SampleFile:
         """
         self._lock = threading.Lock()
         self.done: dict[str, SampledProblem] = {}
-        """The finished problems by their ids."""
+        """The finished problems by their ids; of one that is there twice, the later."""
         self._file = path.open("a+b")
         try:
             self._file.seek(0)

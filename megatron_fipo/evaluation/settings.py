@@ -18,8 +18,8 @@ from megatron_fipo.samples import Problem
 def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:
     """Flat, by the configuration's keys where there are some."""
     rollout, reward = config.rollout, dataclasses.asdict(config.reward)
-    # How many verifiers there are, and what may fail, changes no verdict.
-    for name in ("workers", "failed_share_warn", "failed_share_stop", "overlong_buffer"):
+    # How many verifiers there are, what may fail and how long a check may take changes no verdict.
+    for name in ("workers", "failed_share_warn", "failed_share_stop", "timeout_s", "overlong_buffer"):
         reward.pop(name)
     prompts = [(problem.id, problem.token_ids, problem.ground_truth) for problem in problems]
     return {
@@ -40,9 +40,15 @@ def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -
 
 
 def directory_of(config: Config, weights: Weights, settings: dict[str, Any]) -> Path:
-    """Where this evaluation's files go: the same place for the same settings, so that it goes on there."""
-    if config.evaluation.directory is not None:
-        return Path(config.evaluation.directory)
+    """Where this evaluation's files go: the same place for the same settings, so that it goes on there.
+
+    Raises:
+        ConfigError: evaluation.directory is empty.
+    """
+    if (given := config.evaluation.directory) is not None:
+        if not given.strip():
+            raise ConfigError("evaluation.directory", "is empty", "a directory, or null for one by the settings")
+        return Path(given)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     place = weights.run / "evaluations" if weights.run else Path("runs") / "evaluations"
     return place / f"{weights.name}-{digest}"

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.model_places import fetch_model, how_to_get, hub_id
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.policy.checkpoint_places import newest, step_of
 from megatron_fipo.weights.formats import is_checkpoint
@@ -37,15 +37,20 @@ class Weights:
         return hashlib.sha256(repr((str(self.directory.resolve()), states)).encode()).hexdigest()[:16]
 
 
-def find_weights(path: str) -> Weights:
-    """What `model.path` names. ConfigError if that is nothing to evaluate."""
+def find_weights(path: str, fetch_command: str | None = None) -> Weights:
+    """What `model.path` names; a model of the hub is fetched unless it is there.
+
+    `fetch_command` makes or fetches the configured model. ConfigError if there is nothing to evaluate.
+    """
     if not path:
         raise ConfigError("model.path", "is empty", _REMEDY)
-    directory = resolve_embedded(path)
+    directory, from_hub = fetch_model(path), hub_id(path)
+    if from_hub is not None:
+        return Weights(directory, from_hub[0].rpartition("/")[2], None)
     if (directory / "config.json").is_file():
         return _weights(directory)
     if not directory.is_dir():
-        raise ConfigError("model.path", f"there is no directory {path}", _REMEDY)
+        raise ConfigError("model.path", f"there is no directory {path}", how_to_get(path, fetch_command))
     checkpoint = newest(directory / "checkpoints")
     if checkpoint is None:
         a_run = (directory / "config.yaml").is_file()

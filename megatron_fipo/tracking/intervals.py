@@ -55,9 +55,10 @@ def mean_interval(scores: Values, level: float = LEVEL) -> Interval:
     """
     seeds, problems = scores.shape
     mean = float(scores.mean())
-    if scores.size == 1:
+    is_constant = float(scores.min()) == float(scores.max())
+    if problems == 1 and is_constant:  # one number, or means of whole runs that do not say how sure they are
         return Interval(mean, None, None)
-    if problems > 1 and float(scores.min()) == float(scores.max()) and mean in (0.0, 1.0):
+    if is_constant and mean in (0.0, 1.0):
         reach = 1.0 - ((1.0 - level) / 2) ** (1.0 / problems)
         return Interval(mean, max(0.0, mean - reach), min(1.0, mean + reach))
     generator = np.random.default_rng(_SEED)

@@ -53,7 +53,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     runs = find_runs([tmp_path])
     first = json.dumps(runs[0].settings["optimizer.lr"])
     names = [group.name for group in group_runs(runs).groups]
-    assert names == [f"fipo, optimizer.lr={first}", "fipo, optimizer.lr=1e-05", "dapo, optimizer.lr=1e-05"]
+    assert names == [f"fipo, lr={first}", "fipo, lr=1e-05", "dapo, lr=1e-05"]
     assert [g.name for g in group_runs(runs, ["optimizer.*"]).groups] == ["fipo", "dapo"]
 
 
@@ -118,6 +118,16 @@ def test_without_validations_or_problems(tmp_path):
     assert scores.final.interval.mean == pytest.approx((0.5 + 0.875) / 2)
     assert scores.final.over == "2 seeds", "problems only where every run has kept them"
     assert grouping.notes == ["none (fipo_7b) has no validation and is in no score"]
+
+
+def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
+    for name, right in (("first", MIDDLE), ("second", HIGH)):
+        make_run(tmp_path / name, {20: right}, "run.seed=3")
+    grouping = group_runs(find_runs([tmp_path]))
+    (scores,) = build(grouping, None, "accuracy", None).by_source["all"]
+    assert scores.final.over == "20 problems, 1 seed"
+    assert scores.final.interval.mean == pytest.approx((0.5 + 0.875) / 2)
+    assert grouping.notes == ["fipo_7b: 2 runs have the seed 3; they count as one seed, with their mean"]
 
 
 def test_data_sources_are_compared_apart(tmp_path):

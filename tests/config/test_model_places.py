@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import checks_here
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.config.model_places import hub_id, model_directory
 from megatron_fipo.errors import ConfigError
-from tests.config.judging import judge
+from tests.config.judging import SERVER, judge
 from tests.fake_hub import FakeHub, fake_hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,14 +28,14 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    """One with owner/tiny, which has what a run must not fetch, and owner/old, whose weights are pickles alone."""
+    """One with owner/small, which has what a run must not fetch, and owner/old, whose weights are pickles alone."""
     tiny = shutil.copytree(resolve_embedded("embedded:tiny"), tmp_path / "served")
     (tiny / "pytorch_model.bin").write_bytes(b"a pickle")
     (tiny / "original").mkdir()
     (tiny / "original" / "consolidated.safetensors").write_bytes(b"the same weights")
     old = shutil.copytree(tiny, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
     with fake_hub() as running:
-        running.repositories |= {"owner/tiny": tiny, "owner/old": old}
+        running.repositories |= {"owner/small": tiny, "owner/old": old}
         yield running
 
 
@@ -54,26 +55,26 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_model_is_fetched_once_without_pickles_and_found_without_a_network(hub: FakeHub, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    done = call(hub, home, "print(fetch_config('owner/tiny'))")
-    assert hub.downloads("owner/tiny") == ["config.json"], "enough to judge a configuration, and for preflight"
+    done = call(hub, home, "print(fetch_config('owner/small'))")
+    assert hub.downloads("owner/small") == ["config.json"], "enough to judge a configuration, and for preflight"
     assert Path(done.stdout.strip(), "config.json").is_file()
-    done = call(hub, home, "print(fetch_model('owner/tiny'))")
+    done = call(hub, home, "print(fetch_model('owner/small'))")
     directory = Path(done.stdout.strip())
     assert {path.name for path in directory.iterdir()} == {
         path.name for path in resolve_embedded("embedded:tiny").iterdir()
     }
     assert "Fetching" in done.stderr, "a progress bar"
-    assert hub.downloads("owner/tiny").count(WEIGHTS) == 1
+    assert hub.downloads("owner/small").count(WEIGHTS) == 1
     hub.requests.clear()
-    again = call(hub, home, "print(fetch_model('owner/tiny')); print(model_directory('owner/tiny'))")
-    offline = call(hub, home, "print(fetch_model('owner/tiny'))", HF_HUB_OFFLINE="1")
+    again = call(hub, home, "print(fetch_model('owner/small')); print(model_directory('owner/small'))")
+    offline = call(hub, home, "print(fetch_model('owner/small'))", HF_HUB_OFFLINE="1")
     assert [*again.stdout.split(), offline.stdout.strip()] == [str(directory)] * 3
     assert hub.requests == []
 
 
 def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
-    code = "from megatron_fipo.config.model_places import *; print(fetch_model('owner/tiny'))"
+    code = "from megatron_fipo.config.model_places import *; print(fetch_model('owner/small'))"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -86,21 +87,21 @@ def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: 
     ]
     said = [rank.communicate(timeout=120) for rank in ranks]
     assert len({out for out, _ in said}) == 1 and said[0][0].strip()
-    assert hub.downloads("owner/tiny").count(WEIGHTS) == 1
+    assert hub.downloads("owner/small").count(WEIGHTS) == 1
     assert "Fetching" not in said[1][1] + said[2][1], "one bar, on the terminal's rank"
 
 
 def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None:
-    served = hub.repositories["owner/tiny"]
+    served = hub.repositories["owner/small"]
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (served / "model.safetensors.index.json").write_text(json.dumps(index))
     (served / WEIGHTS).rename(served / "model-1.safetensors")
-    assert "no complete safetensors" in refusal(call(hub, tmp_path / "home", "fetch_model('owner/tiny')"))
+    assert "no complete safetensors" in refusal(call(hub, tmp_path / "home", "fetch_model('owner/small')"))
     shutil.copy(served / "model-1.safetensors", served / "model-2.safetensors")
     shutil.rmtree(tmp_path / "home")
-    done = call(hub, tmp_path / "home", "print(fetch_model('owner/tiny'))")
+    done = call(hub, tmp_path / "home", "print(fetch_model('owner/small'))")
     (Path(done.stdout.strip()) / "model-2.safetensors").unlink()
-    assert call(hub, tmp_path / "home", "print(fetch_model('owner/tiny'))").stdout == done.stdout
+    assert call(hub, tmp_path / "home", "print(fetch_model('owner/small'))").stdout == done.stdout
     assert (Path(done.stdout.strip()) / "model-2.safetensors").is_file()
 
 
@@ -109,8 +110,8 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
     [
         ("owner/none", {}, "the hub has no such model, or shows it after `hf auth login` alone"),
         ("owner/old", {}, "owner/old has no complete safetensors"),
-        ("owner/tiny", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set (`hf download owner/tiny` where there is a"),
-        ("owner/tiny", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached: "),
+        ("owner/small", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set (`hf download owner/small` where there is a"),
+        ("owner/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached: "),
     ],
 )
 def test_what_cannot_be_fetched_is_one_line(
@@ -121,10 +122,10 @@ def test_what_cannot_be_fetched_is_one_line(
 
 
 def test_preflight_and_planner_need_config_json_alone(hub: FakeHub, tmp_path: Path) -> None:
-    code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/tiny')[0])"
+    code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/small')[0])"
     done = call(hub, tmp_path / "home", code)
     assert Path(done.stdout.strip(), "config.json").is_file(), done.stderr
-    assert hub.downloads("owner/tiny") == ["config.json"]
+    assert hub.downloads("owner/small") == ["config.json"]
 
 
 def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,9 +142,17 @@ def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("overrides", "key", "said"),
     [
         (["experiment=smollm2_135m"], "model.path", "`make models/smollm2-135m` gets it"),
-        (["experiment=fipo_7b"], "data.train", "tools/fetch_recipe_data.py` gets"),
-        (["experiment=fipo_7b", "data=tiny"], "model.path", "`hf download Qwen/Qwen2.5-Math-7B --local-dir models/"),
-        (["experiment=fipo_32b", "data=tiny"], "model.path", "`hf download Qwen/Qwen2.5-32B --local-dir models/"),
+        (["experiment=fipo_7b", SERVER], "data.train", "tools/fetch_recipe_data.py` gets"),
+        (
+            ["experiment=fipo_7b", "data=tiny", SERVER],
+            "model.path",
+            "`hf download Qwen/Qwen2.5-Math-7B --local-dir models/",
+        ),
+        (
+            ["experiment=fipo_32b", "data=tiny", SERVER],
+            "model.path",
+            "`hf download Qwen/Qwen2.5-32B --local-dir models/",
+        ),
         (["model.path=nowhere"], "model.path", "owner/name of a model of the hub"),
         (["model.path=owner/nowhere"], "model.path", "HF_HUB_OFFLINE is set"),
     ],
@@ -152,6 +161,8 @@ def test_an_experiment_says_which_command_gets_what_it_lacks(
     overrides: list[str], key: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FIPO_ROLLOUT_TOKEN", "secret")
+    monkeypatch.setattr(checks_here, "has_cuda_driver", lambda: True)
     with pytest.raises(ConfigError, match=r"^[^\n]*$") as refused:
         judge(*overrides, local=True)
     assert refused.value.key == key and said in refused.value.remedy + refused.value.problem

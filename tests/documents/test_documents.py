@@ -18,7 +18,7 @@ from megatron_fipo.launch.sweep import plan
 from tests.documents.commands import PAGES, ROOT, Command, commands_of
 
 SHOWN = [command for page in PAGES for command in commands_of(page)]
-CONFIGURED = ("train", "preflight", "planner")
+CONFIGURED = ("train", "evaluate", "preflight", "planner")
 """Commands that take a whole configuration as key=value."""
 ELSEWHERE = {
     r"make test-gpu": "needs CUDA",
@@ -28,6 +28,7 @@ ELSEWHERE = {
     r"(\S+/)?python3? (tools/offline_(install|bundle)|bundle/install)\.py": "tests/tools/test_offline_bundle.py",
     r"(\S+/)?pip install": "needs a network; .ci/run installs in the same order",
     r"vllm serve": "tests/rollout/test_service.py starts such servers by the product's own command",
+    r"megatron-fipo compare": "tests/comparison/test_compare.py",
     r"megatron-fipo (doctor|--help|--version)": "tests/test_cli.py",
     r"make (env|docs|lint|format|clean)": "the Makefile's target is looked up, and .ci/run calls it",
     r"python -m megatron_fipo\.train --config-dir": "tests/fuzz/test_found.py",

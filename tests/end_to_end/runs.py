@@ -78,9 +78,15 @@ def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 3
     return output(directory)
 
 
-def run(directory: Path, *overrides: str, token: str = "", timeout_s: float = 300) -> str:
+def run(
+    directory: Path,
+    *overrides: str,
+    token: str = "",
+    timeout_s: float = 300,
+    environment: dict[str, str] | None = None,
+) -> str:
     """A whole run that has to succeed; its output."""
-    return finish(start(directory, *overrides, token=token), directory, timeout_s)
+    return finish(start(directory, *overrides, token=token, environment=environment), directory, timeout_s)
 
 
 def end(process: subprocess.Popen[str]) -> None:

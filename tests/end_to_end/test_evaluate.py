@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.compare import main as compare
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.problem_files import read_problems
+from megatron_fipo.tracking.run_files import write_config
 from megatron_fipo.weights.conversion import to_megatron
 from tests.end_to_end import runs
 
@@ -65,8 +66,8 @@ def test_evaluations_end_to_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     to_megatron(resolve_embedded("embedded:tiny"), run / "checkpoints" / "step-000007")
-    (run / "config.yaml").write_text(yaml.safe_dump({"run": {"seed": 0, "steps": 7}}))
-    settings = [f"model.path={run}", *SETTINGS]
+    write_config(run, load_config(SETTINGS))
+    settings = [f"model.path={run}", "rollout.max_num_seqs=32"]  # the rest is the run's
     process = runs.start(tmp_path / "log", *settings, module="megatron_fipo.evaluate")
     try:
         runs.wait_until(lambda: list((run / "evaluations").glob("*/samples.jsonl")), "samples", timeout_s=200)

@@ -28,9 +28,11 @@ from megatron_fipo import leftovers
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.algorithm.test_adding_a_loss import write_page
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
+from tests.fake_hub import fake_hub
 
 pytestmark = pytest.mark.slow
 
@@ -71,11 +73,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]
         yield service
 
 
-def run_on(server: RolloutService, directory: Path, *overrides: str) -> None:
+def run_on(server: RolloutService, directory: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
     address = f"rollout.addresses=[{server.servers[0].url}]"
     plane = "rollout.weight_transfer=process_group"
     token = server.headers["Authorization"].removeprefix("Bearer ")
-    runs.run(directory, *SMALL, "rollout.servers=0", address, plane, *overrides, token=token)
+    runs.run(directory, *SMALL, "rollout.servers=0", address, plane, *overrides, token=token, environment=environment)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in REPEATED)])
@@ -87,10 +89,17 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
 
 
 def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    """And a run without any checkpoint, whose place is taken, ends well if it is told to; its files tell of it."""
+    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to; its files tell of it.
+
+    Its model comes from a hub: two ranks and their launcher fetch it once.
+    """
     (tmp_path / "checkpoints").write_text("in the way")
-    validation = ["validation.every=2", "validation.samples=1"]
-    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn", *validation)
+    overrides = ["algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn", "model.path=owner/small"]
+    overrides += ["validation.every=2", "validation.samples=1"]
+    with fake_hub() as hub:
+        hub.repositories["owner/small"] = resolve_embedded("embedded:tiny")
+        run_on(server, tmp_path, *overrides, environment=hub.environment(tmp_path / "home"))
+        assert hub.downloads("owner/small").count("model.safetensors") == 1
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert "influence_weights_mean" not in rows[0]
@@ -103,6 +112,9 @@ def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Pat
     assert {"start", "validate", "sample", "log-probs", "update", "weights"} <= {span[0] for span in report["spans"]}
     assert report["samples"]["validation"] == ["validation-000000.txt", "validation-000002.txt"]
     assert len((tmp_path / "samples" / "validation-000002.jsonl").read_text().splitlines()) == 32
+    for row in runs.rows(tmp_path, "validation.jsonl"):
+        problems = read_problems(path_of_step(tmp_path, row["step"]))
+        assert sum(problem.accuracy for problem in problems) / len(problems) == pytest.approx(row["accuracy"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 

@@ -13,10 +13,13 @@ import yaml
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.evaluate import _missing
+from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.results import in_words, summarise, table
 from megatron_fipo.evaluation.sample_file import SampleFile
 from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
 from megatron_fipo.evaluation.weights import find_weights
+from megatron_fipo.tracking.run_files import write_config
 from tests.tracking.groups import make_group
 
 
@@ -30,6 +33,9 @@ def test_samples_survive_and_a_line_cut_short_costs_its_problem(tmp_path):
     with SampleFile(path) as samples:
         assert list(samples.done) == ["a", "b"]
         assert [sample.accuracy for sample in samples.done["b"].samples] == [0.0, None]
+        problems = [make_group("9", "9", name=name).problem for name in "abc"]
+        assert _missing(problems, samples, is_finished=False) == [1, 2], "a failed check is tried again after a stop"
+        assert _missing(problems, samples, is_finished=True) == [2]
         samples.append(make_group("97", "9", name="c"))
     assert path.read_bytes().startswith(whole)
     with SampleFile(path) as samples:
@@ -123,3 +129,22 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch, path, problem):
     (tmp_path / "run" / "config.yaml").write_text("run: {}\n")
     with pytest.raises(ConfigError, match=f"model.path: .*{problem}"):
         find_weights(path)
+
+
+def test_the_run_that_made_a_model_says_what_the_command_line_does_not(tmp_path):
+    trained = load_config(
+        ["data=math", "run.seed=7", "reward.timeout_s=3", "validation.samples=16", "rollout.max_response_length=999"]
+    )
+    write_config(tmp_path, trained)
+    said = ["data.columns.prompt=question", "validation.samples=2", "rollout.servers=3", "--cfg"]
+    found = with_settings_of(tmp_path, load_config(said[:3]), said)
+    assert (found.run.seed, found.reward.timeout_s, found.rollout.max_response_length) == (7, 3.0, 999)
+    assert (found.data.validation, found.data.columns.prompt) == (trained.data.validation, "question")
+    assert (found.validation.samples, found.validation.top_p, found.rollout.servers) == (2, trained.validation.top_p, 3)
+    chosen = with_settings_of(tmp_path, load_config(["data=gsm8k"]), ["data=gsm8k"])
+    assert chosen.data == load_config(["data=gsm8k"]).data and chosen.run.seed == 7
+    whole = load_config(["experiment=tiny"])
+    assert with_settings_of(tmp_path, whole, ["experiment=tiny"]) == whole
+    (tmp_path / "config.yaml").write_text("data: {nothing: 1}\n")
+    with pytest.raises(DataError, match=r"config.yaml cannot be taken over: .*give an experiment"):
+        with_settings_of(tmp_path, whole, [])

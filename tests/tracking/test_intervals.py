@@ -36,6 +36,7 @@ def test_seeds_alone_and_one_number():
     found = mean_interval(np.array([[0.5], [0.6], [0.7]]))
     assert found.low < 0.5 < 0.7 < found.high, "three seeds say less than their range"
     assert not mean_interval(np.array([[0.5]])).is_known
+    assert not mean_interval(np.array([[1.0], [1.0]])).is_known, "of how many problems?"
 
 
 def simulated(generator: np.random.Generator, seeds: int, problems: int, samples: int, seed_spread: float):
