@@ -132,7 +132,22 @@ def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert hub_id("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
     assert hub_id("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
-    for path in ("embedded:tiny", "/a/b", "./a/b", "~/a", "a", "a/b/c", "models/mine", "../a/b", "a/b@", ""):
+    for path in (
+        "embedded:tiny",
+        "/a/b",
+        "./a/b",
+        "~/a",
+        "a",
+        "a/b/c",
+        "models/mine",
+        "../a/b",
+        "a/b@",
+        "",
+        "a/b@../c",
+        "a--b/c",
+        "é/b",
+        f"a/{'x' * 95}",
+    ):
         assert hub_id(path) is None, path
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert hub_id("owner/name") is None and model_directory("owner/name") == Path("owner/name")
