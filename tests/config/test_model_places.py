@@ -157,7 +157,7 @@ def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("overrides", "key", "said"),
     [
         (["experiment=smollm2_135m"], "model.path", "`make models/smollm2-135m` gets it"),
-        (["experiment=fipo_7b", SERVER], "data.train", "tools/fetch_recipe_data.py` gets"),
+        (["experiment=fipo_7b", SERVER], "data.train", "tools/fetch_recipe_data.py --out data` gets"),
         (
             ["experiment=fipo_7b", "data=tiny", SERVER],
             "model.path",
