@@ -64,6 +64,7 @@ def test_the_pages_command_is_a_configuration_that_can_run(tmp_path: Path, monke
     assert 0 < metrics(statistics)["spo_outside"] < 1
 
 
+@pytest.mark.slow
 def test_the_pages_configuration_file_is_the_same(tmp_path: Path) -> None:
     write_page(tmp_path)
     show = [sys.executable, "-m", "megatron_fipo.train", "--config-dir", "my_conf", "algorithm=spo", "--cfg", "job"]

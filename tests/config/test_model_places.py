@@ -53,6 +53,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1].removeprefix("megatron_fipo.errors.ConfigError: ")
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_without_pickles_and_found_without_a_network(hub: FakeHub, tmp_path: Path) -> None:
     home = tmp_path / "home"
     done = call(hub, home, "print(fetch_config('owner/small'))")
@@ -72,6 +73,7 @@ def test_a_model_is_fetched_once_without_pickles_and_found_without_a_network(hub
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     code = "from megatron_fipo.config.model_places import *; print(fetch_model('owner/small'))"
@@ -91,6 +93,7 @@ def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: 
     assert "Fetching" not in said[1][1] + said[2][1], "one bar, on the terminal's rank"
 
 
+@pytest.mark.slow
 def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None:
     served = hub.repositories["owner/small"]
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -105,6 +108,7 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
     assert (Path(done.stdout.strip()) / "model-2.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "environment", "said"),
     [
@@ -121,6 +125,7 @@ def test_what_cannot_be_fetched_is_one_line(
     assert text.startswith("model.path: ") and said in text and str(tmp_path / "home") in text
 
 
+@pytest.mark.slow
 def test_preflight_and_planner_need_config_json_alone(hub: FakeHub, tmp_path: Path) -> None:
     code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/small')[0])"
     done = call(hub, tmp_path / "home", code)
