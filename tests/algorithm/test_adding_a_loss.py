@@ -31,9 +31,9 @@ def write_page(directory: Path) -> None:
     """The page's files, in `directory`."""
     function, test = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (directory / "my_conf" / "algorithm").mkdir(parents=True)
     (directory / "my_losses.py").write_text(function)
     (directory / "test_spo.py").write_text(test)
-    (directory / "my_conf" / "algorithm").mkdir(parents=True)
     (directory / "my_conf" / "algorithm" / "spo.yaml").write_text(configuration)
 
 
