@@ -52,7 +52,8 @@ _MODELS_HEADER = """\
 
 <!-- Written by tools/reference.py from megatron_fipo/families/ and config/model_keys.py. -->
 
-A model comes as a Hugging Face directory, or as a distributed checkpoint with config.json and tokenizer beside it.
+A model comes by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
+distributed checkpoint with config.json and tokenizer beside it.
 Dense models of the families below are covered, each declared in one file of `megatron_fipo/families/`
 ([Adding one](adding_a_family.md)).
 
