@@ -76,7 +76,7 @@ model. `model.max_position_embeddings` raises the context without another rotary
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly: a token attends to so many
 tokens, itself included; padded, packed and over context-parallel ranks. It has no effect where no sequence of a run is
 longer, prompt and response together. Transformer Engine has no window over context-parallel ranks, which is refused in
-one line. Local layers keep a mask for it in every layer, a byte per pair of tokens of a sequence. Qwen's window,
+one line. Local layers make a mask for it, a byte per pair of tokens of a sequence. Qwen's window,
 `use_sliding_window`, is for some of the layers, which vLLM does not serve: it is refused.
 
 **Gemma** is the first one. Its released config.json says gelu and means the approximation by tanh: transformers and
