@@ -47,7 +47,7 @@ const report = (() => {
     const words = {
       running: done ? `Under way: ${done} of ${total} steps done.` : "Under way: no step is done yet.",
       finished: `Finished: ${done} steps.`,
-      stopped: `Stopped after step ${done} of ${total}. Started again with the same run.directory, it goes on from its newest checkpoint.`,
+      stopped: `Stopped after step ${done} of ${total}, by request or by a signal. Started again with the same run.directory, it goes on from its newest checkpoint.`,
       failed: `Failed after step ${done} of ${total}: ${state.words}`,
     };
     by("state").textContent = words[state.kind];
@@ -84,11 +84,11 @@ const report = (() => {
       if (values.length) tiles.push([change(values, text), words]);
     };
     add(heldOut, "accuracy", `held-out accuracy, avg@${k}`, (value) => value.toFixed(3));
-    add(training, "reward_mean", "mean reward", (value) => value.toFixed(3));
+    add(training, "reward_mean", "mean reward", (value) => value.toFixed(2).replace("-", "−"));
     add(training, "response_length_mean", "tokens per response", (value) => value.toFixed(value < 1000 ? 1 : 0));
     const step = median(training.seconds_step ?? []);
     if (step) tiles.push([duration(step), "per step (median)"]);
-    if (step && state.kind === "running" && done < total) tiles.push([`about ${duration(step * (total - done))}`, "left, without validations"]);
+    if (step && state.kind === "running" && done < total) tiles.push([`≈ ${duration(step * (total - done))}`, "left, validations aside"]);
     by("tiles").replaceChildren(...tiles.map(([value, words]) => {
       const tile = element("div", element("b", value), { className: "tile" });
       tile.append(element("span", words));
