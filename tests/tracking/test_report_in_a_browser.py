@@ -100,7 +100,7 @@ def write_run(directory: Path, steps: int) -> None:
         for step in range(1, steps + 1):
             spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("update", 1e9 + 22 + 4 * step, 2.0)]
             report.add_step(step_row(step), spans)
-        report.finish([])
+        report.finish(200.0, [])
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_values_are_shown_where_the_mouse_is(chrome: Chrome, run: Path) -> None:
     assert "start: 20 s, from 0.0 s on" in hover(chrome, "Timeline of the latest phases", ".point path")
     words = chrome.find_element(By.TAG_NAME, "body").text
     assert (
-        f"Finished: {STEPS} steps." in words
+        f"Finished: {STEPS} steps in 3 min 20 s." in words
         and "avg@4 cons@4 pass@4" in words
         and "0.250 0.500 0.750 21.0 2.5" in words
     )
@@ -200,8 +200,8 @@ def test_curves_are_there_after_one_step_and_grow_without_a_reload(
         assert curves(chrome) > after_one > 10
         assert chrome.execute_script("return window.sameDocument")
         assert not chrome.find_element(By.ID, "note").is_displayed()
-        report.finish([])
-        WebDriverWait(chrome, 20).until(lambda page: "Finished: 2 steps." in page.page_source)
+        report.finish(200.0, [])
+        WebDriverWait(chrome, 20).until(lambda page: "Finished: 2 steps in 3 min 20 s." in page.page_source)
     assert chrome.get_log("browser") == []
 
 

@@ -67,7 +67,7 @@ const charts = (() => {
         fixedrange: timeline,
       },
       showlegend: several,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, itemsizing: "constant", traceorder: "normal" },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
       barmode: timeline ? "overlay" : "stack",
       bargap: 0.15,
       hovermode: timeline ? "closest" : "x unified",

@@ -46,7 +46,7 @@ const report = (() => {
     const silent = Date.now() / 1000 - written;
     const words = {
       running: done ? `Under way: ${done} of ${total} steps done.` : "Under way: no step is done yet.",
-      finished: `Finished: ${done} steps.`,
+      finished: `Finished: ${done} steps in ${state.words}.`,
       stopped: `Stopped after step ${done} of ${total}, by request or by a signal. Started again with the same run.directory, it goes on from its newest checkpoint.`,
       failed: `Failed after step ${done} of ${total}: ${state.words}`,
     };
