@@ -5,6 +5,8 @@ Not covered: other browsers; whether a picture is beautiful (tools/report_pictur
 """
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.report import Report
+from tests.distributed import ROOT
 from tests.tracking.groups import make_group
 from tools.report_picture import browser, browser_files, show
 
@@ -226,3 +229,13 @@ def test_a_failed_run_says_why(chrome: Chrome, tmp_path: Path) -> None:
     state = chrome.find_element(By.ID, "state")
     assert state.text == "Failed after step 1 of 12: ValueError: <b>markup</b>"
     assert curves(chrome) > 10
+
+
+def test_pictures_for_the_readme(run: Path, tmp_path: Path) -> None:
+    """By the command that docs/report.md names."""
+    command = [sys.executable, "tools/report_picture.py", "--to", str(tmp_path)]
+    subprocess.run([*command, str(run)], cwd=ROOT, check=True, timeout=120)
+    light, dark = ((tmp_path / f"report-{scheme}.png").read_bytes() for scheme in ("light", "dark"))
+    assert light != dark and light.startswith(b"\x89PNG") and max(len(light), len(dark)) < 200_000
+    refused = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "report.html was not found" in refused.stderr
