@@ -34,6 +34,8 @@ _SPANS = 400
 """Phases in the timeline: the latest ones."""
 _POINTS = 1000
 """Most points of a curve."""
+_SAMPLES = 12
+"""Links to the rollouts of steps: the latest ones."""
 _FILES = {
     "config.yaml": "every setting",
     "environment.json": "versions, commit, command",
@@ -137,7 +139,10 @@ class Report:
             "held_out": _columns(self._held_out, columns(held_out=True)),
             "sources": _by_source(self._held_out),
             "spans": [[span.phase, round(span.start, 3), round(span.seconds, 3)] for span in self._spans],
-            "samples": {name: _kept(self._directory, name) for name in ("step", "validation")},
+            "samples": {
+                "step": _kept(self._directory, "step")[-_SAMPLES:],
+                "validation": _kept(self._directory, "validation"),
+            },
         }
 
 

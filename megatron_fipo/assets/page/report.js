@@ -182,11 +182,11 @@ const report = (() => {
       const made = element("p", `${words}: `);
       const latest = names.slice(-12);
       for (const name of latest) made.append(link(`samples/${name}`, `${parseInt(name.slice(prefix.length), 10)}`), " ");
-      if (latest.length < names.length) made.append(link("samples/", `all ${names.length}`));
+      made.append(link("samples/", "all"));
       return made;
     };
     const lists = [];
-    if (samples.step.length) lists.push(list("of training steps", samples.step, "step-"));
+    if (samples.step.length) lists.push(list("of the latest steps", samples.step, "step-"));
     if (samples.validation.length) lists.push(list("of held-out problems, after step", samples.validation, "validation-"));
     by("samples").replaceChildren(...lists);
     by("samples").closest("section").hidden = !lists.length;
