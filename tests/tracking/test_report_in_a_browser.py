@@ -101,7 +101,7 @@ def write_run(directory: Path, steps: int) -> None:
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):
-            spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("update", 1e9 + 22 + 4 * step, 2.0)]
+            spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("checkpoint", 1e9 + 22 + 4 * step, 2.0)]
             report.add_step(step_row(step), spans)
         report.finish(200.0, [])
 

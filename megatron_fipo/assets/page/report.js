@@ -142,7 +142,7 @@ const report = (() => {
       };
     });
     const whole = latest[0][0] === "start";
-    const since = whole ? "the run's start, or its last resume" : "the first one shown";
+    const since = whole ? "the last start" : "the first one shown";
     return [{ title: "Timeline of the latest phases", kind: "timeline", wide: true, x: `${unit} since ${since}`, y: "", lines }];
   }
 
