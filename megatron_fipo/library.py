@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_fipo import commands
@@ -51,6 +52,7 @@ def run(config: Config, *, echo: Callable[[str], object] | None = print) -> RunR
     Raises:
         FipoError: the configuration cannot run, or the run failed; with the reason.
     """
+    config = resolved.typed(asdict(config))
     check(config, local=True)
     directory = Path(config.run.directory).resolve()
     status, reason = run_in_process(config, echo or (lambda line: None), [commands.FROM_PYTHON])
