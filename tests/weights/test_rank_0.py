@@ -1,4 +1,4 @@
-"""Why: what rank 0 finds wrong ends all ranks, and a user reads it once: no rank tells of a connection that rank 0 left.
+"""Why: what rank 0 finds wrong ends all ranks, and a user reads it once: no rank tells of a lost connection.
 
 Real processes over gloo, under the launcher. Not covered: NCCL, which carries none of this.
 """
