@@ -6,6 +6,7 @@ A rank tells its launcher, and a launcher the library's caller. Without such a p
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.errors import FipoError
@@ -39,6 +40,16 @@ def tell(error: FipoError) -> bool:
     except OSError:  # whoever asked is gone
         return False
     return True
+
+
+@contextlib.contextmanager
+def told_at_once() -> Iterator[None]:
+    """Tell of what fails in here before this process takes leave of others, which may fail because of that."""
+    try:
+        yield
+    except FipoError as error:
+        tell(error)
+        raise
 
 
 class Listener:

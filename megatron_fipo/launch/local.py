@@ -73,7 +73,7 @@ def launch(
     try:
         with Listener() as reasons, no_descendant_left() as older_children:
             ranks = _start(world_size, directory, list(command), mask, reasons)
-            return _Watch(ranks, directory, watched, older_children, grace_s, save_s).run(reasons)
+            return _Watch(ranks, directory, watched, older_children, grace_s, save_s, reasons).run()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -191,18 +191,21 @@ class _Watch:
         older_children: set[psutil.Process],
         grace_s: float,
         save_s: float,
+        reasons: Listener,
     ) -> None:
-        self.ranks, self.directory = ranks, directory
+        self.ranks, self.directory, self.reasons = ranks, directory, reasons
         self.watched, self.older_children = watched, older_children
         self.grace_s, self.save_s = grace_s, save_s
         self.first_failure: _Rank | None = None
+        self.told_before: list[Reason] = []
+        """What ranks had told when the first one failed: it may have failed because another had given up."""
         self.stop_signal: int | None = None
         self.saving_since: float | None = None
         """Since when rank 0 knows of a Ctrl-C."""
         self.stopping_since: float | None = None
         """Since when all ranks have been told to end."""
 
-    def run(self, reasons: Listener) -> int:
+    def run(self) -> int:
         while self._living():
             # The kernel merges the SIGCHLDs of ranks that end together, so look at least once a second.
             event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
@@ -214,7 +217,7 @@ class _Watch:
                 allowed_s = self.grace_s if self.stopping_since is not None else self.save_s
                 self._kill(f"still running {allowed_s:g} s after it was asked to stop")
         self._note_failures(None)
-        return self._report(reasons.heard())
+        return self._report()
 
     def _living(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.process.poll() is None]
@@ -245,6 +248,7 @@ class _Watch:
             # They ended between the wait and this look; the signal that is kept is the first one's.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
+        self.told_before = self.reasons.heard()
         self._ask_to_stop()
 
     def _on_stop_signal(self, signum: int) -> None:
@@ -276,7 +280,7 @@ class _Watch:
         if self._living():
             raise FipoError(f"{_names(self._living())} outlived SIGKILL by {_KILL_TIMEOUT_S:.0f} s")
 
-    def _report(self, reasons: list[Reason]) -> int:
+    def _report(self) -> int:
         failure, signum = self.first_failure, self.stop_signal
         if failure is not None and signum is not None and failure.process.returncode in (-signum, 128 + signum):
             failure = None  # it did as it was asked to
@@ -291,12 +295,13 @@ class _Watch:
             _write("\033[?25h")
         code = failure.process.returncode
         how = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-        first = next((reason for reason in reasons if reason.rank == failure.number), None)
-        if code > 0 and first is not None:
-            raise RunFailed(first.text, first.exit_code)
-        _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
-        if reasons:
-            raise RunFailed(reasons[0].text, reasons[0].exit_code)
+        reasons = self.reasons.heard()
+        own = [reason for reason in reasons if reason.rank == failure.number]
+        explained = own or self.told_before
+        if code < 0 or not explained:
+            _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
+        if told := explained or reasons:
+            raise RunFailed(told[0].text, told[0].exit_code)
         return code if code > 0 else 128 - code
 
 
