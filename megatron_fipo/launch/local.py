@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -71,9 +72,11 @@ def launch(
     watched = {s for s in _STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        with Listener() as reasons, no_descendant_left() as older_children:
-            ranks = _start(world_size, directory, list(command), mask, reasons)
-            return _Watch(ranks, directory, watched, older_children, grace_s, save_s, reasons).run()
+        with ExitStack() as stack:
+            listeners = [stack.enter_context(Listener()) for _ in range(world_size)]
+            older_children = stack.enter_context(no_descendant_left())
+            ranks = _start(listeners, directory, list(command), mask)
+            return _Watch(ranks, directory, watched, older_children, grace_s, save_s).run()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -111,30 +114,36 @@ class _Rank:
     """Where its output goes; None is the terminal."""
     log_start: int
     """Size of the log before this start, in bytes: a resumed run goes on in the same file."""
+    listener: Listener
+    """Where it tells why it has failed."""
 
 
-def _start(world_size: int, directory: Path, command: list[str], mask: Set[int], reasons: Listener) -> list[_Rank]:
+def _start(listeners: list[Listener], directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
+    """A rank for each listener."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
     # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
     # else's from here on.
-    with socket.create_server((_LOOPBACK, 0), backlog=4096) as listener:
-        port, told = listener.getsockname()[1], reasons.environment() | environment(typed_command())
+    with socket.create_server((_LOOPBACK, 0), backlog=4096) as meeting:
         ranks = []
-        for number in range(world_size):
-            variables, passed = _rank_environment(number, world_size, port) | told, [reasons.descriptor]
+        for number, listener in enumerate(listeners):
+            variables = _rank_environment(number, len(listeners), meeting.getsockname()[1])
+            variables |= listener.environment() | environment(typed_command())
+            passed = [listener.descriptor]
             if number == 0:
-                variables[LISTENER_VARIABLE] = str(listener.fileno())
-                passed.append(listener.fileno())
-            ranks.append(_start_rank(number, directory, command, mask, variables, passed))
+                variables[LISTENER_VARIABLE] = str(meeting.fileno())
+                passed.append(meeting.fileno())
+            process, log, log_start = _start_rank(number, directory, command, mask, variables, passed)
+            ranks.append(_Rank(number, process, log, log_start, listener))
         return ranks
 
 
 def _start_rank(
     number: int, directory: Path, command: list[str], mask: Set[int], variables: dict[str, str], passed: list[int]
-) -> _Rank:
+) -> tuple[subprocess.Popen, Path | None, int]:
+    """The process, its log, and the log's size before."""
     launcher = os.getpid()
 
     def before_exec() -> None:
@@ -154,10 +163,10 @@ def _start_rank(
         )
 
     if number == 0:
-        return _Rank(number, spawn(None), log=None, log_start=0)
+        return spawn(None), None, 0
     path = directory / "logs" / f"rank-{number}.log"
     with path.open("ab") as output:
-        return _Rank(number, spawn(output), path, log_start=output.tell())
+        return spawn(output), path, output.tell()
 
 
 def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]:
@@ -191,9 +200,8 @@ class _Watch:
         older_children: set[psutil.Process],
         grace_s: float,
         save_s: float,
-        reasons: Listener,
     ) -> None:
-        self.ranks, self.directory, self.reasons = ranks, directory, reasons
+        self.ranks, self.directory = ranks, directory
         self.watched, self.older_children = watched, older_children
         self.grace_s, self.save_s = grace_s, save_s
         self.first_failure: _Rank | None = None
@@ -248,7 +256,7 @@ class _Watch:
             # They ended between the wait and this look; the signal that is kept is the first one's.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
-        self.told_before = self.reasons.heard()
+        self.told_before = self._reasons()
         self._ask_to_stop()
 
     def _on_stop_signal(self, signum: int) -> None:
@@ -295,14 +303,16 @@ class _Watch:
             _write("\033[?25h")
         code = failure.process.returncode
         how = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-        reasons = self.reasons.heard()
-        own = [reason for reason in reasons if reason.rank == failure.number]
-        explained = own or self.told_before
-        if code < 0 or not explained:
+        explained = failure.listener.heard() or next(iter(self.told_before), None)
+        if code < 0 or explained is None:
             _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
-        if told := explained or reasons:
-            raise RunFailed(told[0].text, told[0].exit_code)
+        if told := explained or next(iter(self._reasons()), None):
+            raise RunFailed(told.text, told.exit_code)
         return code if code > 0 else 128 - code
+
+    def _reasons(self) -> list[Reason]:
+        """What ranks have told so far."""
+        return [reason for rank in self.ranks if (reason := rank.listener.heard())]
 
 
 def _tail(rank: _Rank) -> str:
