@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_fipo import commands
@@ -51,6 +52,7 @@ def run(config: Config, *, echo: Callable[[str], object] | None = print) -> RunR
     Raises:
         FipoError: the configuration cannot run, or the run failed; with the reason.
     """
+    config = resolved.typed(asdict(config))
     check(config, local=True)
     directory = Path(config.run.directory).resolve()
     status, reason = run_in_process(config, echo or (lambda line: None), [commands.FROM_PYTHON])
@@ -70,14 +72,14 @@ def run_in_process(config: Config, echo: Callable[[str], object], command: Seque
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron_fipo-configuration-")))
         resolved.write(place / "config.yaml", config)
-        reasons = stack.enter_context(Listener())
+        listener = stack.enter_context(Listener())
         variables = {name: value for name, value in os.environ.items() if name not in _NOT_OF_A_RUN}
-        variables |= reasons.environment() | commands.environment(command)
+        variables |= listener.environment() | commands.environment(command)
         variables |= {LAUNCHER_PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_fipo.train", RESOLVED, str(place / "config.yaml")],
             env=variables,
-            pass_fds=[reasons.descriptor],
+            pass_fds=[listener.descriptor],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -88,8 +90,8 @@ def run_in_process(config: Config, echo: Callable[[str], object], command: Seque
         stack.enter_context(process)
         stack.callback(_end, process)
         status = _follow(process, echo)
-        heard = reasons.heard()
-    return status, heard[0].text if heard else ""
+        heard = listener.heard()
+    return status, heard.text if heard else ""
 
 
 def _follow(process: subprocess.Popen[str], echo: Callable[[str], object]) -> int:

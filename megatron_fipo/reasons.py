@@ -6,6 +6,7 @@ A rank tells its launcher, and a launcher the library's caller. Without such a p
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.errors import FipoError
@@ -15,16 +16,14 @@ _told_to = os.environ.pop(_VARIABLE, None)  # so that what this process starts d
 if _told_to is not None:
     os.set_inheritable(int(_told_to), False)
 
-_LONGEST = 3000
-"""Characters, so that a reason is one write, which no other rank's comes between."""
+_LONGEST = 7000
+"""Characters of a reason: told twice it fits into a pipe, which nobody empties while the process runs."""
 
 
 @dataclass(frozen=True)
 class Reason:
     """What a process refused or failed at, in one line, and its exit status."""
 
-    rank: int
-    """Which of a run's processes; -1 is the launcher."""
     text: str
     exit_code: int
 
@@ -33,7 +32,8 @@ def tell(error: FipoError) -> bool:
     """Tell whoever started this process; False where nobody has asked for it."""
     if _told_to is None:
         return False
-    message = json.dumps([int(os.environ.get("RANK", "-1")), str(error)[:_LONGEST], error.exit_code])
+    text = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]} …"
+    message = json.dumps([text, error.exit_code], ensure_ascii=False)
     try:
         os.write(int(_told_to), f"{message}\n".encode())
     except OSError:  # whoever asked is gone
@@ -41,13 +41,23 @@ def tell(error: FipoError) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def told_at_once() -> Iterator[None]:
+    """Tell of what fails in here before this process takes leave of others, which may fail because of that."""
+    try:
+        yield
+    except FipoError as error:
+        tell(error)
+        raise
+
+
 class Listener:
-    """The end of the pipe at which reasons arrive; a context manager, which closes it."""
+    """The end of a pipe at which one process's reason arrives; a context manager, which closes it."""
 
     def __init__(self) -> None:
         self._read, self.descriptor = os.pipe()
         os.set_blocking(self._read, False)
-        self._text = ""
+        self._text = b""
 
     def __enter__(self) -> "Listener":
         return self
@@ -57,12 +67,13 @@ class Listener:
         os.close(self.descriptor)
 
     def environment(self) -> dict[str, str]:
-        """What a process has to have, beside the descriptor itself, to tell its reason here."""
+        """What the process has to have, beside the descriptor itself, to tell its reason here."""
         return {_VARIABLE: str(self.descriptor)}
 
-    def heard(self) -> list[Reason]:
-        """The reasons that have arrived so far, the first one first."""
+    def heard(self) -> Reason | None:
+        """The reason, once it has arrived."""
         with contextlib.suppress(BlockingIOError):
             while arrived := os.read(self._read, 65536):
-                self._text += arrived.decode(errors="replace")
-        return [Reason(*json.loads(line)) for line in self._text.splitlines()]
+                self._text += arrived
+        first, ended, _ = self._text.partition(b"\n")  # a killed process may have written half of it
+        return Reason(*json.loads(first)) if ended else None

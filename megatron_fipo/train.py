@@ -17,6 +17,7 @@ from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.interrupt import CtrlC
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
 from megatron_fipo.processes import die_with_library, terminate_on_sigterm
+from megatron_fipo.reasons import told_at_once
 
 
 def main(config: Config) -> None:
@@ -31,7 +32,7 @@ def main(config: Config) -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     from megatron_fipo.trainer import Trainer
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, told_at_once():
         train(Trainer(config, stack, ctrl_c))
 
 

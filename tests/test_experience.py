@@ -79,6 +79,15 @@ def test_a_resume_goes_on_with_the_same_data_and_refuses_another(experience, tmp
     assert "a new epoch of it begins" in warned.pop()
     order = allowed.state().order
     assert (order.epoch, order.position, order.size) == (1, 0, 100)
+    # run.resume_changed allows other data too, and another order of the same.
+    experience(f"data.train=[{fewer}]", "run.resume_changed=true", warned=warned).load(state)
+    assert "a new epoch of it begins" in warned.pop()
+    with pytest.raises(DataError, match=r"order\.seed is 0, and this run's is 7"):
+        experience("run.seed=7").load(state)
+    reordered = experience("run.seed=7", "run.resume_changed=true")
+    reordered.load(state)
+    order = reordered.state().order
+    assert (order.epoch, order.position, order.size, order.seed) == (1, 0, 4000, 7)
 
 
 def test_prompts_with_todays_date_are_warned_about(experience, tmp_path: Path) -> None:

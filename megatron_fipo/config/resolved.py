@@ -31,11 +31,16 @@ def read(path: Path) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a value is of another type than the schema's.
     """
-    tree = read_tree(path)
+    return typed(read_tree(path))
+
+
+def typed(tree: dict[str, Any]) -> Config:
+    """A configuration of nested dictionaries, of their own. ConfigError, with the key, for a value of another type."""
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(str(path), one_line(error), "a file that a run of this version has written") from None
+        problem, _, place = str(error).replace("`", "").partition(" - at $.")
+        raise ConfigError(place or "configuration", problem, "docs/configuration.md has each key's type") from None
 
 
 def read_tree(path: Path) -> dict[str, Any]:

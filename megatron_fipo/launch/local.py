@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -71,9 +72,11 @@ def launch(
     watched = {s for s in _STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        with Listener() as reasons, no_descendant_left() as older_children:
-            ranks = _start(world_size, directory, list(command), mask, reasons)
-            return _Watch(ranks, directory, watched, older_children, grace_s, save_s).run(reasons)
+        with ExitStack() as stack:
+            listeners = [stack.enter_context(Listener()) for _ in range(world_size)]
+            older_children = stack.enter_context(no_descendant_left())
+            ranks = _start(listeners, directory, list(command), mask)
+            return _Watch(ranks, directory, watched, older_children, grace_s, save_s).run()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -111,30 +114,36 @@ class _Rank:
     """Where its output goes; None is the terminal."""
     log_start: int
     """Size of the log before this start, in bytes: a resumed run goes on in the same file."""
+    listener: Listener
+    """Where it tells why it has failed."""
 
 
-def _start(world_size: int, directory: Path, command: list[str], mask: Set[int], reasons: Listener) -> list[_Rank]:
+def _start(listeners: list[Listener], directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
+    """A rank for each listener."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
     # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
     # else's from here on.
-    with socket.create_server((_LOOPBACK, 0), backlog=4096) as listener:
-        port, told = listener.getsockname()[1], reasons.environment() | environment(typed_command())
+    with socket.create_server((_LOOPBACK, 0), backlog=4096) as meeting:
         ranks = []
-        for number in range(world_size):
-            variables, passed = _rank_environment(number, world_size, port) | told, [reasons.descriptor]
+        for number, listener in enumerate(listeners):
+            variables = _rank_environment(number, len(listeners), meeting.getsockname()[1])
+            variables |= listener.environment() | environment(typed_command())
+            passed = [listener.descriptor]
             if number == 0:
-                variables[LISTENER_VARIABLE] = str(listener.fileno())
-                passed.append(listener.fileno())
-            ranks.append(_start_rank(number, directory, command, mask, variables, passed))
+                variables[LISTENER_VARIABLE] = str(meeting.fileno())
+                passed.append(meeting.fileno())
+            process, log, log_start = _start_rank(number, directory, command, mask, variables, passed)
+            ranks.append(_Rank(number, process, log, log_start, listener))
         return ranks
 
 
 def _start_rank(
     number: int, directory: Path, command: list[str], mask: Set[int], variables: dict[str, str], passed: list[int]
-) -> _Rank:
+) -> tuple[subprocess.Popen, Path | None, int]:
+    """The process, its log, and the log's size before."""
     launcher = os.getpid()
 
     def before_exec() -> None:
@@ -154,10 +163,10 @@ def _start_rank(
         )
 
     if number == 0:
-        return _Rank(number, spawn(None), log=None, log_start=0)
+        return spawn(None), None, 0
     path = directory / "logs" / f"rank-{number}.log"
     with path.open("ab") as output:
-        return _Rank(number, spawn(output), path, log_start=output.tell())
+        return spawn(output), path, output.tell()
 
 
 def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]:
@@ -196,13 +205,15 @@ class _Watch:
         self.watched, self.older_children = watched, older_children
         self.grace_s, self.save_s = grace_s, save_s
         self.first_failure: _Rank | None = None
+        self.told_before: list[Reason] = []
+        """What ranks had told when the first one failed: it may have failed because another had given up."""
         self.stop_signal: int | None = None
         self.saving_since: float | None = None
         """Since when rank 0 knows of a Ctrl-C."""
         self.stopping_since: float | None = None
         """Since when all ranks have been told to end."""
 
-    def run(self, reasons: Listener) -> int:
+    def run(self) -> int:
         while self._living():
             # The kernel merges the SIGCHLDs of ranks that end together, so look at least once a second.
             event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
@@ -214,7 +225,7 @@ class _Watch:
                 allowed_s = self.grace_s if self.stopping_since is not None else self.save_s
                 self._kill(f"still running {allowed_s:g} s after it was asked to stop")
         self._note_failures(None)
-        return self._report(reasons.heard())
+        return self._report()
 
     def _living(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.process.poll() is None]
@@ -245,6 +256,7 @@ class _Watch:
             # They ended between the wait and this look; the signal that is kept is the first one's.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
+        self.told_before = self._reasons()
         self._ask_to_stop()
 
     def _on_stop_signal(self, signum: int) -> None:
@@ -276,7 +288,7 @@ class _Watch:
         if self._living():
             raise FipoError(f"{_names(self._living())} outlived SIGKILL by {_KILL_TIMEOUT_S:.0f} s")
 
-    def _report(self, reasons: list[Reason]) -> int:
+    def _report(self) -> int:
         failure, signum = self.first_failure, self.stop_signal
         if failure is not None and signum is not None and failure.process.returncode in (-signum, 128 + signum):
             failure = None  # it did as it was asked to
@@ -291,13 +303,16 @@ class _Watch:
             _write("\033[?25h")
         code = failure.process.returncode
         how = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-        first = next((reason for reason in reasons if reason.rank == failure.number), None)
-        if code > 0 and first is not None:
-            raise RunFailed(first.text, first.exit_code)
-        _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
-        if reasons:
-            raise RunFailed(reasons[0].text, reasons[0].exit_code)
+        explained = failure.listener.heard() or next(iter(self.told_before), None)
+        if code < 0 or explained is None:
+            _say(f"rank {failure.number} of {len(self.ranks)} failed first ({how}){_tail(failure)}")
+        if told := explained or next(iter(self._reasons()), None):
+            raise RunFailed(told.text, told.exit_code)
         return code if code > 0 else 128 - code
+
+    def _reasons(self) -> list[Reason]:
+        """What ranks have told so far."""
+        return [reason for rank in self.ranks if (reason := rank.listener.heard())]
 
 
 def _tail(rank: _Rank) -> str:

@@ -37,6 +37,8 @@ from megatron_fipo.tracking.run_files import kept_config
 FLAGS = ("-m", "--multirun")
 _DIRECTORY = "run.directory"
 _LONGEST_NAME = 120
+_WIDTH_OF_FILES = 250
+"""Columns of a table that goes to no terminal: nothing in it is broken."""
 _UNUSUAL = re.compile(r"[^\w.+-]+")
 
 
@@ -95,7 +97,8 @@ def sweep(arguments: Sequence[str]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"interrupted\nthe same runs go on with\n  {going_on(directory)}", flush=True)
         sys.exit(130)
-    Console(highlight=False, markup=False).print(_table(outcomes))
+    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+    Console(highlight=False, markup=False, width=width).print(_table(outcomes))
     sys.exit(1 if any(outcome.failed for outcome in outcomes) else 0)
 
 

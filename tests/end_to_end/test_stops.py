@@ -44,6 +44,7 @@ def stopped(server: RolloutService, directory: Path, *overrides: str) -> str:
     settings = [*SMALL, "rollout.servers=0", address, "rollout.weight_transfer=process_group", *overrides]
     output = runs.finish(runs.start(directory, *settings, token=token), directory, exit_code=1)
     assert "Traceback" not in output, output
+    assert output.count("error: ") == 1 and "failed first" not in output, output
     assert not runs.rows(directory), "it trained on what is wrong"
     return output
 
@@ -73,3 +74,4 @@ def test_a_problem_that_cannot_be_read(tmp_path: Path) -> None:
     output = runs.finish(runs.start(tmp_path / "run", *settings), tmp_path / "run", exit_code=1)
     assert f"error: {bad}, row 2, column answer: is a list; an answer is a text or a number\n" in output
     assert "Traceback" not in output, output
+    assert output.count("error: ") == 1 and "failed first" not in output, output

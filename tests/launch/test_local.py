@@ -285,6 +285,29 @@ def test_a_refusal_is_one_line_from_one_process(start, tmp_path, world_size):
 
 
 @starts_processes
+def test_a_rank_that_fails_because_another_has_given_up_is_not_shown(start):
+    """Rank 0 has told why, and still closes its servers when rank 1 finds it gone."""
+    script = """
+from megatron_fipo.config.configure import refusals_in_one_line
+from megatron_fipo.errors import FipoError
+from megatron_fipo.reasons import told_at_once
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == 1:
+    while not (directory / "told").exists(): time.sleep(0.01)
+    sys.exit("lost the connection")
+with refusals_in_one_line():
+    try:
+        with told_at_once():
+            raise FipoError("the reason")
+    finally:
+        (directory / "told").touch()
+        time.sleep(1)
+"""
+    status, _, errors = start(2, script).finish()
+    assert (status, errors) == (1, "error: the reason\n")
+
+
+@starts_processes
 def test_a_rank_that_fails_without_a_reason_is_shown_beside_the_reason_of_another(start):
     """That of rank 0 may only follow from what has happened to rank 1."""
     script = """
