@@ -10,6 +10,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
+from megatron_fipo.launch.placement import check_placement, has_room_to_sample, on_one_node, utilisation
 from megatron_fipo.launch.timing import StepTime, step_time
 from megatron_fipo.weights.architectures import Geometry
 
@@ -66,7 +67,11 @@ def trainer_world_size(config: Config) -> int:
 
 
 def estimate(config: Config, geometry: Geometry) -> Estimate:
-    """Memory and time of a run. Raises ConfigError for a layout that does not divide the ranks or the model."""
+    """Memory and time of a run.
+
+    Raises:
+        ConfigError: the layout does not divide the ranks or the model, or servers need GPUs that are not there.
+    """
     parallel = config.parallel
     world_size = trainer_world_size(config)
     replica = parallel.tensor * parallel.pipeline * parallel.context
@@ -76,6 +81,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
             f"{world_size} trainer GPUs do not divide by the {replica} of one replica",
             "another layout, cluster.trainer_nodes or cluster.gpus_per_node",
         )
+    check_placement(config, world_size)
     data = world_size // replica
     hardware = config.hardware
     return Estimate(
@@ -90,7 +96,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
 def remedies(config: Config, geometry: Geometry) -> list[str]:
     """Changes, each alone, after which the run fits with room to spare; fastest first, with peak and step time."""
     found = []
-    for text, changed in _changes(config):
+    for text, changed in _changes(config, geometry):
         try:
             result = estimate(changed, geometry)
         except ConfigError:
@@ -101,7 +107,43 @@ def remedies(config: Config, geometry: Geometry) -> list[str]:
     return [text for _, text in sorted(found)]
 
 
-def _changes(config: Config) -> Iterator[tuple[str, Config]]:
+def one_node(config: Config, geometry: Geometry) -> tuple[str, Estimate] | None:
+    """Overrides by which the run fits on one node whose GPUs trainer and servers share, the fastest such; or None."""
+    found: list[tuple[str, Estimate]] = []
+    for width in (1, 2, 4, 8):
+        if config.cluster.gpus_per_node % width:
+            continue
+        changed = on_one_node(config, width)
+        try:
+            changed.rollout.gpu_memory_utilization = _largest_share(changed, geometry)
+            result = estimate(changed, geometry)
+        except ConfigError:
+            continue
+        if result.fits and not result.tight and has_room_to_sample(changed, geometry):
+            found.append((_one_node_overrides(config, changed), result))
+    return min(found, key=lambda pair: pair[1].time.total, default=None)
+
+
+def _one_node_overrides(before: Config, after: Config) -> str:
+    rollout = after.rollout
+    texts = [
+        "cluster.trainer_nodes=1 cluster.rollout_nodes=0",
+        "parallel.data=null" if before.parallel.data is not None else "",
+        "rollout.addresses=[]" if before.rollout.addresses else "",
+        f"rollout.shared_gpu=true rollout.weight_transfer={rollout.weight_transfer}",
+        f"rollout.servers={rollout.servers} rollout.tensor_parallel={rollout.tensor_parallel}",
+        f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}",
+    ]
+    return " ".join(text for text in texts if text)
+
+
+def _largest_share(config: Config, geometry: Geometry) -> float:
+    """Of a GPU for a shared server, with room to spare; 0 where the trainer leaves none."""
+    current = estimate(config, geometry)
+    return round(max(0.0, utilisation(config, current.stages, (1 - _TIGHT) * current.usable_bytes)), 2)
+
+
+def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]:
     parallel, longest = config.parallel, longest_sequence(config)
     part = -(-longest // (2 * parallel.context))
     options: list[dict[str, Any]] = [
@@ -115,6 +157,13 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         {"parallel.tensor": parallel.tensor * 2, "parallel.sequence": True},
         {"cluster.trainer_nodes": config.cluster.trainer_nodes * 2},
     ]
+    if config.rollout.shared_gpu:
+        share = _largest_share(config, geometry)
+        if 0 < share < config.rollout.gpu_memory_utilization:
+            options.append({"rollout.gpu_memory_utilization": share})
+    if parallel.tensor > config.cluster.gpus_per_node:
+        across = parallel.tensor // config.cluster.gpus_per_node
+        options.append({"parallel.tensor": parallel.tensor // across, "parallel.pipeline": parallel.pipeline * across})
     if longest < parallel.micro_batch_tokens:
         options.append({"parallel.micro_batch_tokens": longest})
     for option in options:
