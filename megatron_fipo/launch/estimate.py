@@ -161,9 +161,7 @@ def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]
         share = _largest_share(config, geometry)
         if 0 < share < config.rollout.gpu_memory_utilization:
             options.append({"rollout.gpu_memory_utilization": share})
-    if parallel.tensor > config.cluster.gpus_per_node:
-        across = parallel.tensor // config.cluster.gpus_per_node
-        options.append({"parallel.tensor": parallel.tensor // across, "parallel.pipeline": parallel.pipeline * across})
+    options += _within_a_node(config)
     if longest < parallel.micro_batch_tokens:
         options.append({"parallel.micro_batch_tokens": longest})
     for option in options:
@@ -172,6 +170,24 @@ def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]
             section, name = key.split(".")
             setattr(getattr(changed, section), name, value)
         yield " ".join(f"{key}={str(value).lower()}" for key, value in option.items()), changed
+
+
+def _within_a_node(config: Config) -> list[dict[str, Any]]:
+    """Layouts as large as one whose tensor parallelism leaves its node, but within it; with less memory too."""
+    parallel, gpus = config.parallel, config.cluster.gpus_per_node
+    if parallel.tensor <= gpus:
+        return []
+    across = -(-parallel.tensor // gpus)
+    deeper = {"parallel.tensor": gpus, "parallel.sequence": gpus > 1, "parallel.pipeline": parallel.pipeline * across}
+    context = parallel.context * across
+    part = -(-longest_sequence(config) // context)
+    wider = {
+        "parallel.tensor": gpus,
+        "parallel.sequence": gpus > 1,
+        "parallel.context": context,
+        "parallel.micro_batch_tokens": min(parallel.micro_batch_tokens, part),
+    }
+    return [layout | more for layout in (deeper, wider) for more in ({}, {"model.recompute": "full"})]
 
 
 def geometry_directory(model_path: str) -> tuple[Path, bool]:

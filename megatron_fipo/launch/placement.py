@@ -80,9 +80,7 @@ def _tensor_across_nodes(config: Config, geometry: Geometry, data_parallel_size:
     tensor, gpus = config.parallel.tensor, config.cluster.gpus_per_node
     return (
         f"parallel.tensor: {tensor} ranks are on {math.ceil(tensor / gpus)} nodes of {gpus} GPUs, and each layer "
-        f"goes over the network: log-probs take {there:,.0f} s, within a node {here:,.0f} s; "
-        f"parallel.tensor={gpus} parallel.pipeline={config.parallel.pipeline * math.ceil(tensor / gpus)} "
-        "keeps as many GPUs in a replica"
+        f"goes over the network: log-probs take {there:,.0f} s, within a node {here:,.0f} s"
     )
 
 
