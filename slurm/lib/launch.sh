@@ -33,13 +33,15 @@ step() {
   srun --overlap --kill-on-bad-exit=1 --wait=0 --cpu-bind=none "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
 }
 
-# One process: in the container, if there is one, since only that may have what it needs. pyxis is srun's, and so is not
-# on a login node; there the interpreter has to be one of the host's.
+# One process: in the container, if there is one, since only that may have what it needs. pyxis is srun's, and so not on a
+# login node; there it has to be an interpreter of the host.
 alone() {
   if [ "${#container[@]}" -gt 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     step --nodes=1 --ntasks=1 "$@"
   elif [ "${#inside[@]}" -gt 0 ] && command -v "${inside[0]}" >/dev/null; then
     "${inside[@]}" "$@"
+  elif [ "$1" = "$python" ]; then
+    "$host_python" "${@:2}"
   else
     "$@"
   fi

@@ -2,7 +2,7 @@
 # Sourced by launch.sh. slurm/site.example.sh explains every FIPO_… variable; megatron_fipo/launch/site.py checks them.
 # shellcheck shell=bash disable=SC2034 # launch.sh reads what is set here
 
-# Sets site, python, container (options of srun), inside (what goes before a command), site_options (of sbatch) and runs.
+# Sets site, python, host_python, container (options of srun), inside (what goes before a command), site_options (of sbatch) and runs.
 site_values() {
   site=${FIPO_SITE:-$FIPO_ROOT/slurm/site.sh}
   # shellcheck source=/dev/null
@@ -21,8 +21,11 @@ site_values() {
   [ -z "${FIPO_QOS:-}" ] || site_options+=("--qos=$FIPO_QOS")
 }
 
-# Modules and environments of the host; in a container the image has them.
+# Modules and environments of the host; in a container the image has them. Sets python, and host_python for what runs
+# outside the container.
 load_software() {
+  python=${FIPO_PYTHON:-$FIPO_ROOT/.venv/bin/python}
+  set +u # the scripts of modules and conda read variables that are not set
   if [ -n "${FIPO_MODULES:-}" ]; then
     # A batch script's shell has not always read what defines the command.
     # shellcheck source=/dev/null
@@ -31,14 +34,13 @@ load_software() {
     module load $FIPO_MODULES || die 2 "$site: FIPO_MODULES=$FIPO_MODULES cannot be loaded"
   fi
   if [ -n "${FIPO_ACTIVATE:-}" ]; then
-    set +u # conda's scripts read variables that are not set
     # shellcheck source=/dev/null disable=SC2086 # conda's takes the environment's name
     . $FIPO_ACTIVATE || die 2 "$site: FIPO_ACTIVATE=$FIPO_ACTIVATE failed"
-    set -u
     python=${FIPO_PYTHON:-python}
-  else
-    python=${FIPO_PYTHON:-$FIPO_ROOT/.venv/bin/python}
   fi
+  set -u
+  host_python=$python
+  command -v "$python" >/dev/null || host_python=$FIPO_ROOT/.venv/bin/python
 }
 
 # Where models, problems, runs and caches are. conf/ reads FIPO_MODELS and FIPO_DATA.
@@ -80,7 +82,7 @@ gpu_options() {
 
 # On a login node: have what is wrong in the site's file said in a line each, before a job waits in the queue for it.
 check_site() {
-  if [ -s "$site" ] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    "$python" -m megatron_fipo.launch.site "$site" || exit $?
+  if [ -s "$site" ] && "$host_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    "$host_python" -m megatron_fipo.launch.site "$site" || exit $?
   fi
 }

@@ -55,6 +55,46 @@ def test_a_site_file_that_is_named_has_to_exist(tmp_path: Path) -> None:
     assert ended.returncode == 2 and "none.sh does not exist" in ended.stderr
 
 
+def test_paths_caches_and_options_are_the_sites(tmp_path: Path) -> None:
+    """A cache that the site has elsewhere stays there, and the hub is out of reach unless the site says otherwise."""
+    site = tmp_path / "site.sh"
+    site.write_text(
+        "FIPO_PARTITION=gpu FIPO_ACCOUNT=project FIPO_QOS=high FIPO_GRES=gpu:a100 FIPO_MODELS=/m FIPO_RUNS=/r\n"
+        "FIPO_CACHE=/c TRITON_CACHE_DIR=/tmp/triton\n"
+    )
+    shown = (
+        '"$HF_HOME" "$TRITON_CACHE_DIR" "$VLLM_CACHE_ROOT" "$HF_HUB_OFFLINE" "$runs" "$(bash -c \'echo $FIPO_MODELS\')"'
+    )
+    script = f'{SOURCE} printf "%s\\n" "${{site_options[@]}}" "$(gpu_options 4)" {shown}'
+    ended = run(script, FIPO_SITE=str(site))
+    assert ended.stdout.splitlines() == [
+        *("--partition=gpu", "--account=project", "--qos=high", "--gres=gpu:a100:4"),
+        *("/c/huggingface", "/tmp/triton", "/c/vllm", "1", "/r", "/m"),
+    ], ended.stderr
+    plain = run(SOURCE + 'gpu_options 8; echo " $runs $HF_HUB_OFFLINE"', FIPO_SITE="/dev/null", FIPO_OFFLINE="0")
+    assert plain.stdout == "--gpus-per-node=8 runs 0\n"
+
+
+def test_modules_and_an_environment_are_loaded(tmp_path: Path) -> None:
+    """Their scripts may read variables that are not set, as conda's do; the interpreter is then the environment's."""
+    activate = tmp_path / "activate"
+    activate.write_text('echo "activate $1$UNSET"\n')
+    site = tmp_path / "site.sh"
+    site.write_text(f"FIPO_MODULES='gcc/13 cuda/13' FIPO_ACTIVATE='{activate} fipo'\n")
+    script = 'module() { echo "module $*"; }; ' + SOURCE + 'echo "$python"; set -o | grep nounset'
+    told = run(script, FIPO_SITE=str(site)).stdout.split()
+    assert told == ["module", "load", "gcc/13", "cuda/13", "activate", "fipo", "python", "nounset", "on"]
+    site.write_text("FIPO_MODULES=cuda/99\n")
+    ended = run("module() { return 1; }; " + SOURCE, FIPO_SITE=str(site))
+    assert ended.returncode == 2 and "FIPO_MODULES=cuda/99 cannot be loaded" in ended.stderr
+
+
+def test_an_interpreter_of_the_image_is_not_looked_for_on_the_login_node() -> None:
+    values = {"FIPO_SITE": "/dev/null", "FIPO_CONTAINER_IMAGE": "x.sqsh", "FIPO_PYTHON": "/opt/fipo/bin/python"}
+    ended = run(SOURCE + 'host_python=echo; alone "$python" -m x; site_values; echo "$host_python"', **values)
+    assert ended.stdout == f"-m x\n{ROOT}/.venv/bin/python\n"
+
+
 APPTAINER = """#!/bin/bash
 # apptainer exec [--nv] [--bind MOUNTS] [--pwd DIRECTORY] IMAGE COMMAND...
 printf '%s\\n' "$*" >>"{log}"
