@@ -5,6 +5,9 @@ found out on the cluster. The expected bytes and seconds are worked out from the
 Not covered: a shared GPU itself, which docs/gpu.md reports on.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_fipo.config import Config
@@ -128,3 +131,15 @@ def test_what_has_no_gpus_or_no_fp8_is_refused(overrides: list[str], key: str, m
     with pytest.raises(ConfigError) as refused:
         told("experiment=fipo_7b", *overrides)
     assert str(refused.value).startswith(f"{key}: ") and mend in str(refused.value)
+
+
+def test_the_commands_of_the_cluster_page_fit() -> None:
+    """Those for nodes of four GPUs and for one node, on an H100, as the page says."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    slurm/(\w+)\.sh((?: +\S+=\S+){3,})", page, re.MULTILINE)
+    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_7b"]
+    for (experiment, overrides), gpus in zip(commands, (4, 8), strict=True):
+        start = [f"experiment={experiment}", f"cluster.gpus_per_node={gpus}", *overrides.split()]
+        assert told(*start)[2].fits and notes_of(*start) == []
+    proposed = one_node(*told("experiment=fipo_7b")[:2])
+    assert proposed is not None and proposed[0].split() == commands[1][1].split()
