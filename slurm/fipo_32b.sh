@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # FIPO on Qwen2.5-32B, the published recipe.
 #
-#   sbatch --account=… --partition=… slurm/fipo_32b.sh [OVERRIDE...]     from the checkout
-#   slurm/fipo_32b.sh [OVERRIDE...]            checks the overrides first and asks for as many nodes as they want
+#   slurm/fipo_32b.sh [OVERRIDE...]           checks site and overrides, and asks for the nodes and GPUs that they want
+#   sbatch --account=… --partition=… --gpus-per-node=8 slurm/fipo_32b.sh [OVERRIDE...]     from the checkout
 #
-# Nodes: cluster.trainer_nodes + cluster.rollout_nodes. Site values and everything else: docs/cluster.md.
+# Nodes: cluster.trainer_nodes + cluster.rollout_nodes. Site values: slurm/site.example.sh. Everything else: docs/cluster.md.
 #SBATCH --job-name=fipo_32b
 #SBATCH --nodes=16
-#SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue

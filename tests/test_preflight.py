@@ -58,6 +58,7 @@ def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     first = report["stages"][0]
     assert (first["weights"], first["gradients"], first["optimizer"]) == (built[0] * 2, built[0] * 4, built[0] * 6)
     assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
+    assert "16 rollout servers on 8 nodes of their own" in ended.stdout
     assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
     assert ended.peak_bytes < 2 * GIB
 
@@ -99,6 +100,20 @@ def test_a_run_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_that_leaves_no_room_on_a_shared_gpu(tmp_path: Path) -> None:
+    """It does not fit, what would is said, and so is a whole command for the node."""
+    shared = ["rollout=shared_gpu", "rollout.servers=8", "rollout.gpu_memory_utilization=0.95"]
+    ended = run(
+        "preflight", tmp_path, "experiment=fipo_7b", "cluster.trainer_nodes=1", "cluster.rollout_nodes=0", *shared
+    )
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert "96.9 of 74.6 GiB" in ended.stdout and "GiB too much" in ended.stdout
+    assert "8 rollout servers on 8 of the trainer's GPUs, in turns" in ended.stdout
+    assert "would fit with rollout.gpu_memory_utilization=0.55" in ended.stdout
+    assert "on one node of 8: cluster.trainer_nodes=1 cluster.rollout_nodes=0 rollout.shared_gpu=true" in ended.stdout
+
+
+@pytest.mark.slow
 def test_a_bad_override_is_refused(tmp_path: Path) -> None:
     ended = run("preflight", tmp_path, "experiment=fipo_32b", "parallel.tensor=3")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
@@ -106,7 +121,7 @@ def test_a_bad_override_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
-@pytest.mark.parametrize("hardware", ["h100", "h200", "b200"])
+@pytest.mark.parametrize("hardware", ["a100", "h100", "h200", "gh200", "b200", "gb200"])
 def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
     config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
     found = estimate(config, read_architecture(geometry_directory(config.model.path)[0]))

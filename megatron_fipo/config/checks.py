@@ -210,6 +210,7 @@ def _sampling(config: Config) -> Iterator[str]:
 def _service(config: Config) -> Iterator[str]:
     rollout = config.rollout
     _check_host(rollout.host)
+    _check_rollout_nodes(config)
     _check_shared_gpu(config)
     if rollout.servers and rollout.addresses:
         raise ConfigError(
@@ -265,6 +266,16 @@ def _check_host(host: str) -> None:
     address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:0.0.0.0 is all of this machine's too
     if address.is_unspecified or address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
         raise ConfigError("rollout.host", f"{host} is no single address of a machine", remedy)
+
+
+def _check_rollout_nodes(config: Config) -> None:
+    cluster, width = config.cluster, config.rollout.tensor_parallel
+    if cluster.rollout_nodes and width > cluster.gpus_per_node:
+        raise ConfigError(
+            "rollout.tensor_parallel",
+            f"a server of {width} GPUs does not fit on a rollout node of {cluster.gpus_per_node}",
+            f"rollout.tensor_parallel={cluster.gpus_per_node} or fewer",
+        )
 
 
 def _check_one_gpu(config: Config) -> None:
@@ -338,5 +349,6 @@ def _check_servers(config: Config) -> None:
         raise ConfigError(
             "rollout.addresses",
             "there is no server to sample from",
-            "rollout.servers=1 starts one here; rollout.addresses=[http://HOST:PORT] uses running ones",
+            "rollout.servers=1 starts one here, with rollout.shared_gpu=true on the trainer's GPUs; "
+            "rollout.addresses=[http://HOST:PORT] uses running ones; on a cluster cluster.rollout_nodes=1 or more",
         )

@@ -15,6 +15,10 @@ def precision(config: Config) -> Iterator[str]:
         )
     if model.fp8 != "off" and model.dtype != "bfloat16":
         raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
+    if model.fp8 != "off" and config.hardware.fp8_tflops is None:
+        raise ConfigError(
+            "model.fp8", f"{config.hardware.name} has no FP8", "model.fp8=off, or hardware=h100 or another that has"
+        )
     if model.fp8_parameter_gather:
         _check_parameter_gather(config)
     if model.fp8 == "delayed":

@@ -35,8 +35,11 @@ class HardwareConfig:
         maximum=10**6,
     )
     bf16_tflops: float = setting(989.0, "Dense BF16 peak, in TFLOP/s.", minimum=0.001, maximum=10**9)
-    fp8_tflops: float = setting(
-        1979.0, "Dense FP8 peak, in TFLOP/s; read when model.fp8 is on.", minimum=0.001, maximum=10**9
+    fp8_tflops: float | None = setting(
+        1979.0,
+        "Dense FP8 peak, in TFLOP/s; read when model.fp8 is on. null: there is no FP8.",
+        minimum=0.001,
+        maximum=10**9,
     )
     memory_gb_s: float = setting(3350.0, "Memory bandwidth, in GB/s.", minimum=0.001, maximum=10**9)
     node_gb_s: float = setting(
@@ -44,6 +47,9 @@ class HardwareConfig:
     )
     network_gb_s: float = setting(
         50.0, "One GPU's bandwidth to other nodes, one direction, in GB/s.", minimum=0.001, maximum=10**9
+    )
+    gpus_per_node: int | None = setting(
+        8, "GPUs of a node as they are sold; more in cluster.gpus_per_node is a warning.", minimum=1, maximum=128
     )
     compute_efficiency: float = setting(
         0.69, "Share of the peak that matrix products reach; measured: docs/gpu.md.", maximum=1, minimum=0.001

@@ -12,6 +12,7 @@ from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
+from megatron_fipo.launch.placement import check_placement, has_room_to_sample, on_one_node, utilisation
 from megatron_fipo.launch.timing import StepTime, step_time
 from megatron_fipo.weights.architectures import Geometry
 
@@ -70,7 +71,9 @@ def trainer_world_size(config: Config) -> int:
 def estimate(config: Config, geometry: Geometry) -> Estimate:
     """Memory and time of a run on GPUs.
 
-    Raises ConfigError for a layout that does not divide the ranks or the model, or cannot have the model's window.
+    Raises:
+        ConfigError: the layout does not divide the ranks or the model, servers need GPUs that are not there, or the
+            layers cannot have the model's window.
     """
     if config.model.layers != "local":
         check_window(config, geometry)
@@ -83,6 +86,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
             f"{world_size} trainer GPUs do not divide by the {replica} of one replica",
             "another layout, cluster.trainer_nodes or cluster.gpus_per_node",
         )
+    check_placement(config, world_size)
     data = world_size // replica
     hardware = config.hardware
     return Estimate(
@@ -97,7 +101,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
 def remedies(config: Config, geometry: Geometry) -> list[str]:
     """Changes, each alone, after which the run fits with room to spare; fastest first, with peak and step time."""
     found = []
-    for text, changed in _changes(config):
+    for text, changed in _changes(config, geometry):
         try:
             result = estimate(changed, geometry)
         except ConfigError:
@@ -108,7 +112,43 @@ def remedies(config: Config, geometry: Geometry) -> list[str]:
     return [text for _, text in sorted(found)]
 
 
-def _changes(config: Config) -> Iterator[tuple[str, Config]]:
+def one_node(config: Config, geometry: Geometry) -> tuple[str, Estimate] | None:
+    """Overrides by which the run fits on one node whose GPUs trainer and servers share, the fastest such; or None."""
+    found: list[tuple[str, Estimate]] = []
+    for width in (1, 2, 4, 8):
+        if config.cluster.gpus_per_node % width:
+            continue
+        changed = on_one_node(config, width)
+        try:
+            changed.rollout.gpu_memory_utilization = _largest_share(changed, geometry)
+            result = estimate(changed, geometry)
+        except ConfigError:
+            continue
+        if result.fits and not result.tight and has_room_to_sample(changed, geometry):
+            found.append((_one_node_overrides(config, changed), result))
+    return min(found, key=lambda pair: pair[1].time.total, default=None)
+
+
+def _one_node_overrides(before: Config, after: Config) -> str:
+    rollout = after.rollout
+    texts = [
+        "cluster.trainer_nodes=1 cluster.rollout_nodes=0",
+        "parallel.data=null" if before.parallel.data is not None else "",
+        "rollout.addresses=[]" if before.rollout.addresses else "",
+        f"rollout.shared_gpu=true rollout.weight_transfer={rollout.weight_transfer}",
+        f"rollout.servers={rollout.servers} rollout.tensor_parallel={rollout.tensor_parallel}",
+        f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}",
+    ]
+    return " ".join(text for text in texts if text)
+
+
+def _largest_share(config: Config, geometry: Geometry) -> float:
+    """Of a GPU for a shared server, with room to spare; 0 where the trainer leaves none."""
+    current = estimate(config, geometry)
+    return round(max(0.0, utilisation(config, current.stages, (1 - _TIGHT) * current.usable_bytes)), 2)
+
+
+def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]:
     parallel, longest = config.parallel, longest_sequence(config)
     part = -(-longest // (2 * parallel.context))
     options: list[dict[str, Any]] = [
@@ -122,6 +162,11 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
         {"parallel.tensor": parallel.tensor * 2, "parallel.sequence": True},
         {"cluster.trainer_nodes": config.cluster.trainer_nodes * 2},
     ]
+    if config.rollout.shared_gpu:
+        share = _largest_share(config, geometry)
+        if 0 < share < config.rollout.gpu_memory_utilization:
+            options.append({"rollout.gpu_memory_utilization": share})
+    options += _within_a_node(config)
     if longest < parallel.micro_batch_tokens:
         options.append({"parallel.micro_batch_tokens": longest})
     for option in options:
@@ -130,6 +175,24 @@ def _changes(config: Config) -> Iterator[tuple[str, Config]]:
             section, name = key.split(".")
             setattr(getattr(changed, section), name, value)
         yield " ".join(f"{key}={str(value).lower()}" for key, value in option.items()), changed
+
+
+def _within_a_node(config: Config) -> list[dict[str, Any]]:
+    """Layouts as large as one whose tensor parallelism leaves its node, but within it; with less memory too."""
+    parallel, gpus = config.parallel, config.cluster.gpus_per_node
+    if parallel.tensor <= gpus:
+        return []
+    across = -(-parallel.tensor // gpus)
+    deeper = {"parallel.tensor": gpus, "parallel.sequence": gpus > 1, "parallel.pipeline": parallel.pipeline * across}
+    context = parallel.context * across
+    part = -(-longest_sequence(config) // context)
+    wider = {
+        "parallel.tensor": gpus,
+        "parallel.sequence": gpus > 1,
+        "parallel.context": context,
+        "parallel.micro_batch_tokens": min(parallel.micro_batch_tokens, part),
+    }
+    return [layout | more for layout in (deeper, wider) for more in ({}, {"model.recompute": "full"})]
 
 
 def geometry_directory(model_path: str) -> tuple[Path, bool]:

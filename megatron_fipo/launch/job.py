@@ -12,6 +12,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.launch.placement import check_placement
 
 _LATER = "http://rollout-node:8000"
 
@@ -24,8 +25,10 @@ def main(config: Config) -> None:
         # The addresses and the token that the job will give.
         complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
         os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
-    for warning in check(complete, world_size=cluster.trainer_nodes * cluster.gpus_per_node):
+    world_size = cluster.trainer_nodes * cluster.gpus_per_node
+    for warning in check(complete, world_size=world_size):
         print(f"warning: {warning}", file=sys.stderr)
+    check_placement(complete, world_size)
     facts = {
         "trainer_nodes": cluster.trainer_nodes,
         "rollout_nodes": cluster.rollout_nodes,

@@ -33,13 +33,21 @@ class StageMemory:
     working: int
     """What a layer's backward pass holds beside what was kept for it: gradients, and tokens gathered for it."""
     refit: int
-    """A bucket of a weight update, its packed copy and the tensor being gathered."""
+    """A bucket of a weight update, its packed copy and the tensor being gathered, beside the weights of a server that
+    shares the GPU."""
+    server: int = 0
+    """Of a server that shares the GPU, while it samples; it sleeps during updates."""
+
+    @property
+    def always(self) -> int:
+        """What the trainer never gives back."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The peak: what is always there, and the larger of an update's and a weight update's needs."""
+        """The peak: what is always there, and the largest need of an update, a weight update and a shared server."""
         update = self.activations + max(self.logits, self.working)
-        return self.weights + self.gradients + self.optimizer + max(update, self.refit)
+        return self.always + max(update, self.refit, self.server)
 
 
 def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) -> list[StageMemory]:
@@ -50,6 +58,7 @@ def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) ->
     stages = []
     for stage in range(parallel.pipeline):
         count = counts[stage]
+        shares = _shares_a_gpu(config, stage, data_parallel_size)
         stages.append(
             StageMemory(
                 stage=stage,
@@ -60,7 +69,8 @@ def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) ->
                 activations=_activation_bytes(config, geometry, stage, data_parallel_size),
                 logits=_log_prob_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0,
                 working=_working_bytes(config, geometry, stage),
-                refit=_refit_bytes(config, geometry),
+                refit=_refit_bytes(config, geometry) + (server_weights(config, geometry) if shares else 0),
+                server=int(config.rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB) if shares else 0,
             )
         )
     return stages
@@ -78,6 +88,12 @@ def model_sizes(geometry: Geometry) -> tuple[int, int]:
     exported = (entry for entry in parameters(geometry).values() if entry.exported)
     sizes = [math.prod(shape) for entry in exported for shape in entry.shapes]
     return sum(sizes), max(sizes)
+
+
+def server_weights(config: Config, geometry: Geometry) -> int:
+    """Bytes of the model's weights on each GPU of one server."""
+    width = 2 if config.rollout.dtype == "bfloat16" else 4
+    return math.ceil(model_sizes(geometry)[0] * width / config.rollout.tensor_parallel)
 
 
 def longest_sequence(config: Config) -> int:
@@ -118,6 +134,13 @@ def layer_bytes_per_token(config: Config, geometry: Geometry) -> float:
     # zero, too.
     feed_forward = (5 if local else 3) * geometry.ffn_hidden_size * width
     return 2 * norm / _sequence_cut(config) + rotary + (attention + feed_forward) / tensor
+
+
+def _shares_a_gpu(config: Config, stage: int, data_parallel_size: int) -> bool:
+    """Whether a rank of the stage is on a server's GPU: servers take the first ones of the first node."""
+    parallel, rollout = config.parallel, config.rollout
+    first_rank = stage * parallel.tensor * parallel.context * data_parallel_size
+    return rollout.shared_gpu and first_rank < rollout.servers * rollout.tensor_parallel
 
 
 def _width(config: Config) -> int:

@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     settings = dataclasses.replace(
         config.rollout,
         addresses=[],
-        servers=max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel),
+        servers=config.cluster.gpus_per_node // config.rollout.tensor_parallel,
         host=own_address(node, os.environ.get("GLOO_SOCKET_IFNAME"), int(os.environ["SLURM_JOB_NUM_NODES"])),
     )
     place = Path(config.run.directory) / "rollout" / node

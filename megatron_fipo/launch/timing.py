@@ -122,7 +122,8 @@ def _products_s(config: Config, geometry: Geometry, length: float) -> float:
     attended = 2 * geometry.num_layers * query * 2 * _attended(geometry, length)
     attention = attended / min(1.0, geometry.head_dim / _ATTENTION_HEAD)
     seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
-    seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
+    if hardware.fp8_tflops is not None:  # else nothing is in FP8: estimate() has refused it
+        seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
     return seconds / hardware.compute_efficiency
 
 
@@ -148,19 +149,21 @@ def _communication_s(config: Config, geometry: Geometry, tokens_of_rank: float) 
 
 
 def _reduce_s(config: Config, geometry: Geometry, data_parallel_size: int) -> float:
-    """Seconds of one update's gradient reduction (fp32) and gathering of new weights, over the network."""
+    """Seconds of one update's gradient reduction (fp32) and gathering of new weights, over the network or in a node."""
     parallel, hardware = config.parallel, config.hardware
     replicas = data_parallel_size * parallel.context
     width = 2 if config.model.dtype == "bfloat16" else 4
     held = model_sizes(geometry)[0] / (parallel.tensor * parallel.pipeline)
     sent = held * (4 + width) * (replicas - 1) / replicas
-    return sent / (hardware.network_gb_s * 1e9 * hardware.bandwidth_efficiency)
+    ranks = parallel.tensor * parallel.pipeline * replicas
+    gb_s = hardware.node_gb_s if ranks <= config.cluster.gpus_per_node else hardware.network_gb_s
+    return sent / (gb_s * 1e9 * hardware.bandwidth_efficiency)
 
 
 def rollout_servers(config: Config) -> int:
     """vLLM servers of the run: as many as fit on the rollout nodes, or those that it starts itself."""
     if config.cluster.rollout_nodes:
-        return config.cluster.rollout_nodes * max(1, config.cluster.gpus_per_node // config.rollout.tensor_parallel)
+        return config.cluster.rollout_nodes * (config.cluster.gpus_per_node // config.rollout.tensor_parallel)
     return max(1, config.rollout.servers or len(config.rollout.addresses))
 
 

@@ -1,11 +1,4 @@
-# The one launch library of slurm/*.sh. Sourced, with bash.
-#
-# Site values come from sbatch's command line, from the environment, or from one file (FIPO_SITE, or slurm/site.sh):
-#   FIPO_PYTHON             the interpreter, on every node            (.venv/bin/python of the checkout)
-#   FIPO_CONTAINER_IMAGE    image for pyxis' srun options             (none: no container)
-#   FIPO_CONTAINER_MOUNTS   its mounts beside the checkout            (none)
-#   FIPO_NETWORK_INTERFACE  interface of NCCL's and gloo's sockets    (their own choice)
-#   FIPO_SBATCH_OPTIONS     of sbatch, when the script is called and not given to sbatch: --account=… --partition=…
+# The one launch library of slurm/*.sh. Sourced, with bash. What differs from site to site is in site.sh beside it.
 # shellcheck shell=bash
 
 set -uo pipefail
@@ -26,30 +19,29 @@ usage_if_asked() {
   esac
 }
 
-site_values() {
-  local site=${FIPO_SITE:-$FIPO_ROOT/slurm/site.sh}
-  # shellcheck source=/dev/null
-  if [ -e "$site" ]; then . "$site"; elif [ -n "${FIPO_SITE:-}" ]; then die 2 "FIPO_SITE=$site does not exist"; fi
-  python=${FIPO_PYTHON:-$FIPO_ROOT/.venv/bin/python}
-  container=()
-  if [ -n "${FIPO_CONTAINER_IMAGE:-}" ]; then
-    local mounts=$FIPO_ROOT:$FIPO_ROOT${FIPO_CONTAINER_MOUNTS:+,$FIPO_CONTAINER_MOUNTS}
-    container=("--container-image=$FIPO_CONTAINER_IMAGE" "--container-mounts=$mounts" "--container-workdir=$FIPO_ROOT")
-  fi
-  if [ -n "${FIPO_NETWORK_INTERFACE:-}" ]; then
-    export NCCL_SOCKET_IFNAME=$FIPO_NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$FIPO_NETWORK_INTERFACE
-  fi
-  export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-}
+# shellcheck source=slurm/lib/site.sh
+. "${BASH_SOURCE[0]%/*}/site.sh" || exit 1
 
 # All tasks of a step end when one fails, but not because one is done early. A step of this job never waits for another's
 # resources. Its tasks use all cores: bound as a site may do by default, each would have one.
-step() { srun --overlap --kill-on-bad-exit=1 --wait=0 --cpu-bind=none "${container[@]}" "$@"; }
+step() {
+  local options=()
+  while [ "${1#--}" != "$1" ]; do
+    options+=("$1")
+    shift
+  done
+  srun --overlap --kill-on-bad-exit=1 --wait=0 --cpu-bind=none "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
+}
 
-# One process: in the container, if there is one, since only that may have what it needs.
+# One process: in the container, if there is one, since only that may have what it needs. pyxis is srun's, and so not on a
+# login node; there it has to be an interpreter of the host.
 alone() {
   if [ "${#container[@]}" -gt 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     step --nodes=1 --ntasks=1 "$@"
+  elif [ "${#inside[@]}" -gt 0 ] && command -v "${inside[0]}" >/dev/null; then
+    "${inside[@]}" "$@"
+  elif [ "$1" = "$python" ]; then
+    "$host_python" "${@:2}"
   else
     "$@"
   fi
@@ -290,11 +282,11 @@ prepare_directory() {
 submit() {
   local nodes=$1 gpus=() script
   shift
-  if [ "$gpus_per_node" -gt 0 ]; then gpus=("--gpus-per-node=$gpus_per_node"); fi
+  if [ "$gpus_per_node" -gt 0 ]; then gpus=("$(gpu_options "$gpus_per_node")"); fi
   script=$(readlink -f "$0")
   export FIPO_ROOT
   # shellcheck disable=SC2086 # several options
-  exec sbatch --nodes="$nodes" "${gpus[@]}" ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
+  exec sbatch --nodes="$nodes" "${site_options[@]}" "${gpus[@]}" ${FIPO_SBATCH_OPTIONS:-} "$script" "$@"
 }
 
 # launch_run EXPERIMENT [OVERRIDE...]: the whole job. An experiment among the overrides replaces the script's own.
@@ -305,12 +297,17 @@ launch_run() {
   site_values
   cd "$FIPO_ROOT" || exit 1
   case " $*" in *" experiment="*) ;; *) set -- "experiment=$experiment" "$@" ;; esac
+  case " $*" in
+    *" cluster.gpus_per_node="*) ;;
+    *) set -- ${FIPO_GPUS_PER_NODE:+"cluster.gpus_per_node=$FIPO_GPUS_PER_NODE"} "$@" ;;
+  esac
   if [ -z "${SLURM_JOB_ID:-}" ]; then
+    check_site
     read_job "$@"
     submit $((trainer_nodes + rollout_nodes)) "$@"
   fi
   # A requeued job has its number again, and so finds its directory.
-  set -- "run.directory=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
+  set -- "run.directory=$runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
   read_job "$@"
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   prepare_directory "$@"

@@ -1,7 +1,8 @@
 """A real Slurm of several nodes on one machine, without systemd: each node has its own network namespace and name.
 
 A launch that only works on localhost fails here, as it would on a cluster. GPUs are links to /dev/null, so that a job
-may ask for eight. Needs root, and Debian's slurmctld, slurmd, slurm-client, munge and iproute2.
+may ask for eight; two more nodes, of four each, are a partition of their own. Needs root, and Debian's slurmctld,
+slurmd, slurm-client, munge and iproute2.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from typing import Any
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 _SUBNET, _BRIDGE, _GPUS = "10.213.0", "fipo-slurm", 8
+SMALL, _SMALL_NODES, _SMALL_GPUS = "small", 2, 4
+"""The partition of nodes with four GPUs, as many as GH200, GB200 and many A100 nodes have."""
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 _HOSTS, _MARK = Path("/etc/hosts"), "# fipo-slurm"
 
@@ -44,7 +47,8 @@ class Cluster:
     """Nodes node1, node2, …; a context manager, which stops everything and takes the network down."""
 
     def __init__(self, nodes: int):
-        self.names = [f"node{number}" for number in range(1, nodes + 1)]
+        self.names = [f"node{number}" for number in range(1, nodes + _SMALL_NODES + 1)]
+        self._large, self._small = self.names[:nodes], self.names[nodes:]
         # One place, where what a killed test left is found; not pytest's, since a socket's path is short.
         self.directory = Path(tempfile.gettempdir(), "fipo-slurm")
         self.environment = _environment() | {"SLURM_CONF": str(self.directory / "slurm.conf")}
@@ -56,7 +60,7 @@ class Cluster:
             self._write_configuration()
             self._network_up()
             self._start()
-            states = ("sinfo", "-h", "-N", "-p", "all", "-o", "%T")
+            states = ("sinfo", "-h", "-N", "-p", f"all,{SMALL}", "-o", "%T")
             wait_until(lambda: self.run(*states).split() == ["idle"] * len(self.names), 60, self.log)
         except BaseException:
             self._take_down()
@@ -101,7 +105,10 @@ class Cluster:
         (directory / "state").mkdir(mode=0o700)
         for index in range(_GPUS):
             (directory / f"gpu{index}").symlink_to("/dev/null")
-        (directory / "gres.conf").write_text(f"Name=gpu File={directory}/gpu[0-{_GPUS - 1}]\n")
+        (directory / "gres.conf").write_text(
+            f"NodeName={','.join(self._large)} Name=gpu File={directory}/gpu[0-{_GPUS - 1}]\n"
+            f"NodeName={','.join(self._small)} Name=gpu Type=a100 File={directory}/gpu[0-{_SMALL_GPUS - 1}]\n"
+        )
         # Named outright, since autodetection fails where cgroups are not mounted.
         (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = directory / "munge.key"
@@ -109,7 +116,8 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(1024))
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={name} NodeAddr={_SUBNET}.{101 + index} Port=16801 CPUs=64 "
-            f"RealMemory=64000 Gres=gpu:{_GPUS} State=UNKNOWN"
+            f"RealMemory=64000 State=UNKNOWN "
+            + (f"Gres=gpu:a100:{_SMALL_GPUS}" if name in self._small else f"Gres=gpu:{_GPUS}")
             for index, name in enumerate(self.names)
         )
         (directory / "slurm.conf").write_text(
@@ -146,8 +154,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=all Nodes={",".join(self._large)} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
+PartitionName={SMALL} Nodes={",".join(self._small)} MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes={",".join(self._large)} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
         )
 

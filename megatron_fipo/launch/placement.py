@@ -1,0 +1,111 @@
+"""Where trainer and servers are on a job's nodes: what is said of it, what cannot be, and a whole run on one node."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, server_weights
+from megatron_fipo.launch.timing import rollout_servers, step_time
+from megatron_fipo.weights.architectures import Geometry
+
+_UTILISATION_STEP = 0.05
+_LONGEST_AT_ONCE = 8
+"""Longest sequences that a server's cache has to hold at once, so that sampling is not one sequence after the other."""
+
+
+def servers_text(config: Config) -> str:
+    """How many servers the run has, and where."""
+    count, rollout = rollout_servers(config), config.rollout
+    servers = f"{count} rollout server{'s' if count > 1 else ''}"
+    if config.cluster.rollout_nodes:
+        nodes = config.cluster.rollout_nodes
+        return f"{servers} on {nodes} node{'s' if nodes > 1 else ''} of their own"
+    if rollout.addresses:
+        return f"{servers} that already run{'' if count > 1 else 's'}"
+    if rollout.shared_gpu:
+        gpus = rollout.servers * rollout.tensor_parallel
+        return f"{servers} on {gpus} of the trainer's GPUs, in turns"
+    return f"{servers} beside the trainer"
+
+
+def check_placement(config: Config, world_size: int) -> None:
+    """Raise ConfigError where servers that share GPUs take more than the first node has of the trainer's."""
+    rollout = config.rollout
+    here = min(world_size, config.cluster.gpus_per_node)
+    needed = rollout.servers * rollout.tensor_parallel
+    if rollout.shared_gpu and needed > here:
+        raise ConfigError(
+            "rollout.servers",
+            f"{rollout.servers} × rollout.tensor_parallel={rollout.tensor_parallel} needs {needed} GPUs, but the "
+            f"trainer has {here} on the first node",
+            f"rollout.servers={max(1, here // rollout.tensor_parallel)} or fewer"
+            if rollout.tensor_parallel <= here
+            else f"rollout.tensor_parallel={here} or smaller",
+        )
+
+
+def notes(config: Config, geometry: Geometry, world_size: int, data_parallel_size: int) -> Iterator[str]:
+    """What costs more than its user may think, each with its price or its mend."""
+    cluster, rollout, parallel, hardware = config.cluster, config.rollout, config.parallel, config.hardware
+    if parallel.tensor > cluster.gpus_per_node:
+        yield _tensor_across_nodes(config, geometry, data_parallel_size)
+    if hardware.gpus_per_node is not None and cluster.gpus_per_node > hardware.gpus_per_node:
+        yield (
+            f"cluster.gpus_per_node: nodes of {hardware.name} have {hardware.gpus_per_node} GPUs as a rule, not "
+            f"{cluster.gpus_per_node}; cluster.gpus_per_node={hardware.gpus_per_node}, and more nodes"
+        )
+    if cluster.rollout_nodes or rollout.addresses:
+        return
+    here, used = min(world_size, cluster.gpus_per_node), rollout.servers * rollout.tensor_parallel
+    if rollout.shared_gpu and used < world_size:
+        most = here // rollout.tensor_parallel
+        mend = f"; rollout.servers={most} samples on {most * rollout.tensor_parallel}" if most > rollout.servers else ""
+        elsewhere = " (servers are started on the first node alone)" if world_size > here else ""
+        yield (
+            f"rollout.servers: {used} of {world_size} trainer GPUs sample, the others wait meanwhile{elsewhere}{mend}"
+        )
+    if not rollout.shared_gpu and rollout.dtype == "bfloat16" and here + used > cluster.gpus_per_node:
+        yield (
+            f"rollout.servers: {used} GPUs are needed beside the trainer's {here}, but a node has "
+            f"{cluster.gpus_per_node}; rollout=shared_gpu, cluster.rollout_nodes=1, or fewer trainer processes"
+        )
+
+
+def _tensor_across_nodes(config: Config, geometry: Geometry, data_parallel_size: int) -> str:
+    inside = copy.deepcopy(config)
+    inside.hardware.network_gb_s = config.hardware.node_gb_s
+    here, there = (step_time(c, geometry, data_parallel_size).log_probs for c in (inside, config))
+    tensor, gpus = config.parallel.tensor, config.cluster.gpus_per_node
+    return (
+        f"parallel.tensor: {tensor} ranks are on {math.ceil(tensor / gpus)} nodes of {gpus} GPUs, and each layer "
+        f"goes over the network: log-probs take {there:,.0f} s, within a node {here:,.0f} s"
+    )
+
+
+def utilisation(config: Config, stages: list[StageMemory], usable: float) -> float:
+    """The largest share of a GPU that `usable` bytes leave a shared server, in steps of 5 %."""
+    free = usable - max(stage.always for stage in stages)
+    return math.floor(free / (config.hardware.memory_gib * GIB) / _UTILISATION_STEP) * _UTILISATION_STEP
+
+
+def on_one_node(config: Config, tensor_parallel: int) -> Config:
+    """The run with trainer and servers in turns on all GPUs of one node; the servers' share is still to be chosen."""
+    changed = copy.deepcopy(config)
+    changed.cluster.trainer_nodes, changed.cluster.rollout_nodes = 1, 0
+    changed.parallel.data = None
+    rollout = changed.rollout
+    rollout.shared_gpu, rollout.weight_transfer, rollout.addresses = True, "shared_memory", []
+    rollout.tensor_parallel = tensor_parallel
+    rollout.servers = config.cluster.gpus_per_node // tensor_parallel
+    return changed
+
+
+def has_room_to_sample(config: Config, geometry: Geometry) -> bool:
+    """Whether a server's share holds its weights and the cache of some of the longest sequences."""
+    rollout = config.rollout
+    width = 2 if rollout.dtype == "bfloat16" else 4
+    token = 2 * geometry.num_layers * geometry.dimension("key_value") * width / rollout.tensor_parallel
+    needed = server_weights(config, geometry) + _LONGEST_AT_ONCE * longest_sequence(config) * token
+    return needed <= rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB

@@ -1,0 +1,145 @@
+"""Where servers and trainer are, as preflight counts it, on nodes of four and eight GPUs.
+
+Why: a shared GPU's server, tensor parallelism over two nodes and servers without GPUs cost a night each when they are
+found out on the cluster. The expected bytes and seconds are worked out from the configuration, not taken from a run.
+Not covered: a shared GPU itself, which docs/gpu.md reports on.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config import Config
+from megatron_fipo.config.checks import check
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, one_node, remedies
+from megatron_fipo.launch.memory import GIB
+from megatron_fipo.launch.placement import notes, servers_text
+from megatron_fipo.weights.architectures import Geometry, read_architecture
+
+ONE_NODE = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=0"]
+SHARED = [*ONE_NODE, "rollout=shared_gpu", "rollout.servers=8"]
+
+
+def told(*overrides: str) -> tuple[Config, Geometry, Estimate]:
+    config = load_config(overrides)
+    check(config, local=False)
+    geometry = read_architecture(geometry_directory(config.model.path)[0])
+    return config, geometry, estimate(config, geometry)
+
+
+def notes_of(*overrides: str) -> list[str]:
+    config, geometry, found = told(*overrides)
+    return list(notes(config, geometry, found.world_size, found.data_parallel_size))
+
+
+def test_a_server_on_the_trainers_gpu_is_counted() -> None:
+    """Qwen2.5-Math-7B on 8 GPUs keeps 21.3 GiB of each, and a server with 0.95 of 79.6 GiB is beside that."""
+    _, _, apart = told("experiment=fipo_7b", *ONE_NODE, "rollout.servers=1")
+    assert apart.fits and apart.fullest.server == 0, "the control: the same trainer alone"
+    config, geometry, found = told("experiment=fipo_7b", *SHARED, "rollout.gpu_memory_utilization=0.95")
+    assert found.fullest.total == pytest.approx(apart.fullest.always + 0.95 * 79.6 * GIB, abs=2)
+    assert 96 * GIB < found.fullest.total < 98 * GIB and not found.fits
+    (remedy,) = [text for text in remedies(config, geometry) if text.startswith("rollout.gpu_memory_utilization=")]
+    share = remedy.split(":")[0]
+    assert told("experiment=fipo_7b", *SHARED, share)[2].fits
+
+
+def test_only_stages_on_a_servers_gpus_pay_for_it() -> None:
+    """Two stages of four GPUs, and servers on the first four."""
+    _, _, found = told("experiment=fipo_7b", *SHARED, "rollout.servers=4", "parallel.pipeline=2")
+    assert [stage.server > 0 for stage in found.stages] == [True, False]
+
+
+@pytest.mark.parametrize("gpus", [4, 8])
+@pytest.mark.parametrize("hardware", ["h100", "h200", "a100", "gh200", "gb200"])
+def test_the_7b_recipe_gets_a_command_for_one_node(gpus: int, hardware: str) -> None:
+    """What preflight proposes passes the checks, fits with room to spare and gives the seconds that were said."""
+    start = ["experiment=fipo_7b", f"hardware={hardware}", f"cluster.gpus_per_node={gpus}"]
+    config, geometry, _ = told(*start)
+    proposal = one_node(config, geometry)
+    assert proposal is not None
+    overrides, expected = proposal
+    again, _, found = told(*start, *overrides.split())
+    assert found.fits and not found.tight
+    assert (found.time, found.fullest) == (expected.time, expected.fullest)
+    assert again.rollout.servers * again.rollout.tensor_parallel == gpus == found.world_size
+    assert "trainer's GPUs, in turns" in servers_text(again)
+
+
+def test_32b_gets_none_since_its_optimizer_alone_fills_a_node() -> None:
+    config, geometry, _ = told("experiment=fipo_32b")
+    assert one_node(config, geometry) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["experiment=fipo_7b"], "4 rollout servers on 2 nodes of their own"),
+        (["experiment=fipo_7b", *SHARED], "8 rollout servers on 8 of the trainer's GPUs, in turns"),
+        (["experiment=fipo_7b", *ONE_NODE, "rollout.servers=2"], "2 rollout servers beside the trainer"),
+        (["experiment=fipo_7b", *ONE_NODE, "rollout.addresses=[http://a:80]"], "1 rollout server that already runs"),
+    ],
+)
+def test_servers_are_said_to_be_where_they_are(overrides: list[str], text: str) -> None:
+    """Never on 0 nodes."""
+    assert servers_text(load_config(overrides)) == text
+
+
+def test_tensor_parallelism_across_nodes_is_told_with_its_price() -> None:
+    """32B with TP 8 on nodes of four, and the layout that is proposed, which has no such note and takes less time."""
+    start = ["experiment=fipo_32b", "cluster.gpus_per_node=4", "cluster.trainer_nodes=16", "cluster.rollout_nodes=16"]
+    (note,) = notes_of(*start)
+    config, geometry, found = told(*start)
+    assert "8 ranks are on 2 nodes of 4 GPUs" in note and f"log-probs take {found.time.log_probs:,.0f} s" in note
+    mend = next(text for text in remedies(config, geometry) if "parallel.tensor=4" in text)
+    mended = [*start, *mend.split(":")[0].split()]
+    assert notes_of(*mended) == []
+    _, _, better = told(*mended)
+    assert better.fits and better.time.log_probs < found.time.log_probs / 2
+
+
+def test_idle_gpus_and_servers_without_gpus_are_told() -> None:
+    (idle,) = notes_of("experiment=fipo_7b", *SHARED, "rollout.servers=1")
+    assert "1 of 8 trainer GPUs sample" in idle and "rollout.servers=8 samples on 8" in idle
+    (far,) = notes_of("experiment=fipo_7b", *SHARED, "cluster.trainer_nodes=2")
+    assert "8 of 16 trainer GPUs sample" in far and "first node alone" in far
+    (none,) = notes_of("experiment=fipo_7b", *ONE_NODE, "rollout.servers=2")
+    assert "beside the trainer's 8, but a node has 8" in none
+    assert notes_of("experiment=fipo_7b", *SHARED) == [], "the control"
+
+
+def test_a_node_of_four_is_not_taken_for_one_of_eight() -> None:
+    (note,) = notes_of("experiment=fipo_7b", "hardware=gh200")
+    assert "GH200-96GB have 4 GPUs" in note and "cluster.gpus_per_node=4" in note
+    assert notes_of("experiment=fipo_7b", "hardware=gh200", "cluster.gpus_per_node=4") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "mend"),
+    [
+        ([*SHARED, "rollout.servers=9"], "rollout.servers", "rollout.servers=8"),
+        ([*SHARED, "rollout.tensor_parallel=16"], "rollout.servers", "rollout.tensor_parallel=8"),
+        (["rollout.tensor_parallel=4", "cluster.gpus_per_node=2"], "rollout.tensor_parallel", "=2 or fewer"),
+        (ONE_NODE, "rollout.addresses", "rollout.shared_gpu=true"),
+        (["hardware=a100", "model.fp8=tensorwise"], "model.fp8", "model.fp8=off"),
+    ],
+)
+def test_what_has_no_gpus_or_no_fp8_is_refused(overrides: list[str], key: str, mend: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        told("experiment=fipo_7b", *overrides)
+    assert str(refused.value).startswith(f"{key}: ") and mend in str(refused.value)
+
+
+def test_the_commands_of_the_cluster_page_fit() -> None:
+    """Those for nodes of four GPUs and for one node, on an H100, as the page says."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    slurm/(\w+)\.sh((?: +\S+=\S+){3,})", page, re.MULTILINE)
+    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_7b"]
+    for (experiment, overrides), gpus in zip(commands, (4, 8), strict=True):
+        start = [f"experiment={experiment}", f"cluster.gpus_per_node={gpus}", *overrides.split()]
+        assert told(*start)[2].fits and notes_of(*start) == []
+    proposed = one_node(*told("experiment=fipo_7b")[:2])
+    assert proposed is not None and proposed[0].split() == commands[1][1].split()
