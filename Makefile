@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in $(PYTHON_CANDIDATES); do \
 # What `make train` passes on: make train ARGS='algorithm=dapo run.steps=10'
 ARGS ?=
 
-.PHONY: help env python train test test-fast test-all test-layouts test-campaign test-real test-gpu lint format clean
+.PHONY: help env python train test test-fast test-all test-layouts test-campaign test-real test-gpu lint format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ format: $(STAMP) ## Put the code into the project's style, and rewrite docs/conf
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) tools/reference.py
+
+docs: $(STAMP) ## Write the documentation as a site, build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 models/smollm2-135m: | $(STAMP) ## Make the real language model's directory
 	@$(PYTHON) tools/make_smollm2.py

@@ -136,6 +136,7 @@ setup(
             "gguf",
             "hypothesis",
             "mbridge",
+            "mkdocs-material",
             "mypy",
             "pre-commit",
             "pytest",

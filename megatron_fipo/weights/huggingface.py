@@ -87,7 +87,9 @@ class HuggingFaceReader:
             elif name == "lm_head.weight" and geometry.tied_embeddings:
                 embedding = "model.embed_tokens.weight"
                 if embedding in self.tensors and not torch.equal(self.tensor(name), self.tensor(embedding)):
-                    problems.append(f"{name}: differs from {embedding}, which config.json says is the same tensor")
+                    problems.append(
+                        f"{name}: in {self.directory} it differs from {embedding}, which its config.json ties to it"
+                    )
             elif not name.endswith(UNUSED):
                 problems.append(
                     f"{name}: left over in {self.directory}, shape {info.shape}; {geometry.architecture} has no such"

@@ -64,12 +64,16 @@ def test_a_yaml_file(content: bytes, said: str, tmp_path: Path) -> None:
     assert code == 2 and len(lines) == 1 and said in lines[0], lines
 
 
-def _set_tokenizer(**settings: object) -> Callable[[Path], None]:
+def _set(name: str, **settings: object) -> Callable[[Path], None]:
     def spoil(directory: Path) -> None:
-        path = directory / "tokenizer_config.json"
+        path = directory / name
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
     return spoil
+
+
+def _set_tokenizer(**settings: object) -> Callable[[Path], None]:
+    return _set("tokenizer_config.json", **settings)
 
 
 def _tokenizer_without_texts(directory: Path) -> None:
@@ -112,6 +116,11 @@ MODELS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "one-file",
         _write("generation_config.json", json.dumps({"eos_token_id": "x" * 9999})),
         "no token id",
+    ),
+    "an output layer that is not the embedding": (
+        "shards",
+        _set("config.json", tie_word_embeddings=True),
+        "which its config.json ties to it",
     ),
 }
 
