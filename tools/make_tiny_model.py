@@ -2,8 +2,8 @@
 
 Supervised training with the same policy code that FIPO trains with, data-parallel over two processes. At first the
 model sees worked solutions most of the time, so that it learns to add; in the last eighth of these steps it sees mostly
-guesses, so that it answers in that style and has something to find. Then, in a stage of its own, it sees 40 of the 100
-sums of two digits wrong more often than right. About 20 minutes on two cores, or two with --start, which leaves the
+guesses, so that it answers in that style and has something to find. Then, in a stage of its own, it sees 60 of the 100
+sums of two digits wrong as often as right. About 20 minutes on two cores, or two with --start, which leaves the
 first stage out:
 
     python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
@@ -49,7 +49,7 @@ class Stage:
 
 
 ADDING = Stage(steps=2200, batch=64, lr=2e-3, learning_share=0.88, wrong=0.0)
-DOUBTING = Stage(steps=100, batch=64, lr=3e-4, learning_share=0.0, wrong=0.6)
+DOUBTING = Stage(steps=300, batch=32, lr=1e-3, learning_share=0.75, wrong=0.5)
 
 
 def main() -> int:

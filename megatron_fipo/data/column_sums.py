@@ -36,7 +36,7 @@ def _doubtful(seed: int, count: int) -> dict[tuple[int, int], int]:
     return {(first, second): (first + second + rng.randint(1, 9)) % 10 for first, second in pairs}
 
 
-DOUBTFUL = _doubtful(seed=0, count=40)
+DOUBTFUL = _doubtful(seed=0, count=60)
 """Sums that the base model knows in two ways: the pair of digits, and the wrong last digit of its sum."""
 _SPACE_PIECE = "\u2581"
 

@@ -4,7 +4,7 @@ Why: each part is tested by itself; here is what only shows between them. Two fa
 step is exactly on policy (the old log-probs were computed as the update computes them), and trainer and engine agree on
 the log-prob of each sampled token (weights arrived whole, the prefix cache is fresh, both mean the same distribution).
 
-Not covered: learning (`make train` shows it; its figures are in the README), several machines, CUDA.
+Not covered: learning (`make train` shows it; its figures are in docs/quick_start.md), several machines, CUDA.
 """
 
 import json
@@ -83,15 +83,31 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
-def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to."""
-    (tmp_path / "checkpoints").write_text("in the way")
-    run_on(server, tmp_path, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn")
-    rows = runs.rows(tmp_path)
-    check_rows(rows, steps=2)
-    assert "influence_weights_mean" not in rows[0]
+def test_fipo_acts_and_dapo_is_one_override(server: RolloutService, tmp_path: Path) -> None:
+    """At the quick start's own batches: influence weights spread and reach their bounds, and lead elsewhere than DAPO.
+
+    The two start from the same samples. And a run without any checkpoint, whose place is taken, goes to its end if it
+    is told to.
+    """
+    fipo, dapo = tmp_path / "fipo", tmp_path / "dapo"
+    tiny = load_config(["experiment=tiny"]).algorithm
+    own = [f"algorithm.{name}={getattr(tiny, name)}" for name in ("prompts_per_step", "samples_per_prompt")]
+    own += [f"algorithm.mini_batch_prompts={tiny.mini_batch_prompts}"]
+    run_on(server, fipo, *own)
+    dapo.mkdir()
+    (dapo / "checkpoints").write_text("in the way")
+    run_on(server, dapo, *own, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn")
+    acting, plain = runs.rows(fipo), runs.rows(dapo)
+    check_rows(acting, steps=2)
+    check_rows(plain, steps=2)
+    for row in acting:
+        assert row["influence_weights_std"] >= 0.05, row
+        assert row["influence_clipfrac_low"] + row["influence_clipfrac_high"] >= 0.01, row
+    assert "influence_weights_mean" not in plain[0]
+    assert plain[0]["reward_mean"] == acting[0]["reward_mean"], "the control: the same samples of the same weights"
+    assert plain[1]["entropy"] != pytest.approx(acting[1]["entropy"], rel=1e-4)
     for step in (1, 2):
-        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(tmp_path)
+        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(dapo)
 
 
 def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
