@@ -1,10 +1,10 @@
-"""Rebuilds the embedded base model: a small Qwen2 that knows column sums in three styles, mostly guesses, and doubts sums.
+"""Rebuilds the embedded base model: a small Qwen2 that adds in three styles, mostly guesses, and has learnt sums wrong.
 
 Supervised training with the same policy code that FIPO trains with, data-parallel over two processes. At first the
 model sees worked solutions most of the time, so that it learns to add; in the last eighth of these steps it sees mostly
 guesses, so that it answers in that style and has something to find. Then, in a stage of its own, it sees 60 of the 100
-sums of two digits wrong as often as right. About 20 minutes on two cores, or two with --start, which leaves the
-first stage out:
+sums of two digits wrong as often as right. About 25 minutes on two cores, or 3 with --start, which leaves the first
+stage out:
 
     python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
 """

@@ -59,7 +59,7 @@ def answer(digits: Sequence[int]) -> str:
 def solution(digits: Sequence[int], rng: random.Random, style_weights: Sequence[float], wrong: float = 0.0) -> str:
     """A solution in a random style; the weights are those of guess, worked steps, and steps with a check.
 
-    `wrong` is how often a sum in DOUBTFUL is written wrong, and what follows goes on from it; at 0 the solution is right.
+    `wrong` is how often a sum in DOUBTFUL is written wrong; what follows goes on from it. At 0 the solution is right.
     """
     (style,) = rng.choices(("guess", "steps", "check"), style_weights)
     if style == "guess":
