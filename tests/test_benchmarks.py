@@ -4,12 +4,16 @@ fail on its last line. And what measures a command has to measure that one alone
 Not covered: CUDA's clock and memory.
 """
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks.policy import SHAPES, measure_apart, operations
+from benchmarks.quick_start import read_or_run, table
 from benchmarks.usage import Ended, run_measured
 
 
@@ -31,6 +35,36 @@ def test_operations_are_six_a_weight_and_token() -> None:
     geometry = SHAPES["1.5b"].geometry
     assert operations(geometry, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)
     assert operations(geometry, [4096]) > 4096 * operations(geometry, [1]), "attention grows with the square"
+
+
+class TestQuickStart:
+    """The table over seeds; that its runs start is tests/end_to_end's matter."""
+
+    def write(self, directory: Path, accuracy: float, **metrics: float) -> None:
+        directory.mkdir()
+        summary = {"accuracy_before": 0.1, "accuracy_after": accuracy, "response_length_after": 40.0}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        rows = [{"accuracy": value, "ppo_kl": 0.001, "grad_norm": 0.5} | metrics for value in (0.25, 0.75)]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def test_cells_are_means_and_deviations_over_seeds(self, tmp_path: Path) -> None:
+        weights = {"influence_weights_std": 0.06, "influence_clipfrac_low": 0.02, "influence_clipfrac_high": 0.03}
+        self.write(tmp_path / "fipo_7b-1", 0.8, **weights)
+        self.write(tmp_path / "fipo_7b-2", 0.9, **weights)
+        self.write(tmp_path / "dapo-1", 0.7)
+        runs = {
+            "fipo_7b": [read_or_run(tmp_path / f"fipo_7b-{seed}", "fipo_7b", seed, []) for seed in (1, 2)],
+            "dapo": [read_or_run(tmp_path / "dapo-1", "dapo", 1, [])],
+        }
+        lines = table(runs).splitlines()
+        assert lines[0] == "| | fipo_7b | dapo |"
+        assert "| held-out after | 0.850 ± 0.071 | 0.700 |" in lines
+        assert "| accuracy over all steps | 0.500 ± 0.000 | 0.500 |" in lines
+        assert "| f at a bound, % | 5.000 ± 0.000 | – |" in lines
+
+    def test_a_run_that_fails_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match=re.escape(f"the run in {tmp_path / 'x'} ended with")):
+            read_or_run(tmp_path / "x", "no_such_algorithm", 1, [])
 
 
 class TestUsage:

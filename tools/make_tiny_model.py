@@ -1,8 +1,10 @@
-"""Rebuilds the embedded base model: a small Qwen2 that knows column sums in three styles and mostly guesses.
+"""Rebuilds the embedded base model: a small Qwen2 that adds in three styles, mostly guesses, and has learnt sums wrong.
 
 Supervised training with the same policy code that FIPO trains with, data-parallel over two processes. At first the
-model sees worked solutions most of the time, so that it learns to add; in the last eighth of the steps it sees mostly
-guesses, so that it answers in that style and has something to find. About 20 minutes on two cores:
+model sees worked solutions most of the time, so that it learns to add; in the last eighth of these steps it sees mostly
+guesses, so that it answers in that style and has something to find. Then, in a stage of its own, it sees 60 of the 100
+sums of two digits wrong as often as right. About 25 minutes on two cores, or 3 with --start, which leaves the first
+stage out:
 
     python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
 """
@@ -13,6 +15,7 @@ import random
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,15 +32,31 @@ if TYPE_CHECKING:
 # Weights of guess, worked steps, and steps with a check.
 LEARNING_STYLES = (0.15, 0.60, 0.25)
 FINAL_STYLES = (0.70, 0.25, 0.05)
-LEARNING_SHARE = 0.88
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One supervised run."""
+
+    steps: int
+    batch: int
+    """Solutions an update."""
+    lr: float
+    learning_share: float
+    """Share of the steps with LEARNING_STYLES; FINAL_STYLES after them."""
+    wrong: float
+    """How often a doubtful sum is written wrong."""
+
+
+ADDING = Stage(steps=2200, batch=64, lr=2e-3, learning_share=0.88, wrong=0.0)
+DOUBTING = Stage(steps=300, batch=32, lr=1e-3, learning_share=0.75, wrong=0.5)
 
 
 def main() -> int:
     """Entry point; starts its two ranks itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write; replaced if it exists")
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer updates (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="solutions an update (default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="a model that adds without doubts, for the last stage alone")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
     arguments = parser.parse_args()
     if not already_launched():
@@ -49,24 +68,37 @@ def main() -> int:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Build a random model, train it and write it as a Hugging Face directory; every rank calls this."""
+    """Take a random model or the one given through the stages, and write it; every rank calls this."""
     import torch.distributed
 
+    from megatron_fipo.config import ParallelConfig
     from megatron_fipo.policy import platform
+    from megatron_fipo.policy.model import start_model_parallel
 
     platform.start_process_group(timeout_s=600)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         torch.distributed.broadcast_object_list(shared)  # rank 0's folder is everyone's
-        start = Path(shared[0])
-        if torch.distributed.get_rank() == 0:
-            write_random_model(start, arguments.seed)
-        torch.distributed.barrier()
-        policy = build_policy(start, arguments)
-        learn(policy, arguments)
-        save(policy, start, arguments.out)
-        torch.distributed.barrier()
+        start_model_parallel(ParallelConfig(), arguments.seed)
+        adds = arguments.start
+        if adds is None:
+            start, adds = Path(shared[0], "random"), Path(shared[0], "adds")
+            if torch.distributed.get_rank() == 0:
+                write_random_model(start, arguments.seed)
+            torch.distributed.barrier()
+            teach(start, ADDING, arguments.seed, adds)
+        teach(adds, DOUBTING, arguments.seed, arguments.out)
     platform.stop_process_group()
+
+
+def teach(start: Path, stage: Stage, seed: int, out: Path) -> None:
+    """One stage: from the model in `start` to the one in `out`; every rank calls this."""
+    import torch.distributed
+
+    policy = build_policy(start, stage)
+    learn(policy, stage, seed)
+    save(policy, start, out)
+    torch.distributed.barrier()
 
 
 def write_random_model(directory: Path, seed: int) -> None:
@@ -95,10 +127,9 @@ def write_random_model(directory: Path, seed: int) -> None:
     write_tokenizer(directory)
 
 
-def build_policy(directory: Path, arguments: argparse.Namespace) -> "Policy":
-    """The random model as a policy on two data-parallel ranks."""
+def build_policy(directory: Path, stage: Stage) -> "Policy":
+    """A model as a policy on two data-parallel ranks, with the stage's optimizer."""
     from megatron_fipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
-    from megatron_fipo.policy.model import start_model_parallel
     from megatron_fipo.policy.update import Policy
     from megatron_fipo.weights.architectures import read_architecture
 
@@ -106,14 +137,13 @@ def build_policy(directory: Path, arguments: argparse.Namespace) -> "Policy":
         model=ModelConfig(path=str(directory), dtype="float32"),
         parallel=ParallelConfig(micro_batch_tokens=1600),
         optimizer=OptimizerConfig(
-            lr=2e-3, schedule="cosine", min_lr=4e-5, warmup_updates=50, weight_decay=0.01, beta2=0.98
+            lr=stage.lr, schedule="cosine", min_lr=4e-5, warmup_updates=50, weight_decay=0.01, beta2=0.98
         ),
     )
-    start_model_parallel(config.parallel, arguments.seed)
-    return Policy(config, read_architecture(directory), str(directory), updates=arguments.steps)
+    return Policy(config, read_architecture(directory), str(directory), updates=stage.steps)
 
 
-def learn(policy: "Policy", arguments: argparse.Namespace) -> None:
+def learn(policy: "Policy", stage: Stage, seed: int) -> None:
     """Supervised updates on random problems, the same draw on every rank."""
     import torch
     import torch.distributed
@@ -129,11 +159,11 @@ def learn(policy: "Policy", arguments: argparse.Namespace) -> None:
         return loss, tokens, {name: value.float() for name, value in counts.items()}
 
     tokenizer = load_tokenizer(policy.config.model.path)
-    rng, held_out = random.Random(arguments.seed), held_out_prompts()
+    rng, held_out = random.Random(seed), held_out_prompts()
     first = torch.distributed.get_rank() == 0
-    for step in track(range(arguments.steps), "supervised training", disable=not first):
-        styles = LEARNING_STYLES if step < LEARNING_SHARE * arguments.steps else FINAL_STYLES
-        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, held_out, arguments.batch))
+    for step in track(range(stage.steps), "supervised training", disable=not first):
+        styles = LEARNING_STYLES if step < stage.learning_share * stage.steps else FINAL_STYLES
+        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, stage, held_out))
         metrics = policy.update(mini_batch, cross_entropy)
         if first and (step % 100 == 99 or step == 0):
             print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)
@@ -146,7 +176,7 @@ def held_out_prompts() -> set[str]:
 
 
 def draw(
-    tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], held_out: set[str], count: int
+    tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], stage: Stage, held_out: set[str]
 ) -> "Sequences":
     """Solved random problems as one mini-batch."""
     import torch
@@ -155,21 +185,21 @@ def draw(
     from megatron_fipo.policy.batches import Sequences
 
     prompts, rows = [], []
-    while len(rows) < count:
+    while len(rows) < stage.batch:
         digits = problem(rng)
         if prompt(digits) in held_out:
             continue
         question = tokenizer.encode(prompt(digits))
-        worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles))
+        worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles, stage.wrong))
         prompts.append(len(question))
         rows.append(torch.tensor([*worked, EOS_ID]))
     return Sequences(
         token_ids=rows,
         prompt_lengths=prompts,
         rollout_log_probs=[torch.zeros(len(row) - length) for row, length in zip(rows, prompts, strict=True)],
-        advantages=torch.zeros(count),
-        fresh=torch.ones(count, dtype=torch.bool),
-        mini_batch_sizes=[count],
+        advantages=torch.zeros(stage.batch),
+        weight_lag=torch.zeros(stage.batch, dtype=torch.int64),
+        mini_batch_sizes=[stage.batch],
     )
 
 

@@ -5,8 +5,9 @@
     4+5=9. 9+8=7. 7+0=7. Answer: 7                                    worked steps
     4+5=9. 9+8=7. 7+0=7. Check: 0+8=8. 8+5=3. 3+4=7. Answer: 7        worked steps and a check in reverse
 
-A base model that has learnt all three but mostly guesses leaves reinforcement learning something to find. Everything
-here is a function of its seed. To make the files again:
+A base model that has learnt all three but mostly guesses leaves reinforcement learning something to find, and one that
+has learnt some sums of two digits wrong leaves it something in every step (DOUBTFUL). Everything here is a function of
+its seed. To make the files again:
 
     python -m megatron_fipo.data.column_sums --out megatron_fipo/assets
 """
@@ -16,7 +17,6 @@ import io
 import json
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from megatron_fipo.files import write_atomically
@@ -27,6 +27,17 @@ PAD_ID, EOS_ID, BOS_ID, UNKNOWN_ID = range(4)
 
 TRAIN_SIZE, VALIDATION_SIZE = 4000, 256
 _SHORTEST, _LONGEST = 3, 9
+
+
+def _doubtful(seed: int, count: int) -> dict[tuple[int, int], int]:
+    """`count` of the 100 ordered pairs of digits, and a wrong sum of each."""
+    rng = random.Random(seed)
+    pairs = rng.sample([(first, second) for first in range(10) for second in range(10)], count)
+    return {(first, second): (first + second + rng.randint(1, 9)) % 10 for first, second in pairs}
+
+
+DOUBTFUL = _doubtful(seed=0, count=60)
+"""Sums that the base model knows in two ways: the pair of digits, and the wrong last digit of its sum."""
 _SPACE_PIECE = "\u2581"
 
 
@@ -45,22 +56,30 @@ def answer(digits: Sequence[int]) -> str:
     return str(sum(digits) % 10)
 
 
-def solution(digits: Sequence[int], rng: random.Random, style_weights: Sequence[float]) -> str:
-    """A right solution in a random style; the weights are those of guess, worked steps, and steps with a check."""
+def solution(digits: Sequence[int], rng: random.Random, style_weights: Sequence[float], wrong: float = 0.0) -> str:
+    """A solution in a random style; the weights are those of guess, worked steps, and steps with a check.
+
+    `wrong` is how often a sum in DOUBTFUL is written wrong; what follows goes on from it. At 0 the solution is right.
+    """
     (style,) = rng.choices(("guess", "steps", "check"), style_weights)
-    conclusion = f"Answer: {answer(digits)}"
     if style == "guess":
-        return conclusion
-    check = "Check: " + _steps(digits[::-1]) if style == "check" else ""
-    return _steps(digits) + check + conclusion
+        return f"Answer: {answer(digits)}"
+    text, last = _steps(digits, rng, wrong)
+    if style == "check":
+        check, last = _steps(digits[::-1], rng, wrong)
+        text += f"Check: {check}"
+    return f"{text}Answer: {last}"
 
 
-def _steps(digits: Sequence[int]) -> str:
-    """The running sum written out: "4+5=9. 9+8=7. 7+0=7. "."""
-    sums = [sum(digits[: end + 1]) % 10 for end in range(len(digits))]
-    return "".join(
-        f"{before}+{digit}={after}. " for (before, after), digit in zip(pairwise(sums), digits[1:], strict=True)
-    )
+def _steps(digits: Sequence[int], rng: random.Random, wrong: float) -> tuple[str, int]:
+    """The running sum written out, "4+5=9. 9+8=7. 7+0=7. ", and its last value."""
+    total, text = digits[0], ""
+    for digit in digits[1:]:
+        before, total = total, (total + digit) % 10
+        if wrong and (before, digit) in DOUBTFUL and rng.random() < wrong:
+            total = DOUBTFUL[before, digit]
+        text += f"{before}+{digit}={total}. "
+    return text, total
 
 
 def write_problems(directory: Path, seed: int = 0) -> None:

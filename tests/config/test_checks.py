@@ -89,7 +89,7 @@ REFUSED = {
     "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16": ("model.dtype", "model.dtype=bfloat16"),
     "parallel.overlap_param_gather=true": ("parallel.overlap_param_gather", "parallel.overlap_grad_reduce=true"),
     "algorithm.mini_batch_prompts=12": ("algorithm.mini_batch_prompts", "such as 4"),
-    "algorithm.generation_batch_prompts=3": ("algorithm.generation_batch_prompts", "at least 4"),
+    "algorithm.generation_batch_prompts=1": ("algorithm.generation_batch_prompts", "at least 2"),
     "algorithm.loss_mode=vanilla": ("algorithm.future_kl", "algorithm.future_kl=null"),
     "algorithm.future_kl=null": ("algorithm.future_kl", "algorithm=fipo"),
     "algorithm.future_kl.band_low=0.2 algorithm.future_kl.band_high=0.28": ("algorithm.future_kl.band_low", "around 1"),
@@ -149,7 +149,7 @@ def test_allowed_sampling_modes_are_allowed() -> None:
 
 
 WARNED = {
-    "algorithm.mini_batch_prompts=32": "this FIPO is DAPO",
+    "algorithm.mini_batch_prompts=16": "this FIPO is DAPO",
     "rollout.dtype=bfloat16": "rounding",
     "algorithm=grpo algorithm.generation_batch_prompts=64": "without dynamic sampling",
     "validation.temperature=0 validation.samples=4": "alike",
@@ -169,7 +169,7 @@ def test_what_is_hardly_meant_gets_a_warning(command_line: str) -> None:
 
 
 def test_dapo_with_one_update_a_step_gets_no_warning() -> None:
-    assert judge("algorithm=dapo", "algorithm.mini_batch_prompts=32") == []
+    assert judge("algorithm=dapo", "algorithm.mini_batch_prompts=16") == []
 
 
 @pytest.mark.parametrize(

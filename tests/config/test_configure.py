@@ -60,7 +60,7 @@ class TestCommandLine:
     def test_a_run_starts_light_and_leaves_nothing_behind(
         self, tmp_path: Path, model_directory: Any, tiny_files: list[str]
     ) -> None:
-        overrides = [model_directory(), *tiny_files, "algorithm.mini_batch_prompts=32"]
+        overrides = [model_directory(), *tiny_files, "algorithm.mini_batch_prompts=16"]
         before = sorted(tmp_path.rglob("*"))
         ended = run_probe(tmp_path, *overrides, "run.name=mine")
         assert ended.returncode == 0, ended.stderr

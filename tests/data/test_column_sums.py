@@ -7,6 +7,7 @@ Does not cover the base model that is trained on it.
 import json
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,27 @@ def test_every_solution_is_right_and_every_step_too():
         text = column_sums.solution(digits, rng, (1, 1, 1))
         assert exact_match(text, column_sums.answer(digits), {}).accuracy == 1.0
         assert all((int(a) + int(b)) % 10 == int(c) for a, b, c in re.findall(r"(\d)\+(\d)=(\d)", text))
+
+
+def test_doubtful_sums_are_wrong_as_often_as_said_and_others_never():
+    rng, seen, right_chains = random.Random(4), {True: [0, 0], False: [0, 0]}, 0
+    for _ in range(2000):
+        text = column_sums.solution(column_sums.problem(rng), rng, (0, 1, 0), wrong=0.6)
+        steps = [tuple(map(int, step)) for step in re.findall(r"(\d)\+(\d)=(\d)", text)]
+        for first, second, total in steps:
+            counts = seen[(first, second) in column_sums.DOUBTFUL]
+            counts[0] += total != (first + second) % 10
+            counts[1] += 1
+        assert all(after[0] == before[2] for before, after in pairwise(steps)), "a chain goes on from what it has"
+        right_chains += text.endswith(f"Answer: {steps[-1][2]}")
+    assert right_chains == 2000
+    assert seen[False][0] == 0 < seen[False][1]
+    assert seen[True][0] / seen[True][1] == pytest.approx(0.6, abs=0.03)
+
+
+def test_doubtful_sums_have_a_wrong_value_each():
+    assert len(column_sums.DOUBTFUL) == 60
+    assert all((first + second) % 10 != wrong for (first, second), wrong in column_sums.DOUBTFUL.items())
 
 
 def test_style_weights_are_shares():

@@ -4,7 +4,7 @@ Why: each part is tested by itself; here is what only shows between them. Two fa
 step is exactly on policy (the old log-probs were computed as the update computes them), and trainer and engine agree on
 the log-prob of each sampled token (weights arrived whole, the prefix cache is fresh, both mean the same distribution).
 
-Not covered: learning (`make train` shows it; its figures are in the README), several machines, CUDA.
+Not covered: learning (`make train` shows it; its figures are in docs/quick_start.md), several machines, CUDA.
 """
 
 import json
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -88,34 +89,51 @@ def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
-def test_another_algorithm_is_one_override(server: RolloutService, tmp_path: Path) -> None:
-    """And a run without any checkpoint, whose place is taken, goes to its end if it is told to; its files tell of it.
+def test_fipo_acts_and_dapo_is_one_override(server: RolloutService, tmp_path: Path) -> None:
+    """At the quick start's own batches: influence weights spread and reach their bounds, and lead elsewhere than DAPO.
 
-    Its model comes from a hub: two ranks and their launcher fetch it once.
+    The two start from the same samples. The second run's model comes from a hub: two ranks and their launcher fetch it
+    once. It has no checkpoint, whose place is taken, goes to its end since it is told to, and its files tell of it.
     """
-    (tmp_path / "checkpoints").write_text("in the way")
-    overrides = ["algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn", "model.path=owner/small"]
+    fipo, dapo = tmp_path / "fipo", tmp_path / "dapo"
+    tiny = load_config(["experiment=tiny"]).algorithm
+    own = [f"algorithm.{name}={getattr(tiny, name)}" for name in ("prompts_per_step", "samples_per_prompt")]
+    own += [f"algorithm.mini_batch_prompts={tiny.mini_batch_prompts}"]
+    run_on(server, fipo, *own)
+    dapo.mkdir()
+    (dapo / "checkpoints").write_text("in the way")
+    overrides = [*own, "algorithm=dapo", "checkpoint.every=1", "checkpoint.on_error=warn", "model.path=owner/small"]
     overrides += ["validation.every=2", "validation.samples=1"]
     with fake_hub() as hub:
         hub.repositories["owner/small"] = resolve_embedded("embedded:tiny")
-        run_on(server, tmp_path, *overrides, environment=hub.environment(tmp_path / "home"))
+        run_on(server, dapo, *overrides, environment=hub.environment(tmp_path / "home"))
         assert hub.downloads("owner/small").count("model.safetensors") == 1
-    rows = runs.rows(tmp_path)
-    check_rows(rows, steps=2)
-    assert "influence_weights_mean" not in rows[0]
+    acting, plain = runs.rows(fipo), runs.rows(dapo)
+    check_rows(acting, steps=2)
+    check_rows(plain, steps=2)
+    assert fmean(row["influence_weights_std"] for row in acting) >= 0.05
+    assert fmean(row["influence_clipfrac_low"] + row["influence_clipfrac_high"] for row in acting) >= 0.01
+    assert "influence_weights_mean" not in plain[0]
+    assert plain[0]["reward_mean"] == acting[0]["reward_mean"], "the control: the same samples of the same weights"
+    assert plain[1]["entropy"] != pytest.approx(acting[1]["entropy"], rel=1e-4)
     for step in (1, 2):
-        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(tmp_path)
-    report = runs.report(tmp_path)
+        assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(dapo)
+    check_files(dapo)
+
+
+def check_files(directory: Path) -> None:
+    """What a finished run of two steps without a checkpoint has written about itself."""
+    report = runs.report(directory)
     assert report["state"]["kind"] == "finished"
     assert report["training"]["step"] == [1, 2] and report["held_out"]["step"] == [0, 2]
     assert all(seconds > 0 for seconds in report["held_out"]["seconds_validate"])
     assert {"start", "validate", "sample", "log-probs", "update", "weights"} <= {span[0] for span in report["spans"]}
     assert report["samples"]["validation"] == ["validation-000000.txt", "validation-000002.txt"]
-    assert len((tmp_path / "samples" / "validation-000002.jsonl").read_text().splitlines()) == 32
-    for row in runs.rows(tmp_path, "validation.jsonl"):
-        problems = read_problems(path_of_step(tmp_path, row["step"]))
+    assert len((directory / "samples" / "validation-000002.jsonl").read_text().splitlines()) == 32
+    for row in runs.rows(directory, "validation.jsonl"):
+        problems = read_problems(path_of_step(directory, row["step"]))
         assert sum(problem.accuracy for problem in problems) / len(problems) == pytest.approx(row["accuracy"])
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 
 
