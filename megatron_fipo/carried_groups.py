@@ -29,7 +29,7 @@ _Verdict = Annotated[float, Meta(ge=-1.1 * LARGEST_REWARD, le=1.1 * LARGEST_REWA
 
 
 class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
-    """A problem without its token ids."""
+    """A problem without its token ids, and without its row's columns: its responses have been judged."""
 
     id: str
     text: str
@@ -50,7 +50,7 @@ class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     reward: _Verdict
     answer: str
     outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
-    extra: dict[str, float | str] = {}
+    extra: dict[str, _Verdict | str] = {}
 
 
 class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):

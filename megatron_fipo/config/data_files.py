@@ -91,7 +91,10 @@ def _holds_problems(directory: Path) -> bool:
 
 
 def _matching(entry: str, pattern: Path) -> list[Path]:
-    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if os.path.isfile(name))
+    try:
+        found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if os.path.isfile(name))
+    except ValueError:  # a name that no file system takes
+        found = []
     if not found:
         raise NotFound(f"{entry} matches no file", f"a pattern that matches some, seen from {os.getcwd()}")
     for path in found:

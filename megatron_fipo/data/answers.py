@@ -16,6 +16,8 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
+from megatron_fipo.data.messages import are_messages, role_and_content
+
 _LONGEST_EXPONENT = 400
 """Decimal places of the largest and the smallest number that is written out: those of a float64 fit."""
 
@@ -36,12 +38,13 @@ def completion_text(value: Any) -> Any:
 
     Raises ValueError for other messages.
     """
-    if not (isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value)):
+    if not are_messages(value):
         return value
-    if len(value) > 1 or value[0]["role"] != "assistant":
-        roles = ", ".join(str(message["role"])[:20] for message in value[:5])
-        raise ValueError(f"is {len(value)} chat messages ({roles}); a completion is one, of the assistant's")
-    return value[0].get("content")
+    messages = [role_and_content(message) for message in value]
+    if len(messages) > 1 or messages[0][0] != "assistant":
+        roles = ", ".join(str(role)[:20] for role, _ in messages[:5])
+        raise ValueError(f"is {len(messages)} chat messages ({roles}); a completion is one, of the assistant's")
+    return messages[0][1]
 
 
 def answer_text(value: Any, answer_format: str, pattern: str | None = None) -> str:

@@ -6,9 +6,20 @@ from typing import Any
 from megatron_fipo.config.data import ColumnsConfig
 from megatron_fipo.data.answers import answer_text, completion_text
 from megatron_fipo.data.layout import Layout
+from megatron_fipo.data.messages import are_messages, role_and_content
 from megatron_fipo.data.readers import Row, nested
 
-_PROMPTS = ("prompt", "question", "problem", "messages", "query", "instruction", "input")
+_PROMPTS = (
+    "prompt",
+    "question",
+    "problem",
+    "messages",
+    "conversations",
+    "conversation",
+    "query",
+    "instruction",
+    "input",
+)
 _ANSWERS = (
     *(
         "ground_truth",
@@ -55,7 +66,7 @@ def likely_keys(row: Row, layout: Layout) -> str:
 def _wrapped(row: Row) -> str:
     """A hint where the row is no row but the object around a list of them."""
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) != 1 or "content" in row[lists[0]][0] or "value" in row[lists[0]][0]:
+    if len(lists) != 1 or are_messages(row[lists[0]]):
         return ""
     return f"; its list {lists[0]} may be the rows: jq .{lists[0]} FILE > rows.json makes a file of them"
 
@@ -87,9 +98,7 @@ def _find_prompt(row: Row) -> str | None:
 
 
 def _is_prompt(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(message, dict) and "content" in message for message in value)
-    return isinstance(value, str) and bool(value.strip())
+    return are_messages(value) or (isinstance(value, str) and bool(value.strip()))
 
 
 def _answers(row: Row, prompt: str | None) -> Iterator[tuple[str, str]]:
@@ -106,7 +115,8 @@ def _answers(row: Row, prompt: str | None) -> Iterator[tuple[str, str]]:
             if answer_format != "plain" or len(text) <= _LONGEST_PLAIN:
                 yield path, answer_format
                 break
-    if prompt is not None and isinstance(value := _value(row, prompt), list) and value[-1].get("role") == "assistant":
+    value = None if prompt is None else _value(row, prompt)
+    if prompt is not None and are_messages(value) and role_and_content(value[-1])[0] == "assistant":
         yield prompt, "plain"
 
 

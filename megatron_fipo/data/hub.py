@@ -84,9 +84,11 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
     try:
         folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])
     except Exception as error:  # the client raises many kinds, of several libraries
+        owner_and_name, folder_name = "/".join(parts[:2]), parts[min(len(parts), 2) - 1]
         raise DataError(
-            f"{name}: cannot be fetched from the hub ({one_line(error)}); "
-            "download it elsewhere and give its directory, or its files with data.source=files"
+            f"{name}: cannot be fetched from the hub ({one_line(error)}); where there is a network, "
+            f"hf download {owner_and_name} --repo-type dataset --local-dir {folder_name} fetches it, "
+            f"and {'/'.join([folder_name, *parts[2:]])} is its name then"
         ) from error
     return Path(folder), parts[2] if len(parts) == 3 else None, parts[-1] if len(parts) < 3 else parts[1]
 

@@ -39,6 +39,8 @@ class ProblemCounts:
     """Duplicates whose answer differs from the first one's, which is the one kept."""
     dropped_empty: int = 0
     dropped_overlong: int = 0
+    shortest_overlong: int = 0
+    """Tokens of the shortest of these."""
     dropped_bad_answers: int = 0
     """Rows whose answer is missing or cannot be read, with data.bad_answers=drop."""
     dropped_held_out: int = 0
@@ -106,7 +108,8 @@ def _nothing_left(config: DataConfig, split: Split, counts: ProblemCounts) -> st
     """That every row was dropped, whence, and what would be right."""
     remedies = {
         "dropped_held_out": "validation asks all of these questions: give other training or validation problems",
-        "dropped_overlong": "raise rollout.max_prompt_length",
+        "dropped_overlong": f"rollout.max_prompt_length={counts.shortest_overlong} or more, or a shorter "
+        "data.prompt_template",
         "dropped_empty": "give rows that ask something",
         "dropped_bad_answers": "data.bad_answers=error says what is wrong with the first",
     }
@@ -227,6 +230,7 @@ def _tokenise(
             )
         if overlong_prompts == "drop":
             counts.dropped_overlong += 1
+            counts.shortest_overlong = min(counts.shortest_overlong or len(token_ids), len(token_ids))
             return None
         counts.truncated += 1
         token_ids = token_ids[-max_prompt_length:]

@@ -14,6 +14,7 @@ from megatron_fipo.data.answers import answer_text, completion_text
 from megatron_fipo.data.chat_templates import Message
 from megatron_fipo.data.column_hints import likely_keys
 from megatron_fipo.data.layout import Layout
+from megatron_fipo.data.messages import role_and_content
 from megatron_fipo.data.readers import Row, nested, read_rows, shown_names
 from megatron_fipo.errors import DataError
 
@@ -96,7 +97,8 @@ def read_files(
 def _check_embedded(name: str, layout: Layout) -> None:
     """The default's validation file stays behind where a command line gives other training files and columns."""
     default = ColumnsConfig()
-    if name.startswith("embedded:") and (layout.prompt, layout.answer) != (default.prompt, default.answer):
+    has_columns = layout.prompt == default.prompt and layout.answer in (default.answer, None)
+    if name.startswith("embedded:") and not has_columns:
         raise DataError(
             f"{name}: is the embedded task's and has no columns {layout.prompt} and {layout.answer}: "
             f"give data.{layout.split}=[FILE]{'' if layout.split == 'train' else ', or validation.every=0'}"
@@ -184,21 +186,13 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{where}: should be a list of chat messages with role and content")
-    role, content = value.get("role"), _text_of_parts(value.get("content"))
+    role, content = role_and_content(value)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{where}: a chat message should have the texts role and content; it has {shown_names(value)}")
     if role not in _ROLES:
         raise DataError(f"{where}: no chat message has the role {role[:40]!r}; it is one of {', '.join(_ROLES)}")
     _check_text(content, where)
     return {"role": role, "content": content}
-
-
-def _text_of_parts(content: Any) -> Any:
-    """The text of a message's parts, where all are texts; else `content` itself."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
-    return content
 
 
 def _check_text(text: str, where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
-from megatron_fipo.errors import FipoError, RewardError
+from megatron_fipo.errors import RewardError
 from megatron_fipo.rewards.failures import Failure, FailureLog
 from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
 from megatron_fipo.samples import Group, Judgement
@@ -93,7 +93,7 @@ class VerifierPool:
         """
         try:
             self._first_start.result()
-        except FipoError:
+        except Exception:
             self.close()
             raise
 
@@ -132,13 +132,13 @@ class VerifierPool:
     def _supervise(self, process: VerifierProcess) -> None:
         """One thread's life: feeds one process until the pool closes."""
         # Start-up runs ahead of the first response; if it fails, whoever submits one is told.
-        refusal = None
+        failure = None
         try:
             process.ensure_started()
-        except FipoError as error:
-            refusal = error
+        except Exception as error:  # one that cannot even be made, too: `wait_started` must hear of it
+            failure = error
         if process is self._processes[0]:
-            self._first_start.set_exception(refusal) if refusal else self._first_start.set_result(None)
+            self._first_start.set_exception(failure) if failure else self._first_start.set_result(None)
         while (work := self._queue.get()) is not None:
             ticket, indices = work
             try:

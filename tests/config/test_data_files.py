@@ -57,6 +57,7 @@ def test_what_an_entry_means(entry: str, names: list[str]) -> None:
         ("outer", "without a problem file", "one of outer/train"),
         ("empty", "without a problem file", "files that end in .parquet"),
         ("none*.jsonl", "matches no file", f"seen from {os.sep}"),
+        ("a\0*/b.jsonl", "matches no file", "a pattern that matches some"),
         ("table.csv", "is of another format", "pandas.read_csv('table.csv', dtype=str).to_json('table.jsonl'"),
         ("*.csv", "matches table.csv, which is of another format", "read_csv"),
         ("problem.jsonl", "problem.jsonl is not found", ". has problems.jsonl"),

@@ -145,7 +145,10 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(tmp_path: Path, with_card: Pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert names(fetch_split("owner/gsm/main", "train")) == ["train-0.jsonl"]
     assert fetch_split("owner/gsm/main:test", "train").data_source == "gsm"
-    with pytest.raises(DataError, match="owner/other: cannot be fetched from the hub"):
+    with pytest.raises(
+        DataError,
+        match=r"owner/other: cannot be fetched .*hf download owner/other --repo-type dataset --local-dir other fetches",
+    ):
         fetch_split("owner/other", "train")
     with pytest.raises(DataError, match="is no dataset"):
         fetch_split("a/b/c/d", "train")

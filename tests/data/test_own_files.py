@@ -51,10 +51,10 @@ def load(keys: str, file: str = "train.jsonl") -> ProblemSet:
 
 
 def test_the_page_has_the_examples() -> None:
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
 
 
-@pytest.mark.parametrize(("text", "keys"), EXAMPLES)
+@pytest.mark.parametrize(("text", "keys"), EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
 def test_each_row_is_read_with_its_keys_in_every_format(text: str, keys: str) -> None:
     example = json.loads(text)
     for suffix in FORMATS:
@@ -66,7 +66,7 @@ def test_each_row_is_read_with_its_keys_in_every_format(text: str, keys: str) ->
     assert load(keys, "zipped.jsonl.gz").problems[0].ground_truth == problem.ground_truth
 
 
-@pytest.mark.parametrize(("text", "keys"), EXAMPLES)
+@pytest.mark.parametrize(("text", "keys"), EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
 def test_the_keys_that_a_refusal_names_read_the_row(text: str, keys: str) -> None:
     """Where the columns are recognisable; a pattern and the lack of any answer are for the user to say."""
     for suffix in FORMATS:

@@ -56,8 +56,6 @@ def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "has no function scores" in done.stderr
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run(tmp_path, "run.steps=3")
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout + done.stderr
 
     steps = {json.loads(line)["question"]: json.loads(line)["steps"] for line in block("json", 0).splitlines()}
     samples = [
@@ -65,27 +63,29 @@ def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
         for path in sorted((tmp_path / "run/samples").glob("step-*.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    assert {sample["step"] for sample in samples} == {1, 2, 3} and len(samples) == 3 * 8 * 4
+    assert {sample["step"] for sample in samples} == {1, 2} and len(samples) == 2 * 8 * 4
     for sample in samples:
         (question,) = (question for question in steps if question in sample["prompt"])
         written = min(sample["response"].count("="), steps[question])
         expected = (2.0 if sample["accuracy"] else -0.5) + 0.05 * written
         assert sample["reward"] == pytest.approx(expected) and sample["extra"]["steps"] == written
     rows = runs.rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3] and all("reward/steps" in row for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and all("reward/steps" in row for row in rows)
     assert all(row["verifier_crashes"] == 0 for row in rows)
     assert len({sample["reward"] for sample in samples}) > 2, "the control: not one value alone"
     assert not (tmp_path / "run" / FAILURES_FILE).exists()
 
-    # The same run goes on with a reward that raises on training problems: no step is made of that.
-    (tmp_path / "my_reward.py").write_text("def score(response, columns):\n    return columns['no such column']\n")
-    done = run(tmp_path, "run.steps=4", "validation.every=0", "reward.failed_share_stop=1")
-    assert done.returncode == 1, done.stdout + done.stderr
+    # The same run goes on with a reward that raises: no step is made of that, and the columns are there after a resume.
+    raises = "def score(response, columns):\n    raise ValueError('steps ' + str(columns['steps']))\n"
+    (tmp_path / "my_reward.py").write_text(raises)
+    done = run(tmp_path, "run.steps=3", "reward.failed_share_stop=1")
+    assert done.returncode == 1 and "resumed from" in done.stdout, done.stdout + done.stderr
     message = (
-        "error: 32 of 32 checks in this step failed (32 crash; reward.rule=my_reward.py:score), the first: KeyError:"
+        "error: 32 of 32 checks in this step failed (32 crash; reward.rule=my_reward.py:score), the first: ValueError: "
     )
     assert message in done.stderr and f"run/{FAILURES_FILE} has its traceback" in done.stderr
     assert done.stdout.count("Traceback (most recent call last)") == 1 and 'my_reward.py", line 2' in done.stdout
     kept = [json.loads(line) for line in (tmp_path / "run" / FAILURES_FILE).read_text().splitlines()]
+    assert {row["error"] for row in kept} == {f"ValueError: steps {count}" for count in steps.values()}
     assert len(kept) == 32 and all("my_reward.py" in row["traceback"] for row in kept)
-    assert len(runs.rows(tmp_path / "run")) == 3
+    assert len(runs.rows(tmp_path / "run")) == 2
