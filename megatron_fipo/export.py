@@ -167,6 +167,7 @@ def convert(source: Source, target: Path, dtype: str | None = None) -> None:
     import torch
 
     from megatron_fipo.data.text_files import complete_text_files
+    from megatron_fipo.data.tokenizers import TOKENIZER_FILES
     from megatron_fipo.model_card import write_card
     from megatron_fipo.weights.conversion import to_huggingface
 
@@ -178,6 +179,8 @@ def convert(source: Source, target: Path, dtype: str | None = None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WeightError(f"{target} could not be written: {one_line(error)}") from error
+    if not any((source.directory / name).is_file() for name in TOKENIZER_FILES):
+        logging.warning("%s has no tokenizer: what is written cannot be read as text", source.directory)
     with progress_bar(f"{source.directory.name} → {target.name}") as progress:
         done = to_huggingface(
             source.directory,

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megatron_fipo.config.model_places import hub_id
 from megatron_fipo.files import write_atomically
 
 CARD, BASE_CARD = "README.md", "README-base.md"
@@ -33,8 +34,8 @@ def write_card(directory: Path, run: Path | None, step: int | None) -> None:
 def _card(config: dict[str, Any], base: dict[str, Any], facts: dict[str, str], step: int | None) -> str:
     path = str(_at(config, "model.path") or "")
     header: dict[str, Any] = {name: base[name] for name in _TAKEN_OVER if name in base}
-    if _is_hub_id(path):
-        header["base_model"] = path.partition("@")[0]
+    if (hub := hub_id(path)) is not None:
+        header["base_model"] = hub[0]
     header |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     header["tags"] = ["reinforcement-learning", "megatron-core", *filter(None, [_at(config, "algorithm.name")])]
     rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in facts.items())
@@ -84,13 +85,9 @@ def _facts(config: dict[str, Any], run: Path, step: int | None) -> dict[str, str
     return facts
 
 
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and path[0] not in "/.~" and not Path(path).exists()
-
-
 def _name(path: str) -> str:
     """A hub id as it is; of a path on a disk its last part."""
-    return path if _is_hub_id(path) or ":" in path else Path(path).name
+    return path if hub_id(path) is not None or ":" in path else Path(path).name
 
 
 def _cell(text: str) -> str:

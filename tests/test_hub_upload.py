@@ -16,6 +16,8 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.run_files import write_config
 from tests.fake_hub import TOKEN, FakeHub, fake_hub
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -34,6 +34,7 @@ def test_a_file_and_a_module_beside_the_command(tmp_path: Path, monkeypatch: pyt
     assert load_function("json.py:own", "key") is load_function("json.py:own", "key")
 
 
+@pytest.mark.slow
 def test_every_way_of_starting_finds_a_module_of_the_working_directory(tmp_path: Path) -> None:
     write(tmp_path / "own_module.py", "def own(): return 5\n")
     code = "import sys; sys.path.pop(0); from megatron_fipo.plugins import load_function; "

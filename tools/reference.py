@@ -50,7 +50,8 @@ _MODELS_HEADER = """\
 
 <!-- Written by tools/reference.py from megatron_fipo/config/model_keys.py: change that, then `make format`. -->
 
-A model comes as a Hugging Face directory, or as a distributed checkpoint with config.json and tokenizer beside it.
+A model comes by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
+distributed checkpoint with config.json and tokenizer beside it.
 Dense models of these architectures are covered: {architectures}.
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and

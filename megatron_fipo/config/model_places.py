@@ -14,9 +14,11 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.errors import ConfigError, one_line
 
 KEY = "model.path"
-_HUB_ID = re.compile(r"(?!models/)(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?!models/)(?P<name>[A-Za-z0-9]([\w.-]*\w)?/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 """What a run or an exported model needs: no weights that would have to be unpickled."""
+_LONGEST = 96
+"""Characters of a repository's name, its owner's included."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -25,7 +27,11 @@ def hub_id(path: str) -> tuple[str, str | None] | None:
     found = _HUB_ID.fullmatch(path)
     if found is None or os.path.isdir(resolve_embedded(path)):
         return None
-    return found["name"], found["revision"]
+    name = found["name"]
+    # What the hub's own client refuses as no name, and a revision that would lead out of its cache.
+    if len(name) > _LONGEST or "--" in name or ".." in path or name.endswith((".git", "-", ".")):
+        return None
+    return name, found["revision"]
 
 
 def model_directory(path: str) -> Path:

@@ -58,8 +58,8 @@ def to_huggingface(
     """
     geometry = read_architecture(model_dir)
     table = exported_parameters(geometry)
-    recipe = {"to": "hf", "from": _fingerprint(source), "model": _fingerprint(model_dir), "dtype": str(dtype)}
-    recipe |= {"shard": max_shard_bytes}
+    made_from = {"from": _fingerprint(source), "model": _fingerprint(model_dir)}
+    recipe = {"to": "hf", "dtype": str(dtype), "shard": max_shard_bytes, **made_from}
     with open_source(source) as reader:
         _raise(reader.problems(table, geometry), source)
         infos = [

@@ -31,9 +31,9 @@ def write_page(directory: Path) -> None:
     """The page's files, in `directory`."""
     function, test = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (configuration,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (directory / "my_conf" / "algorithm").mkdir(parents=True)
     (directory / "my_losses.py").write_text(function)
     (directory / "test_spo.py").write_text(test)
-    (directory / "my_conf" / "algorithm").mkdir(parents=True)
     (directory / "my_conf" / "algorithm" / "spo.yaml").write_text(configuration)
 
 
@@ -64,6 +64,7 @@ def test_the_pages_command_is_a_configuration_that_can_run(tmp_path: Path, monke
     assert 0 < metrics(statistics)["spo_outside"] < 1
 
 
+@pytest.mark.slow
 def test_the_pages_configuration_file_is_the_same(tmp_path: Path) -> None:
     write_page(tmp_path)
     show = [sys.executable, "-m", "megatron_fipo.train", "--config-dir", "my_conf", "algorithm=spo", "--cfg", "job"]

@@ -53,6 +53,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.splitlines()[-1].removeprefix("megatron_fipo.errors.ConfigError: ")
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_without_pickles_and_found_without_a_network(hub: FakeHub, tmp_path: Path) -> None:
     home = tmp_path / "home"
     done = call(hub, home, "print(fetch_config('owner/small'))")
@@ -72,6 +73,7 @@ def test_a_model_is_fetched_once_without_pickles_and_found_without_a_network(hub
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     code = "from megatron_fipo.config.model_places import *; print(fetch_model('owner/small'))"
@@ -91,6 +93,7 @@ def test_several_processes_at_once_fetch_each_file_once(hub: FakeHub, tmp_path: 
     assert "Fetching" not in said[1][1] + said[2][1], "one bar, on the terminal's rank"
 
 
+@pytest.mark.slow
 def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None:
     served = hub.repositories["owner/small"]
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -105,6 +108,7 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
     assert (Path(done.stdout.strip()) / "model-2.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "environment", "said"),
     [
@@ -121,6 +125,7 @@ def test_what_cannot_be_fetched_is_one_line(
     assert text.startswith("model.path: ") and said in text and str(tmp_path / "home") in text
 
 
+@pytest.mark.slow
 def test_preflight_and_planner_need_config_json_alone(hub: FakeHub, tmp_path: Path) -> None:
     code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/small')[0])"
     done = call(hub, tmp_path / "home", code)
@@ -132,7 +137,22 @@ def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     assert hub_id("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
     assert hub_id("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
-    for path in ("embedded:tiny", "/a/b", "./a/b", "~/a", "a", "a/b/c", "models/mine", "../a/b", "a/b@", ""):
+    for path in (
+        "embedded:tiny",
+        "/a/b",
+        "./a/b",
+        "~/a",
+        "a",
+        "a/b/c",
+        "models/mine",
+        "../a/b",
+        "a/b@",
+        "",
+        "a/b@../c",
+        "a--b/c",
+        "é/b",
+        f"a/{'x' * 95}",
+    ):
         assert hub_id(path) is None, path
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert hub_id("owner/name") is None and model_directory("owner/name") == Path("owner/name")
@@ -142,7 +162,7 @@ def test_what_is_a_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("overrides", "key", "said"),
     [
         (["experiment=smollm2_135m"], "model.path", "`make models/smollm2-135m` gets it"),
-        (["experiment=fipo_7b", SERVER], "data.train", "tools/fetch_recipe_data.py` gets"),
+        (["experiment=fipo_7b", SERVER], "data.train", "tools/fetch_recipe_data.py --out data` gets"),
         (
             ["experiment=fipo_7b", "data=tiny", SERVER],
             "model.path",

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from tests.fake_hub import FakeHub, fake_hub
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
