@@ -268,10 +268,10 @@ class Trainer:
         if self.report is None:
             return
         names = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
-        summary = {name: self.results.get(name) for name in names}
+        summary: dict[str, Any] = {name: self.results.get(name) for name in names}
         summary |= {"steps": self.step, "seconds": self._seconds(), **distinguishing(self.config)}
         write_summary(self.directory, summary)
-        self.report.finish(self.console.take_spans())
+        self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
 
     def _make_room(self) -> None:

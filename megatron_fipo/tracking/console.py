@@ -134,7 +134,8 @@ class Console:
             self._phases.pop()
             elapsed_s = time.monotonic() - phase.started
             self._seconds[name] += elapsed_s - phase.nested_s
-            self._spans.append(Span(name, time.time() - elapsed_s, elapsed_s))
+            if self._enabled:
+                self._spans.append(Span(name, time.time() - elapsed_s, elapsed_s))
             if self._phases:
                 self._phases[-1].nested_s += elapsed_s
             self._progress.update(self._task, phase=self._phases[-1].name if self._phases else "", since=None)
@@ -146,7 +147,7 @@ class Console:
         return taken
 
     def take_spans(self) -> list[Span]:
-        """The phases that have ended since the last call, in the order of their ends."""
+        """Rank 0's phases that have ended since the last call, in the order of their ends."""
         taken, self._spans = self._spans, []
         return taken
 

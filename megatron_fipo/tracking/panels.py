@@ -57,7 +57,6 @@ PANELS = (
         ),
     ),
     Panel("Reward", "mean per response", (Curve("reward_mean", "reward"),)),
-    Panel("Accuracy in training", "share of responses right", (Curve("accuracy", "accuracy"),)),
     Panel(
         "Response length",
         "tokens",
@@ -72,9 +71,9 @@ PANELS = (
         ),
     ),
     Panel(
-        "Influence weight f",
+        "Influence weight f: mean ± std",
         "weight",
-        (Curve("influence_weights_mean", "mean ± standard deviation", spread="influence_weights_std"),),
+        (Curve("influence_weights_mean", "mean", spread="influence_weights_std"),),
     ),
     Panel(
         "Influence weights at the band's bounds",
@@ -86,6 +85,7 @@ PANELS = (
         percent=True,
     ),
     Panel("Entropy", "nats per token", (Curve("entropy", "entropy"),)),
+    Panel("Accuracy in training", "share of responses right", (Curve("accuracy", "accuracy"),)),
     Panel("Policy KL, old to new (ppo_kl)", "nats per token", (Curve("ppo_kl", "ppo_kl"),)),
     Panel(
         "Clipped ratios",

@@ -20,6 +20,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.tracking.console import Span
+from megatron_fipo.tracking.console_table import duration
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
 from megatron_fipo.tracking.page import asset, chart_scripts, in_script, page
 from megatron_fipo.tracking.panels import PANELS, PHASES, columns
@@ -33,6 +34,8 @@ _SPANS = 400
 """Phases in the timeline: the latest ones."""
 _POINTS = 1000
 """Most points of a curve."""
+_SAMPLES = 12
+"""Links to the rollouts of steps: the latest ones."""
 _FILES = {
     "config.yaml": "every setting",
     "environment.json": "versions, commit, command",
@@ -99,11 +102,11 @@ class Report:
         self._held_out.append(row)
         self._update(spans)
 
-    def finish(self, spans: Iterable[Span]) -> None:
-        """Note that the run has done all its steps, and write the whole page."""
+    def finish(self, seconds: float, spans: Iterable[Span]) -> None:
+        """Note that the run has done all its steps, in so many seconds, and write the whole page."""
         self._finished = True
         self._spans.extend(spans)
-        self._write("finished", whole=True)
+        self._write("finished", duration(seconds), whole=True)
 
     def _update(self, spans: Iterable[Span]) -> None:
         """Write the numbers, unless that was done a moment ago."""
@@ -136,7 +139,10 @@ class Report:
             "held_out": _columns(self._held_out, columns(held_out=True)),
             "sources": _by_source(self._held_out),
             "spans": [[span.phase, round(span.start, 3), round(span.seconds, 3)] for span in self._spans],
-            "samples": {name: _kept(self._directory, name) for name in ("step", "validation")},
+            "samples": {
+                "step": _kept(self._directory, "step")[-_SAMPLES:],
+                "validation": _kept(self._directory, "validation"),
+            },
         }
 
 

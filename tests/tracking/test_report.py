@@ -32,18 +32,18 @@ def test_the_first_step_is_in_the_numbers_at_once(tmp_path):
         assert data(tmp_path)["state"]["kind"] == "running" and data(tmp_path)["training"] == {"step": []}
         report.add_step({"step": 1, **ROW}, [Span("sample", 1e9, 1.5)])
         written = data(tmp_path)
-        report.finish([Span("checkpoint", 1e9 + 2, 0.5)])
+        report.finish(200.0, [Span("checkpoint", 1e9 + 2, 0.5)])
     shown = {"step": [1], "reward_mean": [0.25], "seconds_sample": [1.5], "seconds_step": [4.0]}
     assert written["training"] == shown
     assert written["spans"] == [["sample", 1e9, 1.5]]
-    assert data(tmp_path)["state"]["kind"] == "finished" and len(data(tmp_path)["spans"]) == 2
+    assert data(tmp_path)["state"] == {"kind": "finished", "words": "3 min 20 s"} and len(data(tmp_path)["spans"]) == 2
 
 
 def test_the_whole_page_needs_no_other_file(tmp_path):
     (tmp_path / "config.yaml").write_text("name: <b>\n")
     with new_report(tmp_path) as report:
         report.add_step({"step": 1, **ROW}, [])
-        report.finish([])
+        report.finish(200.0, [])
     page = (tmp_path / "report.html").read_text()
     assert '"reward_mean":[0.25]' in page and "name: &lt;b&gt;" in page
     assert "<script src" not in page and '<link rel="stylesheet"' not in page
@@ -81,7 +81,7 @@ def test_a_long_run_is_drawn_as_means(tmp_path):
     with new_report(tmp_path) as report:
         for step in range(1, 2502):
             report.add_step({"step": step, "reward_mean": float(step), "entropy": 1.0 if step == 2 else None}, [])
-        report.finish([])
+        report.finish(200.0, [])
     shown = data(tmp_path)
     assert shown["steps_per_point"] == 3 and len(shown["training"]["step"]) == 834
     assert shown["training"]["reward_mean"][0] == 2.0 and shown["training"]["step"][-1] == 2501

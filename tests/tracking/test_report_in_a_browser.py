@@ -5,6 +5,8 @@ Not covered: other browsers; whether a picture is beautiful (tools/report_pictur
 """
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.report import Report
+from tests.distributed import ROOT
 from tests.tracking.groups import make_group
 from tools.report_picture import browser, browser_files, show
 
@@ -98,9 +101,9 @@ def write_run(directory: Path, steps: int) -> None:
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):
-            spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("update", 1e9 + 22 + 4 * step, 2.0)]
+            spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("checkpoint", 1e9 + 22 + 4 * step, 2.0)]
             report.add_step(step_row(step), spans)
-        report.finish([])
+        report.finish(200.0, [])
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +169,7 @@ def test_values_are_shown_where_the_mouse_is(chrome: Chrome, run: Path) -> None:
     assert "start: 20 s, from 0.0 s on" in hover(chrome, "Timeline of the latest phases", ".point path")
     words = chrome.find_element(By.TAG_NAME, "body").text
     assert (
-        f"Finished: {STEPS} steps." in words
+        f"Finished: {STEPS} steps in 3 min 20 s." in words
         and "avg@4 cons@4 pass@4" in words
         and "0.250 0.500 0.750 21.0 2.5" in words
     )
@@ -200,8 +203,8 @@ def test_curves_are_there_after_one_step_and_grow_without_a_reload(
         assert curves(chrome) > after_one > 10
         assert chrome.execute_script("return window.sameDocument")
         assert not chrome.find_element(By.ID, "note").is_displayed()
-        report.finish([])
-        WebDriverWait(chrome, 20).until(lambda page: "Finished: 2 steps." in page.page_source)
+        report.finish(200.0, [])
+        WebDriverWait(chrome, 20).until(lambda page: "Finished: 2 steps in 3 min 20 s." in page.page_source)
     assert chrome.get_log("browser") == []
 
 
@@ -226,3 +229,13 @@ def test_a_failed_run_says_why(chrome: Chrome, tmp_path: Path) -> None:
     state = chrome.find_element(By.ID, "state")
     assert state.text == "Failed after step 1 of 12: ValueError: <b>markup</b>"
     assert curves(chrome) > 10
+
+
+def test_pictures_for_the_readme(run: Path, tmp_path: Path) -> None:
+    """By the command that docs/report.md names."""
+    command = [sys.executable, "tools/report_picture.py", "--to", str(tmp_path)]
+    subprocess.run([*command, str(run)], cwd=ROOT, check=True, timeout=120)
+    light, dark = ((tmp_path / f"report-{scheme}.png").read_bytes() for scheme in ("light", "dark"))
+    assert light != dark and light.startswith(b"\x89PNG") and max(len(light), len(dark)) < 200_000
+    refused = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "report.html was not found" in refused.stderr

@@ -45,6 +45,7 @@ const charts = (() => {
     const timeline = chart.kind === "timeline";
     const axis = { gridcolor: grid, linecolor: line, zerolinecolor: line, tickfont: { size: 12, color: quiet }, automargin: true };
     const title = (words) => ({ text: words, font: { size: 12, color: quiet }, standoff: 8 });
+    const nothing = chart.percent && chart.lines.every((line) => line.y.every((value) => !value));
     const several = !timeline && chart.lines.length > 1;
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: text },
@@ -56,7 +57,9 @@ const charts = (() => {
         ...axis,
         title: timeline ? undefined : title(chart.y),
         type: chart.log ? "log" : timeline ? "category" : "linear",
-        autorange: timeline ? "reversed" : true,
+        autorange: timeline ? "reversed" : !nothing,
+        range: nothing ? [0, 0.01] : undefined,
+        rangemode: chart.percent ? "tozero" : "normal",
         tickformat: chart.percent ? ",.3~%" : undefined,
         hoverformat: chart.percent ? ",.2~%" : ".4~g",
         exponentformat: "power",
@@ -64,7 +67,7 @@ const charts = (() => {
         fixedrange: timeline,
       },
       showlegend: several,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, itemsizing: "constant", traceorder: "normal" },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, traceorder: "normal" },
       barmode: timeline ? "overlay" : "stack",
       bargap: 0.15,
       hovermode: timeline ? "closest" : "x unified",

@@ -46,8 +46,8 @@ const report = (() => {
     const silent = Date.now() / 1000 - written;
     const words = {
       running: done ? `Under way: ${done} of ${total} steps done.` : "Under way: no step is done yet.",
-      finished: `Finished: ${done} steps.`,
-      stopped: `Stopped after step ${done} of ${total}. Started again with the same run.directory, it goes on from its newest checkpoint.`,
+      finished: `Finished: ${done} steps in ${state.words}.`,
+      stopped: `Stopped after step ${done} of ${total}, by request or by a signal. Started again with the same run.directory, it goes on from its newest checkpoint.`,
       failed: `Failed after step ${done} of ${total}: ${state.words}`,
     };
     by("state").textContent = words[state.kind];
@@ -84,11 +84,11 @@ const report = (() => {
       if (values.length) tiles.push([change(values, text), words]);
     };
     add(heldOut, "accuracy", `held-out accuracy, avg@${k}`, (value) => value.toFixed(3));
-    add(training, "reward_mean", "mean reward", (value) => value.toFixed(3));
+    add(training, "reward_mean", "mean reward", (value) => value.toFixed(2).replace("-", "−"));
     add(training, "response_length_mean", "tokens per response", (value) => value.toFixed(value < 1000 ? 1 : 0));
     const step = median(training.seconds_step ?? []);
     if (step) tiles.push([duration(step), "per step (median)"]);
-    if (step && state.kind === "running" && done < total) tiles.push([`about ${duration(step * (total - done))}`, "left, without validations"]);
+    if (step && state.kind === "running" && done < total) tiles.push([`≈ ${duration(step * (total - done))}`, "left, validations aside"]);
     by("tiles").replaceChildren(...tiles.map(([value, words]) => {
       const tile = element("div", element("b", value), { className: "tile" });
       tile.append(element("span", words));
@@ -142,7 +142,7 @@ const report = (() => {
       };
     });
     const whole = latest[0][0] === "start";
-    const since = whole ? "the run's start, or its last resume" : "the first one shown";
+    const since = whole ? "the last start" : "the first one shown";
     return [{ title: "Timeline of the latest phases", kind: "timeline", wide: true, x: `${unit} since ${since}`, y: "", lines }];
   }
 
@@ -182,11 +182,11 @@ const report = (() => {
       const made = element("p", `${words}: `);
       const latest = names.slice(-12);
       for (const name of latest) made.append(link(`samples/${name}`, `${parseInt(name.slice(prefix.length), 10)}`), " ");
-      if (latest.length < names.length) made.append(link("samples/", `all ${names.length}`));
+      made.append(link("samples/", "all"));
       return made;
     };
     const lists = [];
-    if (samples.step.length) lists.push(list("of training steps", samples.step, "step-"));
+    if (samples.step.length) lists.push(list("of the latest steps", samples.step, "step-"));
     if (samples.validation.length) lists.push(list("of held-out problems, after step", samples.validation, "validation-"));
     by("samples").replaceChildren(...lists);
     by("samples").closest("section").hidden = !lists.length;
