@@ -43,7 +43,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "answer"), [("trian", "did you mean train?"), ("xyzzy", "there are train, preflight")]
+    ("typed", "answer"), [("trian", "did you mean train?"), ("xyzzy", "there are train, evaluate")]
 )
 def test_an_unknown_command_is_one_line(typed: str, answer: str) -> None:
     refused = run(typed, "experiment=tiny")

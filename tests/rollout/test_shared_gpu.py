@@ -75,6 +75,7 @@ def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, mon
 def test_servers_get_the_trainers_gpus_only_when_they_share_them() -> None:
     two = RolloutConfig(servers=2)
     assert assign_devices(two, ["4", "5", "6", "7"], trainer=2) == [["6"], ["7"]]
+    assert assign_devices(two, ["4", "5"], trainer=0) == [["4"], ["5"]], "an evaluation has no trainer beside it"
     shared = dataclasses.replace(two, shared_gpu=True)
     assert assign_devices(shared, ["4", "5", "6", "7"], trainer=2) == [["4"], ["5"]]
     wide = dataclasses.replace(shared, servers=1, tensor_parallel=2)
