@@ -129,6 +129,9 @@ def assign_devices(config: RolloutConfig, devices: list[str], trainer: int) -> l
     width = config.tensor_parallel
     needed = config.servers * width
     usable = devices[:trainer] if config.shared_gpu else devices[trainer:]
+    if len(usable) < needed and not trainer:
+        problem = f"{needed} GPUs are needed, and {len(usable)} are here"
+        raise ConfigError("rollout.servers", problem, "fewer servers, or a smaller rollout.tensor_parallel")
     if len(usable) < needed:
         where = f"among the trainer's {trainer}" if config.shared_gpu else f"beside the trainer's {trainer}"
         raise ConfigError(

@@ -75,6 +75,7 @@ def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, mon
 def test_servers_get_the_trainers_gpus_only_when_they_share_them() -> None:
     two = RolloutConfig(servers=2)
     assert assign_devices(two, ["4", "5", "6", "7"], trainer=2) == [["6"], ["7"]]
+    assert assign_devices(two, ["4", "5"], trainer=0) == [["4"], ["5"]], "an evaluation has no trainer beside it"
     shared = dataclasses.replace(two, shared_gpu=True)
     assert assign_devices(shared, ["4", "5", "6", "7"], trainer=2) == [["4"], ["5"]]
     wide = dataclasses.replace(shared, servers=1, tensor_parallel=2)
@@ -86,6 +87,8 @@ def test_too_few_gpus_are_refused_with_what_would_help() -> None:
         assign_devices(RolloutConfig(), ["0"], trainer=1)
     with pytest.raises(ConfigError, match="2 GPUs are needed, but 1 of 4 are there among the trainer's 1"):
         assign_devices(RolloutConfig(servers=2, shared_gpu=True), ["0", "1", "2", "3"], trainer=1)
+    with pytest.raises(ConfigError, match=r"2 GPUs are needed, and 1 are here \(fewer servers"):
+        assign_devices(RolloutConfig(servers=2), ["0"], trainer=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
