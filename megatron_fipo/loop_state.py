@@ -21,6 +21,8 @@ _G = TypeVar("_G")
 _T = TypeVar("_T")
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _FORMAT = 2
+RESULTS = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
+"""What validations so far have told."""
 
 
 class ExperienceState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True):
@@ -41,7 +43,7 @@ class LoopState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True, kw
     step: _Count
     seconds: Annotated[float, Meta(ge=0, le=1e12)]
     """Of training, without the start of processes and servers."""
-    results: dict[Annotated[str, Meta(pattern=r"^(accuracy|response_length)_(before|after)\Z")], float | None]
+    results: dict[Annotated[str, Meta(pattern=rf"^({'|'.join(RESULTS)})\Z")], float | None]
     """Of validations so far; None where nothing could be judged."""
     experience: ExperienceState[_G]
 

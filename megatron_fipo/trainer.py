@@ -88,12 +88,13 @@ class Trainer:
         self.stand_by = StandBy(trainer_store())
         self.saving: Saving | None = None
         """The checkpoint that is being written."""
-        stack.callback(self._abandon_saving)
+        # On the way out of a run that failed or is stopped by a signal the last complete checkpoint stays.
+        stack.callback(lambda: self.saving.abandon() if self.saving else None)
+        # The version of the present weights is the step that made them.
         self.version = self.saved_step = self.step
-        """The version of the present weights: the step that made them. And the step of the newest checkpoint."""
+        # On rank 0, what a step has begun with, and what one that was undone had.
         self.step_began_with: ExperienceState[Group] | None = None
         self.undone_to: ExperienceState[Group] | None = None
-        """On rank 0, what a step that was undone had begun with."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -228,10 +229,8 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
     def asked_to_stop(self) -> bool:
-        """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed.
-
-        A file and not a signal: a job's signals reach servers and verifiers too, which would end on them.
-        """
+        """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed."""
+        # A job sends no signal, which would reach servers and verifiers too.
         if self.step == self.config.run.steps and not self.lacks_validation():
             return False
         file = self.directory / STOP_FILE
@@ -256,9 +255,8 @@ class Trainer:
         with self.console.phase("checkpoint"):
             directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
             try:
-                self.saving = checkpoint.start_saving(
-                    self.policy, directory, self.step, state, keep, self.model_dir, arrays
-                )
+                write = checkpoint.start_saving
+                self.saving = write(self.policy, directory, self.step, state, keep, self.model_dir, arrays)
             except CheckpointError as error:
                 self._not_saved(error)
                 return
@@ -292,27 +290,21 @@ class Trainer:
             raise error
         self.console.warn(f"{error}; the run goes on without it, as checkpoint.on_error=warn says")
 
-    def _abandon_saving(self) -> None:
-        """On the way out of a run that failed or is stopped by a signal: the last complete checkpoint stays."""
-        if self.saving is not None:
-            self.saving.abandon()
-
     def _save_huggingface(self, saved: Path) -> None:
         """Write the policy beside its checkpoint as a Hugging Face directory, if that is due."""
         directory = self.directory / "huggingface"
-        if self.is_due(self.config.checkpoint.huggingface_every):
-            failure = huggingface_directories.save(self.policy, saved, directory, self.model_dir)
-            if failure:
-                # The run has lost nothing: the same weights are in the checkpoint.
-                remedy = f"python tools/convert_hf.py to-hf {saved} DIRECTORY makes it of the checkpoint"
-                self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
+        if self.is_due(self.config.checkpoint.huggingface_every) and (
+            failure := huggingface_directories.save(self.policy, saved, directory, self.model_dir)
+        ):
+            # The run has lost nothing: the same weights are in the checkpoint.
+            remedy = f"megatron-fipo export {saved} DIRECTORY makes it of the checkpoint"
+            self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""
         if self.report is None:
             return
-        names = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
-        summary: dict[str, Any] = {name: self.results.get(name) for name in names}
+        summary: dict[str, Any] = {name: self.results.get(name) for name in loop_state.RESULTS}
         summary |= {"steps": self.step, "seconds": self._seconds(), **distinguishing(self.config)}
         write_summary(self.directory, summary)
         self.report.finish(summary["seconds"], self.console.take_spans())
