@@ -230,7 +230,6 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed."""
-        # A job sends no signal, which would reach servers and verifiers too.
         if self.step == self.config.run.steps and not self.lacks_validation():
             return False
         file = self.directory / STOP_FILE
