@@ -64,7 +64,9 @@ def check_call(function: Callable[..., Any], positional: int, options: Mapping[s
     try:
         signature.bind(*[None] * positional, **options)
     except TypeError as error:
-        takes = f"it is defined as {getattr(function, '__name__', text)}{signature}"
+        bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+        name = getattr(function, "__name__", text)
+        takes = f"it is defined as {name}{signature.replace(parameters=bare, return_annotation=signature.empty)}"
         raise ConfigError(f"{key}_options" if options else key, f"{text} cannot be called: {error}", takes) from None
 
 

@@ -53,7 +53,7 @@ def fake_hub() -> Iterator[FakeHub]:
             api = path.startswith("/api/")
             for prefix in ("/api", "/models", "/datasets"):
                 path = path.removeprefix(prefix)
-            owner, name, kind, *rest = [*path.strip("/").split("/"), ""]
+            owner, name, kind, *rest = [*path.strip("/").split("/"), "", ""]
             directory = hub.repositories.get(f"{owner}/{name}")
             if directory is None:
                 return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -62,7 +62,7 @@ def fake_hub() -> Iterator[FakeHub]:
                 return self.answer(200, [self.entry(directory, file) for file in sorted(directory.rglob("*"))])
             if api:
                 return self.answer(200, {"id": f"{owner}/{name}", "sha": commit, "siblings": []})
-            file = directory.joinpath(*rest[1:-1])
+            file = directory.joinpath(*rest[1:-2])
             if kind != "resolve" or not file.is_file():
                 return self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             content = file.read_bytes()
