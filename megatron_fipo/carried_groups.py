@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import DataError, one_line
-from megatron_fipo.samples import LARGEST_REWARD, Group, Judgement, Problem, Response
+from megatron_fipo.rewards.rules import LARGEST_REWARD
+from megatron_fipo.samples import Group, Judgement, Problem, Response
 
 Arrays = dict[str, numpy.ndarray]
 _PROMPTS, _TOKENS, _LOG_PROBS, _TEXT = "prompt_token_ids", "response_token_ids", "response_log_probs", "response_text"

@@ -9,9 +9,6 @@ import numpy
 FAILED_CHECKS = ("timeout", "crash")
 """Outcomes of a check that came to no verdict."""
 
-LARGEST_REWARD = 1e6
-"""Most that a reward of the user's own may be, above or below 0: far below what overflows in training."""
-
 
 @dataclass
 class Problem:

@@ -29,6 +29,8 @@ FREE: dict[str, tuple[str, ...]] = {
     "the problems themselves are compared, wherever they are": ("data.train",),
     "how often, not what": ("validation.every", "checkpoint.*"),
     "what is written beside": ("tracking.*",),
+    "how missing files are had; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
+    "another command's": ("evaluation.*",),
 }
 """Why, and the keys that it is true of."""
 

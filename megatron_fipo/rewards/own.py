@@ -19,8 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_fipo.errors import one_line
-from megatron_fipo.rewards.rules import Verdict
-from megatron_fipo.samples import LARGEST_REWARD
+from megatron_fipo.rewards.rules import LARGEST_REWARD, Verdict
 
 Item = dict[str, Any]
 """What the pool sends of a response: values by the names of `OwnRule.inputs`; of the columns, their JSON text."""

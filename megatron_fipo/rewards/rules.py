@@ -12,6 +12,9 @@ from typing import Any
 
 from megatron_fipo.rewards import extraction
 
+LARGEST_REWARD = 1e6
+"""Most that a reward of the user's own may be, above or below 0: far below what overflows in training."""
+
 # The recipe looks for the answer only at the end: an early "Answer:" in a long response is not its conclusion.
 _TAIL_CHARACTERS = 300
 _NO_ANSWER = "[INVALID]"

@@ -51,17 +51,17 @@ def differences(before: list[str], after: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["optimizer.lr=1e-5"], ["optimizer.lr: 2e-05 → 1e-05"]),
+        (["optimizer.lr=1e-5"], ["optimizer.lr: 0.0001 → 1e-05"]),
         (["run.seed=1"], ["run.seed: 0 → 1"]),
         (["model.path=models/other"], ["model.path: embedded:tiny → models/other"]),
-        (["algorithm.prompts_per_step=64"], ["algorithm.prompts_per_step: 32 → 64"]),
+        (["algorithm.prompts_per_step=64"], ["algorithm.prompts_per_step: 16 → 64"]),
         (["reward.rule=exact_match"], ["reward.rule: math_verify → exact_match"]),
         (["algorithm.filter_groups.enable=false"], ["algorithm.filter_groups.enable: true → false"]),
         (["+data.task_options.terms=3"], ["data.task_options: {} → {'terms': 3}"]),
         (["data.instruction=x"], ["data.instruction: empty → x"]),
         (["data.instruction=x", "data.allow_change=true"], []),
         (["parallel.tensor=2", "hardware=h200", "cluster.trainer_nodes=3"], []),
-        (["run.steps=99", "run.name=other", "run.directory=/elsewhere", "run.resume_changed=true"], []),
+        (["run.name=other", "run.directory=/elsewhere", "run.resume_changed=true"], []),
         (["rollout.servers=0", "rollout.addresses=[http://a:1]", "rollout.request_timeout_s=1"], []),
         (["checkpoint.every=1", "tracking.tensorboard=false", "validation.every=1"], []),
     ],
@@ -73,6 +73,8 @@ def test_what_may_change(overrides: list[str], said: list[str]) -> None:
 def test_the_length_of_a_decay_may_not_change() -> None:
     decay = ["optimizer.schedule=cosine"]
     assert differences(decay, [*decay, "run.steps=99"]) == ["run.steps: 24 → 99"]
+    constant = ["optimizer.schedule=constant"]
+    assert differences(constant, [*constant, "run.steps=99"]) == []
 
 
 def test_another_algorithm_is_named_key_by_key() -> None:

@@ -31,7 +31,10 @@ ELSEWHERE = {
     r"hf download": "needs a network; tests/config/test_model_places.py fetches by the same library",
     r"vllm serve": "tests/rollout/test_service.py starts such servers by the product's own command",
     r"megatron-fipo compare": "tests/comparison/test_compare.py",
-    r"megatron-fipo (doctor|--help|--version)": "tests/test_cli.py",
+    r"(\S+/)?megatron-fipo (doctor|--help|--version)": "tests/test_cli.py",
+    r"(\S+/)?megatron-fipo inspect": "tests/test_inspect.py",
+    r"cp slurm/site\.example\.sh": "tests/slurm/test_site.py",
+    r"scancel --batch --signal=USR1": "tests/slurm/test_slurm.py",
     r"make (env|docs|lint|format|clean)": "the Makefile's target is looked up, and .ci/run calls it",
     r"python -m megatron_fipo\.train --config-dir": "tests/fuzz/test_found.py",
     r"mkdocs serve": "make docs builds the same pages",
@@ -49,7 +52,7 @@ def settings_of(command: Command) -> list[str] | None:
         words = words[1:]
     if words[0].endswith(("python", "python3")) and words[1:2] == ["-m"]:
         name, rest = words[2].removeprefix("megatron_fipo."), words[3:]
-    elif words[0] == "megatron-fipo":
+    elif words[0].endswith("megatron-fipo"):
         name, rest = words[1], words[2:]
     elif words[:2] == ["make", "train"]:
         name, rest = "train", [part for word in words[2:] if word.startswith("ARGS=") for part in word[5:].split()]
@@ -66,7 +69,7 @@ def settings_of(command: Command) -> list[str] | None:
 def test_there_are_commands() -> None:
     """The control: a collector that finds nothing would pass everything below."""
     found = {command.text for command in SHOWN}
-    assert {"make train", "make test", "sbatch slurm/fipo_32b.sh"} <= found and len(found) > 40
+    assert {"make train", "make test", "slurm/fipo_7b.sh"} <= found and len(found) > 40
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)

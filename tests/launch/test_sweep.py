@@ -70,13 +70,13 @@ def test_each_run_is_judged_before_the_first_starts(tmp_path: Path) -> None:
     checkpoint = good[1].directory / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     keep_settings(load_config([*good[1].overrides, "optimizer.lr=1"]), good[1].directory, 0, Start(None, {}, ()))
-    with pytest.raises(FipoError, match=r"^mini_batch_prompts-8: run\.directory: .*optimizer\.lr: 1\.0 → 2e-05"):
+    with pytest.raises(FipoError, match=r"^mini_batch_prompts-8: run\.directory: .*optimizer\.lr: 1\.0 → 0\.0001"):
         judge(good)
     checkpoint.rmdir()
     judge(good)
     (good[1].directory / "metrics.jsonl").write_text('{"step": 24}\n')
     (good[1].directory / "summary.json").write_text('{"steps": 24}')
-    with pytest.raises(FipoError, match=r"the run there is done, with other settings: optimizer\.lr: 1\.0 → 2e-05"):
+    with pytest.raises(FipoError, match=r"the run there is done, with other settings: optimizer\.lr: 1\.0 → 0\.0001"):
         judge(good)
 
 
