@@ -43,7 +43,7 @@ class LoopState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True, kw
     step: _Count
     seconds: Annotated[float, Meta(ge=0, le=1e12)]
     """Of training, without the start of processes and servers."""
-    results: dict[Annotated[str, Meta(pattern=rf"^({'|'.join(RESULTS)})\Z")], float | None]
+    results: dict[Annotated[str, Meta(pattern=r"^(accuracy|response_length)_(before|after)\Z")], float | None]
     """Of validations so far; None where nothing could be judged."""
     experience: ExperienceState[_G]
 

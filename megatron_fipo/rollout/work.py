@@ -34,6 +34,7 @@ class Work:
         self.responses: dict[int, Response] = {}
         self.failed: dict[str, str] = {}
         self._failures = 0
+        self._group: Group | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -54,8 +55,10 @@ class Work:
         return [index for index in range(self.samples) if index not in self.responses]
 
     def group(self) -> Group:
-        """The whole group, its samples in order."""
-        return Group(self.problem, [self.responses[index] for index in range(self.samples)] * self._copies)
+        """The whole group, its samples in order: one and the same each time, since judging adds to it."""
+        if self._group is None:
+            self._group = Group(self.problem, [self.responses[i] for i in range(self.samples)] * self._copies)
+        return self._group
 
     def request(self, indices: Sequence[int]) -> GenerateRequest:
         """For the samples of these indices."""
