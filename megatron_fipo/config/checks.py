@@ -1,6 +1,7 @@
 """Judges a configuration before anything heavy is imported: ranges first, then combinations, then this machine's files.
 
-What cannot run raises ConfigError with the key and what would be right. What runs, but hardly as meant, is a warning.
+What cannot run raises ConfigError with the key and what would be right. What runs but is probably a mistake is a
+warning.
 """
 
 import contextlib
