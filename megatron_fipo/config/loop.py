@@ -146,7 +146,7 @@ class CheckpointConfig:
     verify: bool = setting(True, "Resume only from a checkpoint in which the checksum of every file is right.")
     on_error: str = setting(
         "stop",
-        "When a checkpoint cannot be written. stop: end the run in one line. warn: go on without it.",
+        "When a checkpoint cannot be written. stop: end the run with one line. warn: continue without it.",
         choices=("stop", "warn"),
     )
     huggingface_every: int = setting(
