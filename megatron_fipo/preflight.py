@@ -174,7 +174,7 @@ def _print(
     parallel = config.parallel
     layout = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}"
     if parallel.virtual_pipeline:
-        layout += f" ({parallel.virtual_pipeline} chunks a stage)"
+        layout += f" ({parallel.virtual_pipeline} chunks per stage)"
     layout += f" × context {parallel.context} × data {result.data_parallel_size}"
     console.print(
         f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters, {layout} = {result.world_size} trainer "

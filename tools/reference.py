@@ -28,9 +28,9 @@ _HEADER = """\
 
 <!-- Written by tools/reference.py from megatron_fipo/config/ and conf/: change those, then `make format`. -->
 
-A run is one choice from each group of `conf/` plus an **experiment**, which chooses from the other groups and sets the
-sizes. Precedence, weakest first: the schema's defaults, the groups' files, the experiment's own lines, single keys on
-the command line. A group named on the command line replaces the experiment's choice.
+A run is one choice from each group of `conf/`, plus an **experiment**, which chooses from the other groups and sets the
+sizes. Later sources override earlier ones: the schema's defaults, the groups' files, the experiment's own lines, single
+keys on the command line. A group named on the command line replaces the experiment's choice.
 
 ```
 python -m megatron_fipo.train                                            # experiment=tiny
@@ -42,9 +42,9 @@ python -m megatron_fipo.train +data.task_options.max_terms=6             # a key
 ```
 
 A wrong key, type, range or combination ends with exit code 2 and one line that names the key and what would be right.
-`algorithm=fipo` has the influence band of the published 32B run and `algorithm=fipo_7b` that of the 7B run. The
-recipes' "10 warm-up steps" are training steps; `optimizer.warmup_updates` counts optimizer updates, and so is 10 times
-the updates a step.
+`algorithm=fipo` has the influence band of the published 32B run, and `algorithm=fipo_7b` that of the 7B run. The
+recipes' "10 warm-up steps" are training steps. `optimizer.warmup_updates` counts optimizer updates, so it is 10 times
+the updates per step.
 """
 
 _MODELS_HEADER = """\
@@ -52,41 +52,41 @@ _MODELS_HEADER = """\
 
 <!-- Written by tools/reference.py from megatron_fipo/families/ and config/model_keys.py. -->
 
-A model comes by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
-distributed checkpoint with config.json and tokenizer beside it.
-Dense models of the families below are covered, each declared in one file of `megatron_fipo/families/`
-([Adding one](adding_a_family.md)).
+Give a model by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
+distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below work. Each family is
+declared in one file of `megatron_fipo/families/` ([how to add one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
-the vLLM plugin read the file through one function, `megatron_fipo/config/model_config.py`, which refuses in one line
+the vLLM plugin read the file through one module, `megatron_fipo/config/model_config.py`. It refuses, in one line,
 
 * a key that is in no list, since it may change the model. If the model computes the same without it, remove it from the
   file; if it should be allowed for everybody, add it to the list that is right for it, or to its family's own keys;
-* a value that is not computed exactly here, a size that cannot be, a key that is there twice;
-* a rotary embedding that is described in two places in two ways: programs differ in which of them they follow;
+* a value that is not computed exactly here, an impossible size, or a key that occurs twice;
+* a rotary embedding that two places describe differently: programs differ in which one they follow;
 * quantised weights (FP8, AWQ, GPTQ and others), by `quantization_config` or by a file such as quantize_config.json
-  beside config.json, and adapters (adapter_config.json). Types of the stored tensors are looked at too.
+  beside config.json, and adapters (adapter_config.json). The types of the stored tensors are checked too.
 
-At the start of a run each rank compares the rotary embedding that it built with transformers', at positions over the
-whole context; `tools/convert_hf.py --verify` compares logits there ([weights.md](weights.md)).
+At the start of a run each rank compares its rotary embedding with transformers', at positions over the whole context.
+`tools/convert_hf.py --verify` compares logits there ([weights.md](weights.md)).
 
-`attention_dropout` is harmless whatever it is: a run trains without dropout, so that old and new log-probs are of one
-model. `model.max_position_embeddings` raises the context without another rotary embedding, as the 7B recipe does.
+Any `attention_dropout` is allowed: a run trains without dropout, so that old and new log-probs are of the same model.
+`model.max_position_embeddings` raises the context without another rotary embedding, as the 7B recipe does.
 
-A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly: a token attends to so many
-tokens, itself included; padded, packed and over context-parallel ranks. It has no effect where no sequence of a run is
-longer, prompt and response together. Transformer Engine has no window over context-parallel ranks, which is refused in
-one line. Local layers make a mask for it, a byte per pair of tokens of a sequence. Qwen's window,
-`use_sliding_window`, is for some of the layers, which vLLM does not serve: it is refused.
+A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
+micro-batches and over context-parallel ranks. A token attends to that many tokens, itself included. The window has no
+effect if no sequence of the run, prompt plus response, is longer. Transformer Engine has no window over
+context-parallel ranks: this combination is refused in one line. Local layers make a mask of one byte per pair of
+tokens of a sequence. Qwen's window, `use_sliding_window`, is for only some of the layers. vLLM does not serve that, so
+it is refused.
 
-**Gemma** is the first one. Its released config.json says gelu and means the approximation by tanh: transformers and
-vLLM take it so. Gemma 2 and 3 are refused: two rotary bases, norms after attention and feed-forward and capped logits
-are not all in Megatron-Core. From a **Mistral** directory the Hugging Face files are read, not params.json and
-consolidated.safetensors beside them.
+**Gemma** means the first Gemma. Its released config.json says gelu and means the tanh approximation; transformers and
+vLLM read it that way. Gemma 2 and 3 are refused: Megatron-Core does not have all of two rotary bases, norms after
+attention and feed-forward, and capped logits. From a **Mistral** directory the Hugging Face files are read, not
+params.json and consolidated.safetensors beside them.
 
 Each family's logits and gradients are compared with transformers' on a CPU, over tensor, sequence, pipeline, context
-and data parallelism. vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma in the tests, with live weight updates.
-Mistral and Gemma have not yet run on CUDA.
+and data parallelism. In the tests vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma, with live weight updates.
+Mistral and Gemma: not yet run on CUDA.
 """
 
 
@@ -111,7 +111,7 @@ def _model_keys() -> Iterator[str]:
     yield "| rope_type | keys besides `rope_theta` |\n| --- | --- |"
     for kind, keys in KEYS_OF_TYPE.items():
         yield f"| `{kind}` | {', '.join(f'`{key}`' for key in keys) or 'none'} |"
-    yield "\n## Refused, but for values that change nothing\n\n| key | value that is allowed |\n| --- | --- |"
+    yield "\n## Refused, except for values that change nothing\n\n| key | value that is allowed |\n| --- | --- |"
     yield from (f"| `{key}` | {kind.expected} |" for key, kind in REFUSED.items())
     yield "\n## Harmless\n"
     for reason, keys in HARMLESS.items():
@@ -124,8 +124,8 @@ def reference() -> str:
 
 
 def _free() -> Iterator[str]:
-    yield "\n## What may change when a run goes on\n"
-    yield "All other keys decide what is trained: [runs.md](runs.md).\n\n| keys | why |\n| --- | --- |"
+    yield "\n## What may change when a run resumes\n"
+    yield "All other keys decide what is trained and must stay ([runs.md](runs.md)).\n\n| keys | why |\n| --- | --- |"
     for reason, keys in table():
         yield f"| {', '.join(f'`{key}`' for key in keys)} | {reason} |"
 

@@ -18,18 +18,21 @@ class FutureKLConfig:
     )
     band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0, maximum=1000)
     safety_thresh: float = setting(
-        10.0, "With a negative advantage, a token ratio above this holds the weight down.", above=0, maximum=10**6
+        10.0,
+        "With a negative advantage, a token ratio above this limits the weight (safety_rule).",
+        above=0,
+        maximum=10**6,
     )
     safety_rule: str = setting(
         "clamp",
-        "What holding down means. clamp: into [0.8, 1.0], as in the released code; one: exactly 1, as in the paper.",
+        "How the weight is limited. clamp: into [0.8, 1.0], as in the released code; one: exactly 1, as in the paper.",
         choices=("clamp", "one"),
     )
     participation_mask: bool = setting(
-        True, "Leave tokens with ratio above clip_ratio_c out of the sum (false: ablation)."
+        True, "Exclude tokens with a ratio above clip_ratio_c from the sum (false: ablation)."
     )
     drop_dual_clipped: bool = setting(
-        True, "Leave out a response with more than one dual-clipped token, as the released code does."
+        True, "Exclude a response with more than one dual-clipped token, as the released code does."
     )
 
 
@@ -40,13 +43,13 @@ class FilterGroupsConfig:
     enable: bool = setting(True, "Drop groups whose samples are all right or all wrong, and sample more prompts.")
     max_num_gen_batches: int = setting(
         10,
-        "Generation batches a step at most; then the step trains on what it has, with a warning.",
+        "Most generation batches per step; after them the step trains on what it has, with a warning.",
         minimum=1,
         maximum=10**4,
     )
     surplus: str = setting(
         "carry",
-        "Groups beyond the batch: carry them to the next step, or drop them, as the released code does. Both count.",
+        "Groups beyond the batch: carry to the next step, or drop, as the released code does. Both are counted.",
         choices=("carry", "drop"),
     )
 
@@ -73,7 +76,7 @@ class AlgorithmConfig:
     )
     loss: str | None = setting(
         None,
-        "A policy loss of your own in the place of loss_mode: package.module:function or path/to/file.py:function "
+        "A policy loss of your own instead of loss_mode: package.module:function or path/to/file.py:function "
         "(docs/adding_a_loss.md). It may read every setting of this section.",
     )
     loss_options: dict[str, Any] = setting({}, "Parameters of that function, by their names.")
@@ -119,24 +122,24 @@ class AlgorithmConfig:
     future_kl: FutureKLConfig | None = setting(None, "Settings of loss_mode=future_kl; null for the other losses.")
     norm_adv_by_std: bool = setting(True, "Divide the group advantage by the group's standard deviation.")
     prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1, maximum=10**6)
-    samples_per_prompt: int = setting(16, "Responses sampled a prompt: the group.", minimum=2, maximum=10**4)
+    samples_per_prompt: int = setting(16, "Responses sampled per prompt: its group.", minimum=2, maximum=10**4)
     mini_batch_prompts: int = setting(
-        64, "Prompts an optimizer update; divides prompts_per_step.", minimum=1, maximum=10**6
+        64, "Prompts per optimizer update; divides prompts_per_step.", minimum=1, maximum=10**6
     )
     generation_batch_prompts: int | None = setting(
-        None, "Prompts that dynamic sampling samples at once; null means prompts_per_step.", minimum=1, maximum=10**6
+        None, "Prompts per generation batch of dynamic sampling; null: prompts_per_step.", minimum=1, maximum=10**6
     )
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
     importance_sampling_cap: float | None = setting(
         None,
-        "Truncated importance sampling: weigh each token by min(π_trainer_old / π_engine, cap). null is off.",
+        "Truncated importance sampling: weight each token by min(π_trainer_old / π_engine, cap). null: off.",
         minimum=0.001,
         maximum=10**6,
     )
     reference_kl_coef: float = setting(
         0.0,
-        "β: adds β · KL(π ‖ π_start) to the loss of each token. 0 is off; else each trainer process keeps two copies "
-        "of its weights in the host's memory, and scoring takes twice as long.",
+        "β: adds β · KL(π ‖ π_start) to the loss of each token. 0: off. Otherwise each trainer process keeps two "
+        "copies of its weights in host memory, and log-probs take twice as long.",
         minimum=0,
         maximum=1000,
     )
@@ -156,10 +159,12 @@ class OptimizerConfig:
     schedule: str = setting(
         "constant", "Decay after warm-up, over run.steps.", choices=("constant", "linear", "cosine")
     )
-    min_lr: float = setting(0.0, "Learning rate at the end of a decay.", minimum=0, maximum=1)
-    warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from zero.", minimum=0, maximum=10**9)
-    weight_decay: float = setting(0.1, "Decoupled weight decay; biases and norms have none.", minimum=0, maximum=10)
-    clip_grad: float = setting(1.0, "Largest global gradient norm; 0 is no clipping.", minimum=0, maximum=10**9)
+    min_lr: float = setting(0.0, "Learning rate at the end of the decay.", minimum=0, maximum=1)
+    warmup_updates: int = setting(10, "Optimizer updates of linear warm-up from 0.", minimum=0, maximum=10**9)
+    weight_decay: float = setting(
+        0.1, "Decoupled weight decay; not applied to biases and norms.", minimum=0, maximum=10
+    )
+    clip_grad: float = setting(1.0, "Largest global gradient norm; 0: no clipping.", minimum=0, maximum=10**9)
     beta1: float = setting(0.9, "Adam's first-moment decay.", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Adam's second-moment decay.", minimum=0, maximum=1)
     eps: float = setting(1e-8, "Adam's denominator constant.", minimum=1e-20, maximum=1)

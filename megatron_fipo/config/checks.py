@@ -1,6 +1,7 @@
 """Judges a configuration before anything heavy is imported: ranges first, then combinations, then this machine's files.
 
-What cannot run raises ConfigError with the key and what would be right. What runs, but hardly as meant, is a warning.
+What cannot run raises ConfigError with the key and what would be right. What runs but is probably a mistake is a
+warning.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def _layout(config: Config) -> Iterator[str]:
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         raise ConfigError(
             "parallel.virtual_pipeline",
-            f"{parallel.virtual_pipeline} chunks a stage need a pipeline",
+            f"{parallel.virtual_pipeline} chunks per stage need a pipeline",
             "parallel.pipeline=2 or more, or parallel.virtual_pipeline=null",
         )
     if parallel.sequence and parallel.tensor == 1:
@@ -92,7 +93,7 @@ def _check_world(config: Config, world_size: int | None) -> None:
     if samples < data:
         raise ConfigError(
             "algorithm.mini_batch_prompts",
-            f"{samples} samples an update leave some of {data} data-parallel ranks without any",
+            f"{samples} samples per update leave some of {data} data-parallel ranks without any",
             "a larger mini-batch or fewer ranks",
         )
 
@@ -137,7 +138,7 @@ def _algorithm(config: Config) -> Iterator[str]:
         )
     if algorithm.prompts_per_step == algorithm.mini_batch_prompts:
         yield (
-            "algorithm.mini_batch_prompts: with one update a step every ratio is 1 and so is every influence weight: "
+            "algorithm.mini_batch_prompts: with one update per step every ratio is 1 and so is every influence weight: "
             "this FIPO is DAPO; make mini_batch_prompts smaller than prompts_per_step"
         )
 

@@ -7,13 +7,13 @@ from megatron_fipo.config.settings import setting
 
 @dataclass
 class ClusterConfig:
-    """The nodes that a Slurm job asks for; one process a GPU. Runs on one machine do not read it."""
+    """The nodes that a Slurm job asks for; one process per GPU. Runs on one machine do not read this section."""
 
-    gpus_per_node: int = setting(8, "GPUs of a node, and so trainer processes on it.", minimum=1, maximum=128)
+    gpus_per_node: int = setting(8, "GPUs per node; also the trainer processes on it.", minimum=1, maximum=128)
     trainer_nodes: int = setting(1, "Nodes that train.", minimum=1, maximum=10**5)
     rollout_nodes: int = setting(
         0,
-        "Nodes that run vLLM servers, as many a node as rollout.tensor_parallel allows; 0: rollout.servers.",
+        "Nodes that run vLLM servers, as many per node as rollout.tensor_parallel allows; 0: use rollout.servers.",
         minimum=0,
         maximum=10**5,
     )
@@ -24,34 +24,34 @@ class ClusterConfig:
 
 @dataclass
 class HardwareConfig:
-    """One GPU and its connections: what preflight and planner estimate with. Training does not read it."""
+    """One GPU and its connections, for preflight's and planner's estimates. Training does not read this section."""
 
-    name: str = setting("H100-80GB", "What reports call it.")
-    memory_gib: float = setting(79.6, "Memory of a GPU, in GiB.", minimum=0.001, maximum=10**6)
+    name: str = setting("H100-80GB", "Name in reports.")
+    memory_gib: float = setting(79.6, "Memory per GPU, in GiB.", minimum=0.001, maximum=10**6)
     reserved_gib: float = setting(
         5.0,
-        "Kept free of the estimate: CUDA context, NCCL buffers, workspaces, fragmentation; in GiB.",
+        "Memory not used by the estimate: CUDA context, NCCL buffers, workspaces, fragmentation; in GiB.",
         minimum=0,
         maximum=10**6,
     )
     bf16_tflops: float = setting(989.0, "Dense BF16 peak, in TFLOP/s.", minimum=0.001, maximum=10**9)
     fp8_tflops: float | None = setting(
         1979.0,
-        "Dense FP8 peak, in TFLOP/s; read when model.fp8 is on. null: there is no FP8.",
+        "Dense FP8 peak, in TFLOP/s; read when model.fp8 is on. null: no FP8.",
         minimum=0.001,
         maximum=10**9,
     )
     memory_gb_s: float = setting(3350.0, "Memory bandwidth, in GB/s.", minimum=0.001, maximum=10**9)
     node_gb_s: float = setting(
-        450.0, "One GPU's bandwidth to others of its node, one direction, in GB/s.", minimum=0.001, maximum=10**9
+        450.0, "Bandwidth of one GPU to others on its node, one direction, in GB/s.", minimum=0.001, maximum=10**9
     )
     network_gb_s: float = setting(
-        50.0, "One GPU's bandwidth to other nodes, one direction, in GB/s.", minimum=0.001, maximum=10**9
+        50.0, "Bandwidth of one GPU to other nodes, one direction, in GB/s.", minimum=0.001, maximum=10**9
     )
     gpus_per_node: int | None = setting(
-        8, "GPUs of a node as they are sold; more in cluster.gpus_per_node is a warning.", minimum=1, maximum=128
+        8, "GPUs per node as sold; a larger cluster.gpus_per_node causes a warning.", minimum=1, maximum=128
     )
     compute_efficiency: float = setting(
-        0.69, "Share of the peak that matrix products reach; measured: docs/gpu.md.", maximum=1, minimum=0.001
+        0.69, "Share of the peak that matrix products reach, as measured (docs/gpu.md).", maximum=1, minimum=0.001
     )
     bandwidth_efficiency: float = setting(0.7, "Share of each bandwidth that is reached.", maximum=1, minimum=0.001)

@@ -26,7 +26,7 @@ class RunConfig:
         "runs/${run.name}/${now:%Y%m%d-%H%M%S}", "Directory of all the run's files. Give a fixed one to resume from it."
     )
     seed: int = setting(0, "Seed of data order, sampling and initialisation.", minimum=0, maximum=10**9)
-    steps: int = setting(1, "Training steps in all, counting those before a resume.", minimum=0, maximum=10**9)
+    steps: int = setting(1, "Training steps in total, including those before a resume.", minimum=0, maximum=10**9)
     resume: str = setting(
         "auto",
         "auto: continue from the newest complete checkpoint in run.directory if there is one. "
@@ -35,11 +35,11 @@ class RunConfig:
     )
     resume_changed: bool = setting(
         False,
-        "Go on from a checkpoint although settings that decide what is trained have changed since; the new ones are "
+        "Resume from a checkpoint although settings that decide what is trained have changed. The new settings are "
         "kept as config-STEP.yaml.",
     )
     collective_timeout_s: float = setting(
-        3600.0, "Longest wait for other ranks, sampling aside, in s.", minimum=1, maximum=LONGEST_WAIT_S
+        3600.0, "Longest wait for other ranks, sampling excluded, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
     )
 
 
@@ -49,7 +49,7 @@ class OverlongBufferConfig:
 
     enable: bool = setting(False, "Subtract the overlong penalty from the reward.")
     len: int = setting(
-        4096, "Length of the penalty's ramp below max_response_length, in tokens.", minimum=1, maximum=10**9
+        4096, "Length of the penalty's ramp up to max_response_length, in tokens.", minimum=1, maximum=10**9
     )
     penalty_factor: float = setting(1.0, "Penalty at max_response_length.", minimum=0, maximum=1000)
 
@@ -62,34 +62,34 @@ class RewardConfig:
         "exact_match",
         "exact_match: the recipe's 'Answer: …' string comparison; math_verify: mathematical equality by sympy; "
         "reasoning_gym: the task's own scorer; package.module:function or path/to/file.py:function: a function of "
-        "yours, whose value is the reward as it is (docs/rewards.md).",
+        "yours, whose value is the reward (docs/rewards.md).",
     )
     math_tolerance: float = setting(
         0.0,
         "With rule=math_verify: relative tolerance where the answer or the ground truth is a decimal number, such as "
-        "0.333 for 1/3. 0 is exact.",
+        "0.333 for 1/3. 0: exact.",
         minimum=0,
         maximum=0.1,
     )
     correct: float = setting(1.0, "Reward of a right answer.", minimum=-1000, maximum=1000)
     incorrect: float = setting(
-        -1.0, "Reward of a wrong answer. One that could not be judged has none.", minimum=-1000, maximum=1000
+        -1.0, "Reward of a wrong answer. An answer that could not be judged has no reward.", minimum=-1000, maximum=1000
     )
     environment: list[str] = setting(
         [],
-        "Environment variables that a rule of yours needs, such as a service's key, by name. Verifier processes get "
-        "these and what Python needs to start, and no others.",
+        "Names of environment variables that a rule of yours needs, such as a service's key. Verifier processes get "
+        "only these and what Python needs to start.",
     )
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(
         8,
-        f"Verifier processes; one may take {VERIFIER_MEMORY_GIB} GiB, and all together this machine's memory.",
+        f"Verifier processes. Each may use {VERIFIER_MEMORY_GIB} GiB, and all together this machine's memory.",
         minimum=1,
         maximum=1024,
     )
     timeout_s: float = setting(
         10.0,
-        "Longest judgement of one response; then its process is killed and it counts as failed.",
+        "Longest check of one response, in seconds. After that its process is killed and the check counts as failed.",
         above=0,
         maximum=3600,
     )
@@ -101,7 +101,7 @@ class RewardConfig:
     )
     failed_share_stop: float = setting(
         0.2,
-        "Share of failed checks above which the run stops. Where all fail it stops in any case.",
+        "Share of failed checks above which the run stops. If all fail, it stops in any case.",
         minimum=0,
         maximum=1,
     )
@@ -113,23 +113,23 @@ class ValidationConfig:
 
     every: int = setting(
         5,
-        "Validate after this many steps, and before the first and after the last; 0 is never.",
+        "Validate every so many steps, and before the first and after the last; 0: never.",
         minimum=0,
         maximum=10**9,
     )
-    samples: int = setting(32, "Responses a problem: k.", minimum=1, maximum=10**4)
-    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", minimum=0, maximum=100)
-    top_p: float = setting(0.7, "Nucleus.", above=0, maximum=1)
+    samples: int = setting(32, "Responses per problem: k.", minimum=1, maximum=10**4)
+    temperature: float = setting(1.0, "Sampling temperature; 0: greedy.", minimum=0, maximum=100)
+    top_p: float = setting(0.7, "Nucleus (top-p).", above=0, maximum=1)
 
 
 @dataclass
 class EvaluationConfig:
-    """What `megatron-fipo evaluate` reads beside model, data.validation, validation, rollout and reward."""
+    """What `megatron-fipo evaluate` reads besides model, data.validation, validation, rollout and reward."""
 
     directory: str | None = setting(
         None,
-        "Where an evaluation's files go, and where it goes on if it was stopped. null: a directory named by the model "
-        "and all settings that matter, in runs/evaluations, or in the evaluations/ of the run that made the model.",
+        "Directory of an evaluation's files; a stopped evaluation resumes from it. null: a directory named by the "
+        "model and all settings that matter, in runs/evaluations, or in evaluations/ of the run that made the model.",
     )
 
 
@@ -137,22 +137,22 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When the run's state is saved."""
 
-    every: int = setting(5, "Save after this many steps, and after the last; 0 is never.", minimum=0, maximum=10**9)
-    keep: int = setting(2, "Newest checkpoints to keep; 0 keeps all.", minimum=0, maximum=10**9)
+    every: int = setting(5, "Save every so many steps, and after the last; 0: never.", minimum=0, maximum=10**9)
+    keep: int = setting(2, "Number of newest checkpoints to keep; 0: all.", minimum=0, maximum=10**9)
     asynchronous: bool = setting(
         True,
-        "Go on training while a checkpoint is written, which takes its size in memory beside; it counts when done.",
+        "Train on while a checkpoint is written. This takes its size in memory; it counts when it is complete.",
     )
-    verify: bool = setting(True, "Resume only from a checkpoint whose every file has its checksum.")
+    verify: bool = setting(True, "Resume only from a checkpoint in which the checksum of every file is right.")
     on_error: str = setting(
         "stop",
-        "When a checkpoint cannot be written. stop: end the run in one line. warn: go on without it.",
+        "When a checkpoint cannot be written. stop: end the run with one line. warn: continue without it.",
         choices=("stop", "warn"),
     )
     huggingface_every: int = setting(
         0,
-        "Beside the checkpoint after this many steps, and after the last, write a Hugging Face directory, "
-        "run.directory/huggingface/step-…, kept as long as the checkpoint; a multiple of checkpoint.every. 0 is never.",
+        "Every so many steps, and after the last, also write a Hugging Face directory, "
+        "run.directory/huggingface/step-…, kept as long as its checkpoint. A multiple of checkpoint.every; 0: never.",
         minimum=0,
         maximum=10**9,
     )
@@ -160,7 +160,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """What the run writes down besides metrics.jsonl and summary.json, which it always writes."""
+    """What the run writes besides metrics.jsonl and summary.json, which it always writes."""
 
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
     samples_per_step: int = setting(

@@ -144,7 +144,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "resid_pdrop",
         "embd_pdrop",
     ),
-    "Tokens: read by the tokenizer's side, or by nobody": (
+    "Tokens: read by the tokenizer, or not at all": (
         "pad_token_id",
         "sep_token_id",
         "unk_token_id",
@@ -185,7 +185,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "suppress_tokens",
         "begin_suppress_tokens",
     ),
-    "How the same numbers are computed, or what is handed back beside them": (
+    "How the same numbers are computed, or what else is returned": (
         "use_cache",
         "return_dict",
         "output_hidden_states",
@@ -206,7 +206,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "tie_encoder_decoder",
         "cross_attention_hidden_size",
     ),
-    "Classification heads, which a causal language model has not": (
+    "Classification heads, which a causal language model does not have": (
         "id2label",
         "label2id",
         "num_labels",

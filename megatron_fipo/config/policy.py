@@ -7,16 +7,16 @@ from megatron_fipo.config.settings import setting
 
 @dataclass
 class ModelConfig:
-    """The policy's architecture comes from a Hugging Face directory; these say how to build and run it."""
+    """The policy's architecture comes from a Hugging Face directory; these keys say how to build and run it."""
 
     path: str = setting(
         "",
-        "Hugging Face model directory (config.json, safetensors, tokenizer), owner/name or owner/name@revision of the "
-        "model hub, which is fetched once (docs/models.md), a distributed checkpoint with config.json and tokenizer "
-        "beside it, whose optimizer state is passed over, or embedded:tiny, which ships with this.",
+        "One of: a Hugging Face model directory (config.json, safetensors, tokenizer); owner/name or "
+        "owner/name@revision of the model hub, which is fetched once (docs/models.md); a distributed checkpoint with "
+        "config.json and tokenizer beside it, whose optimizer state is not read; embedded:tiny, which is included.",
     )
     fetch_command: str | None = setting(
-        None, "Command that makes or fetches the directory at path; said where it is missing."
+        None, "Command that makes or fetches the directory at path; shown where it is missing."
     )
     dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
     layers: str = setting(
@@ -27,14 +27,14 @@ class ModelConfig:
     fp8: str = setting(
         "off",
         "FP8 recipe of the Transformer Engine layers' matrix products (Ada: delayed, tensorwise; Hopper: blockwise "
-        "too; Blackwell: delayed, tensorwise, mxfp8). The first and last layer stay in bfloat16, but for delayed, "
-        "which cannot. See docs/gpu.md.",
+        "too; Blackwell: delayed, tensorwise, mxfp8). The first and last layer stay in bfloat16, except with delayed. "
+        "See docs/gpu.md.",
         choices=("off", "delayed", "tensorwise", "blockwise", "mxfp8"),
     )
     fp8_parameter_gather: bool = setting(
         False,
-        "Keep the layers' weights in FP8 alone and gather them so over data-parallel ranks; the optimizer's are fp32 "
-        "either way. Needs parallel.distributed_optimizer; not for mxfp8.",
+        "Keep the layers' weights only in FP8, and gather them in FP8 over data-parallel ranks. The optimizer's "
+        "weights are fp32 in any case. Needs parallel.distributed_optimizer; not for mxfp8.",
     )
     recompute: str = setting(
         "none",
@@ -51,7 +51,7 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the policy is laid out over processes, one a GPU."""
+    """How the policy is laid out over processes, one per GPU."""
 
     tensor: int = setting(
         1, "Tensor-parallel size; divides attention heads and key-value groups.", minimum=1, maximum=1024
@@ -59,21 +59,23 @@ class ParallelConfig:
     pipeline: int = setting(1, "Pipeline-parallel size: number of stages.", minimum=1, maximum=1000)
     virtual_pipeline: int | None = setting(
         None,
-        "Model chunks a pipeline stage (interleaved schedule); null is the plain 1F1B schedule.",
+        "Model chunks per pipeline stage (interleaved schedule); null: the plain 1F1B schedule.",
         minimum=2,
         maximum=1000,
     )
-    context: int = setting(1, "Context-parallel size: a sequence is cut over this many ranks.", minimum=1, maximum=1024)
+    context: int = setting(
+        1, "Context-parallel size: each sequence is split over this many ranks.", minimum=1, maximum=1024
+    )
     data: int | None = setting(
         None,
-        "Data-parallel size. null: whatever the processes started give; 1 when the run starts them itself.",
+        "Data-parallel size. null: as the number of started processes gives; 1 when the run starts them itself.",
         minimum=1,
         maximum=10**5,
     )
     sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
     distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
     overlap_grad_reduce: bool = setting(
-        False, "Reduce gradients over data-parallel ranks in buckets while the backward pass of the others runs."
+        False, "Reduce gradients over data-parallel ranks in buckets while the rest of the backward pass runs."
     )
     overlap_param_gather: bool = setting(
         False,
@@ -82,8 +84,9 @@ class ParallelConfig:
     )
     packing: bool | None = setting(
         None,
-        "Micro-batches of sequences back to back without padding; false: rows padded to one length. null: packed on a "
-        "GPU and with Transformer Engine layers, padded else, where attention takes packed sequences one by one.",
+        "true: pack the sequences of a micro-batch back to back, without padding. false: pad rows to one length. null: "
+        "pack on a GPU and with Transformer Engine layers, else pad, since local attention takes packed sequences one "
+        "by one.",
     )
     micro_batch_tokens: int = setting(
         16384,

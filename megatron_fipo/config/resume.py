@@ -13,10 +13,10 @@ from megatron_fipo.config import Config, every_setting, sections
 FREE: dict[str, tuple[str, ...]] = {
     "every layout computes the same gradients": ("parallel.*", "model.recompute", "model.layers"),
     "the machines; training does not read them": ("cluster.*", "hardware.*"),
-    "where the run is and what it is called": ("run.name", "run.directory"),
-    "how long it lasts; with a decaying optimizer.schedule it may not change": ("run.steps",),
-    "how a run goes on": ("run.resume", "run.resume_changed", "data.allow_change"),
-    "waits: what is late is done again, left out or ends the run": ("*_timeout_s", "rollout.max_restarts"),
+    "the run's directory and name": ("run.name", "run.directory"),
+    "the run's length; with a decaying optimizer.schedule it may not change": ("run.steps",),
+    "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change"),
+    "deadlines: what is late is repeated, left out, or ends the run": ("*_timeout_s", "rollout.max_restarts"),
     "servers: a request's seed fixes its tokens, whichever server answers": (
         *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
@@ -25,12 +25,12 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
-    "processes that judge": ("reward.workers", "reward.timeout_s"),
+    "the processes that judge": ("reward.workers", "reward.timeout_s"),
     "the problems themselves are compared, wherever they are": ("data.train",),
-    "how often, not what": ("validation.every", "checkpoint.*"),
-    "what is written beside": ("tracking.*",),
-    "how missing files are had; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
-    "another command's": ("evaluation.*",),
+    "how often, not what is trained": ("validation.every", "checkpoint.*"),
+    "what is written besides the model": ("tracking.*",),
+    "how missing files are fetched; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
+    "read by another command only": ("evaluation.*",),
 }
 """Why, and the keys that it is true of."""
 

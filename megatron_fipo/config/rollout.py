@@ -7,30 +7,33 @@ from megatron_fipo.config.settings import LONGEST_WAIT_S, setting
 
 @dataclass
 class RolloutConfig:
-    """The vLLM service: servers of our own, or addresses of ones that already run, and how they sample."""
+    """The vLLM service: servers that the run starts, or addresses of running ones, and how they sample."""
 
     servers: int = setting(
         1, "vLLM servers that the run starts on this machine; 0 with rollout.addresses.", minimum=0, maximum=1024
     )
     addresses: list[str] = setting(
-        [], "http://host:port of servers that already run. Their token is read from FIPO_ROLLOUT_TOKEN."
+        [], "http://host:port of running servers. Their token is read from FIPO_ROLLOUT_TOKEN."
     )
-    host: str = setting("127.0.0.1", "IP address that started servers bind to; never all of a machine's.")
+    host: str = setting("127.0.0.1", "IP address that started servers bind to; never all addresses of the machine.")
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1, maximum=1024)
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
     quantization: str | None = setting(
         None,
-        "Have the engine quantise linear layers, at its start and in each update, from the bfloat16 weights it gets; "
-        "null is off. The trainer's own precision is model.fp8.",
+        "FP8 format in which the engine keeps linear layers. It quantises the bfloat16 weights that it gets, at its "
+        "start and in each update. null: off. The trainer's own precision is model.fp8.",
         choices=("fp8_per_channel", "fp8_per_tensor", "fp8_per_block"),
     )
     max_prompt_length: int = setting(
-        2048, "Longest prompt in tokens; data.overlong_prompts says what becomes of longer.", minimum=1, maximum=10**9
+        2048,
+        "Longest prompt in tokens; data.overlong_prompts says what happens to longer ones.",
+        minimum=1,
+        maximum=10**9,
     )
     max_response_length: int = setting(20480, "Longest response in tokens.", minimum=1, maximum=10**9)
     temperature: float = setting(1.0, "Sampling temperature in training.", minimum=0.01, maximum=100)
-    top_p: float = setting(1.0, "Nucleus of training samples.", above=0, maximum=1)
-    top_k: int = setting(-1, "Top-k of training samples; -1 is off.", minimum=-1, maximum=10**9)
+    top_p: float = setting(1.0, "Nucleus (top-p) of training samples.", above=0, maximum=1)
+    top_k: int = setting(-1, "Top-k of training samples; -1: off.", minimum=-1, maximum=10**9)
     logprobs_mode: str = setting(
         "raw_logprobs",
         "What the engine reports. raw_logprobs: log_softmax(logits); processed_logprobs: after temperature and top-p.",
@@ -38,37 +41,37 @@ class RolloutConfig:
     )
     log_prob_diff_warn: float | None = setting(
         None,
-        "Mean |log-prob| difference of trainer and engine, in nats a token, above which a run warns, once. null: 0.001 "
-        "with float32 on both sides, 0.15 with FP8 on either, else 0.06.",
+        "Mean |log-prob| difference of trainer and engine, in nats per token, above which a run warns once. null: "
+        "0.001 with float32 on both sides, 0.15 with FP8 on either, else 0.06.",
         above=0,
         maximum=1000,
     )
     log_prob_diff_stop: float | None = setting(
         None,
-        "The same difference above which a run stops at its first step, or the first after a resume: a weight or the "
-        "architecture is wrong then. null: 0.05 with float32, 0.6 with FP8, else 0.3.",
+        "The same difference, above which a run stops at its first step or at the first after a resume, since a weight "
+        "or the architecture is wrong. null: 0.05 with float32, 0.6 with FP8, else 0.3.",
         above=0,
         maximum=1000,
     )
-    max_num_seqs: int = setting(256, "Sequences that one server runs at once.", minimum=1, maximum=10**5)
+    max_num_seqs: int = setting(256, "Most sequences that one server runs at the same time.", minimum=1, maximum=10**5)
     gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory for one server.", above=0, maximum=1)
     shared_gpu: bool = setting(
         False,
-        "Sample on the trainer's own GPUs, in turns: the servers sleep while the policy is updated. Then "
-        "gpu_memory_utilization is what the trainer's weights, gradients and optimizer leave. See docs/gpu.md.",
+        "Sample on the trainer's own GPUs, in turns: the servers sleep while the policy is updated. Set "
+        "gpu_memory_utilization to what the trainer's weights, gradients and optimizer leave. See docs/gpu.md.",
     )
     cpu_kv_cache_gib: int = setting(1, "KV cache of a server on CPU, in GiB.", minimum=1, maximum=10**5)
     cpu_threads: int = setting(1, "Compute threads of a server on CPU.", minimum=1, maximum=1024)
     enforce_eager: bool = setting(False, "Run the engine without CUDA graphs or compilation.")
     weight_transfer: str = setting(
         "process_group",
-        "Plane of the weights. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, one machine; "
-        "cuda_ipc: memory of one GPU that the trainer and its servers share.",
+        "How weights get to the engines. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, on one "
+        "machine; cuda_ipc: memory of one GPU that the trainer and its servers share.",
         choices=("process_group", "shared_memory", "cuda_ipc"),
     )
     bucket_mib: int = setting(
         512,
-        "Size of one bucket of a weight update, in MiB; a larger tensor is a bucket alone.",
+        "Size of one bucket of a weight update, in MiB; a larger tensor has a bucket of its own.",
         minimum=1,
         maximum=10**6,
     )
@@ -79,21 +82,21 @@ class RolloutConfig:
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", minimum=1, maximum=LONGEST_WAIT_S)
     hang_timeout_s: float = setting(
         300.0,
-        "Longest silence of an engine while it samples, in seconds; then it counts as lost.",
+        "Longest silence of an engine while it samples, in seconds; after that it counts as lost.",
         minimum=1,
         maximum=LONGEST_WAIT_S,
     )
     max_restarts: int = setting(
         3,
-        "How often in a row, without a step that it took part in, a lost server is started or taken back again; one "
-        "loss more ends the run, or leaves out a server of rollout.addresses for good.",
+        "How often in a row a lost server is started or taken back again without completing a step in between. One "
+        "more loss ends the run, or excludes a server of rollout.addresses for good.",
         minimum=0,
         maximum=10**6,
     )
     checksum_every: int = setting(
         10,
-        "Compare a checksum of each tensor as sent and as received in weight updates whose step is a multiple of "
-        "this, step 0 included; a difference ends the run. 0 is never.",
+        "Compare checksums of each sent and received tensor in weight updates whose step is a multiple of this, step 0 "
+        "included. A difference ends the run. 0: never.",
         minimum=0,
         maximum=10**9,
     )

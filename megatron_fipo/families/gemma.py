@@ -1,4 +1,4 @@
-"""Gemma, the first: GeGLU, norms of 1 + weight, embeddings scaled as they enter and used again as the output layer."""
+"""Gemma, the first: GeGLU, norms of 1 + weight, scaled input embeddings that are also the output layer."""
 
 from megatron_fipo.families.family import Family
 from megatron_fipo.families.kinds import only, whole

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and the many models that are written as a Llama."""
+"""Llama 2 and 3, and the many models in the Llama format."""
 
 from megatron_fipo.families.family import Family
 from megatron_fipo.families.kinds import or_null, whole

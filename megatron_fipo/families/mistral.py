@@ -1,4 +1,4 @@
-"""Mistral 7B, NeMo and Small, the dense ones: a Llama whose layers attend to a window where config.json has one."""
+"""Mistral 7B, NeMo and Small, dense: a Llama whose layers attend to a window if config.json has one."""
 
 from megatron_fipo.families.family import Family
 from megatron_fipo.families.kinds import only, or_null, whole
