@@ -1,5 +1,6 @@
 """What a `generate` call has to do: groups on their way, and which of them wait for a server."""
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Sequence
@@ -53,8 +54,9 @@ class Work:
         """Indices of the samples that have not arrived."""
         return [index for index in range(self.samples) if index not in self.responses]
 
+    @functools.cached_property
     def group(self) -> Group:
-        """The whole group, its samples in order."""
+        """The whole group, its samples in order: one object, so that what is judged of it is what the caller gets."""
         return Group(self.problem, [self.responses[index] for index in range(self.samples)] * self._copies)
 
     def request(self, indices: Sequence[int]) -> GenerateRequest:
