@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fipo.arguments import Parser
 from megatron_fipo.errors import ConfigError, FipoError
 
 EPILOG = """examples:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-fipo compare",
         description=__doc__,
         epilog=EPILOG,

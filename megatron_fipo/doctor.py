@@ -151,8 +151,12 @@ def _gib(size: int) -> str:
 
 def main() -> None:
     """Print the findings; SystemExit with 1 if something that every run needs is not as it should be."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     if sys.argv[1:]:
-        sys.exit(__doc__ if sys.argv[1] in ("-h", "--help") else f"error: doctor takes no {sys.argv[1]}")
+        print(f"error: doctor takes no {sys.argv[1]}", file=sys.stderr)
+        sys.exit(2)
     found = [Finding("Python", f"{platform.python_version()} at {sys.executable}")]
     found += [*packages(), *devices(), *memory(Path.cwd()), *limits(), *network(), *site()]
     table = Table("", "what", "found", "what mends it", title=f"megatron-fipo on {platform.node()}")

@@ -220,7 +220,4 @@ def _finish(
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(USAGE)
-    else:
-        run_with_config(functools.partial(main, said=sys.argv[1:]), judge=check_evaluation)
+    run_with_config(functools.partial(main, said=sys.argv[1:]), judge=check_evaluation, usage=USAGE)

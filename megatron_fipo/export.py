@@ -84,6 +84,8 @@ def parse(arguments: Sequence[str]) -> Request:
     options: dict[str, str] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise ExportError(f"{argument}: no such option; there are {', '.join(f'{name}=…' for name in OPTIONS)}")
         if not (equals and name.isidentifier()):
             places.append(Path(argument).expanduser())
         elif name in OPTIONS and name not in options:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_fipo.arguments import Parser
 from megatron_fipo.comparison.runs import Run, default_settings, read_run
 from megatron_fipo.errors import ConfigError, DataError, FipoError
 from megatron_fipo.policy.checkpoint_places import complete, files_of
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="megatron-fipo inspect",
         description=__doc__,
         epilog=EPILOG,
@@ -69,6 +70,8 @@ def rollouts(options: argparse.Namespace) -> Iterator[str]:
 
 def overview(options: argparse.Namespace) -> Iterator[str]:
     """How the run stands, line by line."""
+    if not options.run.is_dir():
+        raise DataError(f"{options.run}: no such directory")
     if not (options.run / "config.yaml").is_file():
         raise DataError(f"{options.run}: this is no run's directory: it has no config.yaml")
     run = read_run(options.run)

@@ -19,6 +19,18 @@ from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory
 from megatron_fipo.launch.memory import GIB
 from megatron_fipo.weights.architectures import Geometry, read_architecture
 
+USAGE = """usage: megatron-fipo planner [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
+
+The fastest layouts of a run on as many nodes as cluster.trainer_nodes + cluster.rollout_nodes, as overrides to copy.
+
+  hardware=h200                 the GPUs: a100, h100, h200, gh200, b200, gb200
+  cluster.gpus_per_node=4       GPUs of each node
+
+examples:
+  megatron-fipo planner experiment=fipo_32b hardware=h200
+  megatron-fipo planner --help cluster            what the keys of a section mean
+
+docs/cluster.md has what is counted."""
 _SHOWN = 10
 _SHOWN_TOO_LARGE = 3
 
@@ -133,4 +145,4 @@ def _table(title: str, chosen: list[Layout]) -> Table:
 
 
 if __name__ == "__main__":
-    run_with_config(main, local=False)
+    run_with_config(main, local=False, usage=USAGE)

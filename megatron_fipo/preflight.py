@@ -41,6 +41,22 @@ from megatron_fipo.weights.plan import parameters_per_rank, plan
 if TYPE_CHECKING:
     from megatron_fipo.launch.meta_ranks import BuiltStage
 
+USAGE = """usage: megatron-fipo preflight [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
+
+What a run will need, before it starts: on one CPU, without GPU and weights. The keys are those of the run.
+
+  hardware=h200                 the GPUs: a100, h100, h200, gh200, b200, gb200
+  cluster.trainer_nodes=4       nodes that train; cluster.rollout_nodes: nodes that sample
+  cluster.gpus_per_node=4       GPUs of each
+
+Prints memory and time, and writes preflight.json into run.directory. Ends with 3 where the run does not fit.
+
+examples:
+  megatron-fipo preflight experiment=fipo_32b hardware=h200
+  megatron-fipo preflight experiment=fipo_7b cluster.gpus_per_node=4
+  megatron-fipo preflight --help cluster          what the keys of a section mean
+
+docs/cluster.md has what is counted and how exact it is."""
 DOES_NOT_FIT = 3
 _FASTER = 2
 """Changes that are shown where the run fits as it is: the fastest."""
@@ -256,4 +272,4 @@ def _time_table(config: Config, geometry: Geometry, result: Estimate) -> Table:
 
 
 if __name__ == "__main__":
-    run_with_config(main, local=False)
+    run_with_config(main, local=False, usage=USAGE)

@@ -38,6 +38,37 @@ def test_help_lists_every_command_and_imports_none() -> None:
     assert quick.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_its_own(command: str) -> None:
+    """On standard output, with status 0, and with nothing set up. Not that it says all that there is to say."""
+    shown = run(command, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"megatron-fipo {command}" in shown.stdout.partition("example")[0]
+
+
+def test_help_of_a_section_is_there_whichever_command_is_asked() -> None:
+    for command in ("preflight", "evaluate"):
+        assert run(command, "--help", "cluster.trainer_nodes").stdout.startswith("  cluster.trainer_nodes=")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["inspect", "runs/mine", "--heldout"], "did you mean --held-out?"),
+        (["inspect"], "required: RUN"),
+        (["compare", "runs/mine", "--baselin-of", "x"], "did you mean --baseline?"),
+        (["export", "--help-me", "runs/mine"], "--help-me: no such option; there are step=…"),
+        (["doctor", "--fix"], "doctor takes no --fix"),
+        (["inspect", "nowhere"], "nowhere: no such directory"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(typed: list[str], answer: str, tmp_path: Path) -> None:
+    refused = run(*typed, directory=tmp_path)
+    assert refused.returncode in (1, 2) and refused.stdout == ""
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert answer in refused.stderr
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"megatron-fipo {version('megatron_fipo')}\n"
 

@@ -46,19 +46,24 @@ RESOLVED = "--resolved"
 
 
 def run_with_config(
-    main: Callable[[Config], Any], *, local: bool = True, judge: Callable[[Config], list[str]] | None = None
+    main: Callable[[Config], Any],
+    *,
+    local: bool = True,
+    judge: Callable[[Config], list[str]] | None = None,
+    usage: str | None = None,
 ) -> None:
     """Call `main` with the validated configuration that the command line describes.
 
     Without `local`, what must be on this machine (model, problems, servers) is not looked for. `judge` is for entry
-    points that do not train; it stands in for `check` and returns warnings as that does.
+    points that do not train; it stands in for `check` and returns warnings as that does. `usage` is what --help shows
+    of a command that is not train.
 
     Handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from `main`, ends the
     process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
     traceback instead.
     """
     with refusals_in_one_line():
-        config = _config_from_command_line()
+        config = _config_from_command_line(usage)
         for warning in judge(config) if judge else check(config, world_size=_world_size(), local=local):
             if _speaks_for_the_run():
                 print(f"warning: {warning}", file=sys.stderr)
@@ -107,13 +112,13 @@ def configuration_groups() -> list[str]:
     return sorted(path.name for path in configuration_directory().iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def _config_from_command_line() -> Config:
+def _config_from_command_line(usage: str | None) -> Config:
     """Compose under hydra.main, which only hands the result over: the run itself happens outside of Hydra."""
     if sys.argv[1:2] == [RESOLVED] and len(sys.argv) == 3:
         return resolved.read(Path(sys.argv[2]))
     named = [text for text in sys.argv[1:] if not text.startswith("-") and "=" not in text]
-    if named and {"-h", "--help"} & set(sys.argv[1:]):
-        print(explain(named))
+    if (named or usage) and {"-h", "--help"} & set(sys.argv[1:]):
+        print(explain(named) if named else usage)
         raise SystemExit(0)
     composed: list[DictConfig] = []
 

@@ -100,7 +100,7 @@ class RolloutClient:
             missing = deque(item for item in work if not item.is_whole)
             self._runner.run(self._generate(missing, on_group or (lambda _: None)))
             if all(item.is_whole for item in work):
-                return [item.group() for item in work]
+                return [item.group for item in work]
             self._revive()
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class RolloutClient:
             pending.give_back(work)
             changed.set()
         if work.is_whole:
-            on_group(work.group())
+            on_group(work.group)
 
     async def _answered(
         self, server: Server, work: Work, missing: list[int], pending: Pending

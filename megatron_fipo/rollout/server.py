@@ -13,6 +13,10 @@ from megatron_fipo.processes import die_with_parent
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.lifeline import bind_descendants
 
+USAGE = f"""usage: {TOKEN_VARIABLE}=... megatron-fipo serve --model DIRECTORY --port PORT [vLLM's own options]
+
+A rollout server for runs elsewhere, which name it in rollout.addresses=[http://HOST:PORT]. Every call needs the token
+in {TOKEN_VARIABLE}, which runs read from the same variable. `vllm serve --help=all` lists vLLM's options."""
 PARENT_VARIABLE = "FIPO_PARENT_PID"
 ALWAYS = (
     "--skip-tokenizer-init",
@@ -36,6 +40,9 @@ if __name__ in ("__main__", "__mp_main__"):
 
 def main() -> None:
     """Runs the server until it is told to stop."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+        return
     if not os.environ.get(TOKEN_VARIABLE):
         sys.exit(f"{TOKEN_VARIABLE} is not set: without a token anyone who reaches the port could change the weights")
     if parent := os.environ.get(PARENT_VARIABLE):

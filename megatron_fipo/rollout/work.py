@@ -1,5 +1,6 @@
 """What a `generate` call has to do: groups on their way, and which of them wait for a server."""
 
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Sequence
@@ -34,7 +35,6 @@ class Work:
         self.responses: dict[int, Response] = {}
         self.failed: dict[str, str] = {}
         self._failures = 0
-        self._group: Group | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -54,11 +54,10 @@ class Work:
         """Indices of the samples that have not arrived."""
         return [index for index in range(self.samples) if index not in self.responses]
 
+    @functools.cached_property
     def group(self) -> Group:
-        """The whole group, its samples in order: one and the same each time, since judging adds to it."""
-        if self._group is None:
-            self._group = Group(self.problem, [self.responses[i] for i in range(self.samples)] * self._copies)
-        return self._group
+        """The whole group, its samples in order: one object, so that what is judged of it is what the caller gets."""
+        return Group(self.problem, [self.responses[index] for index in range(self.samples)] * self._copies)
 
     def request(self, indices: Sequence[int]) -> GenerateRequest:
         """For the samples of these indices."""

@@ -22,6 +22,7 @@ from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
 from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.samples import Group
 from tests.rollout.engines import STOP_TOKEN, VOCABULARY, problems, rollout_config, sampling
 
 VERSION = 3
@@ -164,6 +165,14 @@ def test_a_good_answer_is_taken(tmp_path: Path) -> None:
     for response in group.responses:
         assert response.token_ids.tolist() == [5, 7, STOP_TOKEN] and response.log_probs.tolist() == [-1, -0.5, -0.25]
         assert (response.finish_reason, response.weight_version) == ("stop", VERSION)
+
+
+def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
+    """Its verdicts are written into it while others are sampled: in a copy the run would have no verdict at all."""
+    arrived: list[Group] = []
+    with client_of(tmp_path, good) as (client, _):
+        groups = client.generate(problems(4), 2, sampling(), range(4), on_group=arrived.append)
+    assert len(arrived) == 4 and {id(group) for group in groups} == {id(group) for group in arrived}
 
 
 @pytest.mark.parametrize("name", WRONG)
