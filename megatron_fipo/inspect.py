@@ -6,6 +6,7 @@ Shows how the run stands, the settings that are not the schema's defaults, its l
 import argparse
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ PAGES = ("report.html", "summary.json", "config.yaml", "tensorboard", "huggingfa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked for; 0, or the exit code of the error."""
     options = parse(arguments)
+    warnings.simplefilter("ignore")  # of libraries that --verify imports, on what else could be installed
     try:
         lines = rollouts(options) if options.step is not None else overview(options)
         for line in lines:

@@ -54,6 +54,9 @@ def _check_prompts(data: DataConfig) -> None:
             raise ConfigError(key, f"{column!r} names no column", "a column, or outer.inner for a nested one")
     general, own = data, data.validation_columns
     _check_pattern("data.answer", general.answer_format, general.answer_pattern)
+    if general.answer_pattern is not None and "pattern" not in (general.answer_format, own.answer_format):
+        problem = f"is not read with data.answer_format={general.answer_format}"
+        raise ConfigError("data.answer_pattern", problem, "data.answer_format=pattern reads it")
     kind, pattern = own.answer_format or general.answer_format, own.answer_pattern or general.answer_pattern
     _check_pattern("data.validation_columns.answer", kind, pattern)
     if data.prompt_template.count(QUESTION) != 1:

@@ -55,11 +55,12 @@ def fetch_config(path: str) -> Path:
     directory, found = model_directory(path), hub_id(path)
     if found is None or (directory / "config.json").is_file():
         return directory
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
     name, revision = found
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision)).parent
+        # Not hf_hub_download: where there is no network it tries for 25 seconds, and says so on the terminal.
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))
     except Exception as error:  # the client's are many, of several libraries
         raise _refused(path, name, error) from error
 

@@ -66,8 +66,9 @@ def changes(old: Mapping[str, Any], new: Config) -> dict[str, tuple[Any, Any]]:
 
 def refused(changed: Mapping[str, tuple[Any, Any]], new: Config) -> list[str]:
     """Those of `changes` that a run may not go on with, as "key: old → new"."""
+    why = {"run.steps": f", over which optimizer.schedule={new.optimizer.schedule} changes the learning rate"}
     return [
-        f"{key}: {_shown(before)} → {_shown(after)}"
+        f"{key}: {_shown(before)} → {_shown(after)}{why.get(key, '')}"
         for key, (before, after) in changed.items()
         if not _may_change(key, new)
     ]

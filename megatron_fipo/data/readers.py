@@ -96,8 +96,9 @@ def _json_rows(path: Path, ending: str) -> Iterator[tuple[int, Row]]:
             rows = ((number, _parse(line, f"{path}, row {number}", expected)) for number, line in lines)
         for number, row in rows:
             if not isinstance(row, dict):
+                mend = "; a file that is an array ends in .json" if ending == ".jsonl" and isinstance(row, list) else ""
                 raise DataError(
-                    f"{path}, row {number}: not a JSON object with the columns of a problem but a {_kind(row)}"
+                    f"{path}, row {number}: not a JSON object with the columns of a problem but a {_kind(row)}{mend}"
                 )
             yield number, row
 

@@ -84,3 +84,13 @@ def test_an_answer_pattern_has_one_group(pattern: str, message: str) -> None:
         with pytest.raises(ConfigError, match=rf"^{section}_pattern: .*{message}"):
             judge(f"{section}_format=pattern", f"{section}_pattern={pattern}")
     assert judge("data.answer_format=pattern", "data.answer_pattern='(?:a|b)(c)'") == []
+
+
+def test_an_answer_pattern_that_nothing_reads_is_refused() -> None:
+    """Without its format the whole answer would be the truth, and every response wrong."""
+    with pytest.raises(
+        ConfigError, match=r"data.answer_pattern: is not read with data.answer_format=plain \(data.answ"
+    ):
+        judge("data.answer_pattern='(c)'")
+    own = ["data.validation_columns.answer_format=pattern", "data.answer_pattern='(c)'"]
+    assert judge(*own) == [], "the pattern of the validation files alone"

@@ -126,6 +126,14 @@ def test_what_cannot_be_fetched_is_one_line(
 
 
 @pytest.mark.slow
+def test_a_hub_out_of_reach_is_said_at_once(hub: FakeHub, tmp_path: Path) -> None:
+    """The client's own download of one file tries six times, for 25 seconds and with two lines each."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    refused = call(hub, tmp_path / "home", "fetch_config('owner/small')", **nowhere)
+    assert "the hub cannot be reached: " in refusal(refused) and "Retrying" not in refused.stderr
+
+
+@pytest.mark.slow
 def test_preflight_and_planner_need_config_json_alone(hub: FakeHub, tmp_path: Path) -> None:
     code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/small')[0])"
     done = call(hub, tmp_path / "home", code)

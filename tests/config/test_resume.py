@@ -72,7 +72,9 @@ def test_what_may_change(overrides: list[str], said: list[str]) -> None:
 
 def test_the_length_of_a_decay_may_not_change() -> None:
     decay = ["optimizer.schedule=cosine"]
-    assert differences(decay, [*decay, "run.steps=99"]) == ["run.steps: 24 → 99"]
+    assert differences(decay, [*decay, "run.steps=99"]) == [
+        "run.steps: 24 → 99, over which optimizer.schedule=cosine changes the learning rate"
+    ]
     constant = ["optimizer.schedule=constant"]
     assert differences(constant, [*constant, "run.steps=99"]) == []
 

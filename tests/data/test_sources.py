@@ -294,6 +294,12 @@ def test_a_bad_element_of_an_array_has_a_row(tmp_path, content, message):
         list(read_rows(tmp_path / "a.json", ["prompt"], "x"))
 
 
+def test_an_array_in_a_file_of_lines_is_told_its_ending(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'[{"prompt": 1}]')
+    with pytest.raises(DataError, match=r"row 1: .* but a list; a file that is an array ends in \.json"):
+        list(read_rows(tmp_path / "a.jsonl", ["prompt"], "x"))
+
+
 def test_an_array_is_read_whatever_spaces_it_has(tmp_path):
     path = tmp_path / "a.json"
     for text in ('[{"a": 1},{"a": 2}]', ' [\r\n {"a": 1}\n , \t{"a": 2} ]\n\n'):
