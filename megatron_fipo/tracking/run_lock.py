@@ -80,7 +80,9 @@ class RunLock:
             return
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
             renewed = (self._directory / _LOCK_FILE).stat().st_mtime
-            if psutil.Process(owner.pid).create_time() < renewed + _CLOCKS_S:  # else the number is a younger process's
+            holder = psutil.Process(owner.pid)
+            # A zombie is dead, and a process that is younger than the lock has a number that is used again.
+            if holder.status() != psutil.STATUS_ZOMBIE and holder.create_time() < renewed + _CLOCKS_S:
                 raise self._taken()
 
     def __exit__(

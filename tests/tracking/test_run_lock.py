@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_fipo.errors import FipoError
@@ -22,6 +23,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_fipo.tracking.run_lock import RunLock
+from tests.rollout.engines import wait_until
 with RunLock(Path(sys.argv[1]), print, lease_s=float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
@@ -64,6 +66,8 @@ def test_a_living_run_keeps_the_second_out_and_a_dead_one_does_not(tmp_path: Pat
             taken(tmp_path)  # longer than its lease: it renews it
     finally:
         process.kill()
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 10, "the end of the holder")
+        RunLock(tmp_path, print).refuse_if_taken()  # nobody has taken leave of it yet, and it is dead all the same
         process.wait()
     RunLock(tmp_path, print).refuse_if_taken()
     (note,) = taken(tmp_path)
