@@ -18,13 +18,12 @@ import pytest
 
 from megatron_fipo.errors import FipoError
 from megatron_fipo.tracking.run_lock import RunLock
+from tests.rollout.engines import wait_until
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_fipo.tracking.run_lock import RunLock
-from tests.rollout.engines import wait_until
-from tests.rollout.engines import wait_until
 with RunLock(Path(sys.argv[1]), print, lease_s=float(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
