@@ -43,7 +43,7 @@ def load_function(text: str, key: str) -> Callable[..., Any]:
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        remedy = f"{place}{_line_of(error, place)} imports without an error"
+        remedy = f"{place}{_line_of(error, place)} has to import without an error"
         raise ConfigError(key, f"{text} cannot be imported: {one_line(error)}", remedy) from error
     found = getattr(module, name, None)
     if not callable(found):

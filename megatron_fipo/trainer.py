@@ -29,6 +29,7 @@ from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
+from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.update import Policy, gather_parameters
@@ -60,14 +61,13 @@ class Trainer:
 
         Once `prepare` is done, a Ctrl-C that `ctrl_c` hears of on rank 0 ends the run where nothing is lost.
 
-        Raises:
-            FipoError: the checkpoint, the model or the data cannot be used.
+        Raises FipoError: the checkpoint, the model or the data cannot be used.
         """
         self.config, self.stack, self.ctrl_c = config, stack, ctrl_c
         self.model_dir = model_directory(config.model.path)
         stack.callback(platform.stop_process_group)
         platform.start_process_group(config.run.collective_timeout_s)
-        self.agreement = AgreementCheck(agreement_limits(config))
+        self.agreement, self.finite_updates = AgreementCheck(agreement_limits(config)), FiniteUpdates()
         implementation = describe(config.model)
         start_model_parallel(config.parallel, config.run.seed)
         # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
@@ -178,7 +178,10 @@ class Trainer:
         with self.console.phase("update"):
             updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
             gather_parameters(self.policy.chunks)
-        return agreement | over_updates(updates)
+        metrics = agreement | over_updates(updates)
+        if warning := self.finite_updates.judge(metrics):
+            self.console.warn(f"step {self.step}: {warning}")
+        return metrics
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
@@ -190,9 +193,6 @@ class Trainer:
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
         self.console.step_line(metrics | {"step": self.step})
-        if metrics["updates_skipped"]:
-            left_out = int(metrics["updates_skipped"])
-            self.console.warn(f"step {self.step}: {left_out} updates left out, their gradients are not finite")
 
     def lacks_validation(self) -> bool:
         """Whether held-out accuracy is due now, at the start: before the first step, or where a stop broke it off."""

@@ -1,7 +1,7 @@
 """Rows of problem files, whatever their format. A file or row that cannot be read is named in one line.
 
 .parquet, .arrow    only the columns asked for are read
-.jsonl              one object a line, UTF-8; blank lines are skipped, but counted as rows
+.jsonl              one object per line, UTF-8; blank lines are skipped, but counted as rows
 .json               an array of objects, or as .jsonl
 .jsonl.gz, .json.gz the same, compressed by gzip
 """
@@ -92,7 +92,7 @@ def _json_rows(path: Path, ending: str) -> Iterator[tuple[int, Row]]:
             rows = _array_rows(path, file.read())
         else:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-            expected = "one object a line" if ending == ".jsonl" else "an array of objects, or one object a line"
+            expected = "one object per line" if ending == ".jsonl" else "an array of objects, or one object per line"
             rows = ((number, _parse(line, f"{path}, row {number}", expected)) for number, line in lines)
         for number, row in rows:
             if not isinstance(row, dict):

@@ -50,6 +50,8 @@ def site_values(path: Path) -> dict[str, str]:
     # Its last command's status says nothing, but bash's complaints name the file.
     if complaints := [line for line in ended.stderr.splitlines() if line.startswith(f"{path}: line ")]:
         raise ConfigError(str(path), f"bash says {complaints[0].removeprefix(f'{path}: ')}", "lines export NAME=VALUE")
+    if "\0" not in ended.stdout:
+        raise ConfigError(str(path), "it ends the shell that reads it, as `exit` does", "lines export NAME=VALUE")
     pairs = (entry.split("=", 1) for entry in ended.stdout.split("\0") if "=" in entry)
     return dict(pairs)
 

@@ -125,7 +125,7 @@ def _number(name: str, value: Any) -> float:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, Real):
-        raise BadReward(f"{name} {_shown(value)}; a number, or a dict with the number score, is right")
+        raise BadReward(f"{name} {_shown(value)}; a number is right, alone or as score of a dict")
     try:
         number = float(value)
     except OverflowError:

@@ -285,7 +285,7 @@ def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
         (b'[{"prompt": 1}] x', "more text after the array of 1 rows"),
         (b"[[1]]", "row 1: not a JSON object .* but a list"),
         (b"[null]", "row 1: not a JSON object .* but a null"),
-        (b'{\n "data": []\n}', "row 1: not JSON .*should have an array of objects, or one object a line"),
+        (b'{\n "data": []\n}', "row 1: not JSON .*should have an array of objects, or one object per line"),
     ],
 )
 def test_a_bad_element_of_an_array_has_a_row(tmp_path, content, message):

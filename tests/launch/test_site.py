@@ -61,6 +61,13 @@ def test_the_example_with_all_of_its_lines_is_bash(tmp_path: Path) -> None:
     assert told and not any("bash says" in text or "is read by nothing" in text for text in told), told
 
 
+def test_a_site_file_that_ends_its_shell_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text("export FIPO_RUNS=/nowhere\nexit 0\n")
+    assert ["it ends the shell that reads it" in str(problem) for problem in site_problems(tmp_path / "site.sh")] == [
+        True
+    ]
+
+
 def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
     image = tmp_path / "image.sif"
     image.touch()

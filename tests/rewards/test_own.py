@@ -140,7 +140,7 @@ def test_a_function_for_verl_is_taken_as_it_is() -> None:
         (-float("inf"), "returned -inf"),
         (10**400, "a finite number within"),
         (1e7, r"returned 10000000\.0 \(float\); a finite number within ±1e\+06"),
-        (None, r"returned None \(NoneType\); a number, or a dict with the number score"),
+        (None, r"returned None \(NoneType\); a number is right, alone or as score of a dict"),
         ("1.0", r"returned '1\.0' \(str\)"),
         ([1.0], r"returned \[1\.0\] \(list\)"),
         (numpy.ones(1), "ndarray"),
