@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.cli import COMMANDS
@@ -90,14 +90,10 @@ def test_vllm_and_transformers_say_the_same(exported: Path, tmp_path: Path) -> N
 
 
 def greedy_texts(directory: Path) -> list[str]:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    found = []
-    for text in TEXTS:
-        asked = tokenizer(text, return_tensors="pt")
-        answered = model.generate(**asked, max_new_tokens=120, do_sample=False)[0, asked["input_ids"].shape[1] :]
-        found.append(tokenizer.decode(answered, skip_special_tokens=True))
-    return found
+    command = [sys.executable, "-m", "tests.transformers_texts", str(directory)]
+    done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
 def test_a_step_a_checkpoint_and_a_hugging_face_directory(finished: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What tests/test_export.py runs by itself: a model directory's greedy answers to texts, by vLLM alone.
 
-python -m tests.generate_as_text DIRECTORY writes {"completions": [...], "chats": [...]} of the texts on stdin.
+python -m tests.vllm_texts DIRECTORY FILE writes {"completions": [...], "chats": [...]} of the texts on stdin.
 """
 
 import json

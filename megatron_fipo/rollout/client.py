@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -56,7 +56,7 @@ class RolloutClient:
         self._service = service
         self._vocab_size = vocab_size
         self._revive = revive or self._give_up
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=_loop)
         self._http = httpx.AsyncClient(
             headers=service.headers,
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
@@ -304,6 +304,18 @@ class RolloutClient:
 
     def _give_up(self) -> None:
         raise RolloutError(f"no vLLM server is left: {self._service.losses_in_words()}")
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """An event loop that does not report what its caller has been told: a Ctrl-C, in whatever task it came up."""
+
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception", Exception()), Exception):
+            loop.default_exception_handler(context)
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(report)
+    return loop
 
 
 class _Failed(Exception):

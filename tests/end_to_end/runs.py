@@ -23,11 +23,15 @@ SMALL = (
     "algorithm.mini_batch_prompts=4",
     "algorithm.filter_groups.enable=false",
     "run.steps=2",
+    "optimizer.schedule=constant",
     "validation.every=0",
     "checkpoint.every=0",
     "tracking.samples_per_step=64",
 )
-"""The default with small batches. Without dynamic sampling every prompt is trained on, whatever its samples are."""
+"""The default with small batches, and a rate that more steps do not change.
+
+Without dynamic sampling every prompt is trained on, whatever its samples are.
+"""
 
 
 def start(

@@ -60,7 +60,7 @@ def test_evaluations_end_to_end(tmp_path: Path) -> None:
     assert results["avg_at_k"]["value"] == pytest.approx(right / SAMPLES / len(whole))
     assert results["avg_at_k"]["low"] < results["avg_at_k"]["value"] < results["avg_at_k"]["high"]
     assert results["pass_at"]["1"]["value"] == pytest.approx(results["avg_at_k"]["value"])
-    assert 0.2 < results["avg_at_k"]["value"] < 0.6, "the embedded model guesses mostly, and is right now and then"
+    assert 0.05 < results["avg_at_k"]["value"] < 0.4, "the embedded model guesses mostly, and is right now and then"
 
     # The same weights as a run's checkpoint; killed, with all of its processes, when some problems are done.
     run = tmp_path / "run"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 PAGE = (runs.ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
 SMALL = ("algorithm.samples_per_prompt=4", "algorithm.filter_groups.enable=false", "validation.every=1")
-SMALL += ("checkpoint.every=1", "tracking.samples_per_step=64", "run.directory=run")
+SMALL += ("checkpoint.every=1", "tracking.samples_per_step=64", "run.directory=run", "optimizer.schedule=constant")
 
 
 def block(language: str, number: int = 0) -> str:

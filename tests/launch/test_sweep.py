@@ -97,7 +97,6 @@ def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(tmp_path: Path) ->
     assert re.match(r"\[1/2\] seed-1: failed after .*: step 1 is not saved", lines[1]), first.stdout
     assert re.match(r"\[2/2\] seed-2: done in ", lines[2]), first.stdout
     assert lines[3].split()[:3] == ["run", "steps", "reward"] and len(lines) >= 6
-    assert "step 1 is not saved" in (tmp_path / "seed-1" / "output.txt").read_text()
     assert first.stderr.count("\n") == first.stderr.count("warning: "), "nothing but warnings"
 
     obstacle.unlink()

@@ -5,6 +5,7 @@ vLLM's FP8 by channel, which it has for CPUs too, through a real update. Not cov
 (tests/gpu), and what sampling from FP8 does to learning.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,6 @@ def test_an_update_quantises_as_the_start_does(
         again = _responses(client)
         transfer.close()
     for before, after in zip(at_start, again, strict=True):
-        assert after == before
+        assert dataclasses.replace(after, weight_version=before.weight_version) == before
     # FP8 keeps three bits of a weight: these models are random, and so as far off as any. Another model is further.
     assert 2 * _error(models["large"], large) < _error(models["small"], large)
