@@ -84,6 +84,7 @@ def test_matches_the_formulas(config: FutureKLConfig, tokens: int, scale: float,
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @settings(deadline=None, max_examples=3000)
 @given(tokens=st.integers(1, 600), **CASES)
 def test_matches_the_formulas_over_thousands_of_cases(

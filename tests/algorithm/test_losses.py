@@ -116,6 +116,7 @@ def test_value_and_gradient_match_the_formulas(config: AlgorithmConfig, seed: in
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @settings(deadline=None, max_examples=2000)
 @given(**CASES)
 def test_value_and_gradient_match_the_formulas_over_thousands_of_cases(

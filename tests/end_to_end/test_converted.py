@@ -14,7 +14,8 @@ from megatron_fipo.weights.conversion import to_megatron
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 
-pytestmark = pytest.mark.slow
+# A killed run's resume compares its weights with converted ones in every `make test`.
+pytestmark = [pytest.mark.slow, pytest.mark.matrix]
 
 
 def test_a_run_from_a_converted_checkpoint_is_the_run_from_its_source(tmp_path: Path) -> None:

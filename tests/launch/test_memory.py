@@ -41,7 +41,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_estimate_is_within_a_tenth_of_the_peak_of_a_rank_of_a_larger_layout(fused: bool) -> None:
     """Everything that an update allocates beside weights, gradients and optimizer, operation by operation."""
     (found,) = run_ranks("tests.launch.allocations:peaks", 1, {"layouts": list(LAYOUTS.values()), "fused": fused})

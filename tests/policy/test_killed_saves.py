@@ -16,7 +16,7 @@ from tests.weights.models import SMALL_MODELS, write_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [8, pytest.param(32, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("moments", [6, pytest.param(32, marks=pytest.mark.matrix)])
 def test_a_kill_at_any_moment_leaves_the_last_complete_checkpoint(moments: int, tmp_path: Path) -> None:
     model = write_model(next(model for model in SMALL_MODELS if model.name == "qwen3-tied"), tmp_path)
     arguments = {"model_dir": str(model), "directory": str(tmp_path / "checkpoints"), "moments": moments}
