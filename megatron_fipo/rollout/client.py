@@ -33,6 +33,7 @@ from megatron_fipo.samples import Group, Problem, Response
 RETRY_PAUSE_S = 0.5
 CONNECT_TIMEOUT_S = 30.0
 WATCH_EVERY_S = 10.0
+_MOST_ECHOES = 16
 MAX_BAD_ANSWERS = 2
 """Answers that are not what was asked for, one after the other, that take a server out of service."""
 
@@ -107,7 +108,13 @@ class RolloutClient:
         """Closes the connections; the service stays. May be called twice."""
         if self._http.is_closed:
             return
-        self._runner.run(self._end_requests())
+        # A Ctrl-C that came up in a task comes out again of each that waits for it, once the loop runs on.
+        for _ in range(_MOST_ECHOES):
+            try:
+                self._runner.run(self._end_requests())
+                break
+            except KeyboardInterrupt:
+                continue
         self._runner.close()
 
     async def _end_requests(self) -> None:

@@ -28,7 +28,7 @@ def kill_at(model_dir: str, directory: str, moments: int) -> list[dict[str, Any]
     whole, _ = _run_until(model_dir, place, seconds=None)
     found = []
     for number in range(moments):
-        moment = 1.1 * number / moments
+        moment = 1.3 * number / (moments - 1)
         _, loaded = _run_until(model_dir, place, seconds=moment * whole)
         if found:
             found[-1]["loaded"] = loaded

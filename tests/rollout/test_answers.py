@@ -4,6 +4,7 @@ A web server speaks the route of the real ones here and lies in one way after an
 against the real engine in test_client.py.
 """
 
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -223,3 +224,17 @@ def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
         pytest.raises(RolloutError, match=r"failed 4 times: http://127.*, problem problem-0: .*EngineDeadError: gone"),
     ):
         client.generate(problems(1), 1, sampling(), [0])
+
+
+def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A signal's handler raises wherever the process is. The tasks that wait for that one would raise it again."""
+
+    def ctrl_c(group: Group) -> None:
+        raise KeyboardInterrupt
+
+    with client_of(tmp_path, good) as (client, _):
+        with pytest.raises(KeyboardInterrupt):
+            client.generate(problems(4), 2, sampling(), range(4), ctrl_c)
+        client.close()
+        gc.collect()
+    assert caplog.text == ""
