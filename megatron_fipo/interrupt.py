@@ -4,6 +4,7 @@ The launcher sends one SIGINT, to rank 0, which tells the others where all of th
 other launchers a SIGINT ends a rank at once: processes.terminate_on_sigterm.
 """
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -39,14 +40,31 @@ class CtrlC:
         try:
             self._raise_if_asked()
             yield
+        except asyncio.CancelledError:  # by `_on_signal`, if that was called
+            if not self.asked:
+                raise
+            raise Interrupted from None
         finally:
             self._breaks = before
         self._raise_if_asked()
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         self.asked = True
-        self._raise_if_asked()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._raise_if_asked()
+            return
+        # Raised here, it would come up in one of the loop's tasks, and once more in each that waits for that one, or be
+        # lost in a callback.
+        if self._breaks:
+            loop.call_soon_threadsafe(_cancel_all, loop)
 
     def _raise_if_asked(self) -> None:
         if self.asked and self._breaks:
             raise Interrupted
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
