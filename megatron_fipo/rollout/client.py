@@ -113,7 +113,7 @@ class RolloutClient:
             try:
                 self._runner.run(self._end_requests())
                 break
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, asyncio.CancelledError):
                 continue
         self._runner.close()
 
