@@ -108,12 +108,12 @@ class RolloutClient:
         """Closes the connections; the service stays. May be called twice."""
         if self._http.is_closed:
             return
-        # A Ctrl-C that came up in a task comes out again of each that waits for it, once the loop runs on.
+        # A Ctrl-C that came up in a task comes out again of each that waits for it once the loop runs on, or stops it.
         for _ in range(_MOST_ECHOES):
             try:
                 self._runner.run(self._end_requests())
                 break
-            except (KeyboardInterrupt, asyncio.CancelledError):
+            except (KeyboardInterrupt, asyncio.CancelledError, RuntimeError):
                 continue
         self._runner.close()
 
