@@ -279,7 +279,7 @@ def test_interrupted_run_is_saved_leaves_nothing_and_goes_on_honestly(tmp_path: 
     runs.run(tmp_path, *other, "run.resume_changed=true")
     check_rows(runs.rows(tmp_path), steps=2)
     first, then = (yaml.safe_load((tmp_path / name).read_text()) for name in ("config.yaml", "config-000001.yaml"))
-    assert (first["algorithm"]["name"], then["algorithm"]["name"]) == ("fipo", "dapo")
+    assert (first["algorithm"]["name"], then["algorithm"]["name"]) == ("fipo_7b", "dapo")
     assert "influence_weights_mean" in runs.rows(tmp_path)[0] and "influence_weights_mean" not in runs.rows(tmp_path)[1]
 
 
