@@ -144,8 +144,8 @@ def main() -> None:
         measured = 0.3e6 if quick else 1e6 if form == "JSON" else 10e6
         seconds, kept, wire = cost_apart(form, length, round(alive * 1e6), round(measured))
         print(f"| {form} | {length} | {alive} | {seconds:.3f} | {kept:.1f} | {wire:.1f} |", flush=True)
-    engines, places, groups = (2, 16, 8) if quick else (16, 32, 160)
-    took, ideal = makespan(engines, places, groups, 3_700, 2e-5 if quick else 2e-3)
+    engines, places, groups = (2, 16, 8) if quick else (8, 16, 40)
+    took, ideal = makespan(engines, places, groups, 3_700, 2e-5 if quick else 5e-4)
     print(f"\n{groups} groups on {engines} engines of {places} places: {took:.1f} s, {took / ideal:.3f} × the ideal")
 
 

@@ -146,7 +146,10 @@ class RolloutClient:
                     if not self._service.in_service and not pending.asked:
                         return
                     if (server := self._with_room(pending)) is not None:
-                        running.create_task(self._ask(pending.take(), server, pending, changed, on_group))
+                        work = pending.take()
+                        # Counted here: the task begins later, and the next work would find the server free.
+                        self._outstanding[server.url] += len(work.missing())
+                        running.create_task(self._ask(work, server, pending, changed, on_group))
                     else:
                         await changed.wait()
         # No `except*`: what is raised in one is a group again in Python 3.11.0 to 3.11.3.
@@ -180,7 +183,6 @@ class RolloutClient:
     ) -> None:
         """One request for what `work` lacks. If it fails, the work waits for another."""
         missing = work.missing()
-        self._outstanding[server.url] += len(missing)
         arrived: list[int] = []
         try:
             try:

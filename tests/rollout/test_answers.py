@@ -238,3 +238,19 @@ def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: p
         client.close()
         gc.collect()
     assert caplog.text == ""
+
+
+def test_work_is_dealt_evenly(tmp_path: Path) -> None:
+    """The first server got all of it while nothing had begun, and every other one waited."""
+    asked: list[list[int]] = [[], []]
+
+    def server(number: int) -> Answer:
+        def answer(request: GenerateRequest) -> list[bytes]:
+            asked[number].append(len(request.seeds))
+            return good(request)
+
+        return answer
+
+    with client_of(tmp_path, server(0), server(1)) as (client, _):
+        client.generate(problems(8), 4, sampling(), range(8))
+    assert min(map(len, asked)) >= 2, asked
