@@ -29,9 +29,9 @@ from benchmarks.measure import machine
 from benchmarks.weights import write_synthetic
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import Sequences
-from megatron_fipo.weights.architectures import read_architecture
 
 platform.install()
 

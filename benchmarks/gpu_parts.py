@@ -109,7 +109,7 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
     fipo = configuration(shape, precision, packing=True, layers=layers)
     start_model_parallel(fipo.parallel, 0)
     policy = _policy(fipo, shape)
-    (batch,) = policy.plan(_equal_sequences(64 if tiny else int(length), sequences, shape.geometry.vocab_size))
+    (batch,) = policy.plan(_equal_sequences(64 if tiny else int(length), sequences, shape.model_config.vocab_size))
     scoring = once(lambda: policy.score([batch]))
     scoring = min(scoring, once(lambda: policy.score([batch])))
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
@@ -120,10 +120,10 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
             times[name] += [spent] if turn else []
     ratios = [fipo / dapo for fipo, dapo in zip(times["fipo"], times["dapo"], strict=True)]
     median = statistics.median(times["fipo"])
-    done = operations(shape.geometry, [int(length)] * sequences)
+    done = operations(shape.model_config, [int(length)] * sequences)
     yield {
         "shape": shape_name,
-        "layers": shape.geometry.num_layers,
+        "layers": shape.model_config.num_layers,
         "model.layers": layers,
         "model.fp8": precision,
         "length": int(length),
@@ -149,7 +149,7 @@ def _policy(fipo: Config, shape: Any) -> Any:
         def choose(self, name: str) -> None:
             self.config = {"fipo": fipo, "dapo": dapo}[name]
 
-    return WithEitherLoss(fipo, shape.geometry, None, updates=1000)
+    return WithEitherLoss(fipo, shape.model_config, None, updates=1000)
 
 
 def _equal_sequences(length: int, count: int, vocabulary: int) -> Any:

@@ -25,9 +25,10 @@ from benchmarks.measure import machine, once
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import FipoError
+from megatron_fipo.models.costs import attention_operations, products
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import MicroBatch, Sequences
-from megatron_fipo.weights.architectures import Geometry
 
 WARM_UP, REPEATS = 2, 5
 PROMPT = 16
@@ -37,16 +38,16 @@ RESULT = "result: "
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model's geometry and a batch for it."""
+    """A model's sizes and a batch for it."""
 
-    geometry: Geometry
+    model_config: ModelConfig
     sequences: int
     longest: int
     micro_batch_tokens: int
 
 
-def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabulary: int, tied: bool) -> Geometry:
-    return Geometry(
+def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabulary: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
         architecture="Qwen2ForCausalLM",
         num_layers=layers,
         hidden_size=hidden,
@@ -79,7 +80,9 @@ def make_sequences(shape: Shape) -> Sequences:
     step = (shape.longest - 2 * PROMPT) / shape.sequences
     lengths = [2 * PROMPT + int(step * (index + 1)) for index in range(shape.sequences)]
     return Sequences(
-        token_ids=[torch.randint(0, shape.geometry.vocab_size, (length,), generator=generator) for length in lengths],
+        token_ids=[
+            torch.randint(0, shape.model_config.vocab_size, (length,), generator=generator) for length in lengths
+        ],
         prompt_lengths=[PROMPT] * len(lengths),
         rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
         advantages=torch.randn(len(lengths), generator=generator),
@@ -88,14 +91,11 @@ def make_sequences(shape: Shape) -> Sequences:
     )
 
 
-def operations(geometry: Geometry, lengths: list[int]) -> float:
+def operations(model_config: ModelConfig, lengths: list[int]) -> float:
     """Multiplications and additions of an update, backward pass included, that the model itself asks for."""
-    query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
-    layer = geometry.hidden_size * (2 * query + 2 * key_value + 3 * geometry.ffn_hidden_size)
-    weights = geometry.num_layers * layer + geometry.vocab_size * geometry.hidden_size
-    # Behind a causal mask a token attends to half the sequence: scores and values, 2 operations each.
-    attention = sum(2 * length**2 * query * geometry.num_layers for length in lengths)
-    return 3 * (2 * weights * sum(lengths) + attention)
+    # Behind a causal mask a token attends to half the sequence.
+    attention = sum(length * attention_operations(model_config, length / 2) for length in lengths)
+    return 3 * (2 * products(model_config) * sum(lengths) + attention)
 
 
 class Stopwatch:
@@ -120,7 +120,7 @@ class Stopwatch:
         return sum(start.elapsed_time(end) for start, end in self.parts[part]) / 1000
 
 
-def timed_policy(config: Config, geometry: Geometry) -> Any:
+def timed_policy(config: Config, model_config: ModelConfig) -> Any:
     """A Policy with random weights that notes when log-probs and loss begin and end, forward and backward."""
     # Imported here: Megatron-Core has to find the platform installed.
     from megatron_fipo.policy.update import Policy
@@ -155,7 +155,7 @@ def timed_policy(config: Config, geometry: Geometry) -> Any:
             result[0].register_hook(backward_begins)
             return result
 
-    return TimedPolicy(config, geometry, None, updates=1000)
+    return TimedPolicy(config, model_config, None, updates=1000)
 
 
 def configuration(shape: Shape, precision: str, packing: bool, layers: str) -> Config:
@@ -187,7 +187,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     platform.start_process_group(60)
     config = configuration(shape, precision, packing, layers_here())
     start_model_parallel(config.parallel, 0)
-    policy = timed_policy(config, shape.geometry)
+    policy = timed_policy(config, shape.model_config)
     sequences = make_sequences(shape)
     (mini_batch,) = policy.plan(sequences)
     policy.score([mini_batch])
@@ -201,7 +201,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
         "seconds": statistics.median(times),
         "tokens": sum(lengths),
         "padding": 1 - sum(lengths) / slots,
-        "operations": operations(shape.geometry, lengths),
+        "operations": operations(shape.model_config, lengths),
         "log_probs": policy.watch.seconds("log_probs") / sum(times),
         "loss": policy.watch.seconds("loss") / sum(times),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
@@ -273,7 +273,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     notes = []
     for name in options.shape:
-        layers = options.layers or SHAPES[name].geometry.num_layers
+        layers = options.layers or SHAPES[name].model_config.num_layers
         for precision in options.precision:
             for packing in (True, False):
                 label = f"{name}, {layers} layers | {precision} | {'packed' if packing else 'padded'}"
@@ -284,8 +284,8 @@ def main() -> None:
 
 def _measure_row(name: str, layers: int, precision: str, packing: bool) -> dict[str, float]:
     shape = SHAPES[name]
-    geometry = dataclasses.replace(shape.geometry, num_layers=layers)
-    return measure(dataclasses.replace(shape, geometry=geometry), precision, packing)
+    model_config = dataclasses.replace(shape.model_config, num_layers=layers)
+    return measure(dataclasses.replace(shape, model_config=model_config), precision, packing)
 
 
 if __name__ == "__main__":

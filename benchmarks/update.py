@@ -53,9 +53,9 @@ def main() -> None:
     """Print the comparison."""
     platform.install()
     # Imported here: Megatron-Core has to find the platform installed.
+    from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.model import start_model_parallel
     from megatron_fipo.policy.update import Policy
-    from megatron_fipo.weights.architectures import read_architecture
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
@@ -63,9 +63,9 @@ def main() -> None:
     assert isinstance(configs["fipo"].algorithm.future_kl, FutureKLConfig)
     start_model_parallel(configs["fipo"].parallel, 0)
     model_dir = resolve_embedded(configs["fipo"].model.path)
-    geometry = read_architecture(model_dir)
-    sequences = make_sequences(geometry.vocab_size)
-    policies = {name: Policy(config, geometry, str(model_dir), 1000) for name, config in configs.items()}
+    model_config = read_architecture(model_dir)
+    sequences = make_sequences(model_config.vocab_size)
+    policies = {name: Policy(config, model_config, str(model_dir), 1000) for name, config in configs.items()}
     batches = {name: policy.plan(sequences)[0] for name, policy in policies.items()}
     for name, policy in policies.items():
         policy.score([batches[name]])

@@ -24,9 +24,10 @@ from torch import Tensor
 from benchmarks.measure import machine, once
 from benchmarks.usage import run_measured
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.rollout.service import RolloutService
-from megatron_fipo.weights.architectures import parameters, read_architecture
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.plan import plan_transfers
@@ -105,10 +106,10 @@ def _bytes_table(directory: Path) -> None:
         *("trainer", "server", "a rank gathers", "a leader sends", "a worker receives"),
     )
     (directory / "config.json").write_text(json.dumps(HALF_A_BILLION))
-    geometry = read_architecture(directory)
+    model_config = read_architecture(directory)
     for tensor, pipeline, server in LAYOUTS:
         transfers = plan_transfers(
-            geometry,
+            model_config,
             tensor_parallel_size=tensor,
             pipeline_parallel_size=pipeline,
             server_tensor_parallel_size=server,

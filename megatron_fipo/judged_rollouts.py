@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import VerifierPool
@@ -20,7 +21,6 @@ from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.samples import Group, Problem
-from megatron_fipo.weights.architectures import read_architecture
 
 Progress = Callable[[int, int, str], None]
 """Told how many of how many are done, and of what."""

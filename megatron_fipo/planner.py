@@ -15,9 +15,9 @@ from rich.table import Table
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory
-from megatron_fipo.launch.memory import GIB
-from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.sizing.estimate import Estimate, estimate, model_directory
+from megatron_fipo.sizing.memory import GIB
 
 USAGE = """usage: megatron-fipo planner [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
@@ -74,12 +74,12 @@ class Layout:
         return text
 
 
-def layouts(config: Config, geometry: Geometry) -> list[Layout]:
+def layouts(config: Config, model_config: ModelConfig) -> list[Layout]:
     """Every layout that divides model and nodes, those that fit first, fastest first."""
     found = []
     for candidate in _candidates(config):
         try:
-            found.append(Layout(candidate, estimate(candidate, geometry)))
+            found.append(Layout(candidate, estimate(candidate, model_config)))
         except ConfigError:
             continue
     return sorted(found, key=lambda layout: (not layout.estimate.fits, layout.estimate.time.total))
@@ -107,7 +107,7 @@ def _candidates(config: Config) -> Iterator[Config]:
 
 def main(config: Config) -> None:
     """Rank the layouts and print them."""
-    directory, _ = geometry_directory(config.model.path)
+    directory, _ = model_directory(config.model.path)
     ranked = layouts(config, read_architecture(directory))
     fitting = [layout for layout in ranked if layout.estimate.fits]
     too_large = [layout for layout in ranked if not layout.estimate.fits]

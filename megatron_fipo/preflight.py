@@ -22,24 +22,25 @@ from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import write_json_atomically
-from megatron_fipo.launch.estimate import (
+from megatron_fipo.launch.site import site_file, site_problems, site_values
+from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.sizing.estimate import (
     Estimate,
     estimate,
-    geometry_directory,
+    model_directory,
     one_node,
     remedies,
     trainer_world_size,
 )
-from megatron_fipo.launch.memory import GIB, longest_sequence, micro_batch_tokens, model_sizes
-from megatron_fipo.launch.placement import notes, servers_text
-from megatron_fipo.launch.site import site_file, site_problems, site_values
-from megatron_fipo.launch.timing import model_bytes
-from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.sizing.memory import GIB, longest_sequence, micro_batch_tokens
+from megatron_fipo.sizing.placement import notes, servers_text
+from megatron_fipo.sizing.timing import model_bytes
 from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
 if TYPE_CHECKING:
-    from megatron_fipo.launch.meta_ranks import BuiltStage
+    from megatron_fipo.sizing.meta_ranks import BuiltStage
 
 USAGE = """usage: megatron-fipo preflight [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
@@ -70,20 +71,20 @@ def main(config: Config) -> None:
     warnings.simplefilter("ignore")  # libraries on what else could be installed
     check(config, world_size=trainer_world_size(config), local=False)
     check_site(config)
-    directory, is_copy = geometry_directory(config.model.path)
-    geometry = read_architecture(directory)
-    _check_stored_weights(directory, geometry)
-    result = estimate(config, geometry)
-    counted = verify_weights(config, geometry, directory, result.world_size)
+    directory, is_copy = model_directory(config.model.path)
+    model_config = read_architecture(directory)
+    _check_stored_weights(directory, model_config)
+    result = estimate(config, model_config)
+    counted = verify_weights(config, model_config, directory, result.world_size)
     leaves_its_node = config.parallel.tensor > config.cluster.gpus_per_node
-    changes = remedies(config, geometry) if leaves_its_node or result.tight or not result.fits else []
+    changes = remedies(config, model_config) if leaves_its_node or result.tight or not result.fits else []
     if result.fits and not result.tight:
         changes = changes[:_FASTER]  # not memory but time is what they are for
     console = Console(width=None if sys.stdout.isatty() else 120)
     if is_copy:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
-    _print(console, config, geometry, result, counted, changes)
-    _print_one_node(console, config, geometry, result)
+    _print(console, config, model_config, result, counted, changes)
+    _print_one_node(console, config, model_config, result)
     report = result.to_dict() | {
         "experiment": config.run.name,
         "hardware": dataclasses.asdict(config.hardware),
@@ -113,16 +114,16 @@ def check_site(config: Config) -> None:
         print(f"warning: {path} has {gpus} GPUs per node, not {here}: cluster.gpus_per_node={gpus}", file=sys.stderr)
 
 
-def _check_stored_weights(directory: Path, geometry: Geometry) -> None:
+def _check_stored_weights(directory: Path, model_config: ModelConfig) -> None:
     """As training does before it builds anything, where the weights are here."""
     # Not above: it imports torch, which a configuration that is refused need not wait for.
     from megatron_fipo.weights.source import check_source
 
     if is_checkpoint(directory) or any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
-        check_source(directory, geometry)
+        check_source(directory, model_config)
 
 
-def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_size: int) -> dict[str, Any]:
+def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, world_size: int) -> dict[str, Any]:
     """Build every stage and hold the weight plan against it, tensor by tensor, and against transformers' model.
 
     Returns:
@@ -133,11 +134,11 @@ def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_si
     """
     # First, since building a policy's ranks turns this process into a trainer's, where tensors are made otherwise.
     expected = _transformers_shapes(model_dir)
-    from megatron_fipo.launch.meta_ranks import build_stages
+    from megatron_fipo.sizing.meta_ranks import build_stages
 
     parallel = config.parallel
-    built = build_stages(config, geometry, world_size)
-    planned = parameters_per_rank(plan(geometry, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline))
+    built = build_stages(config, model_config, world_size)
+    planned = parameters_per_rank(plan(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline))
     problems = [
         f"pipeline stage {stage.stage} holds {stage.parameters} parameters, planned are {planned[stage.stage]}"
         for stage in built
@@ -147,7 +148,7 @@ def verify_weights(config: Config, geometry: Geometry, model_dir: Path, world_si
     if problems:
         raise WeightError("\n  ".join(["the weights do not fit the model:", *problems]))
     return {
-        "parameters": model_sizes(geometry)[0],
+        "parameters": parameter_counts(model_config)[0],
         "huggingface_tensors": len(expected),
         "stages": [{"stage": stage.stage, "rank": stage.rank, "parameters": stage.parameters} for stage in built],
     }
@@ -185,7 +186,12 @@ def _name_problems(built: "list[BuiltStage]", expected: dict[str, tuple[int, ...
 
 
 def _print(
-    console: Console, config: Config, geometry: Geometry, result: Estimate, counted: dict[str, Any], changes: list[str]
+    console: Console,
+    config: Config,
+    model_config: ModelConfig,
+    result: Estimate,
+    counted: dict[str, Any],
+    changes: list[str],
 ) -> None:
     parallel = config.parallel
     layout = f"tensor {parallel.tensor} × pipeline {parallel.pipeline}"
@@ -197,7 +203,7 @@ def _print(
         f"GPUs ({config.hardware.name}), {servers_text(config)}",
         soft_wrap=True,
     )
-    for note in notes(config, geometry, result.world_size, result.data_parallel_size):
+    for note in notes(config, model_config, result.world_size, result.data_parallel_size):
         console.print(f"warning: {note}", soft_wrap=True)
     console.print(
         f"weights: {counted['huggingface_tensors']} Hugging Face tensors, each sent by exactly one pipeline stage; "
@@ -217,13 +223,13 @@ def _print(
         console.print(f"  {'fits too' if result.fits else 'would fit'} with {change}", soft_wrap=True)
     if not result.fits and not changes:
         console.print("  no single change makes it fit; python -m megatron_fipo.planner looks at all layouts")
-    console.print(_time_table(config, geometry, result))
+    console.print(_time_table(config, model_config, result))
 
 
-def _print_one_node(console: Console, config: Config, geometry: Geometry, result: Estimate) -> None:
+def _print_one_node(console: Console, config: Config, model_config: ModelConfig, result: Estimate) -> None:
     """The same recipe on one node, where it is spread over several or does not fit."""
     several = result.world_size > config.cluster.gpus_per_node or config.cluster.rollout_nodes
-    if (not several and result.fits) or (found := one_node(config, geometry)) is None:
+    if (not several and result.fits) or (found := one_node(config, model_config)) is None:
         return
     overrides, alone = found
     console.print(
@@ -249,7 +255,7 @@ def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> 
     return table
 
 
-def _time_table(config: Config, geometry: Geometry, result: Estimate) -> Table:
+def _time_table(config: Config, model_config: ModelConfig, result: Estimate) -> Table:
     time = result.time
     table = Table(title="Estimated seconds of a step, responses half as long as they may be")
     seconds = {
@@ -263,7 +269,7 @@ def _time_table(config: Config, geometry: Geometry, result: Estimate) -> Table:
     for name in seconds:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.1f}" for value in seconds.values()))
-    size = model_bytes(config, geometry) / GIB
+    size = model_bytes(config, model_config) / GIB
     table.caption = (
         f"{time.micro_batches} micro-batches an update, pipeline bubble {time.bubble:.1%}; "
         f"a weight update moves {size:.1f} GiB to each server; the longest step samples whole generation batches"

@@ -26,6 +26,7 @@ from megatron_fipo.interrupt import CtrlC, Interrupted
 from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.loop_state import ExperienceState, LoopState
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.batches import Sequences, share
@@ -43,7 +44,6 @@ from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.tracking.updates import over_updates
-from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.mailbox import StandBy, trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.reshard import export
@@ -103,13 +103,13 @@ class Trainer:
         config = self.config
         with self.console.phase("start"):
             updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
-            geometry = read_architecture(self.model_dir)
+            model_config = read_architecture(self.model_dir)
             if (found := self.resume_from) is not None:
                 if config.checkpoint.verify and (warning := checkpoint_manifest.verify(found)):
                     self.console.warn(warning)
                 only_rank_0(lambda: self._load_loop(found))
             self._make_room()
-            self.policy = Policy(config, geometry, str(self.model_dir), updates)
+            self.policy = Policy(config, model_config, str(self.model_dir), updates)
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
@@ -325,7 +325,7 @@ class Trainer:
                 if self.experience is not None:
                     self.experience.service.admit()
                 try:
-                    self.transfer.push(export(self.policy.chunks, self.policy.geometry), self.version)
+                    self.transfer.push(export(self.policy.chunks, self.policy.model_config), self.version)
                     return
                 except RolloutError:
                     if not fact_of_rank_0(self.experience is not None and self.experience.lose_failed()):

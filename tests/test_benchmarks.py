@@ -32,9 +32,9 @@ def test_a_row_that_this_machine_cannot_run_says_why() -> None:
 
 
 def test_operations_are_six_a_weight_and_token() -> None:
-    geometry = SHAPES["1.5b"].geometry
-    assert operations(geometry, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)
-    assert operations(geometry, [4096]) > 4096 * operations(geometry, [1]), "attention grows with the square"
+    model_config = SHAPES["1.5b"].model_config
+    assert operations(model_config, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)
+    assert operations(model_config, [4096]) > 4096 * operations(model_config, [1]), "attention grows with the square"
 
 
 class TestQuickStart:

@@ -1,6 +1,6 @@
 """Preflight and planner as a user runs them: numbers worked out by hand, refusals, limits of time and memory.
 
-Why: they decide what is started on a cluster. tests/launch/test_memory.py compares the memory with real allocations.
+Why: they decide what is started on a cluster. tests/sizing/test_memory.py compares the memory with real allocations.
 Not covered: how near the estimated seconds come to a cluster's.
 """
 
@@ -18,11 +18,11 @@ import pytest
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, WeightError
-from megatron_fipo.launch.estimate import estimate, geometry_directory, remedies
-from megatron_fipo.launch.memory import GIB
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.planner import layouts
 from megatron_fipo.preflight import _check_stored_weights
-from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.sizing.estimate import estimate, model_directory, remedies
+from megatron_fipo.sizing.memory import GIB
 from tests.config.published import GEMMA_7B, MISTRAL_7B
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +36,8 @@ def run(module: str, directory: Path, *overrides: str) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def geometry() -> Geometry:
-    directory, is_copy = geometry_directory("models/Qwen2.5-32B")
+def model_config() -> ModelConfig:
+    directory, is_copy = model_directory("models/Qwen2.5-32B")
     assert is_copy
     return read_architecture(directory)
 
@@ -124,36 +124,36 @@ def test_a_bad_override_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hardware", ["a100", "h100", "h200", "gh200", "b200", "gb200"])
 def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
     config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
-    found = estimate(config, read_architecture(geometry_directory(config.model.path)[0]))
+    found = estimate(config, read_architecture(model_directory(config.model.path)[0]))
     assert found.fits and not found.tight
 
 
-def test_the_longest_step_samples_whole_generation_batches(geometry: Geometry) -> None:
+def test_the_longest_step_samples_whole_generation_batches(model_config: ModelConfig) -> None:
     """Half of the groups are kept on average: 1024 prompts a step, which come 2048 at a time, every other step."""
     config = load_config(["experiment=fipo_32b"])
-    time = estimate(config, geometry).time
+    time = estimate(config, model_config).time
     config.algorithm.filter_groups.surplus = "drop"
-    every = estimate(config, geometry).time
+    every = estimate(config, model_config).time
     assert time.longest == every.longest == every.total > time.total
     config.algorithm.generation_batch_prompts = 1024
-    assert estimate(config, geometry).time.longest == pytest.approx(time.total)
+    assert estimate(config, model_config).time.longest == pytest.approx(time.total)
     config.algorithm.filter_groups.enable = False
-    assert estimate(config, geometry).time.longest < time.total
+    assert estimate(config, model_config).time.longest < time.total
 
 
 @pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
 def test_a_job_is_asked_to_stop_before_its_longest_step_would_meet_the_time_limit(experiment: str) -> None:
     """With a fifth of it to spare, on the slowest hardware that the recipes are estimated for."""
     config = load_config([f"experiment={experiment}", "hardware=h100"])
-    longest = estimate(config, read_architecture(geometry_directory(config.model.path)[0])).time.longest
+    longest = estimate(config, read_architecture(model_directory(config.model.path)[0])).time.longest
     script = (ROOT / "slurm" / f"{experiment}.sh").read_text()
     found = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", script, re.MULTILINE)
     assert found is not None and int(found[1]) > 1.2 * longest
 
 
-def test_interleaving_halves_the_bubble_and_costs_activations(geometry: Geometry) -> None:
-    plain = estimate(load_config(["experiment=fipo_32b"]), geometry)
-    interleaved = estimate(load_config(["experiment=fipo_32b", "parallel.virtual_pipeline=2"]), geometry)
+def test_interleaving_halves_the_bubble_and_costs_activations(model_config: ModelConfig) -> None:
+    plain = estimate(load_config(["experiment=fipo_32b"]), model_config)
+    interleaved = estimate(load_config(["experiment=fipo_32b", "parallel.virtual_pipeline=2"]), model_config)
     count = plain.time.micro_batches
     assert plain.time.bubble == pytest.approx(3 / (count + 3))
     assert interleaved.time.bubble == pytest.approx(1.5 / (count + 1.5))
@@ -161,24 +161,24 @@ def test_interleaving_halves_the_bubble_and_costs_activations(geometry: Geometry
     assert interleaved.stages[0].activations / plain.stages[0].activations == pytest.approx(11 / 8, rel=0.01)
 
 
-def test_remedies_do_fit(geometry: Geometry) -> None:
+def test_remedies_do_fit(model_config: ModelConfig) -> None:
     config = load_config(["experiment=fipo_32b", "hardware.memory_gib=40"])
-    assert not estimate(config, geometry).fits
-    assert any(text.startswith("model.recompute=full: peak") for text in remedies(config, geometry))
+    assert not estimate(config, model_config).fits
+    assert any(text.startswith("model.recompute=full: peak") for text in remedies(config, model_config))
     config.hardware.memory_gib = 62
-    tight = estimate(config, geometry)
+    tight = estimate(config, model_config)
     assert tight.fits and tight.tight
     # More context-parallel ranks help only where each works on fewer tokens.
     assert any(
         text.startswith("parallel.context=2 parallel.micro_batch_tokens=11264: peak")
-        for text in remedies(config, geometry)
+        for text in remedies(config, model_config)
     )
     config.hardware.memory_gib = 6
-    assert remedies(config, geometry) == []
+    assert remedies(config, model_config) == []
 
 
-def test_planner_ranks_what_fits_by_time(geometry: Geometry) -> None:
-    ranked = layouts(load_config(["experiment=fipo_32b"]), geometry)
+def test_planner_ranks_what_fits_by_time(model_config: ModelConfig) -> None:
+    ranked = layouts(load_config(["experiment=fipo_32b"]), model_config)
     fitting = [layout for layout in ranked if layout.estimate.fits]
     assert 0 < len(fitting) < len(ranked)
     assert ranked[: len(fitting)] == fitting
@@ -186,14 +186,14 @@ def test_planner_ranks_what_fits_by_time(geometry: Geometry) -> None:
     assert times == sorted(times)
     assert all(layout.estimate.fullest.total <= 74.6 * GIB for layout in fitting)
     chosen = load_config(["experiment=fipo_32b", *fitting[0].overrides().split()])
-    assert estimate(chosen, geometry).time == fitting[0].estimate.time, "the printed overrides give that layout"
+    assert estimate(chosen, model_config).time == fitting[0].estimate.time, "the printed overrides give that layout"
     assert "too large, mostly" in ranked[-1].reason()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin", "model-Q4_K_M.gguf"])
-def test_weights_that_training_could_not_read_are_refused(tmp_path: Path, geometry: Geometry, name: str) -> None:
+def test_weights_that_training_could_not_read_are_refused(tmp_path: Path, model_config: ModelConfig, name: str) -> None:
     """Without any file of weights, a directory is a published configuration, and is estimated."""
-    _check_stored_weights(tmp_path, geometry)
+    _check_stored_weights(tmp_path, model_config)
     (tmp_path / name).write_text("[" * 100_000)
     with pytest.raises(WeightError, match=r"has neither model.safetensors nor|is not a safetensors index"):
-        _check_stored_weights(tmp_path, geometry)
+        _check_stored_weights(tmp_path, model_config)

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.progress import progress_bar
-from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.plan import format_transfers, plan_transfers
 
 if TYPE_CHECKING:
@@ -167,16 +167,16 @@ def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | N
     from megatron_fipo.policy.probe import check_traces, megatron_trace, probes, transformers_trace
     from megatron_fipo.weights.transformers_model import refused
 
-    geometry = read_architecture(directory)
-    made = probes(geometry, geometry.max_position_embeddings)
-    asked = [(probe.tokens(geometry.vocab_size), probe.positions) for probe in made]
+    model_config = read_architecture(directory)
+    made = probes(model_config, model_config.max_position_embeddings)
+    asked = [(probe.tokens(model_config.vocab_size), probe.positions) for probe in made]
     try:
         network = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto").float().eval()
     except Exception as error:
         raise refused(directory, error) from error
     expected = [transformers_trace(network, *probe) for probe in asked]
     del network
-    with megatron_model(checkpoint, geometry) as model:
+    with megatron_model(checkpoint, model_config) as model:
         found = [megatron_trace(model, *probe) for probe in asked]
     try:
         return check_traces(found, expected, made)
@@ -185,7 +185,7 @@ def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | N
 
 
 @contextmanager
-def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]":
+def megatron_model(checkpoint: Path, model_config: ModelConfig) -> "Iterator[GPTModel]":
     """The model in a checkpoint, whole and in fp32, loaded as a training run loads it."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from megatron.core import dist_checkpointing
@@ -202,7 +202,7 @@ def megatron_model(checkpoint: Path, geometry: Geometry) -> "Iterator[GPTModel]"
     platform.start_process_group(timeout_s=600)
     try:
         start_model_parallel(config.parallel, seed=0)
-        model = build_model(config, geometry)[0].eval()
+        model = build_model(config, model_config)[0].eval()
         with plain_data_only():
             loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))
         model.load_state_dict(loaded["model"])

@@ -129,12 +129,12 @@ def write_random_model(directory: Path, seed: int) -> None:
 
 def build_policy(directory: Path, stage: Stage) -> "Policy":
     """A model as a policy on two data-parallel ranks, with the stage's optimizer."""
-    from megatron_fipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_fipo.config import Config, OptimizerConfig, ParallelConfig, PolicySection
+    from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.update import Policy
-    from megatron_fipo.weights.architectures import read_architecture
 
     config = Config(
-        model=ModelConfig(path=str(directory), dtype="float32"),
+        model=PolicySection(path=str(directory), dtype="float32"),
         parallel=ParallelConfig(micro_batch_tokens=1600),
         optimizer=OptimizerConfig(
             lr=stage.lr, schedule="cosine", min_lr=4e-5, warmup_updates=50, weight_decay=0.01, beta2=0.98
@@ -210,7 +210,7 @@ def save(policy: "Policy", start: Path, out: Path) -> None:
     from megatron_fipo.weights.reshard import save_huggingface
 
     fresh = out.with_name(f".{out.name}.new")
-    save_huggingface(policy.chunks, policy.geometry, start, fresh)
+    save_huggingface(policy.chunks, policy.model_config, start, fresh)
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
         fresh.rename(out)

@@ -16,10 +16,10 @@ from typing import Any, get_args
 
 from megatron_fipo.config import every_setting, sections
 from megatron_fipo.config.configure import configuration_directory, configuration_groups
-from megatron_fipo.config.model_keys import HARMLESS, REFUSED, UNDERSTOOD
-from megatron_fipo.config.model_rope import KEYS_OF_TYPE
 from megatron_fipo.config.resume import table
-from megatron_fipo.families import Family, family_modules
+from megatron_fipo.models.families import Family, family_modules
+from megatron_fipo.models.keys import HARMLESS, REFUSED, UNDERSTOOD
+from megatron_fipo.models.rope import KEYS_OF_TYPE
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -50,14 +50,14 @@ the updates per step.
 _MODELS_HEADER = """\
 # Models
 
-<!-- Written by tools/reference.py from megatron_fipo/families/ and config/model_keys.py. -->
+<!-- Written by tools/reference.py from megatron_fipo/models/families/ and models/keys.py. -->
 
 Give a model by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
 distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below work. Each family is
-declared in one file of `megatron_fipo/families/` ([how to add one](adding_a_family.md)).
+declared in one file of `megatron_fipo/models/families/` ([how to add one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
-the vLLM plugin read the file through one module, `megatron_fipo/config/model_config.py`. It refuses, in one line,
+the vLLM plugin read the file through one module, `megatron_fipo/models/model_config.py`. It refuses, in one line,
 
 * a key that is in no list, since it may change the model. If the model computes the same without it, remove it from the
   file; if it should be allowed for everybody, add it to the list that is right for it, or to its family's own keys;

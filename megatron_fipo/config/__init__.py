@@ -27,7 +27,7 @@ from megatron_fipo.config.loop import (
     TrackingConfig,
     ValidationConfig,
 )
-from megatron_fipo.config.policy import ModelConfig, ParallelConfig
+from megatron_fipo.config.policy import ParallelConfig, PolicySection
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.settings import section
 
@@ -43,10 +43,10 @@ __all__ = [
     "FilterGroupsConfig",
     "FutureKLConfig",
     "HardwareConfig",
-    "ModelConfig",
     "OptimizerConfig",
     "OverlongBufferConfig",
     "ParallelConfig",
+    "PolicySection",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
@@ -63,7 +63,7 @@ class Config:
     """One run. Groups of conf/ fill the sections; an experiment picks the groups and overrides single keys."""
 
     run: RunConfig = section(RunConfig)
-    model: ModelConfig = section(ModelConfig)
+    model: PolicySection = section(PolicySection)
     parallel: ParallelConfig = section(ParallelConfig)
     algorithm: AlgorithmConfig = section(AlgorithmConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)

@@ -1,4 +1,4 @@
-"""Sections of the schema: loss, credit, batch geometry and optimizer."""
+"""Sections of the schema: loss, credit, batch sizes and optimizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ LOSS_SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class AlgorithmConfig:
-    """Loss, advantage and batch geometry."""
+    """Loss, advantage and batch sizes."""
 
     name: str = setting("fipo", "Name for logs and plots.")
     loss_mode: str = setting(

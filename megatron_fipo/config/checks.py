@@ -17,8 +17,8 @@ from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
-from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.keys import shown
 from megatron_fipo.plugins import check_form
 
 _LOOPBACK = re.compile(r"https?://(localhost|127\.[0-9.]+|\[::1\]):[0-9]+/?")

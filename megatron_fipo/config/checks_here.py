@@ -9,9 +9,9 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
-from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.config.model_places import fetch_config, how_to_get
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.plugins import check_call, load_function
 
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
@@ -112,10 +112,10 @@ def _check_model(config: Config) -> None:
     _check_layout(config, read_architecture(directory))
 
 
-def _check_layout(config: Config, geometry: Geometry) -> None:
-    _check_servers_layout(config, geometry)
+def _check_layout(config: Config, model_config: ModelConfig) -> None:
+    _check_servers_layout(config, model_config)
     parallel = config.parallel
-    heads, groups, layers = geometry.num_attention_heads, geometry.num_query_groups, geometry.num_layers
+    heads, groups, layers = model_config.num_attention_heads, model_config.num_query_groups, model_config.num_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     for key, size, count, name in (
         ("parallel.tensor", parallel.tensor, heads, "attention heads"),
@@ -130,14 +130,14 @@ def _check_layout(config: Config, geometry: Geometry) -> None:
             )
 
 
-def _check_servers_layout(config: Config, geometry: Geometry) -> None:
+def _check_servers_layout(config: Config, model_config: ModelConfig) -> None:
     """The servers' part: heads over their GPUs, and the length of prompts and responses."""
-    heads, size = geometry.num_attention_heads, config.rollout.tensor_parallel
+    heads, size = model_config.num_attention_heads, config.rollout.tensor_parallel
     if heads % size:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         problem = f"{size} does not divide the model's {heads} attention heads"
         raise ConfigError("rollout.tensor_parallel", problem, f"divisors: {divisors}")
-    context = config.model.max_position_embeddings or geometry.max_position_embeddings
+    context = config.model.max_position_embeddings or model_config.max_position_embeddings
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     if longest > context:
         raise ConfigError(

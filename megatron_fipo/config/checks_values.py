@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any, get_origin
 
 from megatron_fipo.config import Config, every_setting
-from megatron_fipo.config.model_keys import shown
 from megatron_fipo.config.settings import is_in_range, range_in_words
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.keys import shown
 
 _LONGEST_TEXT = 100_000
 # Names of files, tables and plots.

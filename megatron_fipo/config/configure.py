@@ -28,8 +28,8 @@ from megatron_fipo.config import Config, every_setting, resolved, sections
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.errors import below_null_section, check_overrides, readable, unknown_key
 from megatron_fipo.config.explain import explain
-from megatron_fipo.config.model_keys import shown
 from megatron_fipo.errors import ConfigError, FipoError, RefusedOnRank0
+from megatron_fipo.models.keys import shown
 
 ConfigStore.instance().store(name="schema", node=Config)
 

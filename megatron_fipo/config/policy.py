@@ -6,7 +6,7 @@ from megatron_fipo.config.settings import setting
 
 
 @dataclass
-class ModelConfig:
+class PolicySection:
     """The policy's architecture comes from a Hugging Face directory; these keys say how to build and run it."""
 
     path: str = setting(

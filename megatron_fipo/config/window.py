@@ -1,19 +1,19 @@
 """A model's sliding window: whether a run's sequences are long enough for it, and where it cannot be computed."""
 
 from megatron_fipo.config import Config
-from megatron_fipo.config.model_config import Geometry
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig
 
 
-def window_in_use(config: Config, geometry: Geometry) -> int | None:
+def window_in_use(config: Config, model_config: ModelConfig) -> int | None:
     """Tokens that each layer attends to; None where no sequence of the run is longer, so that it has no effect."""
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
-    return geometry.window if geometry.window is not None and geometry.window < longest else None
+    return model_config.window if model_config.window is not None and model_config.window < longest else None
 
 
-def check_window(config: Config, geometry: Geometry) -> None:
+def check_window(config: Config, model_config: ModelConfig) -> None:
     """For a run with Transformer Engine's layers: raise ConfigError where their attention cannot have the window."""
-    window = window_in_use(config, geometry)
+    window = window_in_use(config, model_config)
     if window is not None and config.parallel.context > 1:
         raise ConfigError(
             "parallel.context",

@@ -12,7 +12,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
-from megatron_fipo.launch.placement import check_placement
+from megatron_fipo.sizing.placement import check_placement
 
 _LATER = "http://rollout-node:8000"
 

@@ -31,7 +31,7 @@ def save(policy: Policy, checkpoint: Path, directory: Path, model_dir: Path) -> 
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)  # of a run that went back to an older checkpoint
     try:
-        save_huggingface(policy.chunks, policy.geometry, model_dir, target, complete=complete_text_files)
+        save_huggingface(policy.chunks, policy.model_config, model_dir, target, complete=complete_text_files)
     except WeightError as error:
         return str(error)
     return ""

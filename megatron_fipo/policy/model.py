@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel from a model's geometry and a run's configuration: this rank's pipeline chunks."""
+"""Megatron-Core's GPTModel from a model's and a run's configuration: this rank's pipeline chunks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,15 +18,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version
 
-from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.config import Config, ParallelConfig, PolicySection
 from megatron_fipo.config.window import check_window, window_in_use
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.families import Family
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention
 from megatron_fipo.policy.precision import check_recipe, check_widths, precision_settings, this_machine
 from megatron_fipo.policy.rotary import stretch
-from megatron_fipo.weights.architectures import Geometry
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -41,12 +41,12 @@ def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed + 1)
 
 
-def wants_transformer_engine(model: ModelConfig) -> bool:
+def wants_transformer_engine(model: PolicySection) -> bool:
     """Whether the configuration asks for Transformer Engine's layers on this device, there or not."""
     return model.layers == "transformer_engine" or (model.layers == "auto" and platform.has_cuda())
 
 
-def uses_transformer_engine(model: ModelConfig) -> bool:
+def uses_transformer_engine(model: PolicySection) -> bool:
     """Whether the layers are Transformer Engine's.
 
     Raises:
@@ -65,7 +65,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     return wanted
 
 
-def describe(model: ModelConfig) -> str:
+def describe(model: PolicySection) -> str:
     """One line of what the policy computes with here: layers, attention, precision, optimizer.
 
     Raises:
@@ -79,29 +79,29 @@ def describe(model: ModelConfig) -> str:
     return f"layers: {layers}; precision: {precision}; optimizer: {platform.adam_name()}"
 
 
-def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
+def transformer_config(config: Config, model_config: ModelConfig) -> TransformerConfig:
     """Megatron-Core's configuration of the model, its parallel layout and its precision.
 
     Raises:
         ConfigError: the FP8 recipe cannot multiply matrices of this model's widths, or Transformer Engine has no
             attention for this type, window and layout.
     """
-    model, parallel, family = config.model, config.parallel, geometry.family
-    check_widths(config, geometry)
-    dtype, window = getattr(torch, model.dtype), window_in_use(config, geometry)
+    model, parallel, family = config.model, config.parallel, model_config.family
+    check_widths(config, model_config)
+    dtype, window = getattr(torch, model.dtype), window_in_use(config, model_config)
     if wants_transformer_engine(model):
-        _check_attention(config, geometry)
+        _check_attention(config, model_config)
     # Keeps 3 tensors of the feed-forward's width for backward and not 5. Compiled, which the CPU is better without.
     fused = wants_transformer_engine(model) or platform.has_cuda()
     return TransformerConfig(
-        num_layers=geometry.num_layers,
-        hidden_size=geometry.hidden_size,
-        ffn_hidden_size=geometry.ffn_hidden_size,
-        num_attention_heads=geometry.num_attention_heads,
-        num_query_groups=geometry.num_query_groups,
-        kv_channels=geometry.head_dim,
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        ffn_hidden_size=model_config.ffn_hidden_size,
+        num_attention_heads=model_config.num_attention_heads,
+        num_query_groups=model_config.num_query_groups,
+        kv_channels=model_config.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=geometry.rms_norm_eps,
+        layernorm_epsilon=model_config.rms_norm_eps,
         layernorm_zero_centered_gamma=family.zero_centered_norms,
         qk_layernorm=family.qk_norm,
         # Tokens before a query that it attends to, and tokens after it.
@@ -138,7 +138,7 @@ def transformer_config(config: Config, geometry: Geometry) -> TransformerConfig:
     )
 
 
-def _check_attention(config: Config, geometry: Geometry) -> None:
+def _check_attention(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError for what Transformer Engine's attention lacks."""
     if config.model.dtype == "float32" and config.parallel.context > 1:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _check_attention(config: Config, geometry: Geometry) -> None:
             "Transformer Engine's attention takes no float32 over context-parallel ranks",
             "model.dtype=bfloat16, model.layers=local or parallel.context=1",
         )
-    check_window(config, geometry)
+    check_window(config, model_config)
 
 
 def _activation(family: Family, fused: bool) -> Callable[..., torch.Tensor]:
@@ -163,7 +163,7 @@ def _schedule_settings(parallel: ParallelConfig) -> dict[str, Any]:
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
-def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
+def _recompute_settings(model: PolicySection) -> dict[str, Any]:
     if model.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if model.recompute == "selective":
@@ -171,43 +171,43 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def build_model(config: Config, geometry: Geometry, device: torch.device | None = None) -> list[GPTModel]:
+def build_model(config: Config, model_config: ModelConfig, device: torch.device | None = None) -> list[GPTModel]:
     """This rank's pipeline chunks with random weights; `weights.reshard.load_into` fills them.
 
     Returns:
         One model, or `parallel.virtual_pipeline` of them, on `device` or else this rank's.
     """
-    megatron = transformer_config(config, geometry)
+    megatron = transformer_config(config, model_config)
     with_te = uses_transformer_engine(config.model)
     stages = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline else [None]
     place = device or platform.device()
-    return [_build_chunk(config, geometry, megatron, with_te, stage).to(place) for stage in stages]
+    return [_build_chunk(config, model_config, megatron, with_te, stage).to(place) for stage in stages]
 
 
-def context_length(config: Config, geometry: Geometry) -> int:
+def context_length(config: Config, model_config: ModelConfig) -> int:
     """Tokens of the longest sequence of a run: the model's own context, or what the configuration raises it to."""
-    return config.model.max_position_embeddings or geometry.max_position_embeddings
+    return config.model.max_position_embeddings or model_config.max_position_embeddings
 
 
 def _build_chunk(
-    config: Config, geometry: Geometry, megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
+    config: Config, model_config: ModelConfig, megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
 ) -> GPTModel:
     chunk = GPTModel(
         megatron,
         _layer_specification(megatron, with_te, virtual_stage),
-        vocab_size=geometry.padded_vocab_size(config.parallel.tensor),
-        max_sequence_length=context_length(config, geometry),
+        vocab_size=model_config.padded_vocab_size(config.parallel.tensor),
+        max_sequence_length=context_length(config, model_config),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
-        share_embeddings_and_output_weights=geometry.tied_embeddings,
+        share_embeddings_and_output_weights=model_config.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=geometry.rope_theta,
+        rotary_base=model_config.rope_theta,
         vp_stage=virtual_stage,
     )
-    stretch(chunk.rotary_pos_emb, geometry.rope_scaling)
-    if geometry.family.scaled_embedding and chunk.pre_process:
+    stretch(chunk.rotary_pos_emb, model_config.rope_scaling)
+    if model_config.family.scaled_embedding and chunk.pre_process:
         # Rounded to the weights' type first, as transformers and vLLM have it.
-        scale = torch.tensor(geometry.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
+        scale = torch.tensor(model_config.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
         chunk.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     return chunk
 

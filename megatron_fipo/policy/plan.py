@@ -7,20 +7,6 @@ a step: old log-probs and updates run over the very same micro-batches, or the f
 
 from collections.abc import Sequence
 
-from megatron_fipo.weights.architectures import Geometry
-
-
-def attention_cost(geometry: Geometry) -> float:
-    """Work of attention for one token of context, in units of the rest of a layer's work for one token.
-
-    Forward operations of a layer for one token: 2 a weight, and 4 · heads · head size a token it attends to, of which
-    there are half as many as the sequence has. 1e-5 for Qwen2.5-32B: a fifth at 20k tokens.
-    """
-    queries = geometry.num_attention_heads * geometry.head_dim
-    keys_values = 2 * geometry.num_query_groups * geometry.head_dim
-    weights = geometry.hidden_size * (2 * queries + keys_values + 3 * geometry.ffn_hidden_size)
-    return queries / weights
-
 
 def plan_micro_batches(
     lengths: Sequence[int],
@@ -43,7 +29,7 @@ def plan_micro_batches(
         data_parallel_size: ranks to deal to.
         token_budget: most tokens of a micro-batch, padding included; a longer sequence is alone in one.
         packed: whether a micro-batch has no padding between its sequences.
-        attention_cost: see the function of that name; 0 deals by tokens alone.
+        attention_cost: see models/costs.py; 0 deals by tokens alone.
     """
     work = [length * (1 + attention_cost * length) for length in lengths]
     ranks: list[list[int]] = [[] for _ in range(data_parallel_size)]

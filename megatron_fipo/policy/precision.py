@@ -13,9 +13,9 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
 
-from megatron_fipo.config import Config, ModelConfig
+from megatron_fipo.config import Config, PolicySection
 from megatron_fipo.errors import ConfigError, WeightError
-from megatron_fipo.weights.architectures import Geometry
+from megatron_fipo.models.model_config import ModelConfig
 
 OFF = "off"
 
@@ -115,7 +115,7 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def precision_settings(model: ModelConfig) -> dict[str, Any]:
+def precision_settings(model: PolicySection) -> dict[str, Any]:
     """Megatron-Core's TransformerConfig arguments for `model.fp8`."""
     if model.fp8 == OFF:
         return {}
@@ -130,7 +130,7 @@ def precision_settings(model: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def optimizer_settings(model: ModelConfig) -> dict[str, Any]:
+def optimizer_settings(model: PolicySection) -> dict[str, Any]:
     """Megatron-Core's OptimizerConfig arguments for `model.fp8`; by these it knows how FP8 weights are stored."""
     return {} if model.fp8 == OFF else {"fp8_recipe": model.fp8}
 
@@ -153,17 +153,17 @@ def _has_lost_values(parameter: nn.Parameter) -> bool:
     return is_float8tensor(parameter) and getattr(parameter, "get_high_precision_init_val", lambda: None)() is None
 
 
-def check_widths(config: Config, geometry: Geometry) -> None:
+def check_widths(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError where a layer is of a width that the recipe's matrix products cannot take."""
     if config.model.fp8 == OFF:
         return
     recipe, tensor = RECIPES[config.model.fp8], config.parallel.tensor
-    query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
+    query, key_value = model_config.dimension("query"), model_config.dimension("key_value")
     for what, width, multiple in (
-        ("hidden size", geometry.hidden_size, recipe.multiple_of_layer_inputs(config.parallel.sequence)),
+        ("hidden size", model_config.hidden_size, recipe.multiple_of_layer_inputs(config.parallel.sequence)),
         ("query, key and value size of a tensor-parallel rank", (query + 2 * key_value) // tensor, recipe.multiple),
         ("attention size of a tensor-parallel rank", query // tensor, recipe.multiple),
-        ("feed-forward size of a tensor-parallel rank", geometry.ffn_hidden_size // tensor, recipe.multiple),
+        ("feed-forward size of a tensor-parallel rank", model_config.ffn_hidden_size // tensor, recipe.multiple),
     ):
         if width % multiple:
             where = " with sequence parallelism" if multiple != recipe.multiple else ""

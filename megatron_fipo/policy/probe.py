@@ -13,8 +13,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from megatron_fipo.config.model_config import Geometry
 from megatron_fipo.errors import WeightError
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy.rotary import probe_positions
 
 TOLERANCE = 1e-4
@@ -41,9 +41,9 @@ Trace = dict[str, Tensor]
 """Values [sequences, positions, width] by the layer that they come out of, in order; the last are logits."""
 
 
-def probes(geometry: Geometry, context: int) -> list[Probe]:
+def probes(model_config: ModelConfig, context: int) -> list[Probe]:
     """The three probes of a model with `context` positions."""
-    near, far = tuple(range(min(NEAR, context))), tuple(probe_positions(geometry, context))
+    near, far = tuple(range(min(NEAR, context))), tuple(probe_positions(model_config, context))
     return [
         Probe("one token", (0,), "embedding, norm, value and output projections, MLP or output layer"),
         Probe("the first positions", near, "query and key projections, their norms, or the rotary embedding's base"),

@@ -12,9 +12,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_fipo.config.model_config import Geometry
-from megatron_fipo.config.model_rope import LinearScaling, RopeScaling
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.rope import LinearScaling, RopeScaling
 from megatron_fipo.policy import platform
 from megatron_fipo.weights.ranks import answer_of_rank_0
 from megatron_fipo.weights.reshard import gather_texts
@@ -38,17 +38,19 @@ def stretch(rotary: RotaryEmbedding, scaling: RopeScaling | None) -> None:
         )
 
 
-def probe_positions(geometry: Geometry, context: int) -> list[int]:
+def probe_positions(model_config: ModelConfig, context: int) -> list[int]:
     """A few positions over `context` tokens: its start, both sides of the original context's end, and its own end.
 
     As positions of one short causal sequence they put tokens at every kind of distance from one another.
     """
-    original = geometry.original_context
+    original = model_config.original_context
     wanted = [*range(8), context // 2, original - 1, original, original + 1, context - 2, context - 1]
     return sorted({position for position in wanted if 0 <= position < context})
 
 
-def check_rotary_embedding(model_chunks: Sequence[GPTModel], geometry: Geometry, model_dir: str, context: int) -> None:
+def check_rotary_embedding(
+    model_chunks: Sequence[GPTModel], model_config: ModelConfig, model_dir: str, context: int
+) -> None:
     """Compare the angles of this rank's model with transformers', over the whole context. Every rank calls it.
 
     Rank 0 asks transformers, so that the other ranks need not import it. Every rank refuses, naming the position, if
@@ -56,7 +58,7 @@ def check_rotary_embedding(model_chunks: Sequence[GPTModel], geometry: Geometry,
     """
     frequencies, scale = answer_of_rank_0(lambda: _expected(model_dir, context - 1))
     expected = torch.tensor(frequencies)
-    positions = probe_positions(geometry, context)
+    positions = probe_positions(model_config, context)
     problems = [angle_problem(chunk.rotary_pos_emb, expected, scale, positions) for chunk in model_chunks]
     said = [problem for text in gather_texts(json.dumps(problems), platform.device()) for problem in json.loads(text)]
     if any(said):

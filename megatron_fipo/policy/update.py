@@ -30,16 +30,17 @@ from megatron_fipo.algorithm.losses import LossInputs, policy_loss
 from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.algorithm.statistics import combine, from_vector, metrics, to_vector
 from megatron_fipo.config import Config
+from megatron_fipo.models.costs import attention_cost
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.agreement import log_prob_differences
 from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.model import build_model, context_length, uses_transformer_engine
-from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
+from megatron_fipo.policy.plan import plan_micro_batches
 from megatron_fipo.policy.precision import check_exact_values, optimizer_settings, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.policy.rotary import check_rotary_embedding
-from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.reshard import check_before_building, load_into
 
 MiniBatch = list[MicroBatch]
@@ -51,20 +52,20 @@ LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Te
 class Policy:
     """The model being trained: this rank's chunks of it, its optimizer and its learning-rate schedule."""
 
-    def __init__(self, config: Config, geometry: Geometry, model_dir: str | None, updates: int):
+    def __init__(self, config: Config, model_config: ModelConfig, model_dir: str | None, updates: int):
         """Build, load and wrap the model. Every rank calls this together, after `start_model_parallel`.
 
         Args:
             model_dir: Hugging Face directory whose weights to start from; None is random ones, for measurements.
             updates: optimizer updates of the whole run, which a decaying learning rate spans.
         """
-        self.config, self.geometry = config, geometry
+        self.config, self.model_config = config, model_config
         if model_dir is not None:
-            check_before_building(model_dir, geometry)
-        chunks = build_model(config, geometry)
+            check_before_building(model_dir, model_config)
+        chunks = build_model(config, model_config)
         if model_dir is not None:
-            check_rotary_embedding(chunks, geometry, model_dir, context_length(config, geometry))
-            load_into(chunks, model_dir, geometry)
+            check_rotary_embedding(chunks, model_config, model_dir, context_length(config, model_config))
+            load_into(chunks, model_dir, model_config)
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
@@ -91,7 +92,7 @@ class Policy:
                 parallel.micro_batch_tokens * parallel.context,
                 packed=cut.packed,
                 multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
-                attention_cost=attention_cost(self.geometry),
+                attention_cost=attention_cost(self.model_config),
             )
             mine = ranks[parallel_state.get_data_parallel_rank()]
             mini_batches.append(
@@ -200,7 +201,7 @@ class Policy:
         return log_probs_and_entropy(
             logits,
             micro_batch.labels,
-            self.geometry.vocab_size,
+            self.model_config.vocab_size,
             self.config.rollout.temperature,
             parallel_state.get_tensor_model_parallel_group(),
             overwrite=True,

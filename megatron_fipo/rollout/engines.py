@@ -17,7 +17,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_fipo.errors import WeightsRefused
-from megatron_fipo.weights.architectures import parameters, read_architecture
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.buckets import BucketLayout, checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
 

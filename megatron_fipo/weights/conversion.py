@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.errors import WeightError
-from megatron_fipo.weights.architectures import LAYER_PREFIX, Geometry, Parameter, parameters, read_architecture
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.models.parameters import Parameter, parameters
+from megatron_fipo.models.rules import LAYER_PREFIX
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, CheckpointWriter, stored_place
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
@@ -56,12 +58,12 @@ def to_huggingface(
     Configuration and tokenizer come from `model_dir`, and `complete` adds what else belongs to them. Raises
     WeightError, naming every tensor that does not fit.
     """
-    geometry = read_architecture(model_dir)
-    table = exported_parameters(geometry)
+    model_config = read_architecture(model_dir)
+    table = exported_parameters(model_config)
     made_from: dict[str, Any] = {"from": _fingerprint(source), "model": _fingerprint(model_dir)}
     recipe = {"to": "hf", "dtype": str(dtype), "shard": max_shard_bytes, **made_from}
     with open_source(source) as reader:
-        _raise(reader.problems(table, geometry), source)
+        _raise(reader.problems(table, model_config), source)
         infos = [
             TensorInfo(name, shape, dtype or _stored_dtype(reader, entry, name))
             for entry in table
@@ -96,16 +98,16 @@ def to_megatron(
 
     Configuration and tokenizer come along. Raises WeightError, naming every tensor that does not fit.
     """
-    geometry = read_architecture(source)
-    table = exported_parameters(geometry)
+    model_config = read_architecture(source)
+    table = exported_parameters(model_config)
     with HuggingFaceReader(source) as reader:
-        _raise(reader.problems(table, geometry), source)
+        _raise(reader.problems(table, model_config), source)
         stored_dtype = dtype or _only_dtype(reader, source)
     recipe = {"to": "megatron", "from": _fingerprint(source), "dtype": str(dtype)}
     groups = _groups(table)
     sizes = [sum(map(math.prod, _all_shapes(group))) * stored_dtype.itemsize for group in groups]
     total, done = sum(sizes), 0
-    with _writing(target), CheckpointWriter(source, target, geometry, recipe) as writer:
+    with _writing(target), CheckpointWriter(source, target, model_config, recipe) as writer:
         taken_up = sum(size for index, size in enumerate(sizes) if writer.is_written(index))
         check_space(target, total - taken_up)
         for index, group in enumerate(groups):
@@ -120,9 +122,9 @@ def to_megatron(
     return Converted(sum(len(entry.names) for entry in table), total, taken_up, not_finite)
 
 
-def exported_parameters(geometry: Geometry) -> list[Parameter]:
+def exported_parameters(model_config: ModelConfig) -> list[Parameter]:
     """The parameters whose tensors a Hugging Face directory holds: all but a tied output layer."""
-    return [entry for entry in parameters(geometry).values() if entry.exported]
+    return [entry for entry in parameters(model_config).values() if entry.exported]
 
 
 def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = None) -> list[str]:

@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
-from megatron_fipo.weights.architectures import EMBEDDING, FUSED_NORMS, LAYER_PREFIX, Geometry, Parameter
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import EMBEDDING, FUSED_NORMS, Parameter
+from megatron_fipo.models.rules import LAYER_PREFIX
 from megatron_fipo.weights.checkpoint_metadata import read_metadata
 from megatron_fipo.weights.formats import METADATA
 from megatron_fipo.weights.huggingface import TensorInfo
@@ -88,18 +90,18 @@ class CheckpointReader:
         """The Hugging Face tensors of one parameter, whole, in the order of its names."""
         return merge(parameter, [self.read(*stored_place(parameter))])
 
-    def problems(self, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
+    def problems(self, table: Iterable[Parameter], model_config: ModelConfig) -> list[str]:
         """What does not fit the table: every tensor missing, left over or of a wrong shape, with both shapes."""
         expected: dict[str, tuple[int, ...]] = {}
         padded: set[str] = set()
         for entry in table:
             key, layer = stored_place(entry)
-            expected[key] = (*(() if layer is None else (geometry.num_layers,)), *entry.local_shape(1))
+            expected[key] = (*(() if layer is None else (model_config.num_layers,)), *entry.local_shape(1))
             padded |= {key} if entry.padded else set()
-        groups = geometry.num_query_groups
+        groups = model_config.num_query_groups
         # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was
         # padded.
-        vocab_sizes = {geometry.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
+        vocab_sizes = {model_config.padded_vocab_size(size) for size in range(1, groups + 1) if groups % size == 0}
         problems = [
             f"{key}: missing, shape {shape} is expected" for key, shape in expected.items() if key not in self.tensors
         ]
@@ -163,8 +165,8 @@ class CheckpointWriter:
     when it cannot be written.
     """
 
-    def __init__(self, source_dir: Path, target: Path, geometry: Geometry, recipe: dict[str, Any]):
-        self._source, self._geometry = source_dir, geometry
+    def __init__(self, source_dir: Path, target: Path, model_config: ModelConfig, recipe: dict[str, Any]):
+        self._source, self._model_config = source_dir, model_config
         self._staging = Staging(target, recipe)
 
     def __enter__(self) -> "CheckpointWriter":
@@ -199,7 +201,7 @@ class CheckpointWriter:
                 del tensor, row
                 if layer is not None and ".linear_" in key and key.endswith(".weight"):
                     # Every Megatron-Core linear layer looks for extra state, and a layer without FP8 has stored None.
-                    extra = f"{key.removesuffix('weight')}_extra_state/shard_{layer}_{self._geometry.num_layers}"
+                    extra = f"{key.removesuffix('weight')}_extra_state/shard_{layer}_{self._model_config.num_layers}"
                     entries.append([extra, None, None, None, *_append(file, [None])])
         self._staging.finish(name, {"entries": entries, "record": record()})
 
@@ -225,7 +227,7 @@ class CheckpointWriter:
                     tensors[key] = BytesStorageMetadata()
                     places[MetadataIndex(key)] = place
                     continue
-                whole = shape if layer is None else [self._geometry.num_layers, *shape[1:]]
+                whole = shape if layer is None else [self._model_config.num_layers, *shape[1:]]
                 start = torch.Size([layer or 0, *[0] * (len(shape) - 1)])
                 if key not in tensors:
                     properties = TensorProperties(dtype=getattr(torch, dtype))

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_fipo.config.model_config import QUANTIZED_REMEDY
 from megatron_fipo.errors import WeightError
-from megatron_fipo.weights.architectures import Geometry, Parameter
+from megatron_fipo.models.model_config import QUANTIZED_REMEDY, ModelConfig
+from megatron_fipo.models.parameters import Parameter
 
 _LONGEST_NAME = 255
 SINGLE = "model.safetensors"
@@ -72,7 +72,7 @@ class HuggingFaceReader:
         """Slices of the tensors of one parameter, in the order of its names; see `slice`."""
         return [self.slice(name) for name in parameter.names]
 
-    def problems(self, table: Iterable[Parameter], geometry: Geometry) -> list[str]:
+    def problems(self, table: Iterable[Parameter], model_config: ModelConfig) -> list[str]:
         """What does not fit the table: every tensor missing, left over or of a wrong shape."""
         expected = {name: shape for entry in table for name, shape in zip(entry.names, entry.shapes, strict=True)}
         problems = [
@@ -84,7 +84,7 @@ class HuggingFaceReader:
             if name in expected:
                 if info.shape != expected[name]:
                     problems.append(f"{name}: {info.shape} in {self.directory}, {expected[name]} by its config.json")
-            elif name == "lm_head.weight" and geometry.tied_embeddings:
+            elif name == "lm_head.weight" and model_config.tied_embeddings:
                 embedding = "model.embed_tokens.weight"
                 if embedding in self.tensors and not torch.equal(self.tensor(name), self.tensor(embedding)):
                     problems.append(
@@ -92,7 +92,8 @@ class HuggingFaceReader:
                     )
             elif not name.endswith(UNUSED):
                 problems.append(
-                    f"{name}: left over in {self.directory}, shape {info.shape}; {geometry.architecture} has no such"
+                    f"{name}: left over in {self.directory}, shape {info.shape};"
+                    f" {model_config.architecture} has no such"
                 )
         return problems
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fipo.weights.architectures import Parameter
+from megatron_fipo.models.parameters import Parameter
 
 
 def cut(parameter: Parameter, tensors: Sequence[Any], rank: int, tensor_parallel_size: int) -> Tensor:

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.weights.architectures import LAYER_PREFIX, Geometry, Parameter, check_tensor_parallel, parameters
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import Parameter, check_tensor_parallel, parameters
+from megatron_fipo.models.rules import LAYER_PREFIX
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PlannedParameter:
 
 
 def plan(
-    geometry: Geometry,
+    model_config: ModelConfig,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     virtual_pipeline_parallel_size: int | None = None,
@@ -35,18 +37,18 @@ def plan(
 
     Raises ConfigError for a layout that does not divide the model.
     """
-    check_tensor_parallel(geometry, tensor_parallel_size)
+    check_tensor_parallel(model_config, tensor_parallel_size)
     chunks = virtual_pipeline_parallel_size or 1
-    if geometry.num_layers % (pipeline_parallel_size * chunks):
+    if model_config.num_layers % (pipeline_parallel_size * chunks):
         raise ConfigError(
             "parallel.pipeline",
-            f"{pipeline_parallel_size} stages of {chunks} chunks do not divide the {geometry.num_layers} layers",
+            f"{pipeline_parallel_size} stages of {chunks} chunks do not divide the {model_config.num_layers} layers",
             "the number of layers is a multiple of stages times chunks",
         )
-    layers_per_chunk = geometry.num_layers // (pipeline_parallel_size * chunks)
+    layers_per_chunk = model_config.num_layers // (pipeline_parallel_size * chunks)
     last = (pipeline_parallel_size - 1, chunks - 1)
     planned = []
-    for parameter in parameters(geometry).values():
+    for parameter in parameters(model_config).values():
         if parameter.megatron.startswith(LAYER_PREFIX):
             layer = int(parameter.megatron.removeprefix(LAYER_PREFIX).split(".", 1)[0])
             chunk, stage = divmod(layer // layers_per_chunk, pipeline_parallel_size)
@@ -84,7 +86,7 @@ class PlannedTransfer:
 
 
 def plan_transfers(
-    geometry: Geometry,
+    model_config: ModelConfig,
     *,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
@@ -99,7 +101,7 @@ def plan_transfers(
     `replicas` is the data-parallel times the context-parallel size. Raises ConfigError for a layout that does not
     divide the model.
     """
-    planned = plan(geometry, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size)
+    planned = plan(model_config, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size)
     workers = tuple(f"{server}.{worker}" for server in range(servers) for worker in range(server_tensor_parallel_size))
     transfers = []
     for item in planned:

@@ -18,14 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_fipo.errors import WeightError
-from megatron_fipo.weights.architectures import (
-    LAYER_PREFIX,
-    Geometry,
-    Parameter,
-    canonical_name,
-    check_tensor_parallel,
-    parameters,
-)
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import Parameter, canonical_name, check_tensor_parallel, parameters
+from megatron_fipo.models.rules import LAYER_PREFIX
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
@@ -37,12 +32,12 @@ from megatron_fipo.weights.staging import check_space
 logger = logging.getLogger(__name__)
 
 
-def check_before_building(model_dir: str | Path, geometry: Geometry) -> None:
+def check_before_building(model_dir: str | Path, model_config: ModelConfig) -> None:
     """`check_source` on rank 0; its refusal on every rank."""
-    only_rank_0(lambda: check_source(model_dir, geometry))
+    only_rank_0(lambda: check_source(model_dir, model_config))
 
 
-def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry: Geometry) -> None:
+def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, model_config: ModelConfig) -> None:
     """Fill this rank's parameters from a Hugging Face directory or from the model of a distributed checkpoint.
 
     Of the first each rank reads just its own part of each tensor, of the second one whole parameter at a time.
@@ -51,15 +46,15 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry
     is missing, left over or of a wrong shape on either side. NaN and infinite values are loaded, counted and warned
     of.
     """
-    check_tensor_parallel(geometry, parallel_state.get_tensor_model_parallel_world_size())
-    table = parameters(geometry)
+    check_tensor_parallel(model_config, parallel_state.get_tensor_model_parallel_world_size())
+    table = parameters(model_config)
     held = list(_held(model_chunks))
     device = held[0][1].device
     problems = _model_problems(held, table)
     reader: HuggingFaceReader | CheckpointReader | None = None
     try:
         reader = open_source(model_dir)
-        problems += reader.problems([entry for entry in table.values() if entry.exported], geometry)
+        problems += reader.problems([entry for entry in table.values() if entry.exported], model_config)
     except WeightError as error:
         problems.append(str(error))
     _raise_together(problems, device)
@@ -69,16 +64,16 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, geometry
         _copy(held, table, reader, device)
 
 
-def exported_tensors(model_chunks: Sequence[nn.Module], geometry: Geometry) -> list[TensorInfo]:
+def exported_tensors(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> list[TensorInfo]:
     """Names, full shapes and types of what `export` yields on this stage, in its order, without any communication."""
     return [
         TensorInfo(name, shape, tensor.dtype)
-        for entry, tensor in _exported(model_chunks, geometry)
+        for entry, tensor in _exported(model_chunks, model_config)
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     ]
 
 
-def export(model_chunks: Sequence[nn.Module], geometry: Geometry) -> Iterator[tuple[str, Tensor]]:
+def export(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """This pipeline stage's tensors by their Hugging Face names, whole, on the parameters' device and in their type.
 
     Embedding first, then layer by layer; a tied output layer is left out. Every rank of the tensor-parallel group has
@@ -86,7 +81,7 @@ def export(model_chunks: Sequence[nn.Module], geometry: Geometry) -> Iterator[tu
     with the model: use it before the next optimizer update.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for entry, held in _exported(model_chunks, geometry):
+    for entry, held in _exported(model_chunks, model_config):
         tensor = dequantize_fp8_tensor(held) if is_float8tensor(held) else held
         shards: Sequence[Tensor] = [tensor]
         if entry.cut is not None and size > 1:
@@ -99,7 +94,7 @@ def export(model_chunks: Sequence[nn.Module], geometry: Geometry) -> Iterator[tu
 
 def save_huggingface(
     model_chunks: Sequence[nn.Module],
-    geometry: Geometry,
+    model_config: ModelConfig,
     source_dir: str | Path,
     target_dir: str | Path,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -112,9 +107,11 @@ def save_huggingface(
     """
     device = next(model_chunks[0].parameters()).device
     stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    listings = [json.loads(text) for text in gather_texts(_listing(exported_tensors(model_chunks, geometry)), device)]
+    listings = [
+        json.loads(text) for text in gather_texts(_listing(exported_tensors(model_chunks, model_config)), device)
+    ]
     listed = {name for rank in stages for name, _, _ in listings[rank]}
-    expected = (name for entry in parameters(geometry).values() for name in entry.names)
+    expected = (name for entry in parameters(model_config).values() for name in entry.names)
     problems = [f"{name}: on no pipeline stage, so it cannot be saved" for name in expected if name not in listed]
     writer = None
     if dist.get_rank() == 0:
@@ -130,11 +127,11 @@ def save_huggingface(
             problems.append(str(error))
     _raise_together(problems, device)
     if writer is not None:
-        problems = _write(writer, _all_stages(model_chunks, geometry, stages, listings, device))
+        problems = _write(writer, _all_stages(model_chunks, model_config, stages, listings, device))
     elif parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         group = parallel_state.get_pipeline_model_parallel_group()
         sends = parallel_state.get_tensor_model_parallel_rank() == 0
-        for _, tensor in export(model_chunks, geometry):
+        for _, tensor in export(model_chunks, model_config):
             if sends and dist.get_rank() != stages[0]:
                 dist.send(tensor.contiguous(), dst=stages[0], group=group)
     _raise_together(problems, device)
@@ -142,13 +139,13 @@ def save_huggingface(
 
 def _all_stages(
     model_chunks: Sequence[nn.Module],
-    geometry: Geometry,
+    model_config: ModelConfig,
     stages: Sequence[int],
     listings: Sequence[Sequence[tuple[str, Sequence[int], str]]],
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """On the first stage: its own tensors, then what each later stage sends, in the order that it listed."""
-    yield from export(model_chunks, geometry)
+    yield from export(model_chunks, model_config)
     group = parallel_state.get_pipeline_model_parallel_group()
     for sender in stages[1:]:
         for name, shape, dtype in listings[sender]:
@@ -195,12 +192,12 @@ def _held(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter
             yield canonical_name(name, layer), parameter
 
 
-def _exported(model_chunks: Sequence[nn.Module], geometry: Geometry) -> list[tuple[Parameter, Tensor]]:
-    table = parameters(geometry)
+def _exported(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> list[tuple[Parameter, Tensor]]:
+    table = parameters(model_config)
     held = {name: parameter.detach() for name, parameter in _held(model_chunks)}
     unknown = held.keys() - table.keys()
     if unknown:
-        raise WeightError(f"no rule of {geometry.architecture} exports {', '.join(sorted(unknown))}")
+        raise WeightError(f"no rule of {model_config.architecture} exports {', '.join(sorted(unknown))}")
     return [(entry, held[name]) for name, entry in table.items() if name in held and entry.exported]
 
 

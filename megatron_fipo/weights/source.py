@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from megatron_fipo.config.model_config import Geometry
 from megatron_fipo.errors import WeightError
-from megatron_fipo.weights.architectures import parameters
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.huggingface import HuggingFaceReader
@@ -16,7 +16,7 @@ def open_source(model_dir: str | Path) -> HuggingFaceReader | CheckpointReader:
     return CheckpointReader(directory) if is_checkpoint(directory) else HuggingFaceReader(directory)
 
 
-def check_source(model_dir: str | Path, geometry: Geometry) -> None:
+def check_source(model_dir: str | Path, model_config: ModelConfig) -> None:
     """Hold the names, shapes and types of all stored tensors against config.json; only headers are read.
 
     Worth doing before a model is built: sizes that config.json has wrong would fill the memory first. Raises
@@ -24,7 +24,9 @@ def check_source(model_dir: str | Path, geometry: Geometry) -> None:
     plain number.
     """
     with open_source(model_dir) as reader:
-        problems = reader.problems([entry for entry in parameters(geometry).values() if entry.exported], geometry)
+        problems = reader.problems(
+            [entry for entry in parameters(model_config).values() if entry.exported], model_config
+        )
     if problems:
         raise WeightError(joined(problems))
 

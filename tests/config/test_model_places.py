@@ -135,7 +135,7 @@ def test_a_hub_out_of_reach_is_said_at_once(hub: FakeHub, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_preflight_and_planner_need_config_json_alone(hub: FakeHub, tmp_path: Path) -> None:
-    code = "from megatron_fipo.launch.estimate import geometry_directory as g\nprint(g('owner/small')[0])"
+    code = "from megatron_fipo.sizing.estimate import model_directory as g\nprint(g('owner/small')[0])"
     done = call(hub, tmp_path / "home", code)
     assert Path(done.stdout.strip(), "config.json").is_file(), done.stderr
     assert hub.downloads("owner/small") == ["config.json"]

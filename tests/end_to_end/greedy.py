@@ -1,14 +1,14 @@
 """What the rank of test_smollm2.py runs: greedy continuations by the Megatron-Core policy, without a cache."""
 
-from megatron_fipo.config import Config, ModelConfig, ParallelConfig, RolloutConfig
+from megatron_fipo.config import Config, ParallelConfig, PolicySection, RolloutConfig
 from megatron_fipo.policy import platform
 
 platform.install()
 
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy.batches import Sequences  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
-from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 
 
 def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -17,7 +17,7 @@ def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> 
 
     platform.start_process_group(600)
     config = Config(
-        model=ModelConfig(path=model_dir, dtype="float32"), parallel=ParallelConfig(), rollout=RolloutConfig()
+        model=PolicySection(path=model_dir, dtype="float32"), parallel=ParallelConfig(), rollout=RolloutConfig()
     )
     start_model_parallel(config.parallel, 0)
     policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)

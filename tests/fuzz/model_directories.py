@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from megatron_fipo.config.model_config import read_architecture
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
-from megatron_fipo.weights.architectures import parameters
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.source import check_source, open_source
 from megatron_fipo.weights.transformers_model import transformers_config
 from tests.config.test_model_config import VALUES as CONFIG_VALUES
@@ -76,16 +76,16 @@ NAMES = ["", "x", "dtype", "content", "type", "__metadata__", "model.norm.weight
 
 def loaded(directory: Path) -> tuple[dict[str, torch.Tensor], list[int]]:
     """What a run reads of a model directory at its start, in its order: all weights, and the tokens of a prompt."""
-    geometry = read_architecture(directory)
+    model_config = read_architecture(directory)
     tokenizer = load_tokenizer(directory)
-    check_vocabulary(directory, tokenizer.size, tokenizer.ends, geometry.vocab_size)
+    check_vocabulary(directory, tokenizer.size, tokenizer.ends, model_config.vocab_size)
     prompt = tokenizer.encode(tokenizer.render([{"role": "user", "content": "1+2=?"}]))
-    tokenizer.decode([*prompt, 0, geometry.vocab_size - 1, geometry.vocab_size + 5])
-    check_source(directory, geometry)
+    tokenizer.decode([*prompt, 0, model_config.vocab_size - 1, model_config.vocab_size + 5])
+    check_source(directory, model_config)
     transformers_config(directory)
     tensors: dict[str, torch.Tensor] = {}
     with open_source(directory) as reader:
-        for parameter in parameters(geometry).values():
+        for parameter in parameters(model_config).values():
             for name, part in zip(
                 parameter.names, reader.sources(parameter) if parameter.exported else (), strict=False
             ):

@@ -13,10 +13,10 @@ from megatron_fipo.policy import platform
 
 platform.install()
 
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy import checkpoint, megatron_versions, model  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
-from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 
 STATE = {"step": 3}
@@ -72,7 +72,9 @@ def exchange_layers(model_dir: str, directory: str) -> dict[str, list[str]]:
             for value in _values(policy).values():
                 value.fill_(torch.nan)
             checkpoint.load(policy, saved)
-            found, expected = (dict(export(p.chunks, p.geometry)) for p in (policy, _policy(model_dir, RMSNorm, other)))
+            found, expected = (
+                dict(export(p.chunks, p.model_config)) for p in (policy, _policy(model_dir, RMSNorm, other))
+            )
             seen[f"{kind} to {other}"] = [
                 name for name, value in expected.items() if not torch.equal(found[name], value)
             ]

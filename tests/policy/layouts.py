@@ -11,9 +11,9 @@ from megatron_fipo.config import (
     AlgorithmConfig,
     Config,
     FutureKLConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicySection,
     RolloutConfig,
 )
 from megatron_fipo.policy import platform
@@ -23,10 +23,10 @@ platform.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 
 ALGORITHMS = {
@@ -54,7 +54,7 @@ UNCLIPPED = dataclasses.replace(OPTIMIZER, clip_grad=0.0)
 
 def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm: str, **model: Any) -> Config:
     return Config(
-        model=ModelConfig(**({"dtype": "float32"} | model)),
+        model=PolicySection(**({"dtype": "float32"} | model)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
         algorithm=ALGORITHMS[algorithm],
         optimizer=optimizer,
@@ -130,7 +130,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
             for chunk in policy.chunks:
                 for parameter in chunk.parameters():
                     parameter.copy_(parameter.main_grad)
-    found = dict(export(policy.chunks, policy.geometry))
+    found = dict(export(policy.chunks, policy.model_config))
     errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
     return {
         "metrics": metrics,

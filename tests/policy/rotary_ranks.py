@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.config import Config
-from megatron_fipo.config.model_config import Geometry, read_architecture
 from megatron_fipo.errors import FipoError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
 from megatron_fipo.policy.probe import Trace, check_traces, megatron_trace, probes, transformers_trace
@@ -26,23 +26,23 @@ def compare(right: dict[str, str], spoilt: dict[str, str], refused: str, context
     start_model_parallel(Config().parallel, seed=0)
     found: dict[str, Any] = {}
     for name, directory in right.items():
-        geometry, model = _built(directory)
+        model_config, model = _built(directory)
         frequencies, scale = rotary_frequencies(directory, context - 1)
         same = torch.equal(model.rotary_pos_emb.inv_freq, frequencies) and scale == 1.0
         found[name] = [
-            _start(geometry, model, directory, context),
-            _probe(geometry, model, expected[directory], context),
+            _start(model_config, model, directory, context),
+            _probe(model_config, model, expected[directory], context),
             same,
         ]
     for name, directory in spoilt.items():
-        geometry, model = _built(directory)
+        model_config, model = _built(directory)
         with torch.no_grad():
             CHANGES[name](model)
         found[name] = [
-            _start(geometry, model, directory, context),
-            _probe(geometry, model, expected[directory], context),
+            _start(model_config, model, directory, context),
+            _probe(model_config, model, expected[directory], context),
         ]
-    found["refused"] = _start(geometry, model, refused, context)
+    found["refused"] = _start(model_config, model, refused, context)
     frequencies, _ = rotary_frequencies(directory, 7)
     found["fewer pairs"] = angle_problem(model.rotary_pos_emb, frequencies[:4], 1.0, [0, 1])
     found["a factor"] = angle_problem(model.rotary_pos_emb, frequencies, 1.2, [0, 1])
@@ -57,40 +57,40 @@ def spoil_last_rank(directory: str, refused: str, context: int) -> list[str]:
     config.parallel.tensor = torch.distributed.get_world_size()
     config.model.layers, config.model.dtype = "local", "float32"
     start_model_parallel(config.parallel, seed=0)
-    geometry = read_architecture(directory)
-    chunks = build_model(config, geometry)
+    model_config = read_architecture(directory)
+    chunks = build_model(config, model_config)
     if torch.distributed.get_rank() == config.parallel.tensor - 1:
         _change_base(chunks[0])
-    said = [_start(geometry, chunks[0], where, context) for where in (directory, refused)]
+    said = [_start(model_config, chunks[0], where, context) for where in (directory, refused)]
     platform.stop_process_group()
     return said
 
 
-def _built(directory: str) -> tuple[Geometry, Any]:
+def _built(directory: str) -> tuple[ModelConfig, Any]:
     config = Config()
     config.model.layers, config.model.dtype = "local", "float32"
-    geometry = read_architecture(directory)
-    chunks = build_model(config, geometry)
-    load_into(chunks, directory, geometry)
-    return geometry, chunks[0].eval()
+    model_config = read_architecture(directory)
+    chunks = build_model(config, model_config)
+    load_into(chunks, directory, model_config)
+    return model_config, chunks[0].eval()
 
 
-def _start(geometry: Geometry, model: Any, directory: str, context: int) -> str:
-    return _said(check_rotary_embedding, [model], geometry, directory, context)
+def _start(model_config: ModelConfig, model: Any, directory: str, context: int) -> str:
+    return _said(check_rotary_embedding, [model], model_config, directory, context)
 
 
 def _expected(directory: str, context: int) -> list[Trace]:
     network = AutoModelForCausalLM.from_pretrained(Path(directory), dtype="float32").eval()
-    geometry = read_architecture(directory)
+    model_config = read_architecture(directory)
     return [
-        transformers_trace(network, probe.tokens(geometry.vocab_size), probe.positions)
-        for probe in probes(geometry, context)
+        transformers_trace(network, probe.tokens(model_config.vocab_size), probe.positions)
+        for probe in probes(model_config, context)
     ]
 
 
-def _probe(geometry: Geometry, model: Any, expected: list[Trace], context: int) -> str:
-    made = probes(geometry, context)
-    found = [megatron_trace(model, probe.tokens(geometry.vocab_size), probe.positions) for probe in made]
+def _probe(model_config: ModelConfig, model: Any, expected: list[Trace], context: int) -> str:
+    made = probes(model_config, context)
+    found = [megatron_trace(model, probe.tokens(model_config.vocab_size), probe.positions) for probe in made]
     return _said(check_traces, found, expected, made)
 
 

@@ -15,10 +15,10 @@ import torch.distributed
 
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.errors import CheckpointError
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, checkpoint_places, megatron_versions, platform
 from megatron_fipo.policy.model import start_model_parallel
 from megatron_fipo.policy.update import Policy
-from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from tests.weights.test_conversion import mount_memory
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_fipo.algorithm.statistics import metrics
-from megatron_fipo.config import Config, ModelConfig, RolloutConfig
+from megatron_fipo.config import Config, PolicySection, RolloutConfig
 from megatron_fipo.config.agreement import Limits, agreement_limits
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.policy.agreement import AgreementCheck, log_prob_differences
@@ -91,7 +91,7 @@ def test_limits_follow_the_coarser_precision() -> None:
     def limits(dtype: str, engine: str, **more: str) -> Limits:
         return agreement_limits(
             Config(
-                model=ModelConfig(dtype=dtype, fp8=more.get("fp8", "off")),
+                model=PolicySection(dtype=dtype, fp8=more.get("fp8", "off")),
                 rollout=RolloutConfig(dtype=engine, quantization=more.get("quantization")),
             )
         )

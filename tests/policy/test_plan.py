@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.policy.plan import attention_cost, plan_micro_batches
-from megatron_fipo.weights.architectures import read_architecture
+from megatron_fipo.models.costs import attention_cost
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.policy.plan import plan_micro_batches
 
 
 @settings(deadline=None)
@@ -69,5 +70,5 @@ def test_what_is_parted_is_parted_by_work(way: str) -> None:
 
 def test_attention_cost_of_the_published_model() -> None:
     """Qwen2.5-32B: 5120 query channels over 487.6 million weights a layer, biases and norms apart."""
-    geometry = read_architecture(resolve_embedded("embedded:Qwen2.5-32B"))
-    assert attention_cost(geometry) == pytest.approx(5120 / 487_587_840)
+    model_config = read_architecture(resolve_embedded("embedded:Qwen2.5-32B"))
+    assert attention_cost(model_config) == pytest.approx(5120 / 487_587_840)

@@ -15,10 +15,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from megatron_fipo.config import Config, ModelConfig, ParallelConfig
+from megatron_fipo.config import Config, ParallelConfig, PolicySection
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import configuration_directory, load_config
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy.model import transformer_config
 from megatron_fipo.policy.precision import (
     RECIPES,
@@ -27,7 +28,6 @@ from megatron_fipo.policy.precision import (
     optimizer_settings,
     token_multiple,
 )
-from megatron_fipo.weights.architectures import Geometry, read_architecture
 
 EXPERIMENTS = sorted(path.stem for path in (configuration_directory() / "experiment").glob("*.yaml"))
 
@@ -90,9 +90,9 @@ def test_no_fp8_needs_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def geometry(tmp_path_factory: pytest.TempPathFactory) -> Geometry:
+def model_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """Qwen2.5-32B's, whose counts divide by every layout of the experiments."""
-    folder: Path = tmp_path_factory.mktemp("geometry")
+    folder: Path = tmp_path_factory.mktemp("model")
     architecture = {
         "architectures": ["Qwen2ForCausalLM"],
         "hidden_size": 5120,
@@ -117,14 +117,14 @@ def geometry(tmp_path_factory: pytest.TempPathFactory) -> Geometry:
     ("fp8", "gather"), [("off", False), *((fp8, gather) for fp8 in RECIPES for gather in {False, fp8 != "mxfp8"})]
 )
 def test_megatron_core_takes_every_recipe_in_every_experiment(
-    geometry: Geometry, experiment: str, fp8: str, gather: bool
+    model_config: ModelConfig, experiment: str, fp8: str, gather: bool
 ) -> None:
     overrides = [f"experiment={experiment}", f"model.fp8={fp8}", f"model.fp8_parameter_gather={gather}"]
     if fp8 != "off":
         overrides += ["model.dtype=bfloat16", "model.layers=auto"]
     config = load_config(overrides)
     check(config, local=False)
-    megatron = transformer_config(config, geometry)
+    megatron = transformer_config(config, model_config)
     assert megatron.fp8_param == gather
     if fp8 == "off":
         assert megatron.fp8 is None
@@ -148,7 +148,7 @@ def test_token_multiple_is_megatron_cores_alignment_of_each_part(fp8: str, parts
         assert get_fp8_align_size(Fp8Recipe[fp8]) == parts
 
     def multiple(**parallel: object) -> int:
-        return token_multiple(Config(model=ModelConfig(fp8=fp8), parallel=ParallelConfig(**parallel)))  # type: ignore[arg-type]
+        return token_multiple(Config(model=PolicySection(fp8=fp8), parallel=ParallelConfig(**parallel)))  # type: ignore[arg-type]
 
     assert multiple() == parts
     assert multiple(tensor=2) == parts, "without sequence parallelism every rank has all tokens"
@@ -157,25 +157,25 @@ def test_token_multiple_is_megatron_cores_alignment_of_each_part(fp8: str, parts
     assert multiple(tensor=2, sequence=True, context=4) == 2 * 4 * 2 * gathered
 
 
-def test_a_width_that_fp8_cannot_multiply_is_refused(geometry: Geometry) -> None:
+def test_a_width_that_fp8_cannot_multiply_is_refused(model_config: ModelConfig) -> None:
     config = load_config(["model.fp8=mxfp8", "model.dtype=bfloat16"])
-    narrow = dataclasses.replace(geometry, ffn_hidden_size=27648 + 16)
+    narrow = dataclasses.replace(model_config, ffn_hidden_size=27648 + 16)
     with pytest.raises(ConfigError, match="feed-forward size of a tensor-parallel rank is 27664"):
         transformer_config(config, narrow)
 
 
-def test_a_hidden_size_that_is_not_gathered_in_whole_blocks_is_refused(geometry: Geometry) -> None:
+def test_a_hidden_size_that_is_not_gathered_in_whole_blocks_is_refused(model_config: ModelConfig) -> None:
     config = load_config(["model.fp8=blockwise", "model.dtype=bfloat16", "parallel.tensor=2"])
-    narrow = dataclasses.replace(geometry, hidden_size=5120 + 64)
+    narrow = dataclasses.replace(model_config, hidden_size=5120 + 64)
     transformer_config(config, narrow)
     config.parallel.sequence = True
     with pytest.raises(ConfigError, match="128 with sequence parallelism, and the model's hidden size is 5184"):
         transformer_config(config, narrow)
 
 
-def test_float32_over_context_parallel_ranks_is_refused_with_transformer_engine(geometry: Geometry) -> None:
+def test_float32_over_context_parallel_ranks_is_refused_with_transformer_engine(model_config: ModelConfig) -> None:
     config = load_config(["model.dtype=float32", "model.layers=transformer_engine", "parallel.context=2"])
     with pytest.raises(ConfigError, match="no float32 over context-parallel ranks"):
-        transformer_config(config, geometry)
+        transformer_config(config, model_config)
     config.model.layers = "local"
-    transformer_config(config, geometry)
+    transformer_config(config, model_config)

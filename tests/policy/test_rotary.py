@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.config.model_config import read_architecture
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy.rotary import probe_positions
 from tests.distributed import run_ranks
 from tests.weights.models import LLAMA3_ROPE, SmallModel, write_model
@@ -62,11 +62,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_positions_reach_over_the_whole_context(tmp_path: Path) -> None:
-    geometry = read_architecture(small(tmp_path, "llama3", LLAMA3_ROPE))
-    found = probe_positions(geometry, CONTEXT)
+    model_config = read_architecture(small(tmp_path, "llama3", LLAMA3_ROPE))
+    found = probe_positions(model_config, CONTEXT)
     assert {0, 1, 8191, 8192, 8193, CONTEXT - 1} <= set(found) and len(found) < 20
-    assert probe_positions(geometry, 3) == [0, 1, 2]
-    assert probe_positions(geometry, 2 * CONTEXT)[-1] == 2 * CONTEXT - 1, "raised by the configuration"
+    assert probe_positions(model_config, 3) == [0, 1, 2]
+    assert probe_positions(model_config, 2 * CONTEXT)[-1] == 2 * CONTEXT - 1, "raised by the configuration"
 
 
 @pytest.mark.slow

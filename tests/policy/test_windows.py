@@ -9,17 +9,17 @@ import pytest
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy.model import transformer_config
-from megatron_fipo.weights.architectures import Geometry, read_architecture
 
 
-def configured(layers: str, context: int, window: int | None) -> tuple[Config, Geometry]:
+def configured(layers: str, context: int, window: int | None) -> tuple[Config, ModelConfig]:
     """A run whose longest sequence has 100 tokens, of a model with the window."""
     config = Config()
     config.model.layers, config.parallel.context = layers, context
     config.rollout.max_prompt_length, config.rollout.max_response_length = 40, 60
-    geometry = read_architecture(resolve_embedded("embedded:tiny"))
-    return config, dataclasses.replace(geometry, architecture="MistralForCausalLM", window=window)
+    model_config = read_architecture(resolve_embedded("embedded:tiny"))
+    return config, dataclasses.replace(model_config, architecture="MistralForCausalLM", window=window)
 
 
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_fipo.config import Config, OptimizerConfig, ParallelConfig, PolicySection
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.batches import MicroBatch, Sequences
 
@@ -14,10 +14,10 @@ platform.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy import checkpoint  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.architectures import read_architecture  # noqa: E402
 from megatron_fipo.weights.reshard import export  # noqa: E402
 from tests.policy.layouts import ALGORITHMS  # noqa: E402
 
@@ -29,7 +29,7 @@ def losses(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> lis
     """Mean −log π over the same random sequences at each of so many updates of the embedded model that lower it."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates, lr=3e-5)
-    (mini_batch,) = policy.plan(_sequences(policy.geometry.vocab_size))
+    (mini_batch,) = policy.plan(_sequences(policy.model_config.vocab_size))
 
     def nll(
         micro_batch: MicroBatch, logits: torch.Tensor
@@ -48,7 +48,7 @@ def first_ratios(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, f
     """Metrics of the first update after old log-probs were taken over the same micro-batches."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=1)
-    (mini_batch,) = policy.plan(_sequences(policy.geometry.vocab_size))
+    (mini_batch,) = policy.plan(_sequences(policy.model_config.vocab_size))
     policy.score([mini_batch])
     metrics = policy.update(mini_batch)
     platform.stop_process_group()
@@ -59,7 +59,7 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
     """Gradient norm and weights after two updates: without a break, and with a checkpoint between them."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=2)
-    sequences = _sequences(policy.geometry.vocab_size)
+    sequences = _sequences(policy.model_config.vocab_size)
     saved = None
     found: dict[str, Any] = {}
     for name in ("through", "resumed"):
@@ -75,7 +75,7 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
         policy.score([mini_batch])
         metrics = policy.update(mini_batch)
         gather_parameters(policy.chunks)
-        weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.geometry)])
+        weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.model_config)])
         found[name] = {"grad_norm": metrics["grad_norm"], "weights": weights.norm().item()}
     platform.stop_process_group()
     return found
@@ -103,14 +103,14 @@ def reload(
 
 
 def _exported(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.float().clone() for name, tensor in export(policy.chunks, policy.geometry)}
+    return {name: tensor.float().clone() for name, tensor in export(policy.chunks, policy.model_config)}
 
 
 def _policy(
     model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: float = 1e-4, start: Path | None = MODEL
 ) -> Policy:
     config = Config(
-        model=ModelConfig(**model),
+        model=PolicySection(**model),
         parallel=ParallelConfig(**({"micro_batch_tokens": 512} | parallel)),
         algorithm=ALGORITHMS["fipo"],
         optimizer=OptimizerConfig(lr=lr, warmup_updates=0),

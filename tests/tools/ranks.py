@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, platform
 from megatron_fipo.policy.model import start_model_parallel
 from megatron_fipo.policy.update import Policy
-from megatron_fipo.weights.architectures import read_architecture
 
 
 def save_training_checkpoint(model_dir: str, directory: str, tensor: int, pipeline: int) -> str:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from benchmarks.usage import run_measured
-from megatron_fipo.weights.architectures import parameters, read_architecture
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from tests.distributed import ROOT, run_ranks
@@ -62,8 +63,8 @@ def test_the_plan_has_every_tensor_and_refuses_what_does_not_divide(tmp_path: Pa
     model = write_model(UNTIED, tmp_path)
     result = convert("plan", model, "--tensor", "2", "--pipeline", "2", "--servers", "2", "--server-tensor", "2")
     lines = result.stdout.splitlines()
-    geometry = read_architecture(model)
-    names = [name for entry in parameters(geometry).values() for name in entry.names]
+    model_config = read_architecture(model)
+    names = [name for entry in parameters(model_config).values() for name in entry.names]
     assert [line.split()[0] for line in lines[: len(names)]] == names
     workers = "workers 0.0,0.1,1.0,1.1"
     assert lines[0] == f"model.embed_tokens.weight  6144 bytes  ranks 0,1  ->  {workers}"

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fipo.config import Config
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
-from megatron_fipo.weights.architectures import read_architecture
 from megatron_fipo.weights.reshard import export, load_into
 from megatron_fipo.weights.transfer import open_transfer
 from tests.rollout.engines import rollout_config
@@ -30,9 +30,9 @@ def push(servers: list[dict[str, Any]], run_dir: str) -> list[int]:
     checked = []
     for server in servers:
         model_dir = server["model_dir"]
-        geometry = read_architecture(model_dir)
-        chunks = build_model(config, geometry)
-        load_into(chunks, model_dir, geometry)
+        model_config = read_architecture(model_dir)
+        chunks = build_model(config, model_config)
+        load_into(chunks, model_dir, model_config)
         os.environ[TOKEN_VARIABLE] = server["token"]
         rollout = rollout_config(
             servers=0,
@@ -55,6 +55,6 @@ def push(servers: list[dict[str, Any]], run_dir: str) -> list[int]:
                 run_dir=Path(run_dir),
             )
             stack.callback(transfer.close)
-            checked.append(transfer.push(export(chunks, geometry), version=1).checked)
+            checked.append(transfer.push(export(chunks, model_config), version=1).checked)
     platform.stop_process_group()
     return checked

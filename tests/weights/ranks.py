@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from megatron_fipo.config import Config
 from megatron_fipo.errors import FipoError
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
 from megatron_fipo.weights import reshard
-from megatron_fipo.weights.architectures import Geometry, read_architecture
 from megatron_fipo.weights.plan import plan
 
 Layout = tuple[int, int, int | None]
@@ -39,18 +39,20 @@ def round_trips(
         config = _config(layout)
         start_model_parallel(config.parallel, seed=0)
         for model_dir in map(Path, model_dirs):
-            geometry = read_architecture(model_dir)
-            if geometry.num_query_groups % tensor:
+            model_config = read_architecture(model_dir)
+            if model_config.num_query_groups % tensor:
                 continue
             name = f"{model_dir.name}-{tensor}-{pipeline}-{virtual}"
-            chunks = _loaded(config, geometry, model_dir)
+            chunks = _loaded(config, model_config, model_dir)
             seen[name] = {
-                "planned": _as_planned(chunks, geometry, layout),
-                "announced": _as_announced(chunks, geometry),
+                "planned": _as_planned(chunks, model_config, layout),
+                "announced": _as_announced(chunks, model_config),
                 "logits": _logits_error(chunks, model_dir),
-                "unlike checkpoint": _differing(chunks, _loaded(config, geometry, Path(checkpoints[model_dir.name]))),
+                "unlike checkpoint": _differing(
+                    chunks, _loaded(config, model_config, Path(checkpoints[model_dir.name]))
+                ),
             }
-            reshard.save_huggingface(_wrapped(chunks, config), geometry, model_dir, Path(target, name), 40_000)
+            reshard.save_huggingface(_wrapped(chunks, config), model_config, model_dir, Path(target, name), 40_000)
         parallel_state.destroy_model_parallel()
     platform.stop_process_group()
     return seen
@@ -65,7 +67,7 @@ def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str)
     config = _config((2, 1, None))
     start_model_parallel(config.parallel, seed=0)
     good = model_dirs["good"]
-    geometry = read_architecture(good)
+    model_config = read_architecture(good)
     log: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
@@ -73,26 +75,28 @@ def errors(model_dirs: dict[str, str], second_rank: dict[str, str], target: str)
     said = {}
     for case, model_dir in model_dirs.items():
         log.clear()
-        chunks = build_model(config, geometry)
+        chunks = build_model(config, model_config)
         mine = second_rank.get(case, model_dir) if dist.get_rank() == 1 else model_dir
-        said[case] = _error(reshard.load_into, chunks, mine, geometry) or "\n".join(log)
-    chunks = build_model(config, geometry)
+        said[case] = _error(reshard.load_into, chunks, mine, model_config) or "\n".join(log)
+    chunks = build_model(config, model_config)
     chunks[0].decoder.layers[1].layer_number = 1  # negative control of the layer offsets
-    said["layer twice"] = _error(reshard.load_into, chunks, good, geometry)
+    said["layer twice"] = _error(reshard.load_into, chunks, good, model_config)
     chunks[0].decoder.layers[0].self_attention.extra = torch.nn.Parameter(torch.zeros(3))
-    said["unknown parameter"] = _error(reshard.load_into, chunks, good, geometry)
-    chunks = build_model(config, geometry)
+    said["unknown parameter"] = _error(reshard.load_into, chunks, good, model_config)
+    chunks = build_model(config, model_config)
     occupied = Path(target, "occupied")
     if dist.get_rank() == 0:
         occupied.mkdir()
         (occupied / "file").touch()
     dist.barrier()
-    said["target not empty"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied)
-    said["target not writable"] = _error(reshard.save_huggingface, chunks, geometry, good, occupied / "file" / "target")
-    said["no config.json"] = _error(reshard.save_huggingface, chunks, geometry, target, Path(target, "half"))
+    said["target not empty"] = _error(reshard.save_huggingface, chunks, model_config, good, occupied)
+    said["target not writable"] = _error(
+        reshard.save_huggingface, chunks, model_config, good, occupied / "file" / "target"
+    )
+    said["no config.json"] = _error(reshard.save_huggingface, chunks, model_config, target, Path(target, "half"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # stands in for a disk that is full
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
-    said["disk full"] = _error(reshard.save_huggingface, chunks, geometry, good, Path(target, "half full"))
+    said["disk full"] = _error(reshard.save_huggingface, chunks, model_config, good, Path(target, "half full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     platform.stop_process_group()
     return said
@@ -123,10 +127,10 @@ def differences_from_mbridge(model_dirs: list[str]) -> dict[str, list[str]]:
 def _differences_from_mbridge(config: Config, model_dir: str) -> list[str]:
     from mbridge import AutoBridge
 
-    geometry = read_architecture(model_dir)
-    ours = build_model(config, geometry)
-    reshard.load_into(ours, model_dir, geometry)
-    theirs = build_model(config, geometry)
+    model_config = read_architecture(model_dir)
+    ours = build_model(config, model_config)
+    reshard.load_into(ours, model_dir, model_config)
+    theirs = build_model(config, model_config)
     bridge = AutoBridge.from_pretrained(model_dir)
     bridge.dtype = torch.float32
     bridge.load_weights(theirs, model_dir)
@@ -153,13 +157,13 @@ def _differing(ours: list[Any], others: list[Any]) -> list[str]:
     return [name for name, value, found in named if not torch.equal(value, found)]
 
 
-def _loaded(config: Config, geometry: Geometry, model_dir: Path) -> list[Any]:
+def _loaded(config: Config, model_config: ModelConfig, model_dir: Path) -> list[Any]:
     config.model.dtype = "bfloat16" if "bfloat16" in model_dir.name else "float32"
-    chunks = build_model(config, geometry)
+    chunks = build_model(config, model_config)
     for chunk in chunks:
         for parameter in chunk.parameters():
             torch.nn.init.constant_(parameter, torch.nan)  # so that whatever is not loaded shows
-    reshard.load_into(_wrapped(chunks, config), model_dir, geometry)
+    reshard.load_into(_wrapped(chunks, config), model_dir, model_config)
     return chunks
 
 
@@ -171,15 +175,19 @@ def _wrapped(chunks: list[Any], config: Config) -> list[Any]:
     return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
 
 
-def _as_planned(chunks: list[Any], geometry: Geometry, layout: Layout) -> bool:
+def _as_planned(chunks: list[Any], model_config: ModelConfig, layout: Layout) -> bool:
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    expected = {item.parameter.megatron: item.local_shape for item in plan(geometry, *layout) if item.stage == stage}
+    expected = {
+        item.parameter.megatron: item.local_shape for item in plan(model_config, *layout) if item.stage == stage
+    }
     return expected == {name: tuple(value.shape) for name, value in reshard._held(chunks)}
 
 
-def _as_announced(chunks: list[Any], geometry: Geometry) -> bool:
-    announced = [(info.name, info.shape, info.dtype) for info in reshard.exported_tensors(chunks, geometry)]
-    return announced == [(name, tuple(value.shape), value.dtype) for name, value in reshard.export(chunks, geometry)]
+def _as_announced(chunks: list[Any], model_config: ModelConfig) -> bool:
+    announced = [(info.name, info.shape, info.dtype) for info in reshard.exported_tensors(chunks, model_config)]
+    return announced == [
+        (name, tuple(value.shape), value.dtype) for name, value in reshard.export(chunks, model_config)
+    ]
 
 
 @torch.no_grad()

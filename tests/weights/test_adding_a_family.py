@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 import megatron_fipo
-from megatron_fipo.config.model_config import read_architecture
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.weights.conversion import to_megatron
 from tests.weights.models import SMALL_MODELS, write_model
 
@@ -64,12 +64,12 @@ def test_the_worked_example_runs(tmp_path: Path) -> None:
     )
     package = tmp_path / "megatron_fipo"
     shutil.copytree(ROOT / "megatron_fipo", package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-    for name in ("weights", "config"):
+    for name in ("weights", "models", "config"):
         shutil.copytree(ROOT / "tests" / name, tmp_path / "tests" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "families" / "seed_oss.py").write_text(family)
+    (package / "models" / "families" / "seed_oss.py").write_text(family)
     insert(tmp_path / "tests" / "weights" / "models.py", '    SmallModel("gemma-tied"', small_model)
-    insert(tmp_path / "tests" / "config" / "test_model_config.py", "}\nVALUES: tuple", configuration)
+    insert(tmp_path / "tests" / "models" / "test_model_config.py", "}\nVALUES: tuple", configuration)
     (tmp_path / "models").mkdir()
     run(tmp_path, "-c", ROUND_TRIP, str(package), str(tmp_path / "models"))
     read = "(seed_oss and (key or missing)) or one_list"
-    run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/config/test_model_config.py", "-k", read)
+    run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_model_config.py", "-k", read)

@@ -1,7 +1,7 @@
 """Hugging Face → Megatron → Hugging Face on real models and real ranks: the mapping, the offsets and the collectives.
 
 Small random models of every architecture, in every layout of four gloo processes; transformers' logits and mbridge's
-mapping are the oracles. Does not cover Transformer Engine's parameters (no GPU here; test_architectures.py covers
+mapping are the oracles. Does not cover Transformer Engine's parameters (no GPU here; models/test_parameters.py covers
 their names), NCCL, or the way to vLLM.
 """
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_fipo.config.model_config import read_architecture
 from megatron_fipo.errors import ConfigError, WeightError
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.models.parameters import parameters
 from megatron_fipo.preflight import _check_stored_weights, _transformers_shapes
-from megatron_fipo.weights.architectures import parameters
 from megatron_fipo.weights.source import check_source
 from megatron_fipo.weights.transformers_model import rotary_frequencies, transformers_config
 from tests.config.test_model_config import MODELS

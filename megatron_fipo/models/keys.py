@@ -6,8 +6,8 @@ one, find out whether transformers' model or vLLM's reads it, and add it to the 
 
 from collections.abc import Mapping
 
-from megatron_fipo.families import FAMILIES
-from megatron_fipo.families.kinds import (
+from megatron_fipo.models.families import FAMILIES
+from megatron_fipo.models.kinds import (
     BOOLEAN,
     DICTIONARY,
     UNUSED_NUMBER,
@@ -43,7 +43,7 @@ UNDERSTOOD: Mapping[str, Kind] = {
     "tie_word_embeddings": BOOLEAN,
     "rms_norm_eps": number(0, 1),
     "eos_token_id": or_null(either(_TOKEN, list_of(_TOKEN))),
-    # Positions; config/model_rope.py reads what is inside.
+    # Positions; models/rope.py reads what is inside.
     "max_position_embeddings": whole(1, 10**9),
     "original_max_position_embeddings": whole(1, 10**9),
     "rope_theta": number(1, 1e15),

@@ -10,14 +10,20 @@ import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
-from megatron_fipo.launch.memory import (
+from megatron_fipo.models.costs import (
+    attended_tokens,
+    attention_operations,
+    layer_products,
+    parameter_counts,
+    products,
+)
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.sizing.memory import (
     GIB,
     layer_bytes_per_token,
     longest_sequence,
     micro_batches,
-    model_sizes,
 )
-from megatron_fipo.weights.architectures import Geometry
 
 _MEAN_SHARE = 0.5
 """Mean length as a share of the longest."""
@@ -61,40 +67,42 @@ class StepTime:
         return self.whole_sample + self.log_probs + self.update + self.weights
 
 
-def step_time(config: Config, geometry: Geometry, data_parallel_size: int) -> StepTime:
+def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int) -> StepTime:
     """Estimate a step of the run on `config.hardware` and `config.cluster`."""
     algorithm, parallel = config.algorithm, config.parallel
     mean = _MEAN_SHARE * longest_sequence(config)
     count = micro_batches(config, data_parallel_size, mean)
     bubble_share = (parallel.pipeline - 1) / (count * (parallel.virtual_pipeline or 1))
     tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * mean
-    forward = forward_s(config, geometry, tokens, data_parallel_size, mean)
+    forward = forward_s(config, model_config, tokens, data_parallel_size, mean)
     passes = 4 if config.model.recompute == "full" else 3
     updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
     return StepTime(
-        sample=_sample_s(config, geometry, _sampled_prompts(config)),
+        sample=_sample_s(config, model_config, _sampled_prompts(config)),
         log_probs=forward * (1 + bubble_share),
-        update=passes * forward * (1 + bubble_share) + updates * _reduce_s(config, geometry, data_parallel_size),
-        weights=weight_sync_s(config, geometry),
+        update=passes * forward * (1 + bubble_share) + updates * _reduce_s(config, model_config, data_parallel_size),
+        weights=weight_sync_s(config, model_config),
         bubble=bubble_share / (1 + bubble_share),
         micro_batches=count,
-        whole_sample=_sample_s(config, geometry, _whole_batches_prompts(config)),
+        whole_sample=_sample_s(config, model_config, _whole_batches_prompts(config)),
     )
 
 
-def model_bytes(config: Config, geometry: Geometry) -> int:
+def model_bytes(config: Config, model_config: ModelConfig) -> int:
     """Bytes of the whole model as it travels to the rollout service."""
-    return model_sizes(geometry)[0] * (2 if config.model.dtype == "bfloat16" else 4)
+    return parameter_counts(model_config)[0] * (2 if config.model.dtype == "bfloat16" else 4)
 
 
-def weight_sync_s(config: Config, geometry: Geometry) -> float:
+def weight_sync_s(config: Config, model_config: ModelConfig) -> float:
     """One stage's leader after the other sends all tensors, gathered within its node, to every engine at once."""
-    size, hardware = model_bytes(config, geometry), config.hardware
+    size, hardware = model_bytes(config, model_config), config.hardware
     gather = size / (hardware.node_gb_s * 1e9) if config.parallel.tensor > 1 else 0.0
     return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency
 
 
-def forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_size: int, length: float) -> float:
+def forward_s(
+    config: Config, model_config: ModelConfig, tokens: float, data_parallel_size: int, length: float
+) -> float:
     """Seconds of a forward pass over sequences of `length` tokens, `tokens` in all, without bubble.
 
     A third of a forward and backward pass. The GPU works while the processor launches what comes next: the slower of
@@ -102,58 +110,50 @@ def forward_s(config: Config, geometry: Geometry, tokens: float, data_parallel_s
     """
     parallel, hardware = config.parallel, config.hardware
     ranks = parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size
-    layers = geometry.num_layers / parallel.pipeline
+    layers = model_config.num_layers / parallel.pipeline
     tokens_of_rank = tokens / (data_parallel_size * parallel.context)
-    compute = tokens / ranks * _products_s(config, geometry, length)
-    kept = tokens_of_rank * layers * layer_bytes_per_token(config, geometry)
+    compute = tokens / ranks * _products_s(config, model_config, length)
+    kept = tokens_of_rank * layers * layer_bytes_per_token(config, model_config)
     memory = _TRAFFIC * kept / (hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency)
     launches = _LAUNCH_S * layers * tokens_of_rank / parallel.micro_batch_tokens
-    return max(compute + memory, launches) + _communication_s(config, geometry, tokens_of_rank)
+    return max(compute + memory, launches) + _communication_s(config, model_config, tokens_of_rank)
 
 
-def _products_s(config: Config, geometry: Geometry, length: float) -> float:
+def _products_s(config: Config, model_config: ModelConfig, length: float) -> float:
     """Seconds of one GPU for a token's matrix products and attention, forward."""
-    hardware, query, key_value = config.hardware, geometry.dimension("query"), geometry.dimension("key_value")
-    layer = geometry.hidden_size * (2 * query + 2 * key_value + 3 * geometry.ffn_hidden_size)
+    hardware, layer = config.hardware, layer_products(model_config)
     # The first and the last layer stay in bf16, but for the recipe that cannot tell layers apart.
-    in_fp8 = {"off": 0, "delayed": geometry.num_layers}.get(config.model.fp8, max(0, geometry.num_layers - 2))
-    in_bf16 = (geometry.num_layers - in_fp8) * layer + geometry.vocab_size * geometry.hidden_size
-    # Twice: scores and values.
-    attended = 2 * geometry.num_layers * query * 2 * _attended(geometry, length)
-    attention = attended / min(1.0, geometry.head_dim / _ATTENTION_HEAD)
+    in_fp8 = {"off": 0, "delayed": model_config.num_layers}.get(config.model.fp8, max(0, model_config.num_layers - 2))
+    in_bf16 = products(model_config) - in_fp8 * layer
+    attended = attention_operations(model_config, attended_tokens(model_config, length))
+    attention = attended / min(1.0, model_config.head_dim / _ATTENTION_HEAD)
     seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
     if hardware.fp8_tflops is not None:  # else nothing is in FP8: estimate() has refused it
         seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
     return seconds / hardware.compute_efficiency
 
 
-def _attended(geometry: Geometry, length: float) -> float:
-    """Tokens that a token of a sequence attends to, on average: half of them, or fewer where there is a window."""
-    window = min(geometry.window or length, length)
-    return window - window**2 / (2 * length)
-
-
-def _communication_s(config: Config, geometry: Geometry, tokens_of_rank: float) -> float:
+def _communication_s(config: Config, model_config: ModelConfig, tokens_of_rank: float) -> float:
     """Seconds of what tensor and context parallelism send in a forward pass."""
     parallel, hardware = config.parallel, config.hardware
     width = 2 if config.model.dtype == "bfloat16" else 4
-    layers = geometry.num_layers / parallel.pipeline
+    layers = model_config.num_layers / parallel.pipeline
     # Two all-reduces a layer, or the all-gathers and reduce-scatters that they are made of.
-    sent = 4 * tokens_of_rank * layers * geometry.hidden_size * width * (parallel.tensor - 1) / parallel.tensor
+    sent = 4 * tokens_of_rank * layers * model_config.hidden_size * width * (parallel.tensor - 1) / parallel.tensor
     inside = hardware.node_gb_s if parallel.tensor <= config.cluster.gpus_per_node else hardware.network_gb_s
-    gathered = 2 * tokens_of_rank * layers * geometry.dimension("key_value") * width / parallel.tensor
+    gathered = 2 * tokens_of_rank * layers * model_config.dimension("key_value") * width / parallel.tensor
     gathered *= parallel.context - 1
     across = parallel.tensor * parallel.context <= config.cluster.gpus_per_node
     context_gb_s = hardware.node_gb_s if across else hardware.network_gb_s
     return (sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)) / hardware.bandwidth_efficiency
 
 
-def _reduce_s(config: Config, geometry: Geometry, data_parallel_size: int) -> float:
+def _reduce_s(config: Config, model_config: ModelConfig, data_parallel_size: int) -> float:
     """Seconds of one update's gradient reduction (fp32) and gathering of new weights, over the network or in a node."""
     parallel, hardware = config.parallel, config.hardware
     replicas = data_parallel_size * parallel.context
     width = 2 if config.model.dtype == "bfloat16" else 4
-    held = model_sizes(geometry)[0] / (parallel.tensor * parallel.pipeline)
+    held = parameter_counts(model_config)[0] / (parallel.tensor * parallel.pipeline)
     sent = held * (4 + width) * (replicas - 1) / replicas
     ranks = parallel.tensor * parallel.pipeline * replicas
     gb_s = hardware.node_gb_s if ranks <= config.cluster.gpus_per_node else hardware.network_gb_s
@@ -184,22 +184,23 @@ def _whole_batches_prompts(config: Config) -> int:
     return math.ceil(algorithm.prompts_per_step / _KEPT_SHARE / batch) * batch
 
 
-def _sample_s(config: Config, geometry: Geometry, prompts: float) -> float:
+def _sample_s(config: Config, model_config: ModelConfig, prompts: float) -> float:
     """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
     algorithm, rollout, hardware = config.algorithm, config.rollout, config.hardware
     longest = longest_sequence(config)
     mean_response = _MEAN_SHARE * rollout.max_response_length
     sequences = prompts * algorithm.samples_per_prompt / rollout_servers(config)
     width = 2 if rollout.dtype == "bfloat16" else 4
-    token_bytes = 2 * geometry.num_layers * geometry.dimension("key_value") * width / rollout.tensor_parallel
-    weights = model_bytes(config, geometry) / rollout.tensor_parallel
+    token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
+    weights = model_bytes(config, model_config) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
-    at_once = max(1.0, min(rollout.max_num_seqs, sequences, free / (token_bytes * _attended(geometry, longest))))
+    in_memory = free / (token_bytes * attended_tokens(model_config, longest))
+    at_once = max(1.0, min(rollout.max_num_seqs, sequences, in_memory))
     bandwidth = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
 
     def decode_s(batch: float) -> float:
         flops = 2 * weights / width * batch / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency)
-        read = weights + batch * token_bytes * _attended(geometry, mean_response)
+        read = weights + batch * token_bytes * attended_tokens(model_config, mean_response)
         return max(read / bandwidth, flops) + _ENGINE_OVERHEAD_S
 
     full = sequences * mean_response / at_once * decode_s(at_once)

@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model
-from megatron_fipo.weights.architectures import Geometry
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.reshard import exported_tensors
 
@@ -39,7 +39,7 @@ class BuiltStage:
     """Hugging Face names, whole shapes and types of what the stage sends to the rollout service."""
 
 
-def build_stages(config: Config, geometry: Geometry, world_size: int) -> list[BuiltStage]:
+def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> list[BuiltStage]:
     """Build one rank of each pipeline stage of a run of `world_size` ranks, one after the other.
 
     The layers are Megatron-Core's local ones, whose parameters are as many as Transformer Engine's. No process group
@@ -50,13 +50,14 @@ def build_stages(config: Config, geometry: Geometry, world_size: int) -> list[Bu
     config.model.layers, config.model.fp8 = "local", "off"
     ranks_of_stage = world_size // config.parallel.pipeline
     return [
-        _build(config, geometry, stage, stage * ranks_of_stage, world_size) for stage in range(config.parallel.pipeline)
+        _build(config, model_config, stage, stage * ranks_of_stage, world_size)
+        for stage in range(config.parallel.pipeline)
     ]
 
 
-def _build(config: Config, geometry: Geometry, stage: int, rank: int, world_size: int) -> BuiltStage:
+def _build(config: Config, model_config: ModelConfig, stage: int, rank: int, world_size: int) -> BuiltStage:
     with fake_rank(config.parallel, rank, world_size), _allocating_nothing():
-        chunks = build_model(config, geometry, _META)
+        chunks = build_model(config, model_config, _META)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         return BuiltStage(
             stage=stage,
@@ -64,7 +65,7 @@ def _build(config: Config, geometry: Geometry, stage: int, rank: int, world_size
             parameters=sum(parameter.numel() for parameter in parameters),
             weight_bytes=sum(parameter.nbytes for parameter in parameters),
             layers=sum(len(chunk.decoder.layers) for chunk in chunks),
-            exported=exported_tensors(chunks, geometry),
+            exported=exported_tensors(chunks, model_config),
         )
 
 

@@ -1,4 +1,4 @@
-"""Bytes that each rank of a pipeline stage needs, worked out from the configuration and the model's geometry.
+"""Bytes that each rank of a pipeline stage needs, worked out from the run's and the model's configuration.
 
 Tensors are counted as Megatron-Core's code keeps them; tests compare the counts with bytes really allocated. Peak
 memory is in an update or in a weight update, whichever is larger: they do not overlap.
@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
-from megatron_fipo.weights.architectures import Geometry, parameters
+from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
 GIB = 1 << 30
@@ -50,10 +51,10 @@ class StageMemory:
         return self.always + max(update, self.refit, self.server)
 
 
-def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) -> list[StageMemory]:
+def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: int) -> list[StageMemory]:
     """Memory of every pipeline stage, under the layout of `config.parallel`. Raises ConfigError if it cannot be."""
     parallel = config.parallel
-    counts = _parameters_per_rank(geometry, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    counts = _parameters_per_rank(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
     width = _width(config)
     stages = []
     for stage in range(parallel.pipeline):
@@ -66,10 +67,10 @@ def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) ->
                 weights=count * width,
                 gradients=count * 4,  # reduced in fp32
                 optimizer=_optimizer_bytes(config, count, data_parallel_size),
-                activations=_activation_bytes(config, geometry, stage, data_parallel_size),
-                logits=_log_prob_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0,
-                working=_working_bytes(config, geometry, stage),
-                refit=_refit_bytes(config, geometry) + (server_weights(config, geometry) if shares else 0),
+                activations=_activation_bytes(config, model_config, stage, data_parallel_size),
+                logits=_log_prob_bytes(config, model_config) if stage == parallel.pipeline - 1 else 0,
+                working=_working_bytes(config, model_config, stage),
+                refit=_refit_bytes(config, model_config) + (server_weights(config, model_config) if shares else 0),
                 server=int(config.rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB) if shares else 0,
             )
         )
@@ -78,22 +79,14 @@ def stage_memory(config: Config, geometry: Geometry, data_parallel_size: int) ->
 
 # Cached, because the planner asks again for every layout.
 @functools.cache
-def _parameters_per_rank(geometry: Geometry, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
-    return parameters_per_rank(plan(geometry, tensor, pipeline, chunks))
+def _parameters_per_rank(model_config: ModelConfig, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
+    return parameters_per_rank(plan(model_config, tensor, pipeline, chunks))
 
 
-@functools.cache
-def model_sizes(geometry: Geometry) -> tuple[int, int]:
-    """Parameters of the whole model, a tied output layer not counted twice, and those of its largest tensor."""
-    exported = (entry for entry in parameters(geometry).values() if entry.exported)
-    sizes = [math.prod(shape) for entry in exported for shape in entry.shapes]
-    return sum(sizes), max(sizes)
-
-
-def server_weights(config: Config, geometry: Geometry) -> int:
+def server_weights(config: Config, model_config: ModelConfig) -> int:
     """Bytes of the model's weights on each GPU of one server."""
     width = 2 if config.rollout.dtype == "bfloat16" else 4
-    return math.ceil(model_sizes(geometry)[0] * width / config.rollout.tensor_parallel)
+    return math.ceil(parameter_counts(model_config)[0] * width / config.rollout.tensor_parallel)
 
 
 def longest_sequence(config: Config) -> int:
@@ -117,22 +110,22 @@ def micro_batches(config: Config, data_parallel_size: int, length: float) -> int
     return math.ceil(count / multiple) * multiple
 
 
-def layer_bytes_per_token(config: Config, geometry: Geometry) -> float:
+def layer_bytes_per_token(config: Config, model_config: ModelConfig) -> float:
     """What one layer keeps for backward, a token of the rank's part of a sequence, without recomputation."""
     width, tensor = _width(config), config.parallel.tensor
-    query, key_value = geometry.dimension("query"), geometry.dimension("key_value")
+    query, key_value = model_config.dimension("query"), model_config.dimension("key_value")
     local = config.model.layers == "local"
     # The local norm is made of plain operations: input and normalised input in fp32, and output. Transformer Engine's
     # keeps input and output.
-    norm = (8 + width if local else 2 * width) * geometry.hidden_size
+    norm = (8 + width if local else 2 * width) * model_config.hidden_size
     # Rotated query and attention output; the joint projection, which value is a view of; rotated key; normalisers.
-    attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * geometry.num_attention_heads
+    attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * model_config.num_attention_heads
     # Cosines and sines that query and key were rotated by, which every rank needs whole; Transformer Engine's kernel
     # keeps none.
-    rotary = 4 * geometry.head_dim * width if local else 0
+    rotary = 4 * model_config.head_dim * width if local else 0
     # Gate and up as one tensor, and the product; plain operations keep the activated gate, and up and an offset of
     # zero, too.
-    feed_forward = (5 if local else 3) * geometry.ffn_hidden_size * width
+    feed_forward = (5 if local else 3) * model_config.ffn_hidden_size * width
     return 2 * norm / _sequence_cut(config) + rotary + (attention + feed_forward) / tensor
 
 
@@ -159,7 +152,7 @@ def _optimizer_bytes(config: Config, count: int, data_parallel_size: int) -> int
     return math.ceil(count / shards) * a_parameter
 
 
-def _activation_bytes(config: Config, geometry: Geometry, stage: int, data_parallel_size: int) -> int:
+def _activation_bytes(config: Config, model_config: ModelConfig, stage: int, data_parallel_size: int) -> int:
     parallel = config.parallel
     pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
     count = micro_batches(config, data_parallel_size, longest_sequence(config))
@@ -167,9 +160,9 @@ def _activation_bytes(config: Config, geometry: Geometry, stage: int, data_paral
         in_flight = min(pipeline - stage, count)
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1, count * chunks)
-    layers = geometry.num_layers // (pipeline * chunks)
-    layer = layer_bytes_per_token(config, geometry)
-    boundary = geometry.hidden_size * _width(config) / _sequence_cut(config)
+    layers = model_config.num_layers // (pipeline * chunks)
+    layer = layer_bytes_per_token(config, model_config)
+    boundary = model_config.hidden_size * _width(config) / _sequence_cut(config)
     if config.model.recompute == "full":
         # Each layer's input, and all of the one layer that is being recomputed.
         a_token = in_flight * layers * boundary + layer
@@ -178,35 +171,35 @@ def _activation_bytes(config: Config, geometry: Geometry, stage: int, data_paral
     return math.ceil(a_token * micro_batch_tokens(config))
 
 
-def _local_vocab_size(config: Config, geometry: Geometry) -> int:
-    return geometry.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
+def _local_vocab_size(config: Config, model_config: ModelConfig) -> int:
+    return model_config.padded_vocab_size(config.parallel.tensor) // config.parallel.tensor
 
 
-def _logits_bytes(config: Config, geometry: Geometry) -> int:
-    return micro_batch_tokens(config) * _local_vocab_size(config, geometry) * _width(config)
+def _logits_bytes(config: Config, model_config: ModelConfig) -> int:
+    return micro_batch_tokens(config) * _local_vocab_size(config, model_config) * _width(config)
 
 
-def _log_prob_bytes(config: Config, geometry: Geometry) -> int:
+def _log_prob_bytes(config: Config, model_config: ModelConfig) -> int:
     """Logits, over which their gradient is written, and two fp32 pieces; a GPU's kernels need no pieces."""
-    logits = _logits_bytes(config, geometry)
+    logits = _logits_bytes(config, model_config)
     piece = min(logits // _width(config), _LOG_PROB_CHUNK_ELEMENTS)
     return logits + 8 * piece
 
 
-def _working_bytes(config: Config, geometry: Geometry, stage: int) -> int:
-    parallel, hidden, width = config.parallel, geometry.hidden_size, _width(config)
+def _working_bytes(config: Config, model_config: ModelConfig, stage: int) -> int:
+    parallel, hidden, width = config.parallel, model_config.hidden_size, _width(config)
     # Under sequence parallelism a layer's input is gathered once more, and its gradient exists before it is scattered.
     a_token = (2 if parallel.sequence else 1) * hidden + hidden / _sequence_cut(config)
-    a_token += geometry.ffn_hidden_size / parallel.tensor
+    a_token += model_config.ffn_hidden_size / parallel.tensor
     # A weight's gradient in the weights' own type, before it is added to the fp32 one.
-    largest = 2 * geometry.ffn_hidden_size * hidden // parallel.tensor
+    largest = 2 * model_config.ffn_hidden_size * hidden // parallel.tensor
     if stage in (0, parallel.pipeline - 1):
-        largest = max(largest, _local_vocab_size(config, geometry) * hidden)
-    gradient_of_logits = _logits_bytes(config, geometry) if stage == parallel.pipeline - 1 else 0
+        largest = max(largest, _local_vocab_size(config, model_config) * hidden)
+    gradient_of_logits = _logits_bytes(config, model_config) if stage == parallel.pipeline - 1 else 0
     return math.ceil(a_token * width * micro_batch_tokens(config)) + largest * width + gradient_of_logits
 
 
-def _refit_bytes(config: Config, geometry: Geometry) -> int:
-    largest_bytes = model_sizes(geometry)[1] * _width(config)
+def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
+    largest_bytes = parameter_counts(model_config)[1] * _width(config)
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
     return 2 * bucket + largest_bytes

@@ -1,7 +1,7 @@
 """config.json mutated in every key, against what transformers makes of the same file: refused in one line, or right.
 
 Why: a key that is passed over trains another model than the one that was given, in silence, and a size that is not
-checked ends in a traceback or takes all memory. Does not cover that the model built of a geometry computes what
+checked ends in a traceback or takes all memory. Does not cover that the model built of one computes what
 transformers' does: tests/policy/test_rotary.py and tests/weights/test_reshard.py do.
 """
 
@@ -16,11 +16,11 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.config.model_config import QUANTIZATION_FILES, Geometry, read_architecture
-from megatron_fipo.config.model_keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
-from megatron_fipo.config.model_rope import LinearScaling, Llama3Scaling
+from megatron_fipo.models.model_config import QUANTIZATION_FILES, ModelConfig, read_architecture
+from megatron_fipo.models.keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.models.rope import LinearScaling, Llama3Scaling
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.families import FAMILIES
+from megatron_fipo.models.families import FAMILIES
 from tests.config.published import (
     GEMMA_7B,
     LLAMA3,
@@ -86,24 +86,24 @@ VALUES: tuple[Any, ...] = (
 UNKNOWN = ("a_new_kind_of_attention", "num_hidden_layer", "", "line\nbreak")
 
 
-def read(directory: Path, config: dict[str, Any]) -> Geometry:
+def read(directory: Path, config: dict[str, Any]) -> ModelConfig:
     (directory / "config.json").write_text(json.dumps(config))
     return read_architecture(directory)
 
 
 def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
-    """None where the geometry is the one that transformers has; the refusal, once it is known to be one line."""
+    """None where the model configuration is the one that transformers has; the refusal, once it is known to be one line."""
     try:
-        geometry = read(directory, config)
+        model_config = read(directory, config)
     except ConfigError as refusal:
         assert "\n" not in str(refusal) and str(directory / "config.json") in str(refusal)
         assert len(str(refusal)) < 800
         return refusal
-    assert geometry == transformers_geometry(config), config
+    assert model_config == transformers_model_config(config), config
     return None
 
 
-def transformers_geometry(config: dict[str, Any]) -> Geometry:
+def transformers_model_config(config: dict[str, Any]) -> ModelConfig:
     """The same record from transformers' own reading, which fills in its own defaults."""
     family = FAMILIES[config["architectures"][0]]
     kind = family.architecture.replace("ForCausalLM", "Config")
@@ -120,7 +120,7 @@ def transformers_geometry(config: dict[str, Any]) -> Geometry:
     scaling = {"default": lambda **none: None, "linear": LinearScaling, "llama3": Llama3Scaling}[rope_type](**rope)
     assert scaling is not None or not rope
     eos = found.eos_token_id if "eos_token_id" in config else None
-    return Geometry(
+    return ModelConfig(
         architecture=config["architectures"][0],
         num_layers=found.num_hidden_layers,
         hidden_size=found.hidden_size,
@@ -352,7 +352,7 @@ def test_what_transformers_writes_is_accepted(tmp_path: Path, kind: str) -> None
     found = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], eos_token_id=2)
     assert judge(tmp_path, found.to_dict()) is None
     found.save_pretrained(tmp_path)
-    assert read_architecture(tmp_path) == transformers_geometry(found.to_dict())
+    assert read_architecture(tmp_path) == transformers_model_config(found.to_dict())
 
 
 def test_what_transformers_4_wrote_is_listed() -> None:

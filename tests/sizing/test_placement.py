@@ -14,35 +14,35 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.launch.estimate import Estimate, estimate, geometry_directory, one_node, remedies
-from megatron_fipo.launch.memory import GIB
-from megatron_fipo.launch.placement import notes, servers_text
-from megatron_fipo.weights.architectures import Geometry, read_architecture
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.sizing.estimate import Estimate, estimate, model_directory, one_node, remedies
+from megatron_fipo.sizing.memory import GIB
+from megatron_fipo.sizing.placement import notes, servers_text
 
 ONE_NODE = ["cluster.trainer_nodes=1", "cluster.rollout_nodes=0"]
 SHARED = [*ONE_NODE, "rollout=shared_gpu", "rollout.servers=8"]
 
 
-def told(*overrides: str) -> tuple[Config, Geometry, Estimate]:
+def told(*overrides: str) -> tuple[Config, ModelConfig, Estimate]:
     config = load_config(overrides)
     check(config, local=False)
-    geometry = read_architecture(geometry_directory(config.model.path)[0])
-    return config, geometry, estimate(config, geometry)
+    model_config = read_architecture(model_directory(config.model.path)[0])
+    return config, model_config, estimate(config, model_config)
 
 
 def notes_of(*overrides: str) -> list[str]:
-    config, geometry, found = told(*overrides)
-    return list(notes(config, geometry, found.world_size, found.data_parallel_size))
+    config, model_config, found = told(*overrides)
+    return list(notes(config, model_config, found.world_size, found.data_parallel_size))
 
 
 def test_a_server_on_the_trainers_gpu_is_counted() -> None:
     """Qwen2.5-Math-7B on 8 GPUs keeps 21.3 GiB of each, and a server with 0.95 of 79.6 GiB is beside that."""
     _, _, apart = told("experiment=fipo_7b", *ONE_NODE, "rollout.servers=1")
     assert apart.fits and apart.fullest.server == 0, "the control: the same trainer alone"
-    config, geometry, found = told("experiment=fipo_7b", *SHARED, "rollout.gpu_memory_utilization=0.95")
+    config, model_config, found = told("experiment=fipo_7b", *SHARED, "rollout.gpu_memory_utilization=0.95")
     assert found.fullest.total == pytest.approx(apart.fullest.always + 0.95 * 79.6 * GIB, abs=2)
     assert 96 * GIB < found.fullest.total < 98 * GIB and not found.fits
-    (remedy,) = [text for text in remedies(config, geometry) if text.startswith("rollout.gpu_memory_utilization=")]
+    (remedy,) = [text for text in remedies(config, model_config) if text.startswith("rollout.gpu_memory_utilization=")]
     share = remedy.split(":")[0]
     assert told("experiment=fipo_7b", *SHARED, share)[2].fits
 
@@ -58,8 +58,8 @@ def test_only_stages_on_a_servers_gpus_pay_for_it() -> None:
 def test_the_7b_recipe_gets_a_command_for_one_node(gpus: int, hardware: str) -> None:
     """What preflight proposes passes the checks, fits with room to spare and gives the seconds that were said."""
     start = ["experiment=fipo_7b", f"hardware={hardware}", f"cluster.gpus_per_node={gpus}"]
-    config, geometry, _ = told(*start)
-    proposal = one_node(config, geometry)
+    config, model_config, _ = told(*start)
+    proposal = one_node(config, model_config)
     assert proposal is not None
     overrides, expected = proposal
     again, _, found = told(*start, *overrides.split())
@@ -70,8 +70,8 @@ def test_the_7b_recipe_gets_a_command_for_one_node(gpus: int, hardware: str) -> 
 
 
 def test_32b_gets_none_since_its_optimizer_alone_fills_a_node() -> None:
-    config, geometry, _ = told("experiment=fipo_32b")
-    assert one_node(config, geometry) is None
+    config, model_config, _ = told("experiment=fipo_32b")
+    assert one_node(config, model_config) is None
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_tensor_parallelism_across_nodes_is_told_with_its_price() -> None:
     """32B with TP 8 on nodes of four, and the layout that is proposed, which has no such note and takes less time."""
     start = ["experiment=fipo_32b", "cluster.gpus_per_node=4", "cluster.trainer_nodes=16", "cluster.rollout_nodes=16"]
     (note,) = notes_of(*start)
-    config, geometry, found = told(*start)
+    config, model_config, found = told(*start)
     assert "8 ranks are on 2 nodes of 4 GPUs" in note and f"log-probs take {found.time.log_probs:,.0f} s" in note
-    mend = next(text for text in remedies(config, geometry) if "parallel.tensor=4" in text)
+    mend = next(text for text in remedies(config, model_config) if "parallel.tensor=4" in text)
     mended = [*start, *mend.split(":")[0].split()]
     assert notes_of(*mended) == []
     _, _, better = told(*mended)

@@ -1,6 +1,6 @@
 """Reads a model's config.json whole: the one owner of what it says. Imports no torch.
 
-Every key is understood, known to be harmless, or refused (`model_keys.py`, and each family's own file); so is every
+Every key is understood, known to be harmless, or refused (`keys.py`, and each family's own file); so is every
 value, before anything is built of it. Preflight, planner, training, conversion and the engines' plugin all read through
 `read_architecture`.
 """
@@ -14,11 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config.model_keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
-from megatron_fipo.config.model_rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
+from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.families import FAMILIES, Family
-from megatron_fipo.families.kinds import shown
+from megatron_fipo.models.families import FAMILIES
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.kinds import shown
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """What AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside the weights that they quantise."""
@@ -41,7 +42,7 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ModelConfig:
     """What config.json says about a model: every number that shapes its weights or its forward pass."""
 
     architecture: str
@@ -96,8 +97,8 @@ class Geometry:
         }[name]
 
 
-def read_architecture(model_dir: str | Path) -> Geometry:
-    """The geometry of the Hugging Face model in `model_dir`, from its config.json as transformers 4 or 5 writes it.
+def read_architecture(model_dir: str | Path) -> ModelConfig:
+    """What there is to know of the Hugging Face model in `model_dir`, from its config.json as transformers 4 or 5 writes it.
 
     Raises ConfigError, naming the file and the key, for a file that is no config.json, a key that nobody has looked
     at, a value that cannot be computed exactly, and quantised weights.
@@ -116,7 +117,7 @@ def read_architecture(model_dir: str | Path) -> Geometry:
     heads, groups, head_dim = _heads(path, family, config)
     _check_layers(path, config)
     eos = config.get("eos_token_id")
-    return Geometry(
+    return ModelConfig(
         architecture=config["architectures"][0],
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],

@@ -1,28 +1,16 @@
 """One table per model: how its Hugging Face tensors become Megatron-Core parameters and how they are cut.
 
-Loading, export, the printed plan and live weight updates all read `parameters(geometry)`, where the geometry is what
-`config/model_config.py` reads from config.json. The rules of a layer are the family's (`families/`), those outside of
+Loading, export, the printed plan and live weight updates all read `parameters(model_config)`, where that is what
+`models/model_config.py` reads from config.json. The rules of a layer are the family's (`models/families/`), those outside of
 layers stand here. Imports no torch, so that a configuration can be checked against it at once.
 """
 
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.config.model_config import Geometry, read_architecture
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.families.rules import LAYER_PREFIX, Rule, Source
-
-__all__ = [
-    "EMBEDDING",
-    "FUSED_NORMS",
-    "LAYER_PREFIX",
-    "Geometry",
-    "Parameter",
-    "canonical_name",
-    "check_tensor_parallel",
-    "parameters",
-    "read_architecture",
-]
+from megatron_fipo.models.rules import LAYER_PREFIX, Rule, Source
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -60,13 +48,13 @@ class Parameter:
         return (sum(piece[0] for piece in pieces), *pieces[0][1:])
 
 
-def parameters(geometry: Geometry) -> dict[str, Parameter]:
+def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
     """Every Megatron-Core parameter of a model by its name, in export order: embedding, layers, final norm, output."""
-    layer_rules = geometry.family.layer
-    table = [_fill(_EMBEDDING, geometry)]
-    table += [_fill(rule, geometry, layer) for layer in range(geometry.num_layers) for rule in layer_rules]
-    table += [_fill(_FINAL_NORM, geometry)]
-    table += [_fill(_TIED_OUTPUT, geometry, exported=False) if geometry.tied_embeddings else _fill(_OUTPUT, geometry)]
+    layer_rules = model_config.family.layer
+    table = [_fill(_EMBEDDING, model_config)]
+    table += [_fill(rule, model_config, layer) for layer in range(model_config.num_layers) for rule in layer_rules]
+    table += [_fill(_FINAL_NORM, model_config)]
+    table += [_fill(_TIED_OUTPUT, model_config, exported=False) if model_config.tied_embeddings else _fill(_OUTPUT, model_config)]
     return {parameter.megatron: parameter for parameter in table}
 
 
@@ -82,14 +70,14 @@ def canonical_name(name: str, layer: int | None) -> str:
     return f"{LAYER_PREFIX}{layer}.{FUSED_NORMS.get(inner, inner)}"
 
 
-def check_tensor_parallel(geometry: Geometry, tensor_parallel_size: int) -> None:
+def check_tensor_parallel(model_config: ModelConfig, tensor_parallel_size: int) -> None:
     """Raise ConfigError if the size does not divide heads, key-value groups and feed-forward width, or if the last rank
     would have no token of the vocabulary.
     """
     sizes = {
-        "attention heads": geometry.num_attention_heads,
-        "key-value groups": geometry.num_query_groups,
-        "feed-forward width": geometry.ffn_hidden_size,
+        "attention heads": model_config.num_attention_heads,
+        "key-value groups": model_config.num_query_groups,
+        "feed-forward width": model_config.ffn_hidden_size,
     }
     wrong = [f"{size} {what}" for what, size in sizes.items() if size % tensor_parallel_size]
     if wrong:
@@ -100,22 +88,22 @@ def check_tensor_parallel(geometry: Geometry, tensor_parallel_size: int) -> None
             f"{tensor_parallel_size} does not divide the model's {' and '.join(wrong)}",
             f"this model takes {fitting}",
         )
-    before_last = geometry.padded_vocab_size(tensor_parallel_size) // tensor_parallel_size * (tensor_parallel_size - 1)
-    if geometry.vocab_size <= before_last:
+    before_last = model_config.padded_vocab_size(tensor_parallel_size) // tensor_parallel_size * (tensor_parallel_size - 1)
+    if model_config.vocab_size <= before_last:
         raise ConfigError(
             "parallel.tensor",
-            f"the last of {tensor_parallel_size} ranks has no token of a vocabulary of {geometry.vocab_size}",
+            f"the last of {tensor_parallel_size} ranks has no token of a vocabulary of {model_config.vocab_size}",
             "a smaller size",
         )
 
 
-def _fill(rule: Rule, geometry: Geometry, layer: int | None = None, exported: bool = True) -> Parameter:
+def _fill(rule: Rule, model_config: ModelConfig, layer: int | None = None, exported: bool = True) -> Parameter:
     return Parameter(
         megatron=rule.megatron.format(layer=layer),
         names=tuple(source.name.format(layer=layer) for source in rule.sources),
-        shapes=tuple(tuple(map(geometry.dimension, source.shape)) for source in rule.sources),
+        shapes=tuple(tuple(map(model_config.dimension, source.shape)) for source in rule.sources),
         cut=rule.cut,
-        head_groups=geometry.num_query_groups if rule.interleaved else 0,
+        head_groups=model_config.num_query_groups if rule.interleaved else 0,
         padded=rule.cut is not None and rule.sources[0].shape[rule.cut] == "vocabulary",
         exported=exported,
     )

@@ -1,6 +1,6 @@
 """How Hugging Face tensors become Megatron-Core parameters: the rules that families are put together from.
 
-Names are those of Megatron-Core's local layer specification. `weights/architectures.py` fills in layers and sizes.
+Names are those of Megatron-Core's local layer specification. `models/parameters.py` fills in layers and sizes.
 """
 
 from dataclasses import dataclass

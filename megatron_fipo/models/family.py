@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_fipo.families.kinds import Kind
-from megatron_fipo.families.rules import QK_NORM, QKV_BIAS, Rule
+from megatron_fipo.models.kinds import Kind
+from megatron_fipo.models.rules import QK_NORM, QKV_BIAS, Rule
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for keys that a config.json leaves out. `num_key_value_heads` None is the query heads."""
     keys: Mapping[str, Kind] = field(default_factory=dict)
-    """Keys that mean another thing than in `config/model_keys.py`, or are this family's own, and their values."""
+    """Keys that mean another thing than in `models/keys.py`, or are this family's own, and their values."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """What the gate of the feed-forward goes through; gelu_tanh is GELU by its approximation with tanh."""
     zero_centered_norms: bool = False

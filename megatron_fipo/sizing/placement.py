@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, server_weights
-from megatron_fipo.launch.timing import rollout_servers, step_time
-from megatron_fipo.weights.architectures import Geometry
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, server_weights
+from megatron_fipo.sizing.timing import rollout_servers, step_time
 
 _UTILISATION_STEP = 0.05
 _LONGEST_AT_ONCE = 8
@@ -46,11 +46,11 @@ def check_placement(config: Config, world_size: int) -> None:
         )
 
 
-def notes(config: Config, geometry: Geometry, world_size: int, data_parallel_size: int) -> Iterator[str]:
+def notes(config: Config, model_config: ModelConfig, world_size: int, data_parallel_size: int) -> Iterator[str]:
     """What costs more than its user may think, each with its price or its mend."""
     cluster, rollout, parallel, hardware = config.cluster, config.rollout, config.parallel, config.hardware
     if parallel.tensor > cluster.gpus_per_node:
-        yield _tensor_across_nodes(config, geometry, data_parallel_size)
+        yield _tensor_across_nodes(config, model_config, data_parallel_size)
     if hardware.gpus_per_node is not None and cluster.gpus_per_node > hardware.gpus_per_node:
         yield (
             f"cluster.gpus_per_node: nodes of {hardware.name} have {hardware.gpus_per_node} GPUs as a rule, not "
@@ -73,10 +73,10 @@ def notes(config: Config, geometry: Geometry, world_size: int, data_parallel_siz
         )
 
 
-def _tensor_across_nodes(config: Config, geometry: Geometry, data_parallel_size: int) -> str:
+def _tensor_across_nodes(config: Config, model_config: ModelConfig, data_parallel_size: int) -> str:
     inside = copy.deepcopy(config)
     inside.hardware.network_gb_s = config.hardware.node_gb_s
-    here, there = (step_time(c, geometry, data_parallel_size).log_probs for c in (inside, config))
+    here, there = (step_time(c, model_config, data_parallel_size).log_probs for c in (inside, config))
     tensor, gpus = config.parallel.tensor, config.cluster.gpus_per_node
     return (
         f"parallel.tensor: {tensor} ranks are on {math.ceil(tensor / gpus)} nodes of {gpus} GPUs, and each layer "
@@ -102,10 +102,10 @@ def on_one_node(config: Config, tensor_parallel: int) -> Config:
     return changed
 
 
-def has_room_to_sample(config: Config, geometry: Geometry) -> bool:
+def has_room_to_sample(config: Config, model_config: ModelConfig) -> bool:
     """Whether a server's share holds its weights and the cache of some of the longest sequences."""
     rollout = config.rollout
     width = 2 if rollout.dtype == "bfloat16" else 4
-    token = 2 * geometry.num_layers * geometry.dimension("key_value") * width / rollout.tensor_parallel
-    needed = server_weights(config, geometry) + _LONGEST_AT_ONCE * longest_sequence(config) * token
+    token = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
+    needed = server_weights(config, model_config) + _LONGEST_AT_ONCE * longest_sequence(config) * token
     return needed <= rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB

@@ -8,7 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
 
-from megatron_fipo.families.family import Family
+from megatron_fipo.models.family import Family
 
 __all__ = ["FAMILIES", "Family", "family_modules"]
 

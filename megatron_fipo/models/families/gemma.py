@@ -1,8 +1,8 @@
 """Gemma, the first: GeGLU, norms of 1 + weight, scaled input embeddings that are also the output layer."""
 
-from megatron_fipo.families.family import Family
-from megatron_fipo.families.kinds import only, whole
-from megatron_fipo.families.rules import DENSE_LAYER
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.kinds import only, whole
+from megatron_fipo.models.rules import DENSE_LAYER
 
 FAMILY = Family(
     architecture="GemmaForCausalLM",

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.config.model_keys import UNDERSTOOD
-from megatron_fipo.families.kinds import number, same_value, shown
+from megatron_fipo.models.keys import UNDERSTOOD
+from megatron_fipo.models.kinds import number, same_value, shown
 
 DEFAULT_THETA = 10000.0
 

@@ -1,8 +1,8 @@
 """Mistral 7B, NeMo and Small, dense: a Llama whose layers attend to a window if config.json has one."""
 
-from megatron_fipo.families.family import Family
-from megatron_fipo.families.kinds import only, or_null, whole
-from megatron_fipo.families.rules import DENSE_LAYER
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.kinds import only, or_null, whole
+from megatron_fipo.models.rules import DENSE_LAYER
 
 FAMILY = Family(
     architecture="MistralForCausalLM",

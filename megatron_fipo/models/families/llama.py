@@ -1,8 +1,8 @@
 """Llama 2 and 3, and the many models in the Llama format."""
 
-from megatron_fipo.families.family import Family
-from megatron_fipo.families.kinds import or_null, whole
-from megatron_fipo.families.rules import DENSE_LAYER
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.kinds import or_null, whole
+from megatron_fipo.models.rules import DENSE_LAYER
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",

@@ -11,10 +11,10 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.launch.memory import GIB, StageMemory, longest_sequence, stage_memory
-from megatron_fipo.launch.placement import check_placement, has_room_to_sample, on_one_node, utilisation
-from megatron_fipo.launch.timing import StepTime, step_time
-from megatron_fipo.weights.architectures import Geometry
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, stage_memory
+from megatron_fipo.sizing.placement import check_placement, has_room_to_sample, on_one_node, utilisation
+from megatron_fipo.sizing.timing import StepTime, step_time
 
 _TIGHT = 0.1
 """Share of the usable memory below which too little is left: the tests hold the estimate to within a tenth."""
@@ -68,7 +68,7 @@ def trainer_world_size(config: Config) -> int:
     return config.cluster.trainer_nodes * config.cluster.gpus_per_node
 
 
-def estimate(config: Config, geometry: Geometry) -> Estimate:
+def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     """Memory and time of a run on GPUs.
 
     Raises:
@@ -76,7 +76,7 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
             layers cannot have the model's window.
     """
     if config.model.layers != "local":
-        check_window(config, geometry)
+        check_window(config, model_config)
     parallel = config.parallel
     world_size = trainer_world_size(config)
     replica = parallel.tensor * parallel.pipeline * parallel.context
@@ -92,18 +92,18 @@ def estimate(config: Config, geometry: Geometry) -> Estimate:
     return Estimate(
         world_size=world_size,
         data_parallel_size=data,
-        stages=stage_memory(config, geometry, data),
-        time=step_time(config, geometry, data),
+        stages=stage_memory(config, model_config, data),
+        time=step_time(config, model_config, data),
         usable_bytes=int((hardware.memory_gib - hardware.reserved_gib) * GIB),
     )
 
 
-def remedies(config: Config, geometry: Geometry) -> list[str]:
+def remedies(config: Config, model_config: ModelConfig) -> list[str]:
     """Changes, each alone, after which the run fits with room to spare; fastest first, with peak and step time."""
     found = []
-    for text, changed in _changes(config, geometry):
+    for text, changed in _changes(config, model_config):
         try:
-            result = estimate(changed, geometry)
+            result = estimate(changed, model_config)
         except ConfigError:
             continue
         if result.fits and not result.tight:
@@ -112,7 +112,7 @@ def remedies(config: Config, geometry: Geometry) -> list[str]:
     return [text for _, text in sorted(found)]
 
 
-def one_node(config: Config, geometry: Geometry) -> tuple[str, Estimate] | None:
+def one_node(config: Config, model_config: ModelConfig) -> tuple[str, Estimate] | None:
     """Overrides by which the run fits on one node whose GPUs trainer and servers share, the fastest such; or None."""
     found: list[tuple[str, Estimate]] = []
     for width in (1, 2, 4, 8):
@@ -120,11 +120,11 @@ def one_node(config: Config, geometry: Geometry) -> tuple[str, Estimate] | None:
             continue
         changed = on_one_node(config, width)
         try:
-            changed.rollout.gpu_memory_utilization = _largest_share(changed, geometry)
-            result = estimate(changed, geometry)
+            changed.rollout.gpu_memory_utilization = _largest_share(changed, model_config)
+            result = estimate(changed, model_config)
         except ConfigError:
             continue
-        if result.fits and not result.tight and has_room_to_sample(changed, geometry):
+        if result.fits and not result.tight and has_room_to_sample(changed, model_config):
             found.append((_one_node_overrides(config, changed), result))
     return min(found, key=lambda pair: pair[1].time.total, default=None)
 
@@ -142,13 +142,13 @@ def _one_node_overrides(before: Config, after: Config) -> str:
     return " ".join(text for text in texts if text)
 
 
-def _largest_share(config: Config, geometry: Geometry) -> float:
+def _largest_share(config: Config, model_config: ModelConfig) -> float:
     """Of a GPU for a shared server, with room to spare; 0 where the trainer leaves none."""
-    current = estimate(config, geometry)
+    current = estimate(config, model_config)
     return round(max(0.0, utilisation(config, current.stages, (1 - _TIGHT) * current.usable_bytes)), 2)
 
 
-def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]:
+def _changes(config: Config, model_config: ModelConfig) -> Iterator[tuple[str, Config]]:
     parallel, longest = config.parallel, longest_sequence(config)
     part = -(-longest // (2 * parallel.context))
     options: list[dict[str, Any]] = [
@@ -163,7 +163,7 @@ def _changes(config: Config, geometry: Geometry) -> Iterator[tuple[str, Config]]
         {"cluster.trainer_nodes": config.cluster.trainer_nodes * 2},
     ]
     if config.rollout.shared_gpu:
-        share = _largest_share(config, geometry)
+        share = _largest_share(config, model_config)
         if 0 < share < config.rollout.gpu_memory_utilization:
             options.append({"rollout.gpu_memory_utilization": share})
     options += _within_a_node(config)
@@ -195,7 +195,7 @@ def _within_a_node(config: Config) -> list[dict[str, Any]]:
     return [layout | more for layout in (deeper, wider) for more in ({}, {"model.recompute": "full"})]
 
 
-def geometry_directory(model_path: str) -> tuple[Path, bool]:
+def model_directory(model_path: str) -> tuple[Path, bool]:
     """Where to read the model's config.json, and whether it is this package's copy, since the model is not here."""
     shipped = resolve_embedded(f"embedded:{Path(model_path).name}")
     has_copy = (shipped / "config.json").is_file()

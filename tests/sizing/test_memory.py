@@ -10,20 +10,20 @@ from the real models.
 
 import pytest
 
-from megatron_fipo.launch import memory
-from megatron_fipo.launch.memory import micro_batches, stage_memory
 from megatron_fipo.policy import logprobs
+from megatron_fipo.sizing import memory
+from megatron_fipo.sizing.memory import micro_batches, stage_memory
 from tests.distributed import run_ranks
-from tests.launch.allocations import LAYOUT_TOKENS, estimate_config, layout_config
+from tests.sizing.allocations import LAYOUT_TOKENS, estimate_config, layout_config
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_estimate_is_within_a_tenth_of_what_is_allocated(dtype: str) -> None:
-    config, geometry = estimate_config(dtype)
-    (stage,) = stage_memory(config, geometry, data_parallel_size=1)
-    (allocated,) = run_ranks("tests.launch.allocations:allocate", 1, {"dtype": dtype})
+    config, model_config = estimate_config(dtype)
+    (stage,) = stage_memory(config, model_config, data_parallel_size=1)
+    (allocated,) = run_ranks("tests.sizing.allocations:allocate", 1, {"dtype": dtype})
     assert stage.parameters == allocated["parameters"]
     for name in ("weights", "gradients", "optimizer", "activations"):
         assert getattr(stage, name) == pytest.approx(allocated[name], rel=0.1), name
@@ -44,15 +44,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_estimate_is_within_a_tenth_of_the_peak_of_a_rank_of_a_larger_layout(fused: bool) -> None:
     """Everything that an update allocates beside weights, gradients and optimizer, operation by operation."""
-    (found,) = run_ranks("tests.launch.allocations:peaks", 1, {"layouts": list(LAYOUTS.values()), "fused": fused})
+    (found,) = run_ranks("tests.sizing.allocations:peaks", 1, {"layouts": list(LAYOUTS.values()), "fused": fused})
     for (name, (overrides, stage)), peak in zip(LAYOUTS.items(), found, strict=True):
-        config, geometry = layout_config(overrides)
-        estimated = stage_memory(config, geometry, data_parallel_size=1)[stage]
+        config, model_config = layout_config(overrides)
+        estimated = stage_memory(config, model_config, data_parallel_size=1)[stage]
         expected = estimated.activations + max(estimated.logits, estimated.working)
         if fused and config.model.recompute != "full":
             # Two tensors less of the feed-forward's width, in bfloat16; layers are two a stage.
             tokens = LAYOUT_TOKENS // config.parallel.context * (config.parallel.pipeline - stage)
-            expected -= 2 * geometry.ffn_hidden_size // config.parallel.tensor * 2 * 2 * tokens
+            expected -= 2 * model_config.ffn_hidden_size // config.parallel.tensor * 2 * 2 * tokens
         assert expected == pytest.approx(peak, rel=0.1), name
         # The control: nothing of what is counted could be left out.
         assert estimated.activations != pytest.approx(peak, rel=0.02), name

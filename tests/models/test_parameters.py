@@ -17,15 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_fipo.errors import ConfigError, WeightError
-from megatron_fipo.families import FAMILIES
-from megatron_fipo.launch.memory import model_sizes
-from megatron_fipo.weights.architectures import (
-    Geometry,
-    canonical_name,
-    check_tensor_parallel,
-    parameters,
-    read_architecture,
-)
+from megatron_fipo.models.families import FAMILIES
+from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.models.parameters import canonical_name, check_tensor_parallel, parameters
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
@@ -33,17 +28,17 @@ from megatron_fipo.weights.plan import parameters_per_rank, plan
 from tests.config.published import GEMMA_7B, LLAMA_31_8B, MISTRAL_7B, MISTRAL_NEMO, QWEN25_32B
 
 
-def read(tmp_path: Path, config: dict[str, Any]) -> Geometry:
+def read(tmp_path: Path, config: dict[str, Any]) -> ModelConfig:
     (tmp_path / "config.json").write_text(json.dumps(config))
     return read_architecture(tmp_path)
 
 
 @st.composite
-def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
-    """A random small geometry and a tensor-parallel size that divides it, the vocabulary left aside."""
+def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, int]:
+    """A random small model and a tensor-parallel size that divides it, the vocabulary left aside."""
     size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = size * draw(st.integers(1, 2))
-    geometry = Geometry(
+    model_config = ModelConfig(
         architecture=draw(st.sampled_from(sorted(FAMILIES))),
         num_layers=1,
         hidden_size=draw(st.integers(1, 5)),
@@ -59,15 +54,15 @@ def geometries(draw: st.DrawFn) -> tuple[Geometry, int]:
         max_position_embeddings=8,
         eos_token_ids=(),
     )
-    return geometry, size
+    return model_config, size
 
 
 @settings(deadline=None, max_examples=60)
-@given(geometries())
-def test_cut_and_merge_are_a_bijection(drawn: tuple[Geometry, int]) -> None:
-    geometry, size = drawn
-    check_tensor_parallel(geometry, size)
-    for entry in parameters(geometry).values():
+@given(model_configs())
+def test_cut_and_merge_are_a_bijection(drawn: tuple[ModelConfig, int]) -> None:
+    model_config, size = drawn
+    check_tensor_parallel(model_config, size)
+    for entry in parameters(model_config).values():
         whole = [torch.randn(shape) for shape in entry.shapes]
         shards = [cut(entry, whole, rank, size) for rank in range(size)]
         assert {tuple(shard.shape) for shard in shards} == {entry.local_shape(size)}
@@ -78,17 +73,17 @@ def test_cut_and_merge_are_a_bijection(drawn: tuple[Geometry, int]) -> None:
 
 def test_query_key_value_are_grouped_as_megatron_splits_them(tmp_path: Path) -> None:
     """Two groups of two heads of one value: [q q k v] for each group, group by group over the ranks."""
-    geometry = read(tmp_path, QWEN25_32B | {"num_attention_heads": 4, "num_key_value_heads": 2})
-    geometry = dataclasses.replace(geometry, head_dim=1)
-    entry = parameters(geometry)["decoder.layers.0.self_attention.linear_qkv.bias"]
+    model_config = read(tmp_path, QWEN25_32B | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    model_config = dataclasses.replace(model_config, head_dim=1)
+    entry = parameters(model_config)["decoder.layers.0.self_attention.linear_qkv.bias"]
     query, key, value = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20]), torch.tensor([100.0, 200])
     assert cut(entry, [query, key, value], 0, 1).tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
     assert cut(entry, [query, key, value], 1, 2).tolist() == [3, 4, 20, 200]
 
 
 def test_gate_and_up_lie_one_after_the_other_on_each_rank(tmp_path: Path) -> None:
-    geometry = read(tmp_path, LLAMA_31_8B | {"intermediate_size": 4, "hidden_size": 32, "head_dim": 2})
-    entry = parameters(geometry)["decoder.layers.0.mlp.linear_fc1.weight"]
+    model_config = read(tmp_path, LLAMA_31_8B | {"intermediate_size": 4, "hidden_size": 32, "head_dim": 2})
+    entry = parameters(model_config)["decoder.layers.0.mlp.linear_fc1.weight"]
     gate, up = torch.tensor([[1.0], [2], [3], [4]]), torch.tensor([[10.0], [20], [30], [40]])
     assert [cut(entry, [gate, up], rank, 2).flatten().tolist() for rank in (0, 1)] == [[1, 2, 10, 20], [3, 4, 30, 40]]
 
@@ -118,7 +113,7 @@ def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -
 def test_published_models_have_as_many_parameters_as_published(
     tmp_path: Path, config: dict[str, Any], expected: int
 ) -> None:
-    assert model_sizes(read(tmp_path, config))[0] == expected
+    assert parameter_counts(read(tmp_path, config))[0] == expected
 
 
 def test_plan_interleaves_chunks_and_prints(tmp_path: Path) -> None:
@@ -133,21 +128,21 @@ def test_plan_interleaves_chunks_and_prints(tmp_path: Path) -> None:
 
 
 def test_layouts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
-    geometry = read(tmp_path, QWEN25_32B)
+    model_config = read(tmp_path, QWEN25_32B)
     with pytest.raises(ConfigError, match="3 does not divide the model's 40 attention heads and 8 key-value groups"):
-        plan(geometry, tensor_parallel_size=3)
+        plan(model_config, tensor_parallel_size=3)
     with pytest.raises(ConfigError, match="this model takes 1, 2, 4, 8"):
-        check_tensor_parallel(geometry, 16)
+        check_tensor_parallel(model_config, 16)
     with pytest.raises(ConfigError, match="the last of 8 ranks has no token of a vocabulary of 14"):
-        check_tensor_parallel(dataclasses.replace(geometry, vocab_size=14), 8)
-    check_tensor_parallel(dataclasses.replace(geometry, vocab_size=15), 8)
+        check_tensor_parallel(dataclasses.replace(model_config, vocab_size=14), 8)
+    check_tensor_parallel(dataclasses.replace(model_config, vocab_size=15), 8)
     with pytest.raises(ConfigError, match="3 stages of 1 chunks do not divide the 64 layers"):
-        plan(geometry, pipeline_parallel_size=3)
+        plan(model_config, pipeline_parallel_size=3)
 
 
 def test_the_tables_need_no_torch() -> None:
     code = (
-        "import sys, megatron_fipo.weights.architectures, megatron_fipo.weights.plan; sys.exit('torch' in sys.modules)"
+        "import sys, megatron_fipo.models.parameters, megatron_fipo.weights.plan; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
@@ -207,8 +202,8 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
 
 def test_a_rule_with_sources_swapped_is_noticed(tmp_path: Path) -> None:
     """Negative control of the bijection test: merging in another order than cutting does not give the tensors back."""
-    geometry = read(tmp_path, LLAMA_31_8B | {"intermediate_size": 4, "hidden_size": 64, "num_key_value_heads": 32})
-    entry = parameters(geometry)["decoder.layers.0.self_attention.linear_qkv.weight"]
+    model_config = read(tmp_path, LLAMA_31_8B | {"intermediate_size": 4, "hidden_size": 64, "num_key_value_heads": 32})
+    entry = parameters(model_config)["decoder.layers.0.self_attention.linear_qkv.weight"]
     whole = [torch.randn(shape) for shape in entry.shapes]
     ungrouped = dataclasses.replace(entry, head_groups=0)
     shards = [cut(entry, whole, rank, 2) for rank in range(2)]

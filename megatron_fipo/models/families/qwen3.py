@@ -1,8 +1,8 @@
 """Qwen3, dense."""
 
-from megatron_fipo.families.family import Family
-from megatron_fipo.families.kinds import or_null, whole
-from megatron_fipo.families.rules import DENSE_LAYER, QK_NORM
+from megatron_fipo.models.family import Family
+from megatron_fipo.models.kinds import or_null, whole
+from megatron_fipo.models.rules import DENSE_LAYER, QK_NORM
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",

@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
+from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy import platform
-from megatron_fipo.weights.architectures import Geometry, read_architecture
 
 ROWS, TOKENS = 4, 224
 LAYOUT_TOKENS = 2048
 
 
-def estimate_config(dtype: str) -> tuple[Config, Geometry]:
+def estimate_config(dtype: str) -> tuple[Config, ModelConfig]:
     """The embedded model on one rank, with micro-batches of just ROWS sequences of the greatest length."""
     config = load_config(["parallel=single", f"model.dtype={dtype}", "model.layers=local"])
     config.rollout.max_prompt_length, config.rollout.max_response_length = 64, TOKENS - 64
@@ -33,9 +33,9 @@ def allocate(dtype: str) -> dict[str, Any]:
     from megatron_fipo.policy.model import start_model_parallel
     from megatron_fipo.policy.update import Policy
 
-    config, geometry = estimate_config(dtype)
+    config, model_config = estimate_config(dtype)
     start_model_parallel(config.parallel, 0)
-    policy = Policy(config, geometry, str(resolve_embedded("embedded:tiny")), updates=1)
+    policy = Policy(config, model_config, str(resolve_embedded("embedded:tiny")), updates=1)
     parameters = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     held = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     saved: list[torch.Tensor] = []
@@ -59,12 +59,12 @@ def allocate(dtype: str) -> dict[str, Any]:
     return found
 
 
-def layout_config(overrides: list[str]) -> tuple[Config, Geometry]:
+def layout_config(overrides: list[str]) -> tuple[Config, ModelConfig]:
     """A stage of two layers of Qwen2.5-32B's proportions, an eighth as wide, in bfloat16, on some layout."""
     config = load_config(["experiment=fipo_32b", "model.layers=local", *overrides])
     config.rollout.max_prompt_length, config.rollout.max_response_length = 64, LAYOUT_TOKENS - 64
     config.parallel.micro_batch_tokens = LAYOUT_TOKENS // config.parallel.context
-    geometry = dataclasses.replace(
+    model_config = dataclasses.replace(
         read_architecture(resolve_embedded("embedded:Qwen2.5-32B")),
         num_layers=2 * config.parallel.pipeline,
         hidden_size=640,
@@ -74,7 +74,7 @@ def layout_config(overrides: list[str]) -> tuple[Config, Geometry]:
         head_dim=80,
         vocab_size=19008,
     )
-    return config, geometry
+    return config, model_config
 
 
 def peaks(layouts: list[tuple[list[str], int]], fused: bool) -> list[int]:
@@ -83,32 +83,32 @@ def peaks(layouts: list[tuple[list[str], int]], fused: bool) -> list[int]:
     return [_peak(*layout_config(overrides), stage, fused) for overrides, stage in layouts]
 
 
-def _peak(config: Config, geometry: Geometry, stage: int, fused: bool) -> int:
+def _peak(config: Config, model_config: ModelConfig, stage: int, fused: bool) -> int:
     """Most bytes that one rank of a stage holds beside its weights: forward passes until the first backward, and that.
 
     The other ranks are a fake process group: what they would send is not there, but the room for it is.
     """
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_fipo.launch.meta_ranks import fake_rank
     from megatron_fipo.policy.model import build_model
+    from megatron_fipo.sizing.meta_ranks import fake_rank
 
     parallel = config.parallel
     world_size = parallel.tensor * parallel.pipeline * parallel.context
     with fake_rank(parallel, stage * world_size // parallel.pipeline, world_size):
-        (model,) = build_model(config, geometry)
+        (model,) = build_model(config, model_config)
         model.config.bias_activation_fusion = fused
         for parameter in model.parameters():
             # As the data-parallel wrapper does, whose fp32 gradients are counted elsewhere.
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         wrapped = Float16Module(model.config, model)
         with _LiveBytes(model.parameters()) as live:
-            outputs = [_forward(wrapped, config, geometry) for _ in range(parallel.pipeline - stage)]
+            outputs = [_forward(wrapped, config, model_config) for _ in range(parallel.pipeline - stage)]
             torch.autograd.backward(outputs[0], torch.zeros_like(outputs[0]))
         return live.peak
 
 
-def _forward(model: torch.nn.Module, config: Config, geometry: Geometry) -> torch.Tensor:
+def _forward(model: torch.nn.Module, config: Config, model_config: ModelConfig) -> torch.Tensor:
     from megatron.core import parallel_state
 
     from megatron_fipo.policy.logprobs import log_probs_and_entropy
@@ -118,11 +118,13 @@ def _forward(model: torch.nn.Module, config: Config, geometry: Geometry) -> torc
     tokens, positions = torch.zeros(1, count, dtype=torch.int64), torch.arange(count)[None]
     if not parallel_state.is_pipeline_first_stage():
         received = count // parallel.tensor if parallel.sequence else count
-        model.set_input_tensor(torch.zeros(received, 1, geometry.hidden_size, dtype=torch.bfloat16, requires_grad=True))
+        model.set_input_tensor(
+            torch.zeros(received, 1, model_config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        )
     output = model(tokens, positions, None, fp32_output=False)
     if parallel_state.is_pipeline_last_stage():
         group = parallel_state.get_tensor_model_parallel_group()
-        return log_probs_and_entropy(output, tokens, geometry.vocab_size, 1.0, group)[0]
+        return log_probs_and_entropy(output, tokens, model_config.vocab_size, 1.0, group)[0]
     return output
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.policy import SHAPES, configuration
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.launch.memory import GIB, stage_memory
-from megatron_fipo.launch.timing import forward_s
+from megatron_fipo.sizing.memory import GIB, stage_memory
+from megatron_fipo.sizing.timing import forward_s
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_h200.jsonl"
 ROWS = [
@@ -32,8 +32,8 @@ def test_an_update_takes_what_it_took(row: dict[str, Any]) -> None:
     config = configuration(shape, row["model.fp8"], packing=True, layers=row["model.layers"])
     hardware = load_config(["hardware=h200"]).hardware
     config = dataclasses.replace(config, hardware=hardware)
-    geometry = dataclasses.replace(shape.geometry, num_layers=row["layers"])
-    predicted = 3 * forward_s(config, geometry, row["tokens"], 1, row["length"])
+    model_config = dataclasses.replace(shape.model_config, num_layers=row["layers"])
+    predicted = 3 * forward_s(config, model_config, row["tokens"], 1, row["length"])
     assert predicted == pytest.approx(row["seconds"], rel=0.15)
 
 
@@ -47,7 +47,7 @@ def test_an_update_held_what_it_held(row: dict[str, Any]) -> None:
     """The peak of what torch gave out. Local layers are counted as on a CPU; on a GPU they keep less."""
     shape = SHAPES[row["shape"]]
     config = configuration(shape, row["model.fp8"], packing=True, layers=row["model.layers"])
-    (stage,) = stage_memory(config, dataclasses.replace(shape.geometry, num_layers=row["layers"]), 1)
+    (stage,) = stage_memory(config, dataclasses.replace(shape.model_config, num_layers=row["layers"]), 1)
     if row["model.layers"] == "local":
         assert row["peak_gib"] <= stage.total / GIB
     else:
