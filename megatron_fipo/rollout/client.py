@@ -6,6 +6,7 @@ fixes its tokens, whichever server answers; so what a lost server leaves undone,
 """
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -64,6 +65,8 @@ class RolloutClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
+        # A run that is resumed may give other weights the same version, to a server that stayed.
+        self._salt = secrets.token_hex(8)
         self._outstanding: dict[str, int] = {}
         self._bad_answers: dict[str, int] = {}
         self._watches: dict[str, asyncio.Task[str]] = {}
@@ -221,7 +224,7 @@ class RolloutClient:
             len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._service.weight_version
         )
         arrived: set[int] = set()
-        request = work.request(missing)
+        request = work.request(missing, f"{self._salt}-{self._service.weight_version}")
         try:
             async with asyncio.timeout(config.request_timeout_s), aclosing(self._frames(server, request)) as frames:
                 async for frame in frames:
