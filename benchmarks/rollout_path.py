@@ -26,8 +26,9 @@ from benchmarks.fake_engines import STOP_TOKEN, VOCABULARY, length_of
 from benchmarks.measure import machine
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling, Work
 from megatron_fipo.samples import Group, Problem
 
@@ -36,7 +37,7 @@ CAP = 20_000
 
 
 @contextmanager
-def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[RolloutClient]:
+def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[EngineGenerator]:
     """A client of made-up engines with so many places each."""
     command = [sys.executable, "-m", "benchmarks.fake_engines", str(engines), str(places), str(seconds_per_token)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -44,7 +45,9 @@ def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iter
         addresses = [f"http://127.0.0.1:{port}" for port in process.stdout.readline().split()]
         os.environ[TOKEN_VARIABLE] = "none"
         config = RolloutConfig(addresses=addresses, max_num_seqs=places, max_prompt_length=8, max_response_length=CAP)
-        with RolloutClient(RolloutService(config, Path(), Path(), seed=0), vocab_size=VOCABULARY) as client:
+        pool = EnginePool(config, Path(), Path(), seed=0)
+        pool.wait_ready()
+        with EngineGenerator(pool, vocab_size=VOCABULARY) as client:
             yield client
         process.stdin.close()
         process.wait(timeout=30)
@@ -55,15 +58,21 @@ def problems(count: int, mean: int, cap: int) -> list[Problem]:
     return [Problem(f"problem-{index}", "", [mean, cap], "", "made up") for index in range(count)]
 
 
-def by_arrays(client: RolloutClient, count: int, length: int) -> list[Group]:
+def by_arrays(client: EngineGenerator, count: int, length: int) -> list[Group]:
     """Groups by the client of the product."""
     sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
-    return client.generate(problems(count, length, length), SAMPLES, sampling, range(count))
+    asked = problems(count, length, length)
+    return sampled(client, asked, sampling)
 
 
-def by_json(client: RolloutClient, count: int, length: int) -> list[object]:
+def sampled(client: EngineGenerator, asked: list[Problem], sampling: Sampling) -> list[Group]:
+    """Groups of SAMPLES."""
+    return Ongoing(client.generate(asked, SAMPLES, sampling, range(len(asked)))).to_the_end(client.control.admit)
+
+
+def by_json(client: EngineGenerator, count: int, length: int) -> list[object]:
     """The same groups by vLLM's own route, as Python lists, checked as little as can be."""
-    url = client.control._service.servers[0].url + "/inference/v1/generate"
+    url = client._pool.servers[0].url + "/inference/v1/generate"
     kept: list[object] = []
     with httpx.Client(trust_env=False, timeout=600) as http:
         for _ in range(count):
@@ -120,7 +129,7 @@ def makespan(engines: int, places: int, groups: int, mean: int, seconds_per_toke
         heapq.heappush(free, heapq.heappop(free) + length_of(seed, mean, CAP) * seconds_per_token)
     with client_of(engines, places, seconds_per_token) as client:
         started = time.monotonic()
-        client.generate(asked, SAMPLES, sampling, range(groups))
+        sampled(client, asked, sampling)
         return time.monotonic() - started, max(free)
 
 

@@ -50,7 +50,7 @@ def train(run: Any) -> None:
     while run.step < run.config.run.steps:
         run.begin_step()
         started = time.monotonic()
-        sequences, sampled = run.sample()
+        sequences, sampled = run.next_batch()
         if sequences is None:
             run.undo_step()
             run.stop()

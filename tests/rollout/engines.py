@@ -10,8 +10,13 @@ import torch
 import transformers
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.states import State
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Problem, Response
+from megatron_fipo.samples import Group, Problem, Response
 
 VOCABULARY = 96
 CACHED_PROMPT = 160
@@ -77,6 +82,30 @@ def sampling(**changes: Any) -> Sampling:
         "stop_token_ids": [STOP_TOKEN],
     }
     return Sampling(**settings | changes)
+
+
+def serving_pool(addresses: list[str], directory: Path, **settings: Any) -> EnginePool:
+    """A pool of servers elsewhere that count as serving, unasked; `settings` are EnginePool's and RolloutConfig's."""
+    warn = settings.pop("warn", lambda _: None)
+    pool = EnginePool(rollout_config(addresses=addresses, **settings), directory, directory, seed=0, warn=warn)
+    for server in pool.servers:
+        server.enter(State.SERVING)
+    return pool
+
+
+def generate(
+    client: EngineGenerator, *asked: Any, supply: Callable[[], None] | None = None, **more: Any
+) -> list[Group]:
+    """What `client.generate` samples in the end. `supply` brings servers back when none is left; without it that ends.
+
+    Raises:
+        RolloutError: as `client.generate`, or no server is left.
+    """
+
+    def give_up() -> None:
+        raise RolloutError(f"no vLLM server is left: {client._pool.losses_in_words()}")
+
+    return Ongoing(client.generate(*asked, **more)).to_the_end(supply or give_up)
 
 
 def forward_log_probs(model: transformers.PreTrainedModel, prompt: list[int], response: Response) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch.distributed import TCPStore
 from transformers import DynamicCache, Qwen2ForCausalLM
 
+from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
     LOG_PROBS,
@@ -30,9 +31,8 @@ from megatron_fipo.engines.generate_messages import (
     VersionSpan,
     read_about,
 )
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.wire import FrameReader
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.planes import make_plane
 from megatron_fipo.weights.transfer import WeightTransfer
 from tests.rollout.engines import CACHED_PROMPT, problems, rollout_config, save_tiny_model
@@ -56,7 +56,7 @@ class Answer:
 class Engine:
     """A real server, and both models that it may hold; version 0 is the first."""
 
-    service: RolloutService
+    pool: EnginePool
     transfer: WeightTransfer
     models: list[Qwen2ForCausalLM]
 
@@ -66,9 +66,9 @@ class Engine:
         reader, answers = FrameReader(), []
         with httpx.stream(
             "POST",
-            self.service.servers[0].url + GENERATE_PATH,
+            self.pool.servers[0].url + GENERATE_PATH,
             content=msgspec.json.encode(request),
-            headers=self.service.headers,
+            headers=self.pool.headers,
             timeout=120,
             trust_env=False,
         ) as response:
@@ -110,22 +110,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     sizes = {"max_position_embeddings": 1024, "eos_token_id": None}
     models = [save_tiny_model(directory / f"{seed}", seed, **sizes) for seed in range(2)]
     config = rollout_config(weight_transfer="shared_memory", max_response_length=TOKENS)
-    with RolloutService(config, directory / "0", directory / "run", seed=0) as service:
-        service.start()
-        service.wait_ready()
-        with RolloutClient(service) as client:
-            transfer = WeightTransfer(
-                make_plane(config, 0, directory / "run"),
-                client.control,
-                TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-                stage=0,
-                num_stages=1,
-                bucket_bytes=1 << 20,
-                timeout_s=60.0,
-                begin_timeout_s=60.0,
-            )
-            yield Engine(service, transfer, models)
-            transfer.close()
+    with EnginePool(config, directory / "0", directory / "run", seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        transfer = WeightTransfer(
+            make_plane(config, 0, directory / "run"),
+            EngineControl(pool),
+            TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
+            stage=0,
+            num_stages=1,
+            bucket_bytes=1 << 20,
+            timeout_s=60.0,
+            begin_timeout_s=60.0,
+        )
+        yield Engine(pool, transfer, models)
+        transfer.close()
 
 
 def expected(
@@ -155,7 +154,7 @@ def test_an_update_comes_in_the_middle_of_responses(
 ) -> None:
     keep = kv_on_update == "keep"
     first = 10 if keep else 0
-    monkeypatch.setattr(engine.service.config, "kv_on_update", kv_on_update)
+    monkeypatch.setattr(engine.pool.config, "kv_on_update", kv_on_update)
     engine.push(first)
     before, after = engine.models
     for answer in engine.answers_across(first + 1):
@@ -177,7 +176,7 @@ def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: with the salt of the version before the log-probs are those of no model."""
-    monkeypatch.setattr(engine.service.config, "kv_on_update", "keep")
+    monkeypatch.setattr(engine.pool.config, "kv_on_update", "keep")
     engine.push(20)
     engine.ask("weights-20", 8)
     engine.push(21)
@@ -191,6 +190,6 @@ def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(
     assert error("weights-21") < 1e-4
     assert error("weights-20") > 0.1
     # For who asks by vLLM's own routes, without a salt: recompute leaves no prefix behind.
-    monkeypatch.setattr(engine.service.config, "kv_on_update", "recompute")
+    monkeypatch.setattr(engine.pool.config, "kv_on_update", "recompute")
     engine.push(21)
     assert error("weights-20") < 1e-4
