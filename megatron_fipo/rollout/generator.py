@@ -172,8 +172,8 @@ class EngineGenerator:
     def _with_room(self, pending: Pending) -> Server | None:
         """The server with the fewest outstanding samples, if it has places for the next work.
 
-        Beside the samples that it runs, as many of _WAITING_GROUPS wait at a server: an engine that is full is asked for no
-        more before a whole group of them has ended, and still has work while the next group travels.
+        Beside the samples that it runs, those of _WAITING_GROUPS groups wait at a server: an engine that is full is
+        asked for no more before a whole group has ended, and still has work while the next one travels.
         """
         if not pending.waiting or not (serving := self._pool.serving):
             return None

@@ -1,5 +1,5 @@
-"""Why: a call to a server in the wrong state samples from half-loaded weights, or waits for one that is gone; a loss that
-is told twice restarts a healthy server, and one that never counts restarts for ever.
+"""Why: a call to a server in the wrong state samples from half-loaded weights, or waits for one that is gone; a loss
+that is told twice restarts a healthy server, and one that does not count lets it restart for ever.
 
 Random orders of everything that happens to servers, against a model of what each holds. The processes are made up:
 real ones are killed and hung in tests/rollout/test_servers.py and tests/end_to_end.
