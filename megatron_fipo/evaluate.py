@@ -135,7 +135,7 @@ class Evaluation:
         )
         # By the place among all problems, as a run's validation has it.
         seeds = [rollouts.seed_of("validation", index) for index in missing]
-        rollouts.start(pool, self._directory)
+        rollouts.start(pool, self._directory, rollouts.validation_samples())
         with rollouts:
             if config.rollout.addresses:
                 check_served(pool, model_dir)

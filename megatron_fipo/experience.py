@@ -54,7 +54,8 @@ class Experience(JudgedRollouts):
         self.drawn = 0
         context = config.model.max_position_embeddings
         pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
-        self.start(pool, run_dir)
+        samples = config.algorithm.samples_per_prompt
+        self.start(pool, run_dir, min(samples, self.validation_samples()) if validates else samples)
 
     def __enter__(self) -> "Experience":
         return self

@@ -13,13 +13,14 @@ from pathlib import Path
 from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
+from megatron_fipo.engines.descriptors import provide
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import VerifierPool
 from megatron_fipo.rollout.events import Steps
-from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.samples import Group, Problem
 
@@ -38,13 +39,20 @@ class JudgedRollouts:
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
         self.client: EngineGenerator | None = None
 
-    def start(self, pool: EnginePool, directory: Path) -> None:
+    def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
         """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
+
+        No problem will have fewer samples than `fewest_samples`.
 
         Raises:
             ConfigError, RewardError: as VerifierPool.wait_started.
+            RolloutError: so many connections to servers may not be opened.
         """
         self.pool = pool
+        rollout = self.config.rollout
+        servers = len(rollout.addresses) or rollout.servers
+        what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
+        provide(connections(rollout, fewest_samples), what)
         limit = self.config.rollout.max_response_length
         self.verifiers = VerifierPool(self.config.reward, limit, FailureLog(directory))
         self.verifiers.wait_started()
@@ -101,6 +109,10 @@ class JudgedRollouts:
         if traceback := failures.traceback_to_show():
             note(f"the first check that raised an exception:\n{traceback}")
         return judge_failed_checks(groups, self.config.reward, where, failures.summary())
+
+    def validation_samples(self) -> int:
+        """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
+        return self.config.validation.samples if self.config.validation.temperature else 1
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""

@@ -8,8 +8,8 @@
 
 Whoever finds a server failing says so by `lose`, from any thread. `repair`, in the thread that started the servers,
 warns once of each that was lost, and starts ours again. `admit`, before every weight update, takes back what answers
-again. A server that has started again serves its model directory's weights, which are the right ones only while no
-update has been published: later it waits for one.
+again. A server that has started again has its model directory's weights, which are the right ones only until an update
+begins: later it waits for one.
 """
 
 import asyncio
@@ -64,8 +64,8 @@ class EnginePool:
         """The version that the last weight update published; None before one."""
         self._warn, self._beside_trainer = warn, beside_trainer
         self._restarts = 0
-        self._updated: list[tuple[Server, int]] = []
-        """What the update that was begun last is for, each with the life that it was in."""
+        self._updated: list[tuple[Server, int]] | None = None
+        """What the update that was begun last is for, each with the life that it was in; None before one."""
         self._starter: Starter | None = None
         if config.addresses:
             token = os.environ.get(TOKEN_VARIABLE, "")
@@ -96,6 +96,11 @@ class EnginePool:
     def returning(self) -> list[Server]:
         """The servers that may come back into service."""
         return [server for server in self.servers if server.state in RETURNING]
+
+    @property
+    def serves_own_weights(self) -> bool:
+        """Whether servers sample from the weights of their model directory: until an update begins."""
+        return self.weight_version is None and self._updated is None
 
     def losses_in_words(self) -> str:
         """Each server that is out of service, with the reason."""
@@ -176,7 +181,7 @@ class EnginePool:
 
     def is_back(self, server: Server) -> None:
         """A server that was out of service answers again, and is what the configuration says."""
-        server.enter(State.SERVING if self.weight_version is None else State.AWAITING_WEIGHTS)
+        server.enter(State.SERVING if self.serves_own_weights else State.AWAITING_WEIGHTS)
         self.roster += 1
         self._warn(f"the vLLM server at {server.url} is back in service")
 
@@ -198,7 +203,7 @@ class EnginePool:
 
     def end_update(self) -> None:
         """The servers that were in service when it began, and still are, sample from here on."""
-        for server, life in self._updated:
+        for server, life in self._updated or ():
             if server.state is State.AWAITING_WEIGHTS and server.life == life:
                 server.enter(State.SERVING)
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import httpx
 
+from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.engines.pool import EnginePool
@@ -32,7 +33,16 @@ from megatron_fipo.samples import Group, Problem
 from megatron_fipo.weights.deadline import Deadline
 
 RETRY_PAUSE_S = 0.5
+_WAITING_GROUPS = 2
+_CALLS_BESIDE = 3
+"""Connections to a server beside its requests: a sign of life, a probe, a control call."""
 CONNECT_TIMEOUT_S = 30.0
+
+
+def connections(config: RolloutConfig, fewest_samples: int) -> int:
+    """How many connections an EngineGenerator has open at most, where no request is for fewer samples than these."""
+    requests = config.max_num_seqs // fewest_samples + _WAITING_GROUPS
+    return (len(config.addresses) or config.servers) * (requests + _CALLS_BESIDE)
 
 
 class EngineGenerator:
@@ -165,15 +175,15 @@ class EngineGenerator:
     def _with_room(self, pending: Pending) -> Server | None:
         """The server with the fewest outstanding samples, if it has places for the next work.
 
-        Beside the samples that it runs, as many of two groups wait at a server: an engine that is full is asked for no
-        more before a whole group of them has ended, and still has work while the next group travels.
+        Beside the samples that it runs, those of _WAITING_GROUPS groups wait at a server: an engine that is full is
+        asked for no more before a whole group has ended, and still has work while the next one travels.
         """
         if not pending.waiting or not (serving := self._pool.serving):
             return None
         work = pending.waiting[0]
         servers = [server for server in serving if server.url not in work.failed] or serving
         server = min(servers, key=lambda server: self._outstanding[server.url])
-        places = self._pool.config.max_num_seqs + 2 * work.samples
+        places = self._pool.config.max_num_seqs + _WAITING_GROUPS * work.samples
         return server if self._outstanding[server.url] + len(work.missing()) <= places else None
 
     async def _ask_in_a_task(

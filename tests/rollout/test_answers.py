@@ -7,6 +7,7 @@ against the real engine in test_generator.py.
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ import msgspec
 import numpy
 import pytest
 
+from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
 from megatron_fipo.engines.states import State
@@ -123,18 +125,32 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 
 @contextmanager
-def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[EngineGenerator, list[str]]]:
-    """A client of web servers that answer like this each time, and what the pool has warned of."""
+def client_of(
+    directory: Path, *answers: Answer, silent_for: dict[int, int] | None = None
+) -> Iterator[tuple[EngineGenerator, list[str]]]:
+    """A client of web servers that answer like this each time, and what the pool has warned of.
 
-    def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
+    `silent_for`: how many signs of life a server does not give, by its index.
+    """
+    silent = dict(silent_for or {})
+
+    def handler(index: int, answer: Answer) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                content = (
-                    b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
-                    if (self.path == GENERATE_PATH)
-                    else b"{}"
-                )
+                content = b'{"world_size": 1, "weight_version": "0"}'
+                if self.path == GENERATE_PATH:
+                    content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
+                elif silent.get(index, 0):
+                    silent[index] -= 1
+                    self.send_error(500)
+                    return
+                self._send(content)
+
+            def do_GET(self) -> None:
+                self._send(b'{"world_size": 1, "weight_version": "0"}')
+
+            def _send(self, content: bytes) -> None:
                 self.send_response(200)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
@@ -144,7 +160,7 @@ def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[EngineGenerat
 
         return Handler
 
-    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(answer)) for answer in answers]
+    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(*pair)) for pair in enumerate(answers)]
     warnings: list[str] = []
     try:
         for web in webs:
@@ -261,3 +277,38 @@ def test_work_is_dealt_evenly(tmp_path: Path) -> None:
     with client_of(tmp_path, server(0), server(1)) as (client, _):
         generate(client, problems(8), 4, sampling(), range(8))
     assert min(map(len, asked)) >= 2, asked
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_a_server_that_comes_back_while_others_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_updated: bool
+) -> None:
+    """An evaluation takes it back at once. One that needs a run's weights waits for them: that is the control."""
+    monkeypatch.setattr(watch, "WATCH_EVERY_S", 0.05)
+    said: list[list[str]] = []
+    asked_after_its_return: list[bool] = []
+
+    def away_at_first(request: GenerateRequest) -> list[bytes]:
+        asked_after_its_return.append(any("is back in service" in warning for warning in said[0]))
+        if len(asked_after_its_return) == 1:
+            return [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+        return own(request)
+
+    def slow(request: GenerateRequest) -> list[bytes]:
+        time.sleep(0.2)
+        return own(request)
+
+    def own(request: GenerateRequest) -> list[bytes]:
+        return good(request) if is_updated else [part.replace(b'"3"', b'"0"') for part in good(request)]
+
+    with client_of(tmp_path, away_at_first, slow, silent_for={0: 1}) as (client, warnings):
+        said.append(warnings)
+        pool = client._pool
+        pool.config.max_num_seqs = 2
+        if not is_updated:
+            pool.weight_version = None
+        assert len(generate(client, problems(24), 2, sampling(), range(24))) == 24
+        assert "taken back when it answers" in warnings[0]
+        assert pool.servers[0].state is (State.AWAY if is_updated else State.SERVING)
+        assert any(asked_after_its_return) != is_updated
+        assert len(warnings) == (1 if is_updated else 2)
