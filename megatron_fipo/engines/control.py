@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import NoDescriptors, raise_if_exhausted
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.probes import engine_message
@@ -71,12 +72,12 @@ class EngineControl:
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
     async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
-        """Tells each server, in the pool's order, how to join a weight plane."""
+        """Tells each server, in the pool's order, how to join a weight plane, whatever an earlier trainer left there."""
+        await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
         await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
 
     async def start_weight_update(self, deadline: Deadline) -> None:
-        """Prepares the engines for buckets, whatever an earlier trainer left them in."""
-        await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
+        """Prepares the engines for buckets."""
         await self._call_all("/start_weight_update", deadline)
 
     async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None:
@@ -105,8 +106,8 @@ class EngineControl:
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
         limits = httpx.Limits(max_connections=None)
-        headers = self._pool.headers
-        async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False) as client:
+        about: dict[str, Any] = {"headers": self._pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
+        async with httpx.AsyncClient(limits=limits, **about) as client:
             calls = {
                 asyncio.ensure_future(self._call(client, server, method, path, content)): server
                 for server, content in zip(servers, bodies, strict=True)

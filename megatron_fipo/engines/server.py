@@ -9,6 +9,7 @@ import os
 import sys
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.engine_process import keep_a_lone_worker_inside
 from megatron_fipo.engines.lifeline import bind_descendants
 from megatron_fipo.leftovers import NAMES_VARIABLE, name_shared_memory
 from megatron_fipo.processes import die_with_parent
@@ -50,6 +51,7 @@ def main() -> None:
     # The routes of weight updates are behind this switch.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
     sys.argv[1:] = [*sys.argv[1:], *ALWAYS]
+    keep_a_lone_worker_inside()
 
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

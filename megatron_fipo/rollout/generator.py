@@ -18,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.engines.pool import EnginePool
@@ -65,6 +66,7 @@ class EngineGenerator:
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
+            verify=tls(),
         )
         self._outstanding: dict[str, int] = {}
         self._scarcity: Deadline | None = None
