@@ -33,7 +33,7 @@ from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.update import Policy, gather_parameters
-from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, WeightsWanted
+from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
 from megatron_fipo.run_directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.samples import Group
 from megatron_fipo.tracking.console import Console
@@ -85,8 +85,8 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
-        ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.sampling_events = SamplingEvents(trainer_store(), *ranks)
+        world_size = torch.distributed.get_world_size()
+        self.sampling_events = SamplingEvents(trainer_store(), torch.distributed.get_rank(), world_size)
         self.saving: Saving | None = None
         """The checkpoint that is being written."""
         # On the way out of a run that failed or is stopped by a signal the last complete checkpoint stays.
@@ -208,10 +208,10 @@ class Trainer:
         with self.console.phase("validate") as phase:
             started = time.monotonic()
             sampling = Ongoing(self.experience.validate(phase)) if self.experience else None
-            is_sampled = self._is_sampled(sampling)
+            broken_off = not self._is_sampled(sampling)
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
-        if not is_sampled:
+        if broken_off:
             self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
         if sampling is None or self.metrics is None or self.report is None:
@@ -347,10 +347,9 @@ class Trainer:
 
     def _next_event(self, sampling: Ongoing[Any] | None) -> Event:
         """What sampling says next, on rank 0."""
-        assert sampling is not None, "rank 0 has one"
         try:
             with self.ctrl_c.breaks():
-                return sampling.wait()
+                return sampling.wait() if sampling else Ready()
         except Interrupted:
             return BrokenOff()
 
