@@ -25,11 +25,12 @@ import psutil
 from benchmarks.fake_engines import STOP_TOKEN, VOCABULARY, length_of
 from benchmarks.measure import machine
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.rollout.work import Sampling, Work
-from megatron_fipo.samples import Group, Problem
 
 SAMPLES = 16
 CAP = 20_000
@@ -52,7 +53,7 @@ def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iter
 
 def problems(count: int, mean: int, cap: int) -> list[Problem]:
     """Prompts that ask the made-up engines for these lengths."""
-    return [Problem(f"problem-{index}", "", [mean, cap], "", "made up") for index in range(count)]
+    return [Problem(f"problem-{index}", "", prompt_ids([mean, cap]), "", "made up") for index in range(count)]
 
 
 def by_arrays(client: RolloutClient, count: int, length: int) -> list[Group]:

@@ -14,13 +14,14 @@ from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
-from megatron_fipo.rewards.pool import VerifierPool
+from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Group, Problem
 
 Progress = Callable[[int, int, str], None]
 """Told how many of how many are done, and of what."""
@@ -41,11 +42,11 @@ class JudgedRollouts:
         """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
 
         Raises:
-            ConfigError, RewardError: as VerifierPool.wait_started.
+            ConfigError, RewardError: as RewardPool.wait_started.
         """
         self.service = service
         limit = self.config.rollout.max_response_length
-        self.verifiers = VerifierPool(self.config.reward, limit, FailureLog(directory))
+        self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
         self.verifiers.wait_started()
         service.start()
 
@@ -72,23 +73,24 @@ class JudgedRollouts:
         seeds: list[int],
         progress: Progress,
         on_judged: Callable[[Group], None] | None = None,
-    ) -> tuple[list[Group], list[Future[Group]]]:
-        """Groups in the order of their problems, and their judgements under way.
+    ) -> list[Future[Group]]:
+        """Groups that are being judged, in the order of their problems; all of them are sampled.
 
         A future gives its group when it is judged and `on_judged`, called in a verifier's thread, has returned.
         """
         assert self.client is not None, "connect() comes first"
-        judged: list[Future[Group]] = []
+        judged: dict[int, Future[Group]] = {}
 
         def judge(group: Group) -> None:
-            group.text = [self.tokenizer.decode(response.token_ids.tolist()) for response in group.responses]
-            future = self.verifiers.submit(group)
-            judged.append(future if on_judged is None else _after(future, on_judged))
+            texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
+            future = self.verifiers.submit(group.with_texts(texts))
+            # By the object, which `generate` returns too: two groups may be of one problem.
+            judged[id(group)] = future if on_judged is None else _after(future, on_judged)
             progress(len(judged), len(problems), "groups")
 
         # Nobody may have asked for a long time.
         self.service.lose_unfit()
-        return self.client.generate(problems, samples, sampling, seeds, on_group=judge), judged
+        return [judged[id(group)] for group in self.client.generate(problems, samples, sampling, seeds, judge)]
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
         """Show the first traceback, by `note`; then a warning, or RewardError, where too many checks failed.

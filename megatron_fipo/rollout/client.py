@@ -16,8 +16,10 @@ import httpx
 import msgspec
 
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group, Sample
 from megatron_fipo.records.wire import Frame, FrameReader, WireError
-from megatron_fipo.rollout.answers import Asked, BadAnswer, read_response
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
 from megatron_fipo.rollout.control import ControlPlane, engine_message
 from megatron_fipo.rollout.generate_messages import (
     GENERATE_PATH,
@@ -28,7 +30,6 @@ from megatron_fipo.rollout.generate_messages import (
 )
 from megatron_fipo.rollout.service import WORKERS_HEALTH, RolloutService, Server
 from megatron_fipo.rollout.work import Pending, Sampling, Work
-from megatron_fipo.samples import Group, Problem, Response
 
 RETRY_PAUSE_S = 0.5
 CONNECT_TIMEOUT_S = 30.0
@@ -187,8 +188,8 @@ class RolloutClient:
         try:
             try:
                 async with aclosing(self._answered(server, work, missing, pending)) as answers:
-                    async for index, response in answers:
-                        work.add(index, response)
+                    async for index, sample in answers:
+                        work.add(index, sample)
                         arrived.append(index)
                         self._outstanding[server.url] -= 1
                         changed.set()
@@ -208,7 +209,7 @@ class RolloutClient:
 
     async def _answered(
         self, server: Server, work: Work, missing: list[int], pending: Pending
-    ) -> AsyncGenerator[tuple[int, Response], None]:
+    ) -> AsyncGenerator[tuple[int, Sample], None]:
         """The samples `missing` of `work`, as they come, each with its index in the group.
 
         Raises:
@@ -237,9 +238,9 @@ class RolloutClient:
                                 f"{len(missing)} were asked for"
                             )
                         return
-                    response = read_response(frame, about, asked, arrived)
+                    sample = read_sample(frame, about, asked, arrived)
                     arrived.add(about.index)
-                    yield missing[about.index], response
+                    yield missing[about.index], sample
         except TimeoutError:
             raise RolloutError(pending.late(work, config.request_timeout_s)) from None
         raise BadAnswer(f"it ended after {len(arrived)} of {len(missing)} responses")

@@ -17,13 +17,13 @@ import psutil
 import pytest
 
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import client as client_module
 from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.server_log import ServerLog
 from megatron_fipo.rollout.server_process import shared_files
 from megatron_fipo.rollout.service import RolloutService, Server
-from megatron_fipo.samples import Group
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
@@ -142,7 +142,7 @@ def test_adopting_a_server_needs_its_token_and_its_layout(rollout: Rollout, monk
         adopted.start()
         adopted.wait_ready()
         with RolloutClient(adopted) as client:
-            assert len(client.generate(problems(1), 2, sampling(), [0])[0].responses) == 2
+            assert len(client.generate(problems(1), 2, sampling(), [0])[0].samples) == 2
     # Closing it leaves somebody else's server alone.
     rollout.service.check()
     assert len(rollout.client.generate(problems(1), 2, sampling(), [0])) == 1
