@@ -27,10 +27,11 @@ from benchmarks.measure import machine
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling, Work
-from megatron_fipo.samples import Group, Problem
 
 SAMPLES = 16
 CAP = 20_000
@@ -55,7 +56,7 @@ def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iter
 
 def problems(count: int, mean: int, cap: int) -> list[Problem]:
     """Prompts that ask the made-up engines for these lengths."""
-    return [Problem(f"problem-{index}", "", [mean, cap], "", "made up") for index in range(count)]
+    return [Problem(f"problem-{index}", "", prompt_ids([mean, cap]), "", "made up") for index in range(count)]
 
 
 def by_arrays(client: EngineGenerator, count: int, length: int) -> list[Group]:

@@ -36,8 +36,9 @@ from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing
-from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
@@ -150,19 +151,17 @@ class Evaluation:
                 self._terminal.progress,
                 on_judged=samples.append,
             )
-            groups, judged = Ongoing(sampling).to_the_end(pool.admit)
-            for future in judged:
-                future.result()
+            groups = [future.result() for future in Ongoing(sampling).to_the_end(pool.admit)]
         self._say_speed(groups, time.monotonic() - started)
         shutil.rmtree(self._directory / "model", ignore_errors=True)
         if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):
             self._terminal.warn(warning)
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:
-        responses = [response for group in groups for response in group.responses]
-        tokens = sum(len(response.token_ids) for response in responses)
+        samples = [sample for group in groups for sample in group.samples]
+        tokens = sum(len(sample) for sample in samples)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
-        self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
+        self._terminal.note(f"{len(samples)} responses of {tokens} tokens in all: {speed}")
 
 
 def _missing(problems: list[Problem], samples: SampleFile, *, is_finished: bool) -> list[int]:

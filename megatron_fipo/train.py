@@ -50,11 +50,11 @@ def train(run: Any) -> None:
     while run.step < run.config.run.steps:
         run.begin_step()
         started = time.monotonic()
-        sequences, sampled = run.next_batch()
-        if sequences is None:
+        batch, sampled = run.next_batch()
+        if batch is None:
             run.undo_step()
             run.stop()
-        updated = run.update(sequences)
+        updated = run.update(batch)
         run.push_weights()
         run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)
