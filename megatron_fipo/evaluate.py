@@ -33,6 +33,7 @@ from megatron_fipo.evaluation.settings import directory_of, keep_settings, setti
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
+from megatron_fipo.launch.first_look import look_first
 from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.rollout.service import RolloutService
@@ -73,6 +74,7 @@ def main(config: Config, said: Sequence[str]) -> None:
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
+    look_first(config, ("validation",))
     rollouts = JudgedRollouts(config, weights.directory)
     columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
