@@ -22,7 +22,7 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.progress import EvaluationProgress
@@ -190,7 +190,8 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"evaluation.directory={directory} cannot be made: {error}") from error
+        remedy = "a directory that can be written"
+        raise ConfigError("evaluation.directory", f"{directory} cannot be made: {error}", remedy) from error
     stack.enter_context(RunLock(directory, lambda text: print(text, flush=True)))
     say_removed(directory, remove_partial_files(directory) + remove_outside(directory))
     stack.callback(remove_outside, directory)

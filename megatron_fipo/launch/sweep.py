@@ -26,7 +26,7 @@ from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.config.resolved import read_tree
 from megatron_fipo.config.resume import changes, refused
-from megatron_fipo.errors import ConfigError, DataError, FipoError
+from megatron_fipo.errors import ConfigError, DataError, FipoError, RunFailed
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import STOPPED, already_launched
 from megatron_fipo.library import run_in_process
@@ -145,7 +145,7 @@ def judge(members: Sequence[Member]) -> None:
         except ConfigError as error:
             raise ConfigError(f"{member.name}: {error.key}", error.problem, error.remedy) from None
         except FipoError as error:
-            raise FipoError(f"{member.name}: {error}") from None
+            raise RunFailed(f"{member.name}: {error}", error.exit_code) from None
         for warning in warnings:
             if warning not in said:
                 print(f"warning: {warning}", file=sys.stderr)

@@ -226,7 +226,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     content = json.loads(saved)
     assert content["experience"]["kept"], "the control: groups are carried over"
     state.write_text(json.dumps(content | {"seconds": "x"}))
-    output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=1)
+    output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=2)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
     assert runs.report(broken)["state"] == {"kind": "failed", "words": output.partition("error: ")[2].splitlines()[0]}
     assert "removed what a killed run in" in output and f" in {broken / 'checkpoints'}" in output
@@ -314,7 +314,7 @@ def test_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     """In one line, before any rank is started."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = sorted(tmp_path.iterdir())
-    output = runs.finish(runs.start(tmp_path, *SMALL, "run.resume=never"), tmp_path, exit_code=1)
-    assert output.startswith(f"error: {tmp_path} already holds a run") and output.count("\n") == 1
+    output = runs.finish(runs.start(tmp_path, *SMALL, "run.resume=never"), tmp_path, exit_code=2)
+    assert output.startswith(f"error: run.resume: never, but {tmp_path} holds a run") and output.count("\n") == 1
     assert runs.rows(tmp_path) == [{"step": 1}]
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "output.txt"])

@@ -47,9 +47,9 @@ def config_of(*overrides: str) -> Config:
 @pytest.mark.parametrize(
     ("override", "exit_code", "said"),
     [
-        ("data.train=[good.jsonl,columns.jsonl]", 1, "columns.jsonl, row 1, column prompt: no column prompt; it has"),
-        ("data.train=[gap.jsonl]", 1, "gap.jsonl, row 1, column reward_model.ground_truth: the answer is missing"),
-        ("data.train=[empty.jsonl]", 1, "empty.jsonl: has no rows"),
+        ("data.train=[good.jsonl,columns.jsonl]", 2, "columns.jsonl, row 1, column prompt: no column prompt; it has"),
+        ("data.train=[gap.jsonl]", 2, "gap.jsonl, row 1, column reward_model.ground_truth: the answer is missing"),
+        ("data.train=[empty.jsonl]", 2, "empty.jsonl: has no rows"),
         ("reward.rule=imports.py:score", 2, "reward.rule: imports.py:score: cannot be imported: ModuleNotFoundError"),
         ("reward.rule=no_such.module:score", 2, "reward.rule: no_such.module:score: cannot be imported"),
         (
@@ -102,7 +102,7 @@ def test_a_hub_out_of_reach_is_said_by_the_process_that_looks() -> None:
     config = config_of("data.source=hub", "data.train=[owner/name]")
     with pytest.raises(RunFailed, match=r"^owner/name: is neither .* and the hub cannot be reached \(") as refusal:
         look_first(config, ("train",))
-    assert refusal.value.exit_code == 1
+    assert refusal.value.exit_code == 2
     look_first(config_of(), ("train",))  # the control
 
 
