@@ -118,10 +118,12 @@ class Policy:
         Args:
             without_first: leave the first mini-batch's present log-probs to `first_update`.
         """
-        first = int(without_first)
-        found: list[list[dict[str, Tensor]]] = [[{} for _ in mini_batch] for mini_batch in mini_batches[:first]]
-        differences = []
-        for mini_batch in mini_batches[first:]:
+        found: list[list[dict[str, Tensor]]] = []
+        differences: Differences = []
+        for place, mini_batch in enumerate(mini_batches):
+            if place == 0 and without_first:
+                found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
+                continue
             passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
             found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])
             differences += [difference for _, difference in passed]
