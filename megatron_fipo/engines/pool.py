@@ -149,7 +149,7 @@ class EnginePool:
         Also what has died while it was starting again. In the thread that called `start`.
 
         Raises:
-            RolloutError: one of ours has been lost more than `rollout.max_restarts` times in a row.
+            RolloutError: one of ours is given up: lost more than `rollout.max_restarts` times in a row.
         """
         for server in self.returning:
             if (failure := server.failure()) is not None:
@@ -162,19 +162,23 @@ class EnginePool:
                 server.enter(State.AWAY if self._may_return(server) else State.GIVEN_UP)
                 again = "taken back when it answers" if server.state is State.AWAY else "left out from now on"
                 self._warn(f"the vLLM server at {server.url} is out of service, {again}: {server.reason}")
+        for server in self.servers:
+            if server.process is not None and server.state is State.GIVEN_UP:
+                raise RolloutError(server.reason)
         return bool(lost)
 
     def _restart(self, server: Server) -> None:
         assert self._starter is not None, "ours are started here"
-        story = self._starter.end(server)
+        story, limit = self._starter.end(server), self.config.max_restarts
         if not self._may_return(server):
             server.enter(State.GIVEN_UP)
-            limit = f"rollout.max_restarts={self.config.max_restarts}"
-            raise RolloutError(story if server.losses == 1 else f"{limit} restarts did not help: {story}")
+            helpless = f"rollout.max_restarts={limit} restarts did not help: "
+            server.reason = story if server.losses == 1 else helpless + story
+            return
         self._restarts += 1
         self._starter.start_again(server)
         server.enter(State.RESTARTING)
-        self._warn(f"restart {server.losses} of at most {self.config.max_restarts}: {story}")
+        self._warn(f"restart {server.losses} of at most {limit}: {story}")
 
     def _may_return(self, server: Server) -> bool:
         return server.losses <= self.config.max_restarts

@@ -25,12 +25,13 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.states import Server
 from megatron_fipo.engines.watch import Watch
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.rollout.answers import BadAnswer
 from megatron_fipo.rollout.events import Steps, WeightsWanted
 from megatron_fipo.rollout.requests import NotAnswered, Requests
 from megatron_fipo.rollout.work import Pending, Sampling, Work
-from megatron_fipo.samples import Group, Problem
 from megatron_fipo.weights.deadline import Deadline
 
 RETRY_PAUSE_S = 0.5
@@ -204,8 +205,8 @@ class EngineGenerator:
         try:
             try:
                 async with aclosing(asking.requests.samples(server, work, missing, asking.pending)) as samples:
-                    async for index, response in samples:
-                        work.add(index, response)
+                    async for index, sample in samples:
+                        work.add(index, sample)
                         arrived.append(index)
                         self._outstanding[server.url] -= 1
                         self._scarcity = None

@@ -15,10 +15,10 @@ from megatron_fipo.engines.descriptors import provide
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import FipoError
+from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Problem
 
 SOFT, SAMPLES, PLACES = 1024, 4, 64
 LENGTH = 40
@@ -36,7 +36,7 @@ def main() -> None:
     for server in pool.servers:
         server.enter(State.SERVING)
     count = len(ports) * (PLACES // SAMPLES + 2)
-    problems = [Problem(f"problem-{index}", "", [LENGTH, LENGTH], "", "made up") for index in range(count)]
+    problems = [Problem(f"problem-{index}", "", prompt_ids([LENGTH, LENGTH]), "", "made up") for index in range(count)]
     groups, retries, error = 0, 0, ""
     try:
         if provides == "yes":

@@ -131,12 +131,10 @@ class Pool(RuleBasedStateMachine):
         for server in again:
             assert server.life == lives[server] + 1
             self._lost(server)
-        done = [server for server in {*lost, *again} if server.state is not State.LOST]
-        if gave_up:
-            assert self.ours and any(counts[server] > MAX_RESTARTS for server in done)
-        else:
-            assert len(done) == len({*lost, *again})
-            assert len(self.warnings) - before == len(done), "each lost server is warned of once"
+        assert gave_up == (self.ours and any(server.state is State.GIVEN_UP for server in self.pool.servers))
+        done = {*lost, *again}
+        told = [server for server in done if not self.ours or server.state is State.RESTARTING]
+        assert len(self.warnings) - before == len(told), "each lost server is warned of once, or ends the run"
         for server in done:
             may_return = counts[server] <= MAX_RESTARTS
             assert server.state is ((State.RESTARTING if self.ours else State.AWAY) if may_return else State.GIVEN_UP)
