@@ -72,7 +72,7 @@ class EngineControl:
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
     async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
-        """Tells each server, in order, how to join a weight plane, whatever an earlier trainer left there."""
+        """Tells each server, in the pool's order, how to join a weight plane, whatever state it was left in."""
         await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
         await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
 
