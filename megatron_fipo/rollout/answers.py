@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy
 
+from megatron_fipo.engines.generate_messages import LOG_PROBS, TOKEN_IDS, SampleFrame, VersionSpan
 from megatron_fipo.records.wire import Frame
-from megatron_fipo.rollout.generate_messages import LOG_PROBS, TOKEN_IDS, SampleFrame, VersionSpan
 from megatron_fipo.samples import Response
 
 GREATEST_LOG_PROB, LEAST_LOG_PROB = 1e-3, -1e4

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_fipo.engines.generate_messages import GenerateRequest
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.rollout.generate_messages import GenerateRequest
 from megatron_fipo.samples import Group, Problem, Response
 
 MAX_RETRIES = 3
