@@ -14,8 +14,8 @@ import sys
 import msgspec
 import numpy
 
+from megatron_fipo.engines.generate_messages import EndFrame, GenerateRequest, SampleFrame, VersionSpan, sample_frame
 from megatron_fipo.records.wire import encode_frame
-from megatron_fipo.rollout.generate_messages import EndFrame, GenerateRequest, SampleFrame, VersionSpan, sample_frame
 
 STOP_TOKEN, VOCABULARY = 2, 152_064
 

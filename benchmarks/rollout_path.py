@@ -25,9 +25,9 @@ import psutil
 from benchmarks.fake_engines import STOP_TOKEN, VOCABULARY, length_of
 from benchmarks.measure import machine
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.rollout.work import Sampling, Work

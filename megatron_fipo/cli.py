@@ -17,7 +17,7 @@ COMMANDS = {
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
     "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),
     "export": ("megatron_fipo.export", "a run's model as a Hugging Face directory, to serve, evaluate or share"),
-    "serve": ("megatron_fipo.rollout.server", "a rollout server for runs elsewhere (vLLM's own options)"),
+    "serve": ("megatron_fipo.engines.server", "a rollout server for runs elsewhere (vLLM's own options)"),
 }
 EXAMPLES = """
   megatron-fipo train                                    the embedded model, on this machine

@@ -18,7 +18,9 @@ class ConfigError(FipoError):
 
 
 class DataError(FipoError):
-    """A prompt file that cannot be used. Names the file, the row and the column."""
+    """A file that was given and cannot be used. Names the file, the row and the column or key."""
+
+    exit_code = 2
 
     def __init__(self, message: str):
         super().__init__(_printable(message))

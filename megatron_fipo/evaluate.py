@@ -22,7 +22,7 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.progress import EvaluationProgress
@@ -33,6 +33,7 @@ from megatron_fipo.evaluation.settings import directory_of, keep_settings, setti
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
+from megatron_fipo.launch.first_look import look_first
 from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.records.problem import Problem
@@ -74,6 +75,7 @@ def main(config: Config, said: Sequence[str]) -> None:
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
+    look_first(config, ("validation",))
     rollouts = JudgedRollouts(config, weights.directory)
     columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
@@ -188,7 +190,8 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"evaluation.directory={directory} cannot be made: {error}") from error
+        remedy = "a directory that can be written"
+        raise ConfigError("evaluation.directory", f"{directory} cannot be made: {error}", remedy) from error
     stack.enter_context(RunLock(directory, lambda text: print(text, flush=True)))
     say_removed(directory, remove_partial_files(directory) + remove_outside(directory))
     stack.callback(remove_outside, directory)

@@ -15,6 +15,7 @@ from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.interrupt import CtrlC
+from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
 from megatron_fipo.processes import die_with_library, terminate_on_sigterm
 from megatron_fipo.reasons import told_at_once
@@ -22,9 +23,11 @@ from megatron_fipo.reasons import told_at_once
 
 def main(config: Config) -> None:
     """Start the run's processes, or be one of them."""
-    fetch_model(config.model.path)  # before there are processes, so that one fetches
     if not already_launched():
         die_with_library()
+        look_first(config, splits_read(config))
+    fetch_model(config.model.path)  # before there are processes, so that one fetches
+    if not already_launched():
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()

@@ -92,7 +92,11 @@ def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
     return gym.create_dataset(task, **dict(ast.literal_eval(options))).score_answer
 
 
-RULES: dict[str, RewardFunction] = {"exact_match": exact_match, "math_verify": math_verify, "reasoning_gym": reasoning_gym}
+RULES: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "math_verify": math_verify,
+    "reasoning_gym": reasoning_gym,
+}
 """By their name in `reward.rule`."""
 
 

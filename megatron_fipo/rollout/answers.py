@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy
 
+from megatron_fipo.engines.generate_messages import SampleFrame, VersionSpan
 from megatron_fipo.records.sample import Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked
 from megatron_fipo.records.wire import Frame
-from megatron_fipo.rollout.generate_messages import SampleFrame, VersionSpan
 
 GREATEST_LOG_PROB, LEAST_LOG_PROB = 1e-3, -1e4
 """What an engine's rounding leaves of a log-probability, and far below what its sampling can draw."""

@@ -15,19 +15,19 @@ from typing import Any, Self
 import httpx
 import msgspec
 
-from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.problem import Problem
-from megatron_fipo.records.sample import Group, Sample
-from megatron_fipo.records.wire import Frame, FrameReader, WireError
-from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
-from megatron_fipo.rollout.control import ControlPlane, engine_message
-from megatron_fipo.rollout.generate_messages import (
+from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
     EndFrame,
     ErrorFrame,
     GenerateRequest,
     read_about,
 )
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.wire import Frame, FrameReader, WireError
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
+from megatron_fipo.rollout.control import ControlPlane, engine_message
 from megatron_fipo.rollout.service import WORKERS_HEALTH, RolloutService, Server
 from megatron_fipo.rollout.work import Pending, Sampling, Work
 

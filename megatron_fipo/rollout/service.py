@@ -25,12 +25,12 @@ from typing import Self
 import httpx
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.server_log import ServerLog
+from megatron_fipo.engines.server_options import server_arguments, server_environment, visible_devices
+from megatron_fipo.engines.server_process import end_processes, family, shared_files, start_process
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.leftovers import own_place, server_names
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
-from megatron_fipo.rollout.server_log import ServerLog
-from megatron_fipo.rollout.server_options import server_arguments, server_environment, visible_devices
-from megatron_fipo.rollout.server_process import end_processes, family, shared_files, start_process
 from megatron_fipo.weights.deadline import Deadline
 
 PROBE_TIMEOUT_S = 10.0
@@ -208,7 +208,7 @@ class RolloutService:
         if response.status_code == httpx.codes.NOT_FOUND:
             raise RolloutError(
                 f"the server at {server.url} has no routes for weight updates: "
-                "start it with python -m megatron_fipo.rollout.server"
+                "start it with python -m megatron_fipo.engines.server"
             )
         workers = response.raise_for_status().json()["world_size"]
         if workers != self.config.tensor_parallel:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_fipo.engines.generate_messages import GenerateRequest
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, Sample
-from megatron_fipo.rollout.generate_messages import GenerateRequest
 
 MAX_RETRIES = 3
 """Failed requests for one group, on servers that are well, after which the run gives up."""

@@ -1,5 +1,5 @@
 """Transfer planes: how the bytes of a bucket get from a trainer rank to all engine workers. A new plane is a
-class here and one in `megatron_fipo/rollout/`, listed in `rollout/vllm_plugin.py`; CUDA IPC has files of its own.
+class here and one in `megatron_fipo/engines/`, listed in `engines/vllm_plugin.py`; CUDA IPC has files of its own.
 
 A plane object lives on every rank that leads a pipeline stage (tensor-, data- and context-parallel rank 0 of it).
 """

@@ -159,7 +159,7 @@ def kill_servers_of(directory: Path, log: str = "") -> None:
     for process in processes_of(directory):
         with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, which has no command line, is one of these
             logs = any(opened.path.endswith(log) for opened in process.open_files())
-            if logs and "megatron_fipo.rollout.server" in " ".join(process.cmdline()):
+            if logs and "megatron_fipo.engines.server" in " ".join(process.cmdline()):
                 process.kill()
 
 

@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from megatron_fipo.rollout.access import TOKEN_VARIABLE, RequireToken
+from megatron_fipo.engines.access import TOKEN_VARIABLE, RequireToken
 from tests.rollout.conftest import Rollout
 
 

@@ -17,12 +17,12 @@ import msgspec
 import numpy
 import pytest
 
+from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.records.wire import encode_frame
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
 from megatron_fipo.rollout.service import RolloutService
 from tests.rollout.engines import STOP_TOKEN, VOCABULARY, problems, rollout_config, sampling
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService, Server
 from tests.rollout.conftest import Rollout

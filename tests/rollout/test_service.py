@@ -16,13 +16,13 @@ import httpx
 import psutil
 import pytest
 
+from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.server_log import ServerLog
+from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import client as client_module
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.server_log import ServerLog
-from megatron_fipo.rollout.server_process import shared_files
 from megatron_fipo.rollout.service import RolloutService, Server
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (

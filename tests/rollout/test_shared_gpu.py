@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.server_options import assign_devices, server_environment, visible_devices
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.rollout.control import ControlPlane
-from megatron_fipo.rollout.server_options import assign_devices, server_environment, visible_devices
 from megatron_fipo.weights.deadline import Deadline
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import problems, sampling

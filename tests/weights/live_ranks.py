@@ -9,10 +9,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fipo.config import Config
+from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
 from megatron_fipo.rollout.client import RolloutClient
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.reshard import export, load_into

@@ -27,9 +27,9 @@ from torch.distributed import Store, TCPStore
 from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.server_process import shared_files
 from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.deadline import Deadline

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_fipo.engines.server import PARENT_VARIABLE
 from megatron_fipo.leftovers import SHARED_MEMORY
-from megatron_fipo.rollout.server import PARENT_VARIABLE
 
 STOP_TIMEOUT_S = 10.0
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 def start_process(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Starts `python -m megatron_fipo.rollout.server ARGUMENTS`, its output appended to `log`.
+    """Starts `python -m megatron_fipo.engines.server ARGUMENTS`, its output appended to `log`.
 
     It ends with the thread that calls this.
     """
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_fipo.rollout.server", *arguments],
+            [sys.executable, "-m", "megatron_fipo.engines.server", *arguments],
             env=environment | {PARENT_VARIABLE: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=output,

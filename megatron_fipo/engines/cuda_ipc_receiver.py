@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from megatron_fipo.engines.receivers import CheckpointEngine
 from megatron_fipo.errors import WeightsRefused
-from megatron_fipo.rollout.engines import CheckpointEngine
 from megatron_fipo.weights.buckets import BucketLayout, unpack
 from megatron_fipo.weights.cuda_ipc import device_uuid, open_shared
 

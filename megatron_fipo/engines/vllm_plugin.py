@@ -7,9 +7,9 @@ API server loads.
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
 ENGINES = {
-    "process_group": ("megatron_fipo.rollout.engines", "ProcessGroupEngine"),
-    "shared_memory": ("megatron_fipo.rollout.engines", "SharedMemoryEngine"),
-    "cuda_ipc": ("megatron_fipo.rollout.cuda_ipc_engine", "CudaIpcEngine"),
+    "process_group": ("megatron_fipo.engines.receivers", "ProcessGroupEngine"),
+    "shared_memory": ("megatron_fipo.engines.receivers", "SharedMemoryEngine"),
+    "cuda_ipc": ("megatron_fipo.engines.cuda_ipc_receiver", "CudaIpcEngine"),
 }
 
 for plane, (module, engine) in ENGINES.items():

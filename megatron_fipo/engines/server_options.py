@@ -33,7 +33,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def server_arguments(
     config: RolloutConfig, model_dir: Path, seed: int, max_position_embeddings: int | None = None
 ) -> list[str]:
-    """Options of `python -m megatron_fipo.rollout.server`, but for its host and port."""
+    """Options of `python -m megatron_fipo.engines.server`, but for its host and port."""
     longest = config.max_prompt_length + config.max_response_length
     arguments = [
         f"--model={model_dir}",

@@ -1,4 +1,4 @@
-"""One vLLM API server for training: `python -m megatron_fipo.rollout.server <options of vLLM's API server>`.
+"""One vLLM API server for training: `python -m megatron_fipo.engines.server <options of vLLM's API server>`.
 
 It is vLLM's own server with what a trainer needs always on: every route behind a token (FIPO_ROLLOUT_TOKEN), the
 weight-transfer planes, token ids in and out, and no process left when its parent is gone. Runs start their own; start
@@ -8,10 +8,10 @@ it by hand, or under srun, for `rollout.addresses`.
 import os
 import sys
 
+from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.lifeline import bind_descendants
 from megatron_fipo.leftovers import NAMES_VARIABLE, name_shared_memory
 from megatron_fipo.processes import die_with_parent
-from megatron_fipo.rollout.access import TOKEN_VARIABLE
-from megatron_fipo.rollout.lifeline import bind_descendants
 
 USAGE = f"""usage: {TOKEN_VARIABLE}=... megatron-fipo serve --model DIRECTORY --port PORT [vLLM's own options]
 
@@ -21,10 +21,10 @@ PARENT_VARIABLE = "FIPO_PARENT_PID"
 ALWAYS = (
     "--skip-tokenizer-init",
     "--tokens-only",
-    "--middleware=megatron_fipo.rollout.generate_route.GenerateRoute",
+    "--middleware=megatron_fipo.engines.generate_route.GenerateRoute",
     # The last is the first to see a call: nothing is behind the token's back.
-    "--middleware=megatron_fipo.rollout.access.RequireToken",
-    "--worker-extension-cls=megatron_fipo.rollout.vllm_plugin.WorkerExtension",
+    "--middleware=megatron_fipo.engines.access.RequireToken",
+    "--worker-extension-cls=megatron_fipo.engines.vllm_plugin.WorkerExtension",
     "--disable-uvicorn-access-log",
     "--disable-log-stats",
 )

@@ -15,9 +15,8 @@ from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from megatron_fipo.records.wire import encode_frame
-from megatron_fipo.rollout.access import Receive, Scope, Send
-from megatron_fipo.rollout.generate_messages import (
+from megatron_fipo.engines.access import Receive, Scope, Send
+from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
     EndFrame,
     ErrorFrame,
@@ -26,6 +25,7 @@ from megatron_fipo.rollout.generate_messages import (
     VersionSpan,
     sample_frame,
 )
+from megatron_fipo.records.wire import encode_frame
 
 _LONGEST_REQUEST = 64 << 20
 """Most bytes of a request's body: millions of prompt tokens."""
