@@ -23,8 +23,6 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
-    LOG_PROBS,
-    TOKEN_IDS,
     EndFrame,
     GenerateRequest,
     SampleFrame,
@@ -32,6 +30,7 @@ from megatron_fipo.engines.generate_messages import (
     read_about,
 )
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import FrameReader
 from megatron_fipo.weights.planes import make_plane
 from megatron_fipo.weights.transfer import WeightTransfer
@@ -40,7 +39,7 @@ from tests.rollout.engines import CACHED_PROMPT, problems, rollout_config, save_
 pytestmark = pytest.mark.slow
 
 SAMPLES, TOKENS = 8, 700
-PROMPT = problems(1, length=CACHED_PROMPT)[0].token_ids
+PROMPT = problems(1, length=CACHED_PROMPT)[0].token_ids.tolist()
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Engine:
                     if isinstance(about, EndFrame):
                         continue
                     assert isinstance(about, SampleFrame), about
-                    log_probs = torch.from_numpy(numpy.array(frame.arrays[LOG_PROBS]))
+                    log_probs = torch.from_numpy(numpy.array(frame.arrays[ROLLOUT_LOG_PROBS]))
                     answers.append(Answer(frame.arrays[TOKEN_IDS].tolist(), log_probs, about.spans))
         assert [len(answer.token_ids) for answer in answers] == [tokens] * samples
         return answers
