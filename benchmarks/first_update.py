@@ -1,0 +1,77 @@
+"""What it saves that a step's first update gives its own old log-probs: log-probs and updates of a step, in pairs.
+
+python -m benchmarks.first_update
+"""
+
+import contextlib
+import os
+import statistics
+from functools import partial
+
+import torch
+
+from benchmarks.measure import machine, once
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.agreement import Limits
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.policy import platform
+from megatron_fipo.policy.train_batch import TrainBatch
+
+SEQUENCES, PROMPT, VOCABULARY = 128, 6, 38
+PAIRS = 13
+
+
+def make_batch(updates: int) -> TrainBatch:
+    """A step of the quick start's size, cut into so many updates."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(PROMPT + 10, PROMPT + 100, (SEQUENCES,), generator=generator).tolist()
+    return TrainBatch(
+        streams={
+            "token_ids": [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths],
+            "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
+        },
+        prompt_lengths=[PROMPT] * SEQUENCES,
+        advantages=torch.randn(SEQUENCES, generator=generator),
+        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
+        mini_batch_sizes=[SEQUENCES // updates] * updates,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    platform.install()
+    # Imported here: Megatron-Core has to find the platform installed.
+    from megatron_fipo.models.model_config import read_architecture
+    from megatron_fipo.policy.agreement import AgreementCheck
+    from megatron_fipo.policy.model import start_model_parallel
+    from megatron_fipo.policy.step import train_step
+    from megatron_fipo.policy.update import Policy
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    platform.start_process_group(60)
+    config, model = load_config(["parallel=single"]), resolve_embedded("embedded:tiny")
+    start_model_parallel(config.parallel, 0)
+
+    def step(policy: Policy, batch: TrainBatch, apart: bool) -> None:
+        check = AgreementCheck(Limits(warn=1e9, stop=1e9))
+        if not apart:
+            check.judge({"log_prob_diff_mean": 0.0})  # the first step of a process has a pass for all
+        train_step(policy, batch, check, lambda _: contextlib.nullcontext(), lambda _: None)
+
+    print(f"{machine()}; {SEQUENCES} sequences, {PAIRS - 1} pairs\n")
+    print("| updates in a step | a pass for all, s | the first by its own, s | ratio (quartiles) |\n|---|---|---|---|")
+    for updates in (1, 4, 16):
+        policy, batch = Policy(config, read_architecture(model), str(model), updates=1000), make_batch(updates)
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for pair in range(PAIRS):
+            for apart in (True, False) if pair % 2 else (False, True):
+                times[apart].append(once(partial(step, policy, batch, apart)))
+        ratios = [own / apart for own, apart in zip(times[False][1:], times[True][1:], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        medians = [statistics.median(times[apart][1:]) for apart in (True, False)]
+        print(f"| {updates} | {medians[0]:.3f} | {medians[1]:.3f} | {middle:.3f} ({low:.3f} … {high:.3f}) |")
+    platform.stop_process_group()
+
+
+if __name__ == "__main__":
+    main()
