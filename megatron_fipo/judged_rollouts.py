@@ -91,8 +91,7 @@ class JudgedRollouts:
         judged: dict[int, Future[Group]] = {}
 
         def judge(group: Group) -> None:
-            texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
-            future = self.verifiers.submit(group.with_texts(texts))
+            future = self.verifiers.submit(group, self.tokenizer.decode)
             # By the object, which `generate` returns too: two groups may be of one problem.
             judged[id(group)] = future if on_judged is None else _after(future, on_judged)
             progress(len(judged), len(problems), "groups")

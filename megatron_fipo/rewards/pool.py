@@ -7,14 +7,16 @@ responses go on, and the response's outcome is `timeout` or `crash`, counted, an
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.errors import RewardError
-from megatron_fipo.records.sample import Group, RewardResult
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group, RewardResult, Sample
 from megatron_fipo.rewards.failures import Failure, FailureLog
 from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
 
@@ -22,22 +24,37 @@ from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierPr
 _BATCH = 8
 _LONGEST_NOTED = 2000
 
+Decode = Callable[[list[int]], str]
+"""Token ids to text. Called in several threads at the same time."""
+
 
 class _Ticket:
     """A group on its way through the pool; resolves its future when the last verdict is in."""
 
-    def __init__(self, group: Group):
+    def __init__(self, group: Group, decode: Decode | None):
         self.group = group
+        self.samples = list(group.samples)
+        """With their texts, once they are decoded."""
         self.future: Future[Group] = Future()
+        self._decode = decode
         self._results: dict[int, RewardResult] = {}
         self._lock = threading.Lock()
+
+    def decode(self, indices: range) -> None:
+        """Give these samples their texts."""
+        if self._decode is None:
+            return
+        for index in indices:
+            sample = self.samples[index]
+            self.samples[index] = replace(sample, text=self._decode(sample.token_ids.tolist()))
 
     def settle(self, index: int, result: RewardResult) -> None:
         with self._lock:
             self._results[index] = result
             complete = len(self._results) == len(self.group.samples)
         if complete:
-            self.future.set_result(self.group.with_results([self._results[i] for i in range(len(self._results))]))
+            results = [self._results[i] for i in range(len(self._results))]
+            self.future.set_result(replace(self.group, samples=tuple(self.samples)).with_results(results))
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -88,16 +105,17 @@ class RewardPool:
             self.close()
             raise
 
-    def submit(self, group: Group) -> Future[Group]:
+    def submit(self, group: Group, decode: Decode | None = None) -> Future[Group]:
         """Judges a group in the background; the future gives the same group with a result in each sample.
 
-        The samples must have their texts. From asyncio: `await asyncio.wrap_future(pool.submit(group))`.
+        The samples get their texts by `decode`, in a verifier's thread, or have them already. From asyncio: `await
+        asyncio.wrap_future(pool.submit(group))`.
         The future raises RewardError if no verifier can be started, or the pool is closed first, and ConfigError if
         reward.rule is a function that cannot be used.
         """
         if self._closed:
             raise RewardError("the verifier pool is closed")
-        ticket = _Ticket(group)
+        ticket = _Ticket(group, decode)
         if not group.samples:
             ticket.future.set_result(group)
         for start in range(0, len(group.samples), _BATCH):
@@ -126,6 +144,7 @@ class RewardPool:
         while (work := self._queue.get()) is not None:
             ticket, indices = work
             try:
+                ticket.decode(indices)
                 self._judge_batch(process, ticket, indices)
             except Exception as error:
                 ticket.fail(error)
@@ -136,7 +155,7 @@ class RewardPool:
         while pending:
             process.ensure_started()
             try:
-                items = [_item(ticket.group, index, process.inputs) for index in pending]
+                items = [_item(ticket.group.problem, ticket.samples[index], process.inputs) for index in pending]
                 process.send(items, self._config.timeout_s)
                 while pending:
                     for result in process.receive(self._config.timeout_s):
@@ -155,7 +174,7 @@ class RewardPool:
         outcome = result.get("outcome", "crash")
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
         if "error" in result:
-            self.failures.add(_failure(ticket.group, index, outcome, result))
+            self.failures.add(_failure(ticket.group.problem, ticket.samples[index], outcome, result))
         reward = self._reward(accuracy, result.get("reward"), len(ticket.group.samples[index]))
         ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, result.get("extra", {})))
 
@@ -175,9 +194,8 @@ class RewardPool:
         return reward
 
 
-def _item(group: Group, index: int, inputs: Sequence[str]) -> dict[str, Any]:
+def _item(problem: Problem, sample: Sample, inputs: Sequence[str]) -> dict[str, Any]:
     """What a rule is told of a response: no more than it wants, since the ids of a long one are many."""
-    problem, sample = group.problem, group.samples[index]
     values = {
         "response": sample.text,
         "token_ids": sample.token_ids.tolist() if "token_ids" in inputs else None,
@@ -191,13 +209,12 @@ def _item(group: Group, index: int, inputs: Sequence[str]) -> dict[str, Any]:
     return {name: values[name] for name in inputs}
 
 
-def _failure(group: Group, index: int, outcome: str, result: dict[str, Any]) -> Failure:
-    problem = group.problem
+def _failure(problem: Problem, sample: Sample, outcome: str, result: dict[str, Any]) -> Failure:
     return Failure(
         problem=problem.id,
         data_source=problem.data_source,
         ground_truth=problem.ground_truth[-_LONGEST_NOTED:],
-        response=group.samples[index].text[-_LONGEST_NOTED:],
+        response=sample.text[-_LONGEST_NOTED:],
         outcome=outcome,
         error=result["error"],
         traceback=result.get("traceback", ""),

@@ -7,6 +7,7 @@ tests/rewards/test_rules.py and test_mathematics.py.
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -56,6 +57,28 @@ def wait_until_busy(workers: list[psutil.Process]) -> None:
     """Until one of them has computed for 0.2 s from now on: it is in the middle of a check."""
     before = [worker.cpu_times().user for worker in workers]
     wait_until(lambda: any(worker.cpu_times().user > t + 0.2 for worker, t in zip(workers, before, strict=True)))
+
+
+def test_texts_are_decoded_in_the_verifiers_threads():
+    """On rank 0's event loop they would hold up the tokens of every server."""
+    threads: set[str] = set()
+
+    def decode(ids: list[int]) -> str:
+        threads.add(threading.current_thread().name)
+        return f"Answer: {ids[0]}"
+
+    def broken(ids: list[int]) -> str:
+        raise ValueError(f"{ids} are no text")
+
+    samples = tuple(sample_from_lists([number, 2], [0.0, 0.0], "stop", 0) for number in range(20))
+    undecoded = Group(Problem("p", "3+4=?", prompt_ids([2]), "7", "sums"), samples)
+    with RewardPool(RewardConfig(rule="exact_match", workers=2), 100) as pool:
+        group = pool.submit(undecoded, decode).result()
+        with pytest.raises(ValueError, match="are no text"):
+            pool.submit(undecoded, broken).result()
+    assert [sample.text for sample in group.samples] == [f"Answer: {number}" for number in range(20)]
+    assert [result.accuracy for result in group.results] == [number == 7 for number in range(20)]
+    assert threads and all(name.startswith("verifier-") for name in threads)
 
 
 @pytest.mark.slow
