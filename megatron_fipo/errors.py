@@ -18,7 +18,9 @@ class ConfigError(FipoError):
 
 
 class DataError(FipoError):
-    """A prompt file that cannot be used. Names the file, the row and the column."""
+    """A file that was given and cannot be used. Names the file, the row and the column or key."""
+
+    exit_code = 2
 
     def __init__(self, message: str):
         super().__init__(_printable(message))
@@ -64,7 +66,7 @@ class WeightsRefused(WeightError):
 
 
 class RolloutError(FipoError):
-    """The rollout service failed or missed a deadline. Says which server and what was waited for."""
+    """vLLM servers failed or missed a deadline. Says which server and what was waited for."""
 
 
 class RewardError(FipoError):

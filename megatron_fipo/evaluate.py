@@ -23,7 +23,7 @@ from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.engines.pool import EnginePool
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.inherited import with_settings_of
 from megatron_fipo.evaluation.progress import EvaluationProgress
@@ -34,10 +34,12 @@ from megatron_fipo.evaluation.settings import directory_of, keep_settings, setti
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
+from megatron_fipo.launch.first_look import look_first
 from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing
-from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
@@ -74,6 +76,7 @@ def main(config: Config, said: Sequence[str]) -> None:
     config = _without_trainer(config)
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
+    look_first(config, ("validation",))
     rollouts = JudgedRollouts(config, weights.directory)
     columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
@@ -135,7 +138,7 @@ class Evaluation:
         )
         # By the place among all problems, as a run's validation has it.
         seeds = [rollouts.seed_of("validation", index) for index in missing]
-        rollouts.start(pool, self._directory)
+        rollouts.start(pool, self._directory, rollouts.validation_samples())
         with rollouts:
             if config.rollout.addresses:
                 check_served(pool, model_dir)
@@ -150,19 +153,17 @@ class Evaluation:
                 self._terminal.progress,
                 on_judged=samples.append,
             )
-            groups, judged = Ongoing(sampling).to_the_end(pool.admit)
-            for future in judged:
-                future.result()
+            groups = [future.result() for future in Ongoing(sampling).to_the_end(pool.admit)]
         self._say_speed(groups, time.monotonic() - started)
         shutil.rmtree(self._directory / "model", ignore_errors=True)
         if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):
             self._terminal.warn(warning)
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:
-        responses = [response for group in groups for response in group.responses]
-        tokens = sum(len(response.token_ids) for response in responses)
+        samples = [sample for group in groups for sample in group.samples]
+        tokens = sum(len(sample) for sample in samples)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
-        self._terminal.note(f"{len(responses)} responses of {tokens} tokens in all: {speed}")
+        self._terminal.note(f"{len(samples)} responses of {tokens} tokens in all: {speed}")
 
 
 def _missing(problems: list[Problem], samples: SampleFile, *, is_finished: bool) -> list[int]:
@@ -190,7 +191,8 @@ def _take_directory(directory: Path, stack: ExitStack) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"evaluation.directory={directory} cannot be made: {error}") from error
+        remedy = "a directory that can be written"
+        raise ConfigError("evaluation.directory", f"{directory} cannot be made: {error}", remedy) from error
     stack.enter_context(RunLock(directory, lambda text: print(text, flush=True)))
     say_removed(directory, remove_partial_files(directory) + remove_outside(directory))
     stack.callback(remove_outside, directory)

@@ -3,14 +3,9 @@
 import asyncio
 from pathlib import Path
 
-import numpy
-import torch
-from torch import Tensor
-
 from megatron_fipo import loop_state
-from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.algorithm.groups import DynamicSampling, Selection
-from megatron_fipo.config import AlgorithmConfig, Config
+from megatron_fipo.config import Config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
@@ -20,10 +15,10 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.loop_state import ExperienceState, LoopState
-from megatron_fipo.policy.batches import Sequences
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Group, Problem
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
 from megatron_fipo.weights.deadline import Deadline
@@ -54,7 +49,8 @@ class Experience(JudgedRollouts):
         self.drawn = 0
         context = config.model.max_position_embeddings
         pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
-        self.start(pool, run_dir)
+        samples = config.algorithm.samples_per_prompt
+        self.start(pool, run_dir, min(samples, self.validation_samples()) if validates else samples)
 
     def __enter__(self) -> "Experience":
         return self
@@ -150,18 +146,19 @@ class Experience(JudgedRollouts):
         self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
     ) -> Steps[list[Group]]:
         """Judged groups in the order of their problems."""
-        groups, judged = yield from self.sample(problems, samples, sampling, seeds, phase.progress)
+        judged = yield from self.sample(problems, samples, sampling, seeds, phase.progress)
+        groups = []
         with self.console.phase("verify") as verifying:
-            for done, future in enumerate(judged, start=1):
-                future.result()
-                verifying.progress(done, len(judged), "groups")
+            for future in judged:
+                groups.append(future.result())
+                verifying.progress(len(groups), len(judged), "groups")
         return groups
 
     def _check_lengths(self, carried: list[Group]) -> None:
         """Raise DataError for a group that micro-batches of this configuration may have no room for."""
         rollout = self.config.rollout
         prompt = max((len(group.problem.token_ids) for group in carried), default=0)
-        response = max((len(response.token_ids) for group in carried for response in group.responses), default=0)
+        response = max((len(sample) for group in carried for sample in group.samples), default=0)
         for name, found, limit in (
             ("prompt", prompt, rollout.max_prompt_length),
             ("response", response, rollout.max_response_length),
@@ -171,31 +168,3 @@ class Experience(JudgedRollouts):
                     f"kept has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length={limit}: "
                     f"resume with at least {found}"
                 )
-
-
-def training_sequences(groups: list[Group], algorithm: AlgorithmConfig, weight_version: int) -> Sequences:
-    """Groups as tensors, cut into mini-batches of whole groups, each response with its advantage.
-
-    A response whose check failed is no wrong answer: it is left out, of the group's mean too.
-    """
-    tokens: list[Tensor] = []
-    log_probs: list[Tensor] = []
-    prompts: list[int] = []
-    advantages: list[float] = []
-    weight_lag: list[int] = []
-    sizes: list[int] = []
-    for start in range(0, len(groups), algorithm.mini_batch_prompts):
-        before = len(tokens)
-        for group in groups[start : start + algorithm.mini_batch_prompts]:
-            pairs = zip(group.responses, group.judgements, strict=True)
-            judged = [(response, judgement) for response, judgement in pairs if judgement.was_judged]
-            prompt = numpy.array(group.problem.token_ids, numpy.int64)
-            tokens += [torch.from_numpy(numpy.concatenate([prompt, response.token_ids])) for response, _ in judged]
-            prompts += [len(prompt)] * len(judged)
-            log_probs += [torch.tensor(response.log_probs) for response, _ in judged]
-            weight_lag += [weight_version - response.weight_version for response, _ in judged]
-            rewards = [judgement.reward for _, judgement in judged]
-            advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
-        if len(tokens) > before:
-            sizes.append(len(tokens) - before)
-    return Sequences(tokens, prompts, log_probs, torch.tensor(advantages), torch.tensor(weight_lag), sizes)

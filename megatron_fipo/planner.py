@@ -31,6 +31,8 @@ examples:
   megatron-fipo planner --help cluster            what the keys of a section mean
 
 docs/cluster.md has what is counted."""
+_SIZES = ("tensor", "pipeline", "chunks", "context", "data")
+"""Columns named as the keys of the section parallel, but for virtual_pipeline: the chunks of a stage."""
 _SHOWN = 10
 _SHOWN_TOO_LARGE = 3
 
@@ -112,24 +114,25 @@ def main(config: Config) -> None:
     fitting = [layout for layout in ranked if layout.estimate.fits]
     too_large = [layout for layout in ranked if not layout.estimate.fits]
     console = Console(width=160)
+    nodes = config.cluster.trainer_nodes + config.cluster.rollout_nodes
     console.print(
-        f"{config.run.name} on {config.cluster.trainer_nodes + config.cluster.rollout_nodes} nodes of "
-        f"{config.cluster.gpus_per_node} × {config.hardware.name}: {len(fitting)} of {len(ranked)} layouts fit"
+        f"{config.run.name} on {nodes} node{'' if nodes == 1 else 's'} of {config.cluster.gpus_per_node} × "
+        f"{config.hardware.name}: {len(fitting)} of {len(ranked)} layouts fit"
     )
     if fitting:
-        console.print(_table("The fastest that fit", fitting[:_SHOWN]))
-        console.print(f"the first as overrides:\n  {fitting[0].overrides()}", soft_wrap=True)
+        console.print(_table("The fastest layouts that fit", "what takes longest", fitting[:_SHOWN]))
+        console.print(f"the first one, for a command line:\n  {fitting[0].overrides()}", soft_wrap=True)
     if too_large:
-        console.print(_table("The fastest of those that do not fit", too_large[:_SHOWN_TOO_LARGE]))
+        console.print(_table("The fastest layouts that do not fit", "why not", too_large[:_SHOWN_TOO_LARGE]))
     if not fitting:
         raise ConfigError("cluster", "no layout of these nodes fits", "more nodes, or GPUs with more memory")
 
 
-def _table(title: str, chosen: list[Layout]) -> Table:
-    table = Table(title=title)
-    for name in ("step s", "peak GiB", "TP", "PP", "VPP", "CP", "DP", "recompute", "trainer + rollout nodes"):
+def _table(title: str, why: str, chosen: list[Layout]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("s per step", "peak GiB", *_SIZES, "recompute", "trainer + rollout nodes"):
         table.add_column(name, justify="right")
-    table.add_column("why")
+    table.add_column(why)
     for layout in chosen:
         parallel, cluster = layout.config.parallel, layout.config.cluster
         table.add_row(

@@ -36,6 +36,7 @@ from megatron_fipo.sizing.estimate import (
 from megatron_fipo.sizing.memory import GIB, longest_sequence, micro_batch_tokens
 from megatron_fipo.sizing.placement import notes, servers_text
 from megatron_fipo.sizing.timing import model_bytes
+from megatron_fipo.tracking.console_table import duration
 from megatron_fipo.weights.formats import is_checkpoint
 from megatron_fipo.weights.plan import parameters_per_rank, plan
 
@@ -64,6 +65,14 @@ _FASTER = 2
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 """What says that a directory is meant to hold weights; of the last two kinds none can be read."""
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "server", "total")
+_MEANINGS = {
+    "activations": "kept for the backward pass, of all micro-batches in flight",
+    "working": "what one layer's backward pass needs beside them",
+    "refit": "buffers of a weight update to the servers, beside the weights of a server on the same GPU",
+    "server": "a server on the same GPU while it samples; it sleeps during updates",
+    "total": "the peak: weights, gradients and optimizer, and the largest of an update, a refit and a server",
+}
+"""Of the columns that do not explain themselves."""
 
 
 def main(config: Config) -> None:
@@ -207,23 +216,24 @@ def _print(
         console.print(f"warning: {note}", soft_wrap=True)
     console.print(
         f"weights: {counted['huggingface_tensors']} Hugging Face tensors, each sent by exactly one pipeline stage; "
-        f"names and shapes as transformers has them"
+        f"names and shapes as transformers has them",
+        soft_wrap=True,
     )
-    console.print(_memory_table(config, result, counted))
+    _print_memory(console, config, result, counted)
     verdict = "fits TIGHTLY" if result.tight else "fits" if result.fits else "DOES NOT FIT"
     left = (result.usable_bytes - result.fullest.total) / GIB
     room = f"{left:.1f} GiB left" if result.fits else f"{-left:.1f} GiB too much"
     console.print(
-        f"{verdict}: stage {result.fullest.stage} is the fullest, {result.fullest.total / GIB:.1f} of "
-        f"{result.usable_bytes / GIB:.1f} GiB ({config.hardware.memory_gib:g} less {config.hardware.reserved_gib:g} "
-        f"reserved), {room}",
+        f"{verdict}: pipeline stage {result.fullest.stage} is the fullest, {result.fullest.total / GIB:.1f} of "
+        f"{result.usable_bytes / GIB:.1f} GiB (a GPU's {config.hardware.memory_gib:g} less hardware.reserved_gib="
+        f"{config.hardware.reserved_gib:g}), {room}",
         soft_wrap=True,
     )
     for change in changes:
         console.print(f"  {'fits too' if result.fits else 'would fit'} with {change}", soft_wrap=True)
     if not result.fits and not changes:
-        console.print("  no single change makes it fit; python -m megatron_fipo.planner looks at all layouts")
-    console.print(_time_table(config, model_config, result))
+        console.print("  no single change makes it fit; megatron-fipo planner looks at all layouts")
+    _print_time(console, config, model_config, result)
 
 
 def _print_one_node(console: Console, config: Config, model_config: ModelConfig, result: Estimate) -> None:
@@ -233,48 +243,62 @@ def _print_one_node(console: Console, config: Config, model_config: ModelConfig,
         return
     overrides, alone = found
     console.print(
-        f"on one node of {config.cluster.gpus_per_node}: {overrides}\n"
+        f"on one node of {config.cluster.gpus_per_node} GPUs: {overrides}\n"
         f"  peak {alone.fullest.total / GIB:.1f} GiB, step {alone.time.total:,.0f} s instead of "
         f"{result.time.total:,.0f} s",
         soft_wrap=True,
     )
 
 
-def _memory_table(config: Config, result: Estimate, counted: dict[str, Any]) -> Table:
-    title = (
-        f"GiB a rank; a micro-batch of {micro_batch_tokens(config)} tokens, the longest sequence has "
-        f"{longest_sequence(config)}"
-    )
-    table = Table(title=title)
+def _print_memory(console: Console, config: Config, result: Estimate, counted: dict[str, Any]) -> None:
     columns = [name for name in _COLUMNS if name != "server" or any(stage.server for stage in result.stages)]
-    for name in ("stage", "rank", "parameters", *columns):
+    table = Table(title="Memory of each GPU, in GiB", title_justify="left")
+    for name in ("stage", "first rank", "parameters", *columns):
         table.add_column(name, justify="right")
     for stage, built in zip(result.stages, counted["stages"], strict=True):
         sizes = [f"{getattr(stage, name) / GIB:.2f}" for name in columns]
-        table.add_row(str(stage.stage), str(built["rank"]), f"{stage.parameters:,}", *sizes)
-    return table
+        table.add_row(str(stage.stage), str(built["rank"]), f"{stage.parameters / 1e6:,.1f} M", *sizes)
+    console.print(table)
+    for name, meaning in _MEANINGS.items():
+        if name in columns:
+            console.print(f"  {name + ':':<13}{meaning}", style="dim", soft_wrap=True)
+    console.print(
+        f"  A micro-batch has up to {micro_batch_tokens(config):,} tokens (parallel.micro_batch_tokens); the longest "
+        f"sequence has {longest_sequence(config):,}.",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
-def _time_table(config: Config, model_config: ModelConfig, result: Estimate) -> Table:
+def _print_time(console: Console, config: Config, model_config: ModelConfig, result: Estimate) -> None:
     time = result.time
-    table = Table(title="Estimated seconds of a step, responses half as long as they may be")
     seconds = {
         "sample": time.sample,
         "log-probs": time.log_probs,
         "update": time.update,
         "weights": time.weights,
-        "step": time.total,
+        "whole step": time.total,
         "longest step": time.longest,
     }
+    table = Table(title="Seconds per step, estimated", title_justify="left")
     for name in seconds:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.1f}" for value in seconds.values()))
-    size = model_bytes(config, model_config) / GIB
-    table.caption = (
-        f"{time.micro_batches} micro-batches an update, pipeline bubble {time.bubble:.1%}; "
-        f"a weight update moves {size:.1f} GiB to each server; the longest step samples whole generation batches"
-    )
-    return table
+    table.add_row(*(f"{value:,.1f}" for value in seconds.values()))
+    console.print(table)
+    for line in (
+        f"Responses are taken to be half as long as they may be. {config.run.steps:,} steps take "
+        f"{_days(config.run.steps * time.total)}, validation aside.",
+        f"log-probs and update: {time.micro_batches} micro-batches per update; stages wait {time.bubble:.1%} of it for "
+        "each other.",
+        f"weights: {model_bytes(config, model_config) / GIB:.1f} GiB go to each server after every step.",
+        "longest step: dynamic sampling has no groups left over and samples whole batches. A job needs that time "
+        "between the request to stop and its limit.",
+    ):
+        console.print(f"  {line}", style="dim", soft_wrap=True)
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds >= 2 * 86400 else duration(seconds)
 
 
 if __name__ == "__main__":

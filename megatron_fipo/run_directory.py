@@ -9,7 +9,7 @@ from typing import Any
 from megatron_fipo.config import Config
 from megatron_fipo.config.resolved import read_tree
 from megatron_fipo.config.resume import changes, refused
-from megatron_fipo.errors import CheckpointError, ConfigError, FipoError
+from megatron_fipo.errors import CheckpointError, ConfigError
 from megatron_fipo.leftovers import remove_outside, remove_partial_files, say_removed
 from megatron_fipo.policy.checkpoint_places import files_of, newest, step_of
 from megatron_fipo.tracking.metrics import METRICS_FILE
@@ -64,10 +64,15 @@ def take_directory(config: Config, stack: ExitStack) -> RunDirectory:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"run.directory={path} cannot be made: {error}") from error
+        raise directory_refused(path, error) from error
     lock = stack.enter_context(RunLock(path, lambda text: print(text, flush=True)))
     say_removed(path, remove_partial_files(path) + remove_outside(path))
     return RunDirectory(lock, _judge(config, path))
+
+
+def directory_refused(path: Path, error: OSError) -> ConfigError:
+    """The refusal of a run's directory that the operating system does not make."""
+    return ConfigError("run.directory", f"{path} cannot be made: {error}", "a directory that can be written")
 
 
 def keep_settings(config: Config, directory: Path, step: int, start: Start) -> list[str]:
@@ -86,10 +91,12 @@ def keep_settings(config: Config, directory: Path, step: int, start: Start) -> l
 def _judge(config: Config, path: Path) -> Start:
     for place in (path / name for name in _DIRECTORIES):
         if place.exists() and not place.is_dir():
-            raise FipoError(f"{place} is no directory: move it away, or give another run.directory")
+            raise ConfigError(
+                "run.directory", f"{place} is no directory", "move it away, or give another run.directory"
+            )
     found = newest(path / "checkpoints")
     if config.run.resume == "never" and (found or (path / METRICS_FILE).exists()):
-        raise FipoError(f"{path} already holds a run (give another run.directory, or run.resume=auto)")
+        raise ConfigError("run.resume", f"never, but {path} holds a run", "another run.directory, or run.resume=auto")
     if found is None:
         return Start(None, {}, ())
     try:

@@ -1,7 +1,7 @@
 """Train a model with FIPO: `python -m megatron_fipo.train experiment=tiny` (--help has more).
 
 One process a GPU runs this same loop (SPMD). Rank 0 also samples, judges and reports; the policy, its updates and the
-weight updates to the rollout service are everybody's. Started alone, it starts the processes that the layout asks for;
+weight updates are everybody's. Started alone, it starts the processes that the layout asks for;
 under torchrun or srun it joins them.
 """
 
@@ -17,6 +17,7 @@ from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.engines.early_server import start_early
 from megatron_fipo.interrupt import CtrlC
+from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
 from megatron_fipo.processes import die_with_library, terminate_on_sigterm
 from megatron_fipo.reasons import told_at_once
@@ -24,9 +25,11 @@ from megatron_fipo.reasons import told_at_once
 
 def main(config: Config) -> None:
     """Start the run's processes, or be one of them."""
-    fetch_model(config.model.path)  # before there are processes, so that one fetches
     if not already_launched():
         die_with_library()
+        look_first(config, splits_read(config))
+    fetch_model(config.model.path)  # before there are processes, so that one fetches
+    if not already_launched():
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()
@@ -54,11 +57,11 @@ def train(run: Any) -> None:
     while run.step < run.config.run.steps:
         run.begin_step()
         started = time.monotonic()
-        sequences, sampled = run.next_batch()
-        if sequences is None:
+        batch, sampled = run.next_batch()
+        if batch is None:
             run.undo_step()
             run.stop()
-        updated = run.update(sequences)
+        updated = run.update(batch)
         run.push_weights()
         run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)

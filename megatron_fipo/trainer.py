@@ -20,7 +20,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
 from megatron_fipo.errors import CheckpointError, RolloutError
-from megatron_fipo.experience import Experience, training_sequences
+from megatron_fipo.experience import Experience
 from megatron_fipo.interrupt import CtrlC, Interrupted
 from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.leftovers import own_place, remove_outside, say_removed
@@ -28,14 +28,15 @@ from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
-from megatron_fipo.policy.batches import Sequences, share
 from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.saving import Saving
-from megatron_fipo.policy.update import Policy, gather_parameters
-from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, WeightsWanted
+from megatron_fipo.policy.step import train_step
+from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
+from megatron_fipo.policy.update import Policy
+from megatron_fipo.records.sample import Group
+from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
 from megatron_fipo.run_directory import RunDirectory, keep_settings, take_directory
-from megatron_fipo.samples import Group
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
@@ -43,7 +44,6 @@ from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
-from megatron_fipo.tracking.updates import over_updates
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.reshard import export
@@ -85,8 +85,8 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
-        ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.sampling_events = SamplingEvents(trainer_store(), *ranks)
+        world_size = torch.distributed.get_world_size()
+        self.sampling_events = SamplingEvents(trainer_store(), torch.distributed.get_rank(), world_size)
         self.saving: Saving | None = None
         """The checkpoint that is being written."""
         # On the way out of a run that failed or is stopped by a signal the last complete checkpoint stays.
@@ -145,12 +145,12 @@ class Trainer:
         self.undone_to = self.step_began_with
         self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def next_batch(self) -> tuple[Sequences | None, dict[str, float]]:
+    def next_batch(self) -> tuple[TrainBatch | None, dict[str, float]]:
         """This step's sequences, on every rank, and rank 0's metrics of how they came about.
 
         No sequences: a Ctrl-C broke it off.
         """
-        sequences, metrics = None, {}
+        batch, metrics = None, {}
         with self.console.phase("sample") as phase:
             sampling = Ongoing(self.experience.collect(phase)) if self.experience else None
             if not self._is_sampled(sampling):
@@ -158,7 +158,7 @@ class Trainer:
             self._make_room()
             if sampling is not None:
                 selection, sampled = sampling.result
-                sequences = training_sequences(selection.groups, self.config.algorithm, self.version)
+                batch = train_batch(selection.groups, self.config.algorithm, self.version)
                 metrics = sampling_metrics(selection.counts, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
                 if selection.gave_up:
@@ -166,22 +166,18 @@ class Trainer:
                         f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
                         f"after {selection.counts.num_gen_batches} generation batches; training on those"
                     )
-            sequences = share(sequences)
-        return sequences, metrics
+            batch = share(batch)
+        return batch, metrics
 
-    def update(self, sequences: Sequences) -> dict[str, float]:
+    def update(self, batch: TrainBatch) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
-        mini_batches = self.policy.plan(sequences)
-        with self.console.phase("log-probs"):
-            agreement = self.policy.score(mini_batches)
-        if warning := self.agreement.judge(agreement):
-            self.console.warn(f"step {self.step}: {warning}")
-        with self.console.phase("update"):
-            updates = [self.policy.update(mini_batch) for mini_batch in mini_batches]
-            gather_parameters(self.policy.chunks)
-        metrics = agreement | over_updates(updates)
+
+        def warn(text: str) -> None:
+            self.console.warn(f"step {self.step}: {text}")
+
+        metrics = train_step(self.policy, batch, self.agreement, self.console.phase, warn)
         if warning := self.finite_updates.judge(metrics):
-            self.console.warn(f"step {self.step}: {warning}")
+            warn(warning)
         return metrics
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
@@ -208,10 +204,10 @@ class Trainer:
         with self.console.phase("validate") as phase:
             started = time.monotonic()
             sampling = Ongoing(self.experience.validate(phase)) if self.experience else None
-            is_sampled = self._is_sampled(sampling)
+            broken_off = not self._is_sampled(sampling)
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
-        if not is_sampled:
+        if broken_off:
             self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
         if sampling is None or self.metrics is None or self.report is None:
@@ -347,10 +343,9 @@ class Trainer:
 
     def _next_event(self, sampling: Ongoing[Any] | None) -> Event:
         """What sampling says next, on rank 0."""
-        assert sampling is not None, "rank 0 has one"
         try:
             with self.ctrl_c.breaks():
-                return sampling.wait()
+                return sampling.wait() if sampling else Ready()
         except Interrupted:
             return BrokenOff()
 

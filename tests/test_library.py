@@ -54,9 +54,9 @@ def test_what_a_launcher_refuses_is_raised_with_its_reason(tmp_path: Path) -> No
     """And printed by nobody."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     said: list[str] = []
-    with pytest.raises(FipoError, match=r"already holds a run \(give another") as raised:
+    with pytest.raises(FipoError, match=r"^run\.resume: never, but .* holds a run \(another") as raised:
         run(load_config([f"run.directory={tmp_path}", "run.resume=never"]), echo=said.append)
-    assert raised.value.exit_code == 1
+    assert raised.value.exit_code == 2
     assert said == []
 
 

@@ -21,7 +21,7 @@ def comparison_page(
     by_source: dict[str, list[GroupScores]],
     sources: Sequence[str],
     metric: str,
-    target: float,
+    target: float | None,
     sentences: Sequence[str],
 ) -> str:
     """The whole page. `by_source` has the scores of all problems first."""

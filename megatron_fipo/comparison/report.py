@@ -12,7 +12,7 @@ from megatron_fipo.comparison import tables
 from megatron_fipo.comparison.groups import Group, Grouping
 from megatron_fipo.comparison.page import EXPLANATION, comparison_page
 from megatron_fipo.comparison.scores import GroupScores, compare, default_target, sources_of
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.files import write_atomically
 
@@ -27,7 +27,8 @@ class Comparison:
     grouping: Grouping
     baseline: Group
     metric: str
-    target: float
+    target: float | None
+    """The score whose cost is shown; None where no run has validated."""
     sources: list[str]
     by_source: dict[str, list[GroupScores]]
     """The groups' scores on all problems under "all", then on each data source where there are several."""
@@ -62,10 +63,8 @@ def show(comparison: Comparison) -> None:
     """Print what differs, the scores and what they say."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
     grouping = comparison.grouping
-    runs = sum(len(group.runs) for group in grouping.groups)
-    several = f" in {len(grouping.groups)} groups; the baseline is {comparison.baseline.name}"
-    console.print(f"{runs} runs{several}" if len(grouping.groups) > 1 else f"{runs} of {comparison.baseline.name}")
-    for note in grouping.notes:
+    console.print(_opening(comparison))
+    for note in (*grouping.notes, *_without_scores(comparison)):
         console.print(Text("note: ", style="bold yellow").append(note, style="not bold default"), soft_wrap=True)
     if grouping.differences:
         titles, *rows = tables.difference_table(grouping)
@@ -81,6 +80,23 @@ def show(comparison: Comparison) -> None:
         console.print(Text(sentence, style="bold"), soft_wrap=True)
 
 
+def _opening(comparison: Comparison) -> str:
+    """How many runs there are, of what."""
+    groups, baseline = comparison.grouping.groups, comparison.baseline.name
+    runs = sum(len(group.runs) for group in groups)
+    counted = f"{runs} run{'' if runs == 1 else 's'}"
+    if len(groups) == 1:
+        return f"{counted} of {baseline}"
+    return f"{counted} in {len(groups)} groups; the baseline is {baseline}"
+
+
+def _without_scores(comparison: Comparison) -> list[str]:
+    """What to say where no run has a held-out score."""
+    if any(found.final is not None for found in comparison.by_source[ALL]):
+        return []
+    return [f"no run has a held-out {comparison.metric}: validation.every=N in a run measures one every N steps"]
+
+
 def _rich(rows: tables.Table, title: str) -> rich.table.Table:
     shown = rich.table.Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for index, name in enumerate(rows[0]):
@@ -91,11 +107,13 @@ def _rich(rows: tables.Table, title: str) -> rich.table.Table:
 
 
 def write(comparison: Comparison, directory: Path) -> None:
-    """Write comparison.html, groups.csv and validations.csv. FipoError if the directory cannot be made."""
+    """Write comparison.html, groups.csv and validations.csv. ConfigError if the directory cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"--output {directory} cannot be made: {error}") from error
+        raise ConfigError(
+            "--output", f"{directory} cannot be made: {error}", "a directory that can be written"
+        ) from error
     grouping, metric, target = comparison.grouping, comparison.metric, comparison.target
     page = comparison_page(grouping, comparison.by_source, comparison.sources, metric, target, comparison.sentences())
     write_atomically(directory / "comparison.html", page)

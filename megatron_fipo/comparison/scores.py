@@ -62,7 +62,7 @@ def series(run: Run, metric: str, source: str | None = None) -> Series:
 
 
 def compare(
-    groups: Sequence[Group], baseline: Group, metric: str, target: float, source: str | None = None
+    groups: Sequence[Group], baseline: Group, metric: str, target: float | None, source: str | None = None
 ) -> list[GroupScores]:
     """The scores of each group. `metric` is one of METRICS; `target` what `Cost` is about."""
     return [
@@ -77,14 +77,17 @@ def compare(
     ]
 
 
-def default_target(groups: Sequence[Group], metric: str, source: str | None = None) -> float:
-    """A score that each group reaches in the mean: the least of their last ones, rounded down to a hundredth."""
+def default_target(groups: Sequence[Group], metric: str, source: str | None = None) -> float | None:
+    """A score that each group reaches in the mean: the least of their last ones, rounded down to a hundredth.
+
+    None where no run has validated.
+    """
     means = []
     for group in groups:
         last = [found[max(found)] for run in group.runs if (found := series(run, metric, source))]
         if last:
             means.append(sum(last) / len(last))
-    return math.floor(min(means) * 100) / 100 if means else 0.0
+    return math.floor(min(means) * 100) / 100 if means else None
 
 
 def sources_of(groups: Sequence[Group]) -> list[str]:
@@ -97,11 +100,16 @@ def sources_of(groups: Sequence[Group]) -> list[str]:
     return sorted(names)
 
 
-def cost_of(group: Group, metric: str, target: float, source: str | None = None) -> Cost:
-    """Training time and tokens until a validation first reached `target`; the median over the runs that did."""
+def cost_of(group: Group, metric: str, target: float | None, source: str | None = None) -> Cost:
+    """Training time and tokens until a validation first reached `target`; the median over the runs that did.
+
+    Without a target, of no run.
+    """
     seconds, tokens = [], []
     for run in group.runs:
-        reached = [step for step, value in series(run, metric, source).items() if value >= target]
+        reached = [
+            step for step, value in series(run, metric, source).items() if target is not None and value >= target
+        ]
         if reached:
             rows = [row for step, row in run.steps.items() if step <= min(reached)]
             seconds.append(sum(row.get("seconds_step") or 0.0 for row in rows))

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_fipo.comparison.groups import Group, Grouping
@@ -13,47 +13,44 @@ from megatron_fipo.tracking.console_table import duration
 NOTHING = "-"
 Table = list[list[str]]
 """Rows of cells, the first of them the titles."""
+_Column = tuple[str, Callable[[GroupScores], str]]
+"""A title, and a group's cell below it."""
 
 
-def score_table(scores: Sequence[GroupScores], target: float) -> Table:
-    """A row for each group: last and best score, difference to the baseline, cost of the target.
+def score_table(scores: Sequence[GroupScores], target: float | None) -> Table:
+    """A row for each group: last and best score, difference to the baseline, cost of the target, if there is one.
 
     Of evaluations, which have neither steps nor a cost, the score and the difference.
     """
     if all(run.is_evaluation for found in scores for run in found.group.runs):
-        rows = [
-            [found.group.name, score_in_words(found.final), difference_in_words(found.difference)] for found in scores
+        columns: list[_Column] = [
+            ("model", lambda found: found.group.name),
+            ("score", lambda found: in_words(found.final)),
+            ("to the baseline", lambda found: in_words(found.difference, sign="+")),
         ]
-        return [["model", "score", "to the baseline"], *rows]
-    titles = [
-        "group",
-        "seeds",
-        "last",
-        "at step",
-        "best",
-        "at step",
-        "to the baseline",
-        f"time to {target:g}",
-        "tokens",
-    ]
-    rows = [titles]
-    for found in scores:
-        cost = found.cost
-        share = "" if cost.reached == cost.runs else f" ({cost.reached} of {cost.runs} runs)"
-        rows.append(
-            [
-                found.group.name,
-                ", ".join(str(seed) for seed in found.group.seeds),
-                score_in_words(found.final),
-                _steps(found.final),
-                score_in_words(found.best),
-                _steps(found.best),
-                difference_in_words(found.difference),
-                NOTHING if cost.seconds is None else f"{duration(cost.seconds)}{share}",
-                NOTHING if cost.tokens is None else short(cost.tokens),
-            ]
-        )
-    return rows
+    else:
+        columns = [
+            ("group", lambda found: found.group.name),
+            ("seeds", lambda found: ", ".join(str(seed) for seed in found.group.seeds)),
+            ("last", lambda found: in_words(found.final)),
+            ("at step", lambda found: _steps(found.final)),
+            ("best", lambda found: in_words(found.best)),
+            ("at step", lambda found: _steps(found.best)),
+            ("to the baseline", lambda found: in_words(found.difference, sign="+")),
+        ]
+        if target is not None:
+            columns += [(f"time to {target:g}", _time), ("tokens", _tokens)]
+    return [[title for title, _ in columns], *([cell(found) for _, cell in columns] for found in scores)]
+
+
+def _time(found: GroupScores) -> str:
+    cost = found.cost
+    share = "" if cost.reached == cost.runs else f" ({cost.reached} of {cost.runs} runs)"
+    return NOTHING if cost.seconds is None else f"{duration(cost.seconds)}{share}"
+
+
+def _tokens(found: GroupScores) -> str:
+    return NOTHING if found.cost.tokens is None else short(found.cost.tokens)
 
 
 def difference_table(grouping: Grouping) -> Table:
@@ -86,7 +83,7 @@ def run_table(groups: Sequence[Group], metric: str) -> Table:
     return rows
 
 
-def groups_csv(by_source: dict[str, list[GroupScores]], metric: str, target: float) -> str:
+def groups_csv(by_source: dict[str, list[GroupScores]], metric: str, target: float | None) -> str:
     """A line for each data source and group."""
     lines: list[dict[str, Any]] = []
     for source, scores in by_source.items():
@@ -125,22 +122,13 @@ def total(run: Run, metric: str, until: int | None = None) -> float:
     return sum(row.get(metric) or 0.0 for step, row in run.steps.items() if until is None or step <= until)
 
 
-def score_in_words(score: Score | None) -> str:
-    """Such as 0.533 [0.36 0.70]."""
+def in_words(score: Score | None, sign: str = "") -> str:
+    """Such as 0.533 [0.36 0.70]; with the sign "+" as a difference has it, +0.053 [-0.06 +0.17]."""
     if score is None:
         return NOTHING
     found = score.interval
-    ends = "" if found.low is None else f" [{found.low:.3f} {found.high:.3f}]"
-    return f"{found.mean:.3f}{ends}"
-
-
-def difference_in_words(score: Score | None) -> str:
-    """Such as +0.053 [-0.06 +0.17]."""
-    if score is None:
-        return NOTHING
-    found = score.interval
-    ends = "" if found.low is None else f" [{found.low:+.3f} {found.high:+.3f}]"
-    return f"{found.mean:+.3f}{ends}"
+    ends = "" if found.low is None else f" [{found.low:{sign}.3f} {found.high:{sign}.3f}]"
+    return f"{found.mean:{sign}.3f}{ends}"
 
 
 def verdict(found: GroupScores, baseline: Group) -> str | None:
@@ -157,7 +145,7 @@ def verdict(found: GroupScores, baseline: Group) -> str | None:
         unknown = f"; other seeds may say otherwise: {' and '.join(alone)} ran with one" if alone else ""
     if not difference.is_known:
         return f"{name} and {baseline.name} differ by {difference.mean:+.3f}{when}; {over} give no interval"
-    shown = f"{difference_in_words(found.difference)}{when}, over {over}{unknown}"
+    shown = f"{in_words(found.difference, sign='+')}{when}, over {over}{unknown}"
     if difference.excludes_zero():
         return f"{name} is {'above' if difference.mean > 0 else 'below'} {baseline.name}: {shown}"
     return f"{name} and {baseline.name} cannot be told apart: {shown}"

@@ -68,7 +68,7 @@ LOSS_SETTINGS: dict[str, tuple[str, ...]] = {
 class AlgorithmConfig:
     """Loss, advantage and batch sizes."""
 
-    name: str = setting("fipo", "Name for logs and plots.")
+    name: str = setting("fipo", "Label in logs, plots and comparisons. It chooses nothing: algorithm=NAME does.")
     loss_mode: str = setting(
         "future_kl",
         "The policy loss, a function of megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config
 from megatron_fipo.config.agreement import agreement_limits
+from megatron_fipo.config.algorithm_names import label
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
@@ -46,7 +47,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     _check_world(config, world_size)
     if local:
         _check_servers(config)
-        check_here(config)
+        warnings += check_here(config)
     return warnings
 
 
@@ -127,6 +128,7 @@ def _batches(config: Config) -> Iterator[str]:
 def _algorithm(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
     _check_loss_settings(algorithm)
+    yield from label(algorithm)
     future_kl = algorithm.future_kl
     if future_kl is None:
         return

@@ -17,16 +17,20 @@ from megatron_fipo.plugins import check_call, load_function
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 
-def check_here(config: Config) -> None:
-    """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow."""
+def check_here(config: Config) -> list[str]:
+    """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow.
+
+    What this machine runs, but badly, is a warning.
+    """
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
     check_reward_here(config.reward)
     _check_token(config)
     _check_gpu(config)
     _check_model(config)
-    check_machine(config)
+    warnings = check_machine(config)
     _check_loss(config)
+    return warnings
 
 
 def check_here_to_sample(config: Config, model_dir: Path) -> None:

@@ -3,27 +3,35 @@
 import ctypes
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB
 from megatron_fipo.errors import ConfigError
 
 _GIB = 1 << 30
-_RANK_GIB = 0.25
-"""What a rank takes at the very least, its libraries alone."""
+_RANK_GIB = 0.4
+"""What a rank takes on a CPU at the very least: the libraries' own data, and no model (0.43 GiB with the embedded one).
+"""
+_RANKS_PER_CORE = 2
+"""Trainer processes that a core can serve; with more, each step waits for the machine."""
 
 
-def check_machine(config: Config) -> None:
-    """Raise ConfigError for what this machine has not. Servers, verifiers and files are those of the first rank."""
+def check_machine(config: Config) -> list[str]:
+    """Raise ConfigError for what this machine has not; a warning for more processes than it can serve.
+
+    Servers, verifiers and files are those of the first rank.
+    """
     if os.environ.get("RANK", "0") != "0":
-        return
+        return []
     _check_directory(Path(config.run.directory))
     if config.rollout.servers:
         check_host(config.rollout.host)
     _check_memory(config)
+    return [] if "RANK" in os.environ else list(_crowded(config.parallel))
 
 
 def has_cuda_driver() -> bool:
@@ -33,6 +41,17 @@ def has_cuda_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def cuda_devices() -> int:
+    """GPUs that a process here can use, as CUDA's driver counts them; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    started = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if started else 0
 
 
 def _check_directory(path: Path) -> None:
@@ -62,17 +81,38 @@ def check_host(host: str) -> None:
         raise ConfigError("rollout.host", problem, "127.0.0.1, or another of its addresses") from None
 
 
+def _crowded(parallel: ParallelConfig) -> Iterator[str]:
+    """Processes that this launcher would start here, where they are more than GPUs or cores can serve."""
+    ranks, layout = _ranks(parallel), _layout(parallel)
+    gpus, cores = cuda_devices(), len(psutil.Process().cpu_affinity() or [0])
+    remedy = (
+        "; parallel.data=null starts one replica" if (parallel.data or 1) > 1 else "; a smaller layout starts fewer"
+    )
+    if gpus and ranks > gpus:
+        yield f"parallel: {layout} is {ranks} processes, one per GPU, and this machine has {gpus}{remedy}"
+    elif not gpus and ranks > _RANKS_PER_CORE * cores:
+        yield f"parallel: {layout} is {ranks} processes, and this machine has {cores} cores: steps will be slow{remedy}"
+
+
+def _ranks(parallel: ParallelConfig) -> int:
+    return parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
+
+
+def _layout(parallel: ParallelConfig) -> str:
+    sizes = (("tensor", parallel.tensor), ("pipeline", parallel.pipeline), ("context", parallel.context))
+    return " × ".join(f"{name} {size}" for name, size in (*sizes, ("data", parallel.data or 1)) if size > 1)
+
+
 def _check_memory(config: Config) -> None:
     memory_gib = psutil.virtual_memory().total / _GIB
     parallel, rollout = config.parallel, config.rollout
-    ranks = parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
     # Under a launcher the ranks are on as many machines as it knows.
-    local_ranks = 0 if "RANK" in os.environ else ranks
+    local_ranks = 0 if "RANK" in os.environ else _ranks(parallel)
     caches = 0 if has_cuda_driver() else rollout.servers
     for key, count, each_gib, name in (
         ("reward.workers", config.reward.workers, VERIFIER_MEMORY_GIB, "verifier processes"),
         ("rollout.cpu_kv_cache_gib", caches, rollout.cpu_kv_cache_gib, "KV caches of servers"),
-        ("parallel", local_ranks, _RANK_GIB, "trainer processes"),
+        ("parallel", local_ranks, _RANK_GIB, f"trainer processes ({_layout(parallel)})"),
     ):
         if count * each_gib > memory_gib:
             problem = f"{count} {name} of {each_gib} GiB each take more than the {memory_gib:.1f} GiB of memory here"

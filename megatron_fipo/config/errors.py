@@ -47,6 +47,8 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
     if match := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
         return ConfigError(match.group(1), "a key takes one value", "a list is written in brackets: key=[a,b]")
     if isinstance(error, OverrideParseException):
+        if (home := _from_home(error.override or "")) is not None:
+            return home
         remedy = "give SECTION.KEY=VALUE; quote a value with special characters twice: 'run.name=\"a=b\"'"
         return ConfigError(_short(error.override or ""), f"cannot be read: {_one_line(error)}", remedy)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
@@ -62,6 +64,18 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
     if key and "not in" in str(cause):
         return unknown_key(key, groups)
     return ConfigError(key, _one_line(cause), _DOCS)
+
+
+def _from_home(override: str) -> ConfigError | None:
+    """The refusal of a path that begins with ~, which neither the shell nor Hydra reads inside KEY=VALUE."""
+    key, _, value = override.partition("=")
+    paths = [item.strip() for item in value.strip("[]").split(",")]
+    if not any(path.startswith("~") for path in paths):
+        return None
+    given = ",".join(f'"{path}"' if path.startswith("~") else path for path in paths)
+    is_list = value.startswith("[") or "list" in str(getattr(dict(every_setting()).get(key), "type", ""))
+    quoted = f"'{key}=[{given}]'" if is_list else f"'{key}={given}'"
+    return ConfigError(key, f"{_short(value)} has a ~ that is not quoted", f"quote it twice: {quoted}")
 
 
 def below_null_section() -> ConfigError:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.errors import ConfigError, one_line
+from megatron_fipo.config.hub import reason
+from megatron_fipo.errors import ConfigError
 
 KEY = "model.path"
 _HUB_ID = re.compile(r"(?!models/)(?P<name>[A-Za-z0-9]([\w.-]*\w)?/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
@@ -111,25 +112,9 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _refused(path: str, name: str, error: Exception) -> ConfigError:
-    from huggingface_hub import constants
-
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _reason(error)
-    problem = f"{path} is no directory here and not in the hub's cache {_cache()}, and {why}"
+    problem = f"{path} is no directory here and not in the hub's cache {_cache()}, and {reason(error, 'model')}"
     remedy = f"`hf download {name}` where there is a network, with HF_HOME on storage that this machine sees too"
     return ConfigError(KEY, problem, f"{remedy}; or a model directory")
-
-
-def _reason(error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    for kind, reason in (
-        (GatedRepoError, "the hub gives it to those who have accepted its terms there, and `hf auth login`"),
-        (RepositoryNotFoundError, "the hub has no such model, or shows it after `hf auth login` alone"),
-        (RevisionNotFoundError, "the hub's model has no such revision"),
-    ):
-        if isinstance(error, kind):
-            return reason
-    return f"the hub cannot be reached: {one_line(error)}"
 
 
 def _cache() -> str:

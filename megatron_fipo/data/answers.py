@@ -16,6 +16,7 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
+from megatron_fipo.data.kinds import kind_of
 from megatron_fipo.data.messages import are_messages, role_and_content
 
 _LONGEST_EXPONENT = 400
@@ -198,9 +199,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "a truth value", list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}
-    shown = str(value) if isinstance(value, bool) else ""
-    return " ".join(filter(None, (names.get(type(value), f"a {type(value).__name__}"), shown)))
+    return f"{kind_of(value)} {value}" if isinstance(value, bool) else kind_of(value)
 
 
 def _quoted(text: str) -> str:

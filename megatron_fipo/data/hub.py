@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_fipo.config.data import FILE_SUFFIXES
 from megatron_fipo.config.data_files import COMPRESSED, format_of
+from megatron_fipo.config.hub import reason
 from megatron_fipo.errors import DataError, one_line
 
 _CARD_FILES = ("README.md", ".huggingface.yaml")
@@ -86,9 +87,9 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
     except Exception as error:  # the client raises many kinds, of several libraries
         owner_and_name, folder_name = "/".join(parts[:2]), parts[min(len(parts), 2) - 1]
         raise DataError(
-            f"{name}: cannot be fetched from the hub ({one_line(error)}); where there is a network, "
-            f"hf download {owner_and_name} --repo-type dataset --local-dir {folder_name} fetches it, "
-            f"and {'/'.join([folder_name, *parts[2:]])} is its name then"
+            f"{name}: is neither a directory here nor in the hub's cache, and {reason(error, 'dataset')}; "
+            f"`hf download {owner_and_name} --repo-type dataset --local-dir {folder_name}` fetches it where there is "
+            f"a network, and {'/'.join([folder_name, *parts[2:]])} is its name then"
         ) from error
     return Path(folder), parts[2] if len(parts) == 3 else None, parts[-1] if len(parts) < 3 else parts[1]
 

@@ -13,15 +13,14 @@ from typing import Literal
 
 from megatron_fipo.config import DataConfig
 from megatron_fipo.data.fingerprint import Fingerprint, Fingerprinter
-from megatron_fipo.data.hub import fetch_split
-from megatron_fipo.data.layout import Layout
 from megatron_fipo.data.reasoning_tasks import generate
 from megatron_fipo.data.row_text import row_text
-from megatron_fipo.data.sources import RawProblem, read_files, refuse
+from megatron_fipo.data.rows import names_of, rows_of
+from megatron_fipo.data.sources import RawProblem, refuse
 from megatron_fipo.data.tokenizers import Tokenizer
 from megatron_fipo.data.vocabulary import outside
-from megatron_fipo.errors import ConfigError, DataError
-from megatron_fipo.samples import Problem
+from megatron_fipo.errors import DataError
+from megatron_fipo.records.problem import Problem, prompt_ids
 
 Split = Literal["train", "validation"]
 _LONG_ANSWER = 300
@@ -95,7 +94,7 @@ def load_problems(
             if keep_columns:
                 problem = replace(problem, columns=row_text(raw.row))
             problems.append(problem)
-            fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids)
+            fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids.tolist())
     counts.kept = len(problems)
     counts.long_answers = sum(len(problem.ground_truth) > _LONG_ANSWER for problem in problems)
     _logger.info("%s problems: %s", split, counts)
@@ -144,31 +143,14 @@ def _rows(
     if config.source == "reasoning_gym":
         yield from generate(config, split)
         return
-    names = config.train if split == "train" else config.validation
-    if not names:
-        raise ConfigError(f"data.{split}", "names no file", "give at least one, or embedded:NAME")
 
     def drop(error: DataError) -> None:
         counts.rows += 1
         counts.dropped_bad_answers += 1
 
-    layout = Layout.of(config, split)
     on_bad_answer = drop if config.bad_answers == "drop" else refuse
-    for name in names:
-        if config.source == "files":
-            paths, data_source = [name], None
-        else:
-            files = fetch_split(name, split)
-            paths, data_source = files.paths, files.data_source
-        before = counts.dropped_bad_answers
-        rows = read_files(paths, layout, data_source, every_column=every_column, on_bad_answer=on_bad_answer)
-        first = next(rows, None)
-        if first is None and counts.dropped_bad_answers > before:
-            continue
-        if first is None:
-            raise DataError(f"{name}: has no rows; give one with problems, or leave it out of data.{split}")
-        yield first
-        yield from rows
+    for name in names_of(config, split):
+        yield from rows_of(name, config, split, on_bad_answer, every_column=every_column)
 
 
 def _questions(config: DataConfig) -> set[str]:
@@ -235,4 +217,4 @@ def _tokenise(
         counts.truncated += 1
         token_ids = token_ids[-max_prompt_length:]
         text = tokenizer.decode(token_ids)
-    return Problem(identity, text, token_ids, raw.ground_truth, raw.data_source, raw.extra)
+    return Problem(identity, text, prompt_ids(token_ids), raw.ground_truth, raw.data_source, raw.extra)

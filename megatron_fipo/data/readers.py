@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fipo.config.data_files import COMPRESSED, format_of
+from megatron_fipo.data.kinds import kind_of
 from megatron_fipo.errors import DataError, one_line
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def nested(row: Any, column: str) -> Any:
             raise LookupError(f"no element {name} in a list of {len(row)}")
         return nested(row[int(name)], rest) if rest else row[int(name)]
     if not isinstance(row, dict):
-        raise LookupError(f"no column {column} in a {type(row).__name__}")
+        raise LookupError(f"no column {column} in {kind_of(row)}")
     if name not in row:
         raise LookupError(f"no column {name}; it has {shown_names(row)}")
     return nested(row[name], rest) if rest else row[name]
@@ -98,7 +99,7 @@ def _json_rows(path: Path, ending: str) -> Iterator[tuple[int, Row]]:
             if not isinstance(row, dict):
                 mend = "; a file that is an array ends in .json" if ending == ".jsonl" and isinstance(row, list) else ""
                 raise DataError(
-                    f"{path}, row {number}: not a JSON object with the columns of a problem but a {_kind(row)}{mend}"
+                    f"{path}, row {number}: not a JSON object with the columns of a problem but {kind_of(row)}{mend}"
                 )
             yield number, row
 
@@ -127,10 +128,6 @@ def _array_rows(path: Path, content: bytes) -> Iterator[tuple[int, Any]]:
 
 def _after_space(text: str, position: int) -> int:
     return _SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches everywhere
-
-
-def _kind(value: Any) -> str:
-    return {list: "list", str: "text", type(None): "null", bool: "truth value"}.get(type(value), "number")
 
 
 def _parse(text: bytes, where: str, expected: str) -> Any:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
@@ -13,6 +14,7 @@ from megatron_fipo.config.data_files import NotFound, files_of, source_name
 from megatron_fipo.data.answers import answer_text, completion_text
 from megatron_fipo.data.chat_templates import Message
 from megatron_fipo.data.column_hints import likely_keys
+from megatron_fipo.data.kinds import kind_of
 from megatron_fipo.data.layout import Layout
 from megatron_fipo.data.messages import role_and_content
 from megatron_fipo.data.readers import Row, nested, read_rows, shown_names
@@ -20,6 +22,7 @@ from megatron_fipo.errors import DataError
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGES_AS_TEXT = re.compile(r"""\s*(\[\s*)?\{.*["'](role|content)["']\s*:""", re.DOTALL)
+_DROPPING = "; data.bad_answers=drop leaves such rows out"
 _DEFAULT_SOURCE_COLUMN = ColumnsConfig().source
 
 
@@ -88,9 +91,12 @@ def read_files(
         for path in paths:
             name_of_all = data_source or source_name(base if os.path.isdir(base) else path)
             required = [layout.prompt] if layout.answer is None else [layout.prompt, layout.answer]
+            fits = False
             for number, row in read_rows(path, required, layout.source, every=every_column):
-                problem = _raw_problem(row, layout, name_of_all, f"{path}, row {number}", on_bad_answer)
+                told = partial(_told_of_dropping, on_bad_answer) if fits else on_bad_answer
+                problem = _raw_problem(row, layout, name_of_all, f"{path}, row {number}", told)
                 if problem is not None:
+                    fits = True
                     yield problem
 
 
@@ -119,8 +125,14 @@ def _raw_problem(
 
 
 def _bad_answer(problem: str, layout: Layout, where: str) -> str:
-    remedy = "; data.bad_answers=drop leaves such rows out" if problem.startswith("the answer is missing") else ""
+    remedy = _DROPPING if problem.startswith("the answer is missing") else ""
     return f"{where}, column {layout.answer}: {problem}{remedy}"
+
+
+def _told_of_dropping(on_bad_answer: Callable[[DataError], None], error: DataError) -> None:
+    """Pass on what is wrong with an answer in a file whose keys have read other rows: such rows can be left out."""
+    text = str(error)
+    on_bad_answer(error if text.endswith(_DROPPING) else DataError(f"{text}{_DROPPING}"))
 
 
 def _answer(row: Row, layout: Layout, where: str) -> str:
@@ -152,7 +164,7 @@ def _source(row: Row, layout: Layout, where: str) -> str | None:
         return None
     value = _value(row, layout.source, layout, where)
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}, column {layout.source}: should be a text, not a {type(value).__name__}")
+        raise DataError(f"{where}, column {layout.source}: should be a text, not {kind_of(value)}")
     if value:
         _check_text(value, f"{where}, column {layout.source}")
     return value
@@ -169,7 +181,7 @@ def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]
     if not isinstance(value, list):
         raise DataError(
             f"{where}: should be a question or a list of chat messages with role and content, "
-            f"not {'missing' if value is None else f'a {type(value).__name__}'}"
+            f"not {'missing' if value is None else kind_of(value)}"
         )
     messages = [_message(message, where) for message in value]
     if messages and messages[-1]["role"] == "assistant":

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         """Token ids of a rendered prompt. Only models without a chat template get a bos token, if they want one."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens, otherwise exactly as it was."""
+        """Text without special tokens, otherwise exactly as it was. Called in several threads at the same time."""
 
 
 def load_tokenizer(model_dir: str | Path, data: DataConfig | None = None) -> Tokenizer:
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(_ModelTokenizer):
     """Anything transformers' AutoTokenizer reads."""
 
     def __init__(self, directory: Path, data: DataConfig):
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, TokenizersBackend
 
         try:
             # The run knows the longest prompt; transformers would compare with whatever stands in the file.
@@ -121,6 +121,9 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         except Exception as error:  # of several libraries, by what the files hold
             raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
         self._tokenizer = tokenizer
+        # The same text as transformers' own; but only a batch is decoded without the interpreter's lock.
+        plain = isinstance(tokenizer, TokenizersBackend) and type(tokenizer)._decode is TokenizersBackend._decode
+        self._decode_batch = tokenizer.backend_tokenizer.decode_batch if plain else None
         if not is_stored:
             raise DataError(
                 f"{directory}/tokenizer_config.json: eos_token {tokenizer.eos_token[:80]!r} is not in tokenizer.json"
@@ -135,6 +138,8 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         return self._prefix + self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
+        if self._decode_batch is not None:
+            return str(self._decode_batch([ids], skip_special_tokens=True)[0])
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

@@ -8,8 +8,8 @@
 
 Whoever finds a server failing says so by `lose`, from any thread. `repair`, in the thread that started the servers,
 warns once of each that was lost, and starts ours again. `admit`, before every weight update, takes back what answers
-again. A server that has started again serves its model directory's weights, which are the right ones only while no
-update has been published: later it waits for one.
+again. A server that has started again has its model directory's weights, which are the right ones only until an update
+begins: later it waits for one.
 """
 
 import asyncio
@@ -64,8 +64,8 @@ class EnginePool:
         """The version that the last weight update published; None before one."""
         self._warn, self._beside_trainer = warn, beside_trainer
         self._restarts = 0
-        self._updated: list[tuple[Server, int]] = []
-        """What the update that was begun last is for, each with the life that it was in."""
+        self._updated: list[tuple[Server, int]] | None = None
+        """What the update that was begun last is for, each with the life that it was in; None before one."""
         self._starter: Starter | None = None
         if config.addresses:
             token = os.environ.get(TOKEN_VARIABLE, "")
@@ -96,6 +96,11 @@ class EnginePool:
     def returning(self) -> list[Server]:
         """The servers that may come back into service."""
         return [server for server in self.servers if server.state in RETURNING]
+
+    @property
+    def serves_own_weights(self) -> bool:
+        """Whether servers sample from the weights of their model directory: until an update begins."""
+        return self.weight_version is None and self._updated is None
 
     def losses_in_words(self) -> str:
         """Each server that is out of service, with the reason."""
@@ -144,7 +149,7 @@ class EnginePool:
         Also what has died while it was starting again. In the thread that called `start`.
 
         Raises:
-            RolloutError: one of ours has been lost more than `rollout.max_restarts` times in a row.
+            RolloutError: one of ours is given up: lost more than `rollout.max_restarts` times in a row.
         """
         for server in self.returning:
             if (failure := server.failure()) is not None:
@@ -157,26 +162,30 @@ class EnginePool:
                 server.enter(State.AWAY if self._may_return(server) else State.GIVEN_UP)
                 again = "taken back when it answers" if server.state is State.AWAY else "left out from now on"
                 self._warn(f"the vLLM server at {server.url} is out of service, {again}: {server.reason}")
+        for server in self.servers:
+            if server.process is not None and server.state is State.GIVEN_UP:
+                raise RolloutError(server.reason)
         return bool(lost)
 
     def _restart(self, server: Server) -> None:
         assert self._starter is not None, "ours are started here"
-        story = self._starter.end(server)
+        story, limit = self._starter.end(server), self.config.max_restarts
         if not self._may_return(server):
             server.enter(State.GIVEN_UP)
-            limit = f"rollout.max_restarts={self.config.max_restarts}"
-            raise RolloutError(story if server.losses == 1 else f"{limit} restarts did not help: {story}")
+            helpless = f"rollout.max_restarts={limit} restarts did not help: "
+            server.reason = story if server.losses == 1 else helpless + story
+            return
         self._restarts += 1
         self._starter.start_again(server)
         server.enter(State.RESTARTING)
-        self._warn(f"restart {server.losses} of at most {self.config.max_restarts}: {story}")
+        self._warn(f"restart {server.losses} of at most {limit}: {story}")
 
     def _may_return(self, server: Server) -> bool:
         return server.losses <= self.config.max_restarts
 
     def is_back(self, server: Server) -> None:
         """A server that was out of service answers again, and is what the configuration says."""
-        server.enter(State.SERVING if self.weight_version is None else State.AWAITING_WEIGHTS)
+        server.enter(State.SERVING if self.serves_own_weights else State.AWAITING_WEIGHTS)
         self.roster += 1
         self._warn(f"the vLLM server at {server.url} is back in service")
 
@@ -198,7 +207,7 @@ class EnginePool:
 
     def end_update(self) -> None:
         """The servers that were in service when it began, and still are, sample from here on."""
-        for server, life in self._updated:
+        for server, life in self._updated or ():
             if server.state is State.AWAITING_WEIGHTS and server.life == life:
                 server.enter(State.SERVING)
 

@@ -59,7 +59,7 @@ class Watch:
             if server.state is State.SERVING:
                 if (silent := await self._silence(server)) is not None:
                     self.lose(server, life, silent)
-            elif server.state in RETURNING and self._pool.weight_version is None:
+            elif server.state in RETURNING and self._pool.serves_own_weights:
                 # Later ones wait for the next weights, and are asked before those are sent.
                 await self._take_back(server)
 

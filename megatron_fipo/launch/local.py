@@ -28,7 +28,7 @@ from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
 from megatron_fipo.processes import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
 from megatron_fipo.reasons import Listener, Reason
-from megatron_fipo.run_directory import look
+from megatron_fipo.run_directory import directory_refused, look
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
@@ -95,7 +95,7 @@ def launch_training(world_size: int, config: Config) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
         resolved.write(file, config)
     except OSError as error:
-        raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
+        raise directory_refused(directory, error) from error
     print(f"run directory: {directory}", flush=True)
     command = [sys.executable, "-m", "megatron_fipo.train", RESOLVED, str(file)]
     try:
@@ -123,7 +123,7 @@ def _start(listeners: list[Listener], directory: Path, command: list[str], mask:
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FipoError(f"run.directory={directory} cannot be made: {error}") from error
+        raise directory_refused(directory, error) from error
     # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
     # else's from here on.
     with socket.create_server((_LOOPBACK, 0), backlog=4096) as meeting:

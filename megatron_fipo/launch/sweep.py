@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_fipo.commands import going_on, override, program
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, DataConfig, RewardConfig
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.config.resolved import read_tree
 from megatron_fipo.config.resume import changes, refused
-from megatron_fipo.errors import ConfigError, DataError, FipoError
+from megatron_fipo.errors import ConfigError, DataError, FipoError, RunFailed
+from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import STOPPED, already_launched
 from megatron_fipo.library import run_in_process
 from megatron_fipo.run_directory import look
@@ -132,19 +133,24 @@ def plan(arguments: Sequence[str]) -> list[Member]:
 def judge(members: Sequence[Member]) -> None:
     """Refuse what cannot run, whichever it is, and print each warning once. Raises FipoError, naming the run."""
     said: set[str] = set()
+    looked: list[tuple[DataConfig, RewardConfig]] = []
     for member in members:
+        inputs = (member.config.data, member.config.reward)
         try:
             warnings = check(member.config)
             look(member.config)
             _check_done(member)
+            if inputs not in looked:
+                look_first(member.config, splits_read(member.config))
         except ConfigError as error:
             raise ConfigError(f"{member.name}: {error.key}", error.problem, error.remedy) from None
         except FipoError as error:
-            raise FipoError(f"{member.name}: {error}") from None
+            raise RunFailed(f"{member.name}: {error}", error.exit_code) from None
         for warning in warnings:
             if warning not in said:
                 print(f"warning: {warning}", file=sys.stderr)
         said.update(warnings)
+        looked.append(inputs)
 
 
 def _check_done(member: Member) -> None:

@@ -46,12 +46,12 @@ class VerifierProcess:
         self._connection: socket.socket | None = None
         self._received = b""
 
-    def ensure_started(self) -> None:
+    def ensure_started(self, timeout_s: float = _START_TIMEOUT_S) -> None:
         """Starts the process unless it runs, and waits until it is warm.
 
         Raises:
             ConfigError: reward.rule is a function that cannot be used.
-            RewardError: the process does not come up.
+            RewardError: the process does not come up, because of a VerifierHung or a VerifierDied.
         """
         if self._process is not None and self._process.poll() is None:
             return
@@ -61,13 +61,12 @@ class VerifierProcess:
                 raise RewardError("the verifier pool was closed while responses were waiting for their verdict")
             self._spawn()
         try:
-            (started,) = self.receive(_START_TIMEOUT_S)
+            (started,) = self.receive(timeout_s)
         except (VerifierHung, VerifierDied) as error:
             output = self._last_stderr_line()
             self.kill()
             raise RewardError(
-                f"the verifier process for reward.rule={self._config.rule} did not start in {_START_TIMEOUT_S:.0f} s: "
-                f"{output}"
+                f"the verifier process for reward.rule={self._config.rule} did not start in {timeout_s:.0f} s: {output}"
             ) from error
         if "refused" in started:
             self.kill()

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import httpx
 
+from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.descriptors import NoDescriptors
@@ -23,16 +24,26 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.states import Server
 from megatron_fipo.engines.watch import Watch
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.rollout.answers import BadAnswer
 from megatron_fipo.rollout.events import Steps, WeightsWanted
 from megatron_fipo.rollout.requests import NotAnswered, Requests
 from megatron_fipo.rollout.work import Pending, Sampling, Work
-from megatron_fipo.samples import Group, Problem
 from megatron_fipo.weights.deadline import Deadline
 
 RETRY_PAUSE_S = 0.5
+_WAITING_GROUPS = 2
+_CALLS_BESIDE = 3
+"""Connections to a server beside its requests: a sign of life, a probe, a control call."""
 CONNECT_TIMEOUT_S = 30.0
+
+
+def connections(config: RolloutConfig, fewest_samples: int) -> int:
+    """How many connections an EngineGenerator has open at most, where no request is for fewer samples than these."""
+    requests = config.max_num_seqs // fewest_samples + _WAITING_GROUPS
+    return (len(config.addresses) or config.servers) * (requests + _CALLS_BESIDE)
 
 
 class EngineGenerator:
@@ -164,15 +175,15 @@ class EngineGenerator:
     def _with_room(self, pending: Pending) -> Server | None:
         """The server with the fewest outstanding samples, if it has places for the next work.
 
-        Beside the samples that it runs, as many of two groups wait at a server: an engine that is full is asked for no
-        more before a whole group of them has ended, and still has work while the next group travels.
+        Beside the samples that it runs, those of _WAITING_GROUPS groups wait at a server: an engine that is full is
+        asked for no more before a whole group has ended, and still has work while the next one travels.
         """
         if not pending.waiting or not (serving := self._pool.serving):
             return None
         work = pending.waiting[0]
         servers = [server for server in serving if server.url not in work.failed] or serving
         server = min(servers, key=lambda server: self._outstanding[server.url])
-        places = self._pool.config.max_num_seqs + 2 * work.samples
+        places = self._pool.config.max_num_seqs + _WAITING_GROUPS * work.samples
         return server if self._outstanding[server.url] + len(work.missing()) <= places else None
 
     async def _ask_in_a_task(
@@ -191,8 +202,8 @@ class EngineGenerator:
         try:
             try:
                 async with aclosing(asking.requests.samples(server, work, missing, asking.pending)) as samples:
-                    async for index, response in samples:
-                        work.add(index, response)
+                    async for index, sample in samples:
+                        work.add(index, sample)
                         arrived.append(index)
                         self._outstanding[server.url] -= 1
                         self._scarcity = None

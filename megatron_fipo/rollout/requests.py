@@ -21,10 +21,10 @@ from megatron_fipo.engines.probes import engine_message
 from megatron_fipo.engines.states import Server
 from megatron_fipo.engines.watch import Watch
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Sample
 from megatron_fipo.records.wire import Frame, FrameReader
-from megatron_fipo.rollout.answers import Asked, BadAnswer, read_response
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
 from megatron_fipo.rollout.work import Pending, Work
-from megatron_fipo.samples import Response
 
 
 class NotAnswered(Exception):
@@ -39,7 +39,7 @@ class Requests:
 
     async def samples(
         self, server: Server, work: Work, missing: list[int], pending: Pending
-    ) -> AsyncGenerator[tuple[int, Response], None]:
+    ) -> AsyncGenerator[tuple[int, Sample], None]:
         """The samples `missing` of `work`, as they come, each with its index in the group.
 
         Raises:
@@ -69,9 +69,9 @@ class Requests:
                                 f"{len(missing)} were asked for"
                             )
                         return
-                    response = read_response(frame, about, asked, arrived)
+                    sample = read_sample(frame, about, asked, arrived)
                     arrived.add(about.index)
-                    yield missing[about.index], response
+                    yield missing[about.index], sample
         except TimeoutError:
             raise RolloutError(pending.late(work, config.request_timeout_s)) from None
         raise BadAnswer(f"it ended after {len(arrived)} of {len(missing)} responses")

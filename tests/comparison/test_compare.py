@@ -179,9 +179,21 @@ def test_the_baseline_is_a_group_its_beginning_or_a_run(sweep):
 def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path, capsys, spoil, message):
     directory = make_run(tmp_path / "run", {20: MIDDLE})
     spoil(directory)
-    assert main([str(directory), "--output", str(tmp_path / "out")]) == 1
+    assert main([str(directory), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_runs_that_have_validated_nothing_are_said_to_have_no_score(tmp_path, capsys):
+    """And no time to a score of 0, which every run would reach."""
+    make_run(tmp_path / "run", {})
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("1 run of fipo_7b\n") and "time to" not in shown
+    assert "note: no run has a held-out accuracy: validation.every=N" in shown
+    assert "time to" not in (tmp_path / "out" / "comparison.html").read_text()
+    (line,) = csv.DictReader((tmp_path / "out" / "groups.csv").open())
+    assert (line["target"], line["reached_target"]) == ("", "0")
 
 
 def test_a_place_that_is_not_there(tmp_path):

@@ -44,7 +44,10 @@ def test_the_model_must_fit_layout_and_lengths(
     assert remedy in str(refusal.value)
 
 
-def test_a_model_that_fits_is_accepted(model_directory: Any, tiny_files: list[str]) -> None:
+def test_a_model_that_fits_is_accepted(
+    model_directory: Any, tiny_files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: list(range(8)))
     raised = ["rollout.max_response_length=40000", "model.max_position_embeddings=40064"]
     layout = ["parallel.tensor=2", "parallel.pipeline=4", "parallel.virtual_pipeline=3"]
     assert judge(model_directory(), *tiny_files, *raised, *layout, local=True) == []
@@ -125,3 +128,31 @@ def test_what_this_machine_has_not_is_refused(
     # The other ranks start neither servers nor verifiers, and may be on another machine.
     monkeypatch.setenv("RANK", "1")
     judge(*override.split(), local=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "gpus", "cores", "said"),
+    [
+        (
+            "parallel.tensor=2 parallel.data=7",
+            0,
+            2,
+            "tensor 2 × pipeline 2 × data 7 is 28 processes, and this machine ",
+        ),
+        ("parallel.tensor=2 parallel.data=7", 8, 2, "is 28 processes, one per GPU, and this machine has 8; parallel.d"),
+        ("parallel.pipeline=4", 2, 64, "pipeline 4 is 4 processes, one per GPU, and this machine has 2; a smaller lay"),
+        ("parallel.tensor=2", 0, 2, ""),
+        ("parallel.tensor=2 parallel.data=2", 8, 2, ""),
+    ],
+)
+def test_more_processes_than_the_machine_can_serve_are_warned_about(
+    override: str, gpus: int, cores: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick start's layout has two stages; four processes on two cores are one of its examples."""
+    monkeypatch.setattr(checks_machine, "cuda_devices", lambda: gpus)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: list(range(cores)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30))
+    warnings = judge(*override.split(), local=True)
+    assert [warning.startswith("parallel: ") and said in warning for warning in warnings] == [True] * bool(said)
+    monkeypatch.setenv("RANK", "0")
+    assert judge(*override.split(), local=True) == [], "ranks that torchrun or srun have started"

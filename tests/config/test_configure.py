@@ -5,6 +5,7 @@ Not covered: which combinations are refused (test_checks.py).
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, every_setting, sections
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import configuration_directory, load_config
+from megatron_fipo.errors import ConfigError
 from tests.config.judging import SERVER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,3 +175,20 @@ def test_config_is_plain_dataclasses() -> None:
     assert isinstance(config, Config)
     assert type(config.data.task_options) is dict and type(config.data.train) is list
     assert config.data.task_options["extra"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "quoted"),
+    [
+        ("data.train=~/x.jsonl", "'data.train=[\"~/x.jsonl\"]'"),
+        ("data.train=[~/x.jsonl, b.jsonl]", "'data.train=[\"~/x.jsonl\",b.jsonl]'"),
+        ("model.path=~/m", "'model.path=\"~/m\"'"),
+    ],
+)
+def test_a_home_directory_is_told_how_to_be_quoted(override: str, quoted: str) -> None:
+    """Neither the shell nor Hydra expands it there; the remedy has to work as it stands."""
+    with pytest.raises(ConfigError, match=r"has a ~ that is not quoted \(quote it twice: ") as refusal:
+        load_config([override])
+    assert str(refusal.value).endswith(f"quote it twice: {quoted})")
+    (argument,) = shlex.split(quoted)
+    assert "~/" in str(getattr(load_config([argument]), override.partition(".")[0]))

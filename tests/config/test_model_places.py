@@ -115,7 +115,7 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
         ("owner/none", {}, "the hub has no such model, or shows it after `hf auth login` alone"),
         ("owner/old", {}, "owner/old has no complete safetensors"),
         ("owner/small", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set (`hf download owner/small` where there is a"),
-        ("owner/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached: "),
+        ("owner/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached ("),
     ],
 )
 def test_what_cannot_be_fetched_is_one_line(
@@ -130,7 +130,7 @@ def test_a_hub_out_of_reach_is_said_at_once(hub: FakeHub, tmp_path: Path) -> Non
     """The client's own download of one file tries six times, for 25 seconds and with two lines each."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     refused = call(hub, tmp_path / "home", "fetch_config('owner/small')", **nowhere)
-    assert "the hub cannot be reached: " in refusal(refused) and "Retrying" not in refused.stderr
+    assert "the hub cannot be reached (" in refusal(refused) and "Retrying" not in refused.stderr
 
 
 @pytest.mark.slow

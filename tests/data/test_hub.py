@@ -147,7 +147,8 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(tmp_path: Path, with_card: Pa
     assert fetch_split("owner/gsm/main:test", "train").data_source == "gsm"
     with pytest.raises(
         DataError,
-        match=r"owner/other: cannot be fetched .*hf download owner/other --repo-type dataset --local-dir other fetches",
+        match=r"owner/other: is neither .* and HF_HUB_OFFLINE is set; "
+        r"`hf download owner/other --repo-type dataset --local-dir other` fetches",
     ):
         fetch_split("owner/other", "train")
     with pytest.raises(DataError, match="is no dataset"):

@@ -125,6 +125,14 @@ def test_bad_answers_are_refused_or_dropped_and_counted() -> None:
     write(Path("train.jsonl"), rows)
     with pytest.raises(DataError, match=r"row 1, column answer: the answer is missing.*data\.bad_answers=drop"):
         load("data=questions")
+    write(Path("train.jsonl"), [rows[1], rows[2]])
+    with pytest.raises(DataError, match=r"row 2, column answer: no column answer; .*data\.bad_answers=drop"):
+        load("data=questions")
+    write(Path("train.jsonl"), [rows[2]])
+    with pytest.raises(DataError, match=r"row 1, column answer: no column answer") as refusal:
+        load("data=questions")
+    assert "data.bad_answers" not in str(refusal.value), "here it is the key that is wrong, of every row"
+    write(Path("train.jsonl"), rows)
     loaded = load("data=questions data.bad_answers=drop")
     assert [problem.ground_truth for problem in loaded.problems] == ["3"]
     assert (loaded.counts.rows, loaded.counts.dropped_bad_answers) == (3, 2)

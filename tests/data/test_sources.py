@@ -125,7 +125,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
             read(file, columns=QUESTIONS)
         with pytest.raises(DataError, match=r"a\.\w+, row 1, column meta\.answer: no column answer; it has \['x'\]"):
             read(file, columns=ColumnsConfig("question", "meta.answer"))
-        with pytest.raises(DataError, match=r"row 1, column target\.answer: no column answer in a str"):
+        with pytest.raises(DataError, match=r"row 1, column target\.answer: no column answer in a text"):
             read(file, columns=ColumnsConfig("question", "target.answer"))
         with pytest.raises(DataError, match=r"row 1, column kind: no column kind"):
             read(file, columns=ColumnsConfig("question", "target", "kind"))
@@ -135,8 +135,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
     ("prompt", "message"),
     [
         (None, "should be a question or a list of chat messages"),
-        (3, "not a int"),
-        ({"role": "user"}, "not a dict"),
+        (3, "not a number"),
+        ({"role": "user"}, "not an object"),
         (["a"], "list of chat messages with role and content"),
         ([{"role": "user"}], r"texts role and content; it has \['role'\]"),
         ([{"role": "user", "content": [{"type": "image", "text": "a"}]}], "texts role and content"),
@@ -173,7 +173,7 @@ def test_a_null_around_the_answer_is_a_missing_answer(tmp_path):
 
 
 def test_a_name_of_the_data_set_that_is_no_text_is_refused(tmp_path):
-    with pytest.raises(DataError, match="row 1, column data_source: should be a text, not a int"):
+    with pytest.raises(DataError, match="row 1, column data_source: should be a text, not a number"):
         read(write(tmp_path / "a.jsonl", [row("1+1=?") | {"data_source": 3}]))
 
 
@@ -284,7 +284,7 @@ def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
         (b'[{"prompt": 1}, ]', "row 2: not JSON"),
         (b'[{"prompt": 1}] x', "more text after the array of 1 rows"),
         (b"[[1]]", "row 1: not a JSON object .* but a list"),
-        (b"[null]", "row 1: not a JSON object .* but a null"),
+        (b"[null]", "row 1: not a JSON object .* but null"),
         (b'{\n "data": []\n}', "row 1: not JSON .*should have an array of objects, or one object per line"),
     ],
 )

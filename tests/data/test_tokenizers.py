@@ -7,6 +7,7 @@ tests/data/test_make_smollm2.py, the embedded task's in tests/data/test_column_s
 import io
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ def test_without_a_template_the_contents_are_joined_and_the_model_gets_its_bos(t
     assert tokenizer.encode("  a  b .").count(0) == 1
     assert tokenizer.encode("a")[0] == 0
     assert tokenizer.decode(tokenizer.encode("  a  b .")) == "  a  b ."
+
+
+def test_decoding_without_the_interpreters_lock_gives_transformers_own_text(tmp_path):
+    """Also in several threads at the same time, as verifiers do. Special tokens are left out."""
+    save_byte_tokenizer(tmp_path, TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer._decode_batch is not None, "the control: it is decoded in another way"
+    numbers = random.Random(0)
+    rows = [[numbers.randrange(tokenizer.size + 3) for _ in range(200)] for _ in range(50)]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    expected = [tokenizer._tokenizer.decode(row, **options) for row in rows]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(tokenizer.decode, rows)) == expected
 
 
 def test_end_tokens_are_the_union_of_what_the_files_say(tmp_path):

@@ -52,8 +52,8 @@ def test_a_sleeping_server_frees_its_memory_and_samples_alike_when_awake(tmp_pat
     total = torch.cuda.mem_get_info()[1]
     assert asleep - awake > 0.8 * SHARE * total, "nearly all of its share is KV cache, for so small a model"
     assert abs(woken - awake) < 0.02 * total
-    assert [group.responses[0].token_ids.tolist() for group in after] == [
-        group.responses[0].token_ids.tolist() for group in before
+    assert [group.samples[0].token_ids.tolist() for group in after] == [
+        group.samples[0].token_ids.tolist() for group in before
     ]
 
 

@@ -82,19 +82,19 @@ def test_each_run_is_judged_before_the_first_starts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(tmp_path: Path) -> None:
-    """Two seeds, of which the first has something in the way of its checkpoints; the same command again does the rest.
+    """Two seeds, of which the first has something in the way of its logs; the same command again does the rest.
 
     The second time it is interrupted, which ends the run in progress and the sweep.
     """
     settings = [*SMALL, "parallel=single", "run.steps=1", "checkpoint.every=1", "run.seed=1,2"]
     command = [sys.executable, "-m", "megatron_fipo", "train", "-m", *settings, f"run.directory={tmp_path}"]
-    obstacle = tmp_path / "seed-1" / "checkpoints"
+    obstacle = tmp_path / "seed-1" / "logs"
     obstacle.parent.mkdir()
     obstacle.write_text("in the way")
     first = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert first.returncode == 1, first.stdout + first.stderr
     lines = first.stdout.splitlines()
-    assert re.match(r"\[1/2\] seed-1: failed after .*: step 1 is not saved", lines[1]), first.stdout
+    assert re.match(r"\[1/2\] seed-1: failed after .*: run.directory: .* cannot be made", lines[1]), first.stdout
     assert re.match(r"\[2/2\] seed-2: done in ", lines[2]), first.stdout
     assert lines[3].split()[:3] == ["run", "steps", "reward"] and len(lines) >= 6
     assert first.stderr.count("\n") == first.stderr.count("warning: "), "nothing but warnings"

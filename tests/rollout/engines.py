@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import torch
 import transformers
@@ -13,10 +14,12 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Group, Problem, Response
 
 VOCABULARY = 96
 CACHED_PROMPT = 160
@@ -70,7 +73,7 @@ def problems(count: int, length: int = 12) -> list[Problem]:
     """Random prompts of `length` tokens that share no prefix."""
     generator = torch.Generator().manual_seed(count)
     prompts = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
-    return [Problem(f"problem-{index}", "", prompt, "", "test") for index, prompt in enumerate(prompts)]
+    return [Problem(f"problem-{index}", "", prompt_ids(prompt), "", "test") for index, prompt in enumerate(prompts)]
 
 
 def sampling(**changes: Any) -> Sampling:
@@ -109,17 +112,19 @@ def generate(
     return Ongoing(client.generate(*asked, **more)).to_the_end(supply or give_up)
 
 
-def forward_log_probs(model: transformers.PreTrainedModel, prompt: list[int], response: Response) -> torch.Tensor:
-    """transformers' own log-probs of a response: fp32 [response length]."""
-    tokens = torch.tensor([prompt + response.token_ids.tolist()])
+def forward_log_probs(model: transformers.PreTrainedModel, prompt: numpy.ndarray, sample: Sample) -> torch.Tensor:
+    """transformers' own log-probs of a sample: fp32 [response length]."""
+    tokens = torch.from_numpy(numpy.concatenate([prompt, sample.token_ids]))[None].long()
     with torch.no_grad():
         log_probs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return log_probs.gather(1, tokens[0, len(prompt) :, None])[:, 0]
 
 
-def log_prob_error(model: transformers.PreTrainedModel, prompt: list[int], response: Response) -> float:
-    """Largest difference between the engine's log-probs of a response and transformers'."""
-    return float((forward_log_probs(model, prompt, response) - torch.from_numpy(response.log_probs)).abs().max())
+def log_prob_error(model: transformers.PreTrainedModel, prompt: numpy.ndarray, sample: Sample) -> float:
+    """Largest difference between the engine's log-probs of a sample and transformers'."""
+    return float(
+        (forward_log_probs(model, prompt, sample) - torch.tensor(sample.streams[ROLLOUT_LOG_PROBS])).abs().max()
+    )
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:

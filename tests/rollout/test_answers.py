@@ -7,6 +7,7 @@ against the real engine in test_generator.py.
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,13 +18,14 @@ import msgspec
 import numpy
 import pytest
 
+from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Group
 from megatron_fipo.records.wire import encode_frame
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.samples import Group
 from tests.rollout.engines import (
     STOP_TOKEN,
     VOCABULARY,
@@ -47,7 +49,7 @@ def sample(index: int, /, **changes: Any) -> bytes:
     }
     arrays = {
         "token_ids": numpy.array([5, 7, STOP_TOKEN], numpy.int32),
-        "log_probs": numpy.array([-1.0, -0.5, -0.25], numpy.float32),
+        "rollout_log_probs": numpy.array([-1.0, -0.5, -0.25], numpy.float32),
     }
     arrays |= {name: changes.pop(name) for name in list(changes) if isinstance(changes[name], numpy.ndarray)}
     return encode_frame(about | changes, {name: array for name, array in arrays.items() if array.size != 77})
@@ -81,23 +83,29 @@ WRONG: dict[str, tuple[Answer, str]] = {
         lambda r: [encode_frame({"type": "sample", "finish_reason": "stop", "spans": []})],
         "missing required",
     ),
-    "no tokens": (with_first(token_ids=ints(), log_probs=floats()), "has 0 tokens; 1 to 24 were asked for"),
-    "too many tokens": (with_first(token_ids=ints(*[5] * 25), log_probs=floats(*[-1] * 25)), "has 25 tokens"),
+    "no tokens": (with_first(token_ids=ints(), rollout_log_probs=floats()), "has 0 tokens; 1 to 24 were asked for"),
+    "too many tokens": (with_first(token_ids=ints(*[5] * 25), rollout_log_probs=floats(*[-1] * 25)), "has 25 tokens"),
     "a token id of -1": (with_first(token_ids=ints(5, -1, STOP_TOKEN)), "the token id -1, which is none"),
     "a token id of 10^9": (with_first(token_ids=ints(5, 10**9, STOP_TOKEN)), f"1000000000.*the model's {VOCABULARY}"),
     "the first token id beyond": (with_first(token_ids=ints(5, VOCABULARY, STOP_TOKEN)), "the token id 96"),
-    "token ids of 64 bits": (with_first(token_ids=numpy.array([5, 7, 2])), "int64 .* instead of int32"),
-    "token ids of 3.5": (with_first(token_ids=floats(5, 3.5, 2)), "float32 .* token ids"),
-    "token ids in two dimensions": (with_first(token_ids=ints(5, 7, 2)[None]), r"int32 \[1, 3\] token ids"),
-    "no token ids": (with_first(token_ids=MISSING), r"arrays \['log_probs'\]"),
-    "no log-probs": (with_first(log_probs=MISSING.astype(numpy.float32)), r"arrays \['token_ids'\]"),
-    "another array": (with_first(ranks=ints(1)), r"arrays \['log_probs', 'ranks', 'token_ids'\]"),
-    "too few log-probs": (with_first(log_probs=floats(-1, -1)), "3 tokens with 2 log-probs"),
-    "log-probs of bytes": (with_first(log_probs=numpy.zeros(3, numpy.uint8)), "uint8 .* log-probs"),
-    "a log-prob of +7": (with_first(log_probs=floats(-1, 7, -1)), "log-probs from -1 to 7"),
-    "a log-prob of -1e300": (with_first(log_probs=floats(-1, -1e300, -1)), "not finite"),
-    "a log-prob of -1e30": (with_first(log_probs=floats(-1, -1e30, -1)), "log-probs from -1e\\+30 to -1"),
-    "a log-prob of nan": (with_first(log_probs=floats(-1, float("nan"), -1)), "not finite"),
+    "token ids of 64 bits": (with_first(token_ids=numpy.array([5, 7, 2])), "token_ids as int64 .* should have int32"),
+    "token ids of 3.5": (with_first(token_ids=floats(5, 3.5, 2)), "token_ids as float32"),
+    "token ids in two dimensions": (with_first(token_ids=ints(5, 7, 2)[None]), r"token_ids as int32 \[1, 3\]"),
+    "no token ids": (
+        with_first(token_ids=MISSING),
+        "the streams rollout_log_probs, and should have token_ids, rollout_log_probs",
+    ),
+    "no log-probs": (
+        with_first(rollout_log_probs=MISSING.astype(numpy.float32)),
+        "the streams token_ids, and should have token_ids, rollout_log_probs",
+    ),
+    "another array": (with_first(ranks=ints(1)), "the streams ranks, rollout_log_probs, token_ids, and"),
+    "too few log-probs": (with_first(rollout_log_probs=floats(-1, -1)), "3 token_ids, 2 rollout_log_probs"),
+    "log-probs of bytes": (with_first(rollout_log_probs=numpy.zeros(3, numpy.uint8)), "rollout_log_probs as uint8"),
+    "a log-prob of +7": (with_first(rollout_log_probs=floats(-1, 7, -1)), "log-probs from -1 to 7"),
+    "a log-prob of -1e300": (with_first(rollout_log_probs=floats(-1, -1e300, -1)), "not finite"),
+    "a log-prob of -1e30": (with_first(rollout_log_probs=floats(-1, -1e30, -1)), "log-probs from -1e\\+30 to -1"),
+    "a log-prob of nan": (with_first(rollout_log_probs=floats(-1, float("nan"), -1)), "not finite"),
     "an aborted response": (with_first(finish_reason="abort"), "'abort' instead of stop or length"),
     "a finish reason of none": (with_first(finish_reason=None), "Expected `str`, got `null`"),
     "a stop without a stop token": (with_first(token_ids=ints(5, 7, 9)), "stopped with the token 9"),
@@ -123,18 +131,32 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 
 @contextmanager
-def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[EngineGenerator, list[str]]]:
-    """A client of web servers that answer like this each time, and what the pool has warned of."""
+def client_of(
+    directory: Path, *answers: Answer, silent_for: dict[int, int] | None = None
+) -> Iterator[tuple[EngineGenerator, list[str]]]:
+    """A client of web servers that answer like this each time, and what the pool has warned of.
 
-    def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
+    `silent_for`: how many signs of life a server does not give, by its index.
+    """
+    silent = dict(silent_for or {})
+
+    def handler(index: int, answer: Answer) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                content = (
-                    b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
-                    if (self.path == GENERATE_PATH)
-                    else b"{}"
-                )
+                content = b'{"world_size": 1, "weight_version": "0"}'
+                if self.path == GENERATE_PATH:
+                    content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
+                elif silent.get(index, 0):
+                    silent[index] -= 1
+                    self.send_error(500)
+                    return
+                self._send(content)
+
+            def do_GET(self) -> None:
+                self._send(b'{"world_size": 1, "weight_version": "0"}')
+
+            def _send(self, content: bytes) -> None:
                 self.send_response(200)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
@@ -144,7 +166,7 @@ def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[EngineGenerat
 
         return Handler
 
-    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(answer)) for answer in answers]
+    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(*pair)) for pair in enumerate(answers)]
     warnings: list[str] = []
     try:
         for web in webs:
@@ -170,9 +192,10 @@ def test_a_good_answer_is_taken(tmp_path: Path) -> None:
     with client_of(tmp_path, good) as (client, warnings):
         [group] = generate(client, problems(1), 2, sampling(), [0])
         assert client.retries == 0 and warnings == []
-    for response in group.responses:
-        assert response.token_ids.tolist() == [5, 7, STOP_TOKEN] and response.log_probs.tolist() == [-1, -0.5, -0.25]
-        assert (response.finish_reason, response.weight_version) == ("stop", VERSION)
+    for sample in group.samples:
+        assert sample.token_ids.tolist() == [5, 7, STOP_TOKEN]
+        assert sample.streams["rollout_log_probs"].tolist() == [-1, -0.5, -0.25]
+        assert (sample.finish_reason, sample.weight_version) == ("stop", VERSION)
 
 
 def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
@@ -188,7 +211,7 @@ def test_a_server_that_repeats_a_wrong_answer_is_taken_out_and_others_answer(nam
     answer, complaint = WRONG[name]
     with client_of(tmp_path, answer, good) as (client, warnings):
         groups = generate(client, problems(8), 2, sampling(), range(8))
-        assert [response.token_ids.tolist() for group in groups for response in group.responses] == [[5, 7, 2]] * 16
+        assert [sample.token_ids.tolist() for group in groups for sample in group.samples] == [[5, 7, 2]] * 16
         [warning] = warnings
         assert "its answers are not what was asked for" in warning and "left out from now on" in warning
         assert client._pool.servers[1].state is State.SERVING
@@ -222,7 +245,7 @@ def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path) -> None:
     with client_of(tmp_path, ends_early) as (client, _):
         [group] = generate(client, problems(1), 3, sampling(), [0])
     first = asked[0][0]
-    assert len(group.responses) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
+    assert len(group.samples) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
 
 
 def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
@@ -261,3 +284,38 @@ def test_work_is_dealt_evenly(tmp_path: Path) -> None:
     with client_of(tmp_path, server(0), server(1)) as (client, _):
         generate(client, problems(8), 4, sampling(), range(8))
     assert min(map(len, asked)) >= 2, asked
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_a_server_that_comes_back_while_others_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_updated: bool
+) -> None:
+    """An evaluation takes it back at once. One that needs a run's weights waits for them: that is the control."""
+    monkeypatch.setattr(watch, "WATCH_EVERY_S", 0.05)
+    said: list[list[str]] = []
+    asked_after_its_return: list[bool] = []
+
+    def away_at_first(request: GenerateRequest) -> list[bytes]:
+        asked_after_its_return.append(any("is back in service" in warning for warning in said[0]))
+        if len(asked_after_its_return) == 1:
+            return [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+        return own(request)
+
+    def slow(request: GenerateRequest) -> list[bytes]:
+        time.sleep(0.2)
+        return own(request)
+
+    def own(request: GenerateRequest) -> list[bytes]:
+        return good(request) if is_updated else [part.replace(b'"3"', b'"0"') for part in good(request)]
+
+    with client_of(tmp_path, away_at_first, slow, silent_for={0: 1}) as (client, warnings):
+        said.append(warnings)
+        pool = client._pool
+        pool.config.max_num_seqs = 2
+        if not is_updated:
+            pool.weight_version = None
+        assert len(generate(client, problems(24), 2, sampling(), range(24))) == 24
+        assert "taken back when it answers" in warnings[0]
+        assert pool.servers[0].state is (State.AWAY if is_updated else State.SERVING)
+        assert any(asked_after_its_return) != is_updated
+        assert len(warnings) == (1 if is_updated else 2)

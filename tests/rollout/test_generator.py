@@ -19,8 +19,8 @@ import torch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.states import Server, State
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.samples import Group
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
@@ -35,19 +35,17 @@ from tests.rollout.engines import (
 
 
 def _tokens(groups: list[Group]) -> list[list[list[int]]]:
-    return [[response.token_ids.tolist() for response in group.responses] for group in groups]
+    return [[sample.token_ids.tolist() for sample in group.samples] for group in groups]
 
 
 @pytest.mark.slow
 def test_log_probs_are_those_of_a_direct_forward(rollout: Rollout) -> None:
     groups = generate(rollout.client, problems(6), 4, sampling(), seeds=range(6))
     errors = [
-        log_prob_error(rollout.model, group.problem.token_ids, response)
-        for group in groups
-        for response in group.responses
+        log_prob_error(rollout.model, group.problem.token_ids, sample) for group in groups for sample in group.samples
     ]
     assert max(errors) < 1e-4
-    assert {response.weight_version for group in groups for response in group.responses} == {0}
+    assert {sample.weight_version for group in groups for sample in group.samples} == {0}
 
 
 @pytest.mark.slow
@@ -72,9 +70,9 @@ def test_samples_of_one_group_and_of_neighbouring_seeds_differ(rollout: Rollout)
 @pytest.mark.slow
 def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
     [group] = generate(rollout.client, problems(1), 2, sampling(temperature=0.0, top_p=1.0), seeds=[0])
-    first, second = group.responses
+    first, second = group.samples
     assert first == second
-    tokens = torch.tensor([group.problem.token_ids + first.token_ids.tolist()])
+    tokens = torch.tensor([group.problem.token_ids.tolist() + first.token_ids.tolist()])
     with torch.no_grad():
         best = rollout.model(tokens).logits[0, len(group.problem.token_ids) - 1 : -1].argmax(-1)
     assert best.tolist() == first.token_ids.tolist()
@@ -84,10 +82,10 @@ def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
 @pytest.mark.slow
 def test_a_response_ends_at_a_stop_token_kept_in_it_or_at_the_limit(rollout: Rollout) -> None:
     groups = generate(rollout.client, problems(16), 4, sampling(), seeds=range(16))
-    responses = [response for group in groups for response in group.responses]
-    stopped = [response for response in responses if response.finish_reason == "stop"]
-    limited = [response for response in responses if response.finish_reason == "length"]
-    assert stopped and limited and len(stopped) + len(limited) == len(responses)
+    samples = [sample for group in groups for sample in group.samples]
+    stopped = [sample for sample in samples if sample.finish_reason == "stop"]
+    limited = [sample for sample in samples if sample.finish_reason == "length"]
+    assert stopped and limited and len(stopped) + len(limited) == len(samples)
     assert all(r.token_ids.tolist().index(STOP_TOKEN) == len(r.token_ids) - 1 for r in stopped)
     assert all(len(r.token_ids) == 24 and STOP_TOKEN not in r.token_ids for r in limited)
 

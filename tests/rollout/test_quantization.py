@@ -15,8 +15,9 @@ from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.records.sample import Sample
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.samples import Response
 from megatron_fipo.weights.transfer import WeightTransfer, open_transfer
 from tests.rollout.engines import (
     forward_log_probs,
@@ -58,16 +59,18 @@ def _config() -> RolloutConfig:
     return rollout_config(dtype="bfloat16", quantization="fp8_per_channel", weight_transfer="shared_memory")
 
 
-def _responses(client: EngineGenerator) -> list[Response]:
+def _responses(client: EngineGenerator) -> list[Sample]:
     """One by one, so that no two of them share a batch and its rounding."""
     groups = [generate(client, [problem], 1, sampling(), [seed])[0] for seed, problem in enumerate(PROMPTS)]
-    return [group.responses[0] for group in groups]
+    return [group.samples[0] for group in groups]
 
 
-def _error(model: Qwen2ForCausalLM, responses: list[Response]) -> float:
+def _error(model: Qwen2ForCausalLM, responses: list[Sample]) -> float:
     """Mean difference from bfloat16 log-probs."""
     pairs = zip(PROMPTS, responses, strict=True)
-    gaps = [forward_log_probs(model, p.token_ids, r).float() - torch.from_numpy(r.log_probs) for p, r in pairs]
+    gaps = [
+        forward_log_probs(model, p.token_ids, r).float() - torch.tensor(r.streams[ROLLOUT_LOG_PROBS]) for p, r in pairs
+    ]
     return float(torch.cat(gaps).abs().mean())
 
 

@@ -23,8 +23,8 @@ from megatron_fipo.engines.server_log import ServerLog
 from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.samples import Group
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
@@ -144,7 +144,7 @@ def test_adopting_a_server_needs_its_token_and_its_layout(rollout: Rollout, monk
         adopted.start()
         adopted.wait_ready()
         with EngineGenerator(adopted) as client:
-            assert len(generate(client, problems(1), 2, sampling(), [0])[0].responses) == 2
+            assert len(generate(client, problems(1), 2, sampling(), [0])[0].samples) == 2
     # Closing it leaves somebody else's server alone.
     assert rollout.pool.servers[0].failure() is None
     assert len(generate(rollout.client, problems(1), 2, sampling(), [0])) == 1

@@ -55,8 +55,8 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
         *("/resume", "awake"),
     ]
     after = generate(rollout.client, problems(2), 1, sampling(), [1, 2])
-    assert [group.responses[0].token_ids.tolist() for group in after] == [
-        group.responses[0].token_ids.tolist() for group in before
+    assert [group.samples[0].token_ids.tolist() for group in after] == [
+        group.samples[0].token_ids.tolist() for group in before
     ]
 
 
@@ -71,7 +71,7 @@ def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, mon
         await control.resume(deadline)
 
     asyncio.run(step())
-    assert generate(rollout.client, problems(1), 1, sampling(), [3])[0].responses[0].token_ids.size
+    assert generate(rollout.client, problems(1), 1, sampling(), [3])[0].samples[0].token_ids.size
 
 
 def test_servers_get_the_trainers_gpus_only_when_they_share_them() -> None:

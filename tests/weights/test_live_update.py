@@ -68,7 +68,7 @@ def _errors(client: EngineGenerator, model: PreTrainedModel) -> tuple[float, flo
     errors = []
     for prompts in (WARM, COLD):
         groups = generate(client, prompts, 2, sampling(), range(len(prompts)))
-        pairs = [(group.problem.token_ids, response) for group in groups for response in group.responses]
+        pairs = [(group.problem.token_ids, response) for group in groups for response in group.samples]
         errors.append(max(log_prob_error(model, prompt, response) for prompt, response in pairs))
     return errors[0], errors[1]
 
@@ -81,7 +81,7 @@ def test_engines_hold_what_the_trainer_holds_in_shards(
     for workers, client in clients.items():
         groups = generate(client, WARM, 2, sampling(), range(len(WARM)))
         old = pairs[workers][0]
-        assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.responses) < 1e-4
+        assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
     servers = [
         {
             "url": pool.servers[0].url,

@@ -141,8 +141,8 @@ class Trainer:
     def error_against(self, model: Qwen2ForCausalLM, version: int) -> float:
         """Largest log-prob difference between what the engine now samples and `model`; checks the version."""
         groups = generate(self.client, problems(4, length=CACHED_PROMPT), 2, sampling(), range(4))
-        assert {r.weight_version for group in groups for r in group.responses} == {version}
-        return max(log_prob_error(model, group.problem.token_ids, r) for group in groups for r in group.responses)
+        assert {r.weight_version for group in groups for r in group.samples} == {version}
+        return max(log_prob_error(model, group.problem.token_ids, r) for group in groups for r in group.samples)
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """The server's engine processes whose title contains `name`."""

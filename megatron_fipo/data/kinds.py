@@ -1,0 +1,22 @@
+"""What kind of value a row has, in the words of a message."""
+
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+_WORDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a truth value",
+    str: "a text",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+    bytes: "bytes",
+}
+
+
+def kind_of(value: Any) -> str:
+    """Such as "a number"; for what no JSON has, the name of its type."""
+    if type(value) in _WORDS:
+        return _WORDS[type(value)]
+    return "a number" if isinstance(value, Real | Decimal) else f"a value of type {type(value).__name__}"
