@@ -45,7 +45,7 @@ from pathlib import Path
 from megatron_fipo.engines.pool import EnginePool
 from tests.rollout.engines import rollout_config
 
-with EnginePool(rollout_config(), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as pool:
+with EnginePool(rollout_config(tensor_parallel=2), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as pool:
     pool.start()
     print("started", flush=True)
     pool.wait_ready()
@@ -76,8 +76,8 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     _says(trainer, "started")
     _says(trainer, "ready")
     family = psutil.Process(trainer.pid).children(recursive=True)
-    # The API server and its engine core: both are running before, or the test would prove nothing.
-    assert len([process for process in family if running(process)]) >= 2
+    # The API server, its engine core, two workers: all are running before, or the test would prove nothing.
+    assert len([process for process in family if running(process)]) >= 4
     segments = shared_files(family)
     assert segments
     trainer.kill()
