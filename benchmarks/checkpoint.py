@@ -31,7 +31,6 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import Sequences
 
 platform.install()
 
@@ -39,6 +38,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 
 from megatron_fipo.policy import checkpoint, checkpoint_manifest  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.train_batch import TrainBatch  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
 
 SMOLLM2_135M: dict[str, Any] = {
@@ -117,17 +117,16 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
     def arguments(step: int) -> tuple[Any, ...]:
         return policy, checkpoints, 10 * number + step, {}, 1, model
 
-    sequences = Sequences(
-        token_ids=[torch.randint(3, 1000, (TOKENS,))],
+    batch = TrainBatch(
+        streams={"token_ids": [torch.randint(3, 1000, (TOKENS,))], "rollout_log_probs": [-torch.rand(TOKENS)]},
         prompt_lengths=[TOKENS // 4],
-        rollout_log_probs=[-torch.rand(TOKENS - TOKENS // 4)],
         advantages=torch.ones(1),
         weight_lag=torch.zeros(1, dtype=torch.int64),
         mini_batch_sizes=[1],
     )
-    (mini_batch,) = policy.plan(sequences)
-    policy.score([mini_batch])
-    clock("update", lambda: policy.update(mini_batch))
+    (mini_batch,) = policy.plan(batch)
+    (old,) = policy.log_probs([mini_batch]).streams
+    clock("update", lambda: policy.update(mini_batch, old))
     kinds = {
         "before": lambda: _save_as_before(policy, place / "before"),
         "synchronous": lambda: checkpoint.start_saving(*arguments(1)).finish(),
@@ -143,7 +142,7 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
         clock.seconds[f"{kind}, of processors"].append(_processor_seconds() - before)
     _settle()
     saving = clock("begin", lambda: checkpoint.start_saving(*arguments(3)))
-    clock("update beside", lambda: policy.update(mini_batch))
+    clock("update beside", lambda: policy.update(mini_batch, old))
     while not saving.is_written():
         time.sleep(0.05)
     clock("finish", saving.finish)

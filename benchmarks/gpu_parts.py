@@ -110,13 +110,13 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
     start_model_parallel(fipo.parallel, 0)
     policy = _policy(fipo, shape)
     (batch,) = policy.plan(_equal_sequences(64 if tiny else int(length), sequences, shape.model_config.vocab_size))
-    scoring = once(lambda: policy.score([batch]))
-    scoring = min(scoring, once(lambda: policy.score([batch])))
+    scoring = min(once(lambda: policy.log_probs([batch])) for _ in range(2))
+    (old,) = policy.log_probs([batch]).streams
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
     for turn in range(5):
         for name in ("fipo", "dapo") if turn % 2 else ("dapo", "fipo"):
             policy.choose(name)
-            spent = once(lambda: policy.update(batch))
+            spent = once(lambda: policy.update(batch, old))
             times[name] += [spent] if turn else []
     ratios = [fipo / dapo for fipo, dapo in zip(times["fipo"], times["dapo"], strict=True)]
     median = statistics.median(times["fipo"])
@@ -153,13 +153,15 @@ def _policy(fipo: Config, shape: Any) -> Any:
 
 
 def _equal_sequences(length: int, count: int, vocabulary: int) -> Any:
-    from megatron_fipo.policy.batches import Sequences
+    from megatron_fipo.policy.train_batch import TrainBatch
 
     prompt, generator = 16, torch.Generator().manual_seed(0)
-    return Sequences(
-        token_ids=[torch.randint(0, vocabulary, (length + 1,), generator=generator) for _ in range(count)],
+    return TrainBatch(
+        streams={
+            "token_ids": [torch.randint(0, vocabulary, (length + 1,), generator=generator) for _ in range(count)],
+            "rollout_log_probs": [-torch.rand(length + 1, generator=generator) for _ in range(count)],
+        },
         prompt_lengths=[prompt] * count,
-        rollout_log_probs=[-torch.rand(length + 1 - prompt, generator=generator) for _ in range(count)],
         advantages=torch.randn(count, generator=generator),
         weight_lag=torch.zeros(count, dtype=torch.int64),
         mini_batch_sizes=[count],

@@ -19,7 +19,8 @@ from megatron_fipo.data.fingerprint import Fingerprint
 from megatron_fipo.data.order import OrderState
 from megatron_fipo.files import write_atomically, write_json_atomically
 from megatron_fipo.loop_state import ExperienceState, LoopState
-from megatron_fipo.samples import Group, Judgement, Problem, Response
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 
 SAMPLES, LENGTH, PROMPT, VOCABULARY = 16, 2000, 200, 152_064
 FEW, MANY = 32, 512
@@ -33,26 +34,42 @@ def groups(count: int) -> list[Group]:
     made = []
     for number in range(count):
         prompt = drawn.integers(VOCABULARY, size=PROMPT).tolist()
-        group = Group(Problem(f"{number:016x}", text[: 4 * PROMPT], prompt, "7", "math_dapo"), [])
+        problem, samples = Problem(f"{number:016x}", text[: 4 * PROMPT], prompt_ids(prompt), "7", "math_dapo"), []
         for _ in range(SAMPLES):
             token_ids = drawn.integers(VOCABULARY, size=LENGTH).tolist()
             log_probs = (-drawn.exponential(size=LENGTH)).astype(numpy.float32).tolist()
-            group.responses.append(Response.from_lists(token_ids, log_probs, "stop", 1))
-            group.judgements.append(Judgement(1.0, 1.0, "7", "judged"))
-            group.text.append(text)
-        made.append(group)
+            samples.append(sample_from_lists(token_ids, log_probs, "stop", 1))
+        group = Group(problem, tuple(samples)).with_texts([text] * SAMPLES)
+        made.append(group.with_results([RewardResult(1.0, 1.0, "7", "judged")] * SAMPLES))
     return made
 
 
 def plain_json(kept: list[Group], directory: Path) -> dict[str, float]:
     """All of it as JSON, as checkpoints had it before."""
     path = directory / "plain.json"
-    plain = [asdict(group) for group in kept]
-    for response in (response for group in plain for response in group["responses"]):
-        response |= {"token_ids": response["token_ids"].tolist(), "log_probs": response["log_probs"].tolist()}
+    plain = [_plain(group) for group in kept]
     wrote = once(lambda: write_json_atomically(path, {"experience": {"sampling": {"kept": plain}}}))
     read = once(lambda: json.loads(path.read_text()))
     return {"bytes": path.stat().st_size, "write": wrote, "read": read}
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    """The group as checkpoints had it before."""
+    streams = [{name: values.tolist() for name, values in sample.streams.items()} for sample in group.samples]
+    return {
+        "problem": vars(group.problem) | {"token_ids": group.problem.token_ids.tolist()},
+        "responses": [
+            {
+                "token_ids": values["token_ids"],
+                "log_probs": values["rollout_log_probs"],
+                "finish_reason": sample.finish_reason,
+                "weight_version": sample.weight_version,
+            }
+            for sample, values in zip(group.samples, streams, strict=True)
+        ],
+        "judgements": [asdict(result) for result in group.results],
+        "text": [sample.text for sample in group.samples],
+    }
 
 
 def arrays(kept: list[Group], directory: Path) -> dict[str, float]:

@@ -28,7 +28,8 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.models.costs import attention_operations, products
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import MicroBatch, Sequences
+from megatron_fipo.policy.micro_batch import MicroBatch
+from megatron_fipo.policy.train_batch import TrainBatch
 
 WARM_UP, REPEATS = 2, 5
 PROMPT = 16
@@ -74,17 +75,18 @@ SHAPES = {
 }
 
 
-def make_sequences(shape: Shape) -> Sequences:
+def make_batch(shape: Shape) -> TrainBatch:
     """Random tokens in lengths spread evenly up to the longest: what packing has to do with."""
     generator = torch.Generator().manual_seed(0)
     step = (shape.longest - 2 * PROMPT) / shape.sequences
     lengths = [2 * PROMPT + int(step * (index + 1)) for index in range(shape.sequences)]
-    return Sequences(
-        token_ids=[
-            torch.randint(0, shape.model_config.vocab_size, (length,), generator=generator) for length in lengths
-        ],
+    vocabulary = shape.model_config.vocab_size
+    return TrainBatch(
+        streams={
+            "token_ids": [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
+            "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
+        },
         prompt_lengths=[PROMPT] * len(lengths),
-        rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
         advantages=torch.randn(len(lengths), generator=generator),
         weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
         mini_batch_sizes=[len(lengths)],
@@ -128,12 +130,12 @@ def timed_policy(config: Config, model_config: ModelConfig) -> Any:
     class TimedPolicy(Policy):
         watch = Stopwatch()
 
-        def log_probs(self, micro_batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def label_log_probs(self, micro_batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if not torch.is_grad_enabled():
-                return super().log_probs(micro_batch, logits)
+                return super().label_log_probs(micro_batch, logits)
             watch, backward = self.watch, {}
             start = watch.now()
-            log_probs, entropy = super().log_probs(micro_batch, logits)
+            log_probs, entropy = super().label_log_probs(micro_batch, logits)
             self.reached = watch.now()
             watch.parts["log_probs"].append((start, self.reached))
 
@@ -188,15 +190,15 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     config = configuration(shape, precision, packing, layers_here())
     start_model_parallel(config.parallel, 0)
     policy = timed_policy(config, shape.model_config)
-    sequences = make_sequences(shape)
-    (mini_batch,) = policy.plan(sequences)
-    policy.score([mini_batch])
+    batch = make_batch(shape)
+    (mini_batch,) = policy.plan(batch)
+    (old,) = policy.log_probs([mini_batch]).streams
     for _ in range(WARM_UP):
-        policy.update(mini_batch)
+        policy.update(mini_batch, old)
     policy.watch.parts = {name: [] for name in policy.watch.parts}
-    times = [once(lambda: policy.update(mini_batch)) for _ in range(REPEATS)]
-    slots = sum(micro_batch.tokens.numel() for micro_batch in mini_batch)
-    lengths = [length - 1 for length in sequences.lengths()]  # the last token of a sequence is a label alone
+    times = [once(lambda: policy.update(mini_batch, old)) for _ in range(REPEATS)]
+    slots = sum(micro_batch.position_ids.numel() for micro_batch in mini_batch)
+    lengths = [length - 1 for length in batch.lengths()]  # the last token of a sequence is a label alone
     result = {
         "seconds": statistics.median(times),
         "tokens": sum(lengths),

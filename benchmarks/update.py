@@ -17,18 +17,20 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, FutureKLConfig
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import Sequences
+from megatron_fipo.policy.train_batch import TrainBatch
 
 SEQUENCES, PROMPT, RESPONSE = 16, 16, 496
 PAIRS = 20
 
 
-def make_sequences(vocabulary: int) -> Sequences:
+def make_batch(vocabulary: int) -> TrainBatch:
     """Random tokens; what they are makes no difference to the time."""
-    return Sequences(
-        token_ids=[torch.randint(3, vocabulary, (PROMPT + RESPONSE,)) for _ in range(SEQUENCES)],
+    return TrainBatch(
+        streams={
+            "token_ids": [torch.randint(3, vocabulary, (PROMPT + RESPONSE,)) for _ in range(SEQUENCES)],
+            "rollout_log_probs": [-torch.rand(PROMPT + RESPONSE) for _ in range(SEQUENCES)],
+        },
         prompt_lengths=[PROMPT] * SEQUENCES,
-        rollout_log_probs=[-torch.rand(RESPONSE) for _ in range(SEQUENCES)],
         advantages=torch.randn(SEQUENCES),
         weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
         mini_batch_sizes=[SEQUENCES],
@@ -45,7 +47,8 @@ def loss_seconds(config: Config) -> float:
     old = -torch.rand(SEQUENCES, RESPONSE)
     log_probs = (old + 0.05 * torch.randn_like(old)).requires_grad_()
     mask, advantages = torch.ones_like(old, dtype=torch.bool), torch.randn(SEQUENCES, 1)
-    inputs = LossInputs(log_probs, old, old, advantages, mask, mask.sum(1))
+    streams = {"old_log_probs": old, "rollout_log_probs": old}
+    inputs = LossInputs(log_probs, streams, advantages, mask, mask.sum(1))
     return seconds(lambda: policy_loss(inputs, config.algorithm)[0].backward())
 
 
@@ -64,16 +67,16 @@ def main() -> None:
     start_model_parallel(configs["fipo"].parallel, 0)
     model_dir = resolve_embedded(configs["fipo"].model.path)
     model_config = read_architecture(model_dir)
-    sequences = make_sequences(model_config.vocab_size)
+    batch = make_batch(model_config.vocab_size)
     policies = {name: Policy(config, model_config, str(model_dir), 1000) for name, config in configs.items()}
-    batches = {name: policy.plan(sequences)[0] for name, policy in policies.items()}
+    mini_batches = {name: policy.plan(batch)[0] for name, policy in policies.items()}
+    old = {name: policy.log_probs([mini_batches[name]]).streams[0] for name, policy in policies.items()}
     for name, policy in policies.items():
-        policy.score([batches[name]])
-        policy.update(batches[name])
+        policy.update(mini_batches[name], old[name])
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
     for pair in range(PAIRS):
         for name in ("fipo", "dapo") if pair % 2 else ("dapo", "fipo"):
-            times[name].append(once(lambda name=name: policies[name].update(batches[name])))
+            times[name].append(once(lambda name=name: policies[name].update(mini_batches[name], old[name])))
     ratios = [fipo / dapo for fipo, dapo in zip(times["fipo"], times["dapo"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     dapo = statistics.median(times["dapo"])

@@ -10,18 +10,32 @@ from typing import Annotated, Any
 
 import numpy
 from msgspec import Meta, Struct
-from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import DataError, one_line
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
 from megatron_fipo.rewards.rules import LARGEST_REWARD
-from megatron_fipo.samples import Group, Judgement, Problem, Response
 
 Arrays = dict[str, numpy.ndarray]
-_PROMPTS, _TOKENS, _LOG_PROBS, _TEXT = "prompt_token_ids", "response_token_ids", "response_log_probs", "response_text"
-TYPES = {_PROMPTS: "I32", _TOKENS: "I32", _LOG_PROBS: "F32", _TEXT: "U8"}
-"""The arrays, all of one dimension, by safetensors' names of their types. Text is UTF-8."""
-_NUMPY_TYPES = {"I32": numpy.int32, "F32": numpy.float32, "U8": numpy.uint8}
+_PROMPTS, _TEXT = "prompt_token_ids", "response_text"
+_STREAM_NAMES = {ROLLOUT_LOG_PROBS: "response_log_probs"}
+"""Streams that checkpoints have had under another name than response_ and theirs from the start."""
+_STORED_TYPES = {"int32": "I32", "float32": "F32", "uint8": "U8"}
+"""safetensors' names of the types."""
+
+
+def types() -> dict[str, str]:
+    """The arrays, all of one dimension, with their types. Text is UTF-8; streams follow the table."""
+    streams = {_stored(name): stream.dtype for name, stream in sampled_streams().items()}
+    return {_PROMPTS: "int32", **streams, _TEXT: "uint8"}
+
+
+def _stored(stream: str) -> str:
+    """The name of a stream's array."""
+    return _STREAM_NAMES.get(stream, f"response_{stream}")
+
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _OneOrMore = Annotated[int, Meta(ge=1, le=2**62)]
@@ -64,60 +78,44 @@ class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
 def pack(groups: Sequence[Group]) -> tuple[list[GroupRow], Arrays]:
     """Judged groups as rows and arrays.
 
-    Log-probs become fp32, which they are when they come from an engine and when they are trained on.
-
     Raises:
-        ValueError, OverflowError: parts of a group do not belong together, or a token id is no 32-bit number.
+        ValueError, OverflowError: a group is not judged, or has numbers that cannot be saved.
     """
-    rows: list[GroupRow] = []
-    texts: list[bytes] = []
-    for group in groups:
-        encoded = [text.encode() for text in group.text]
-        rows.append(_row(group, encoded))
-        texts += encoded
-    responses = [response for group in groups for response in group.responses]
-    arrays = {
-        _PROMPTS: _flat(_PROMPTS, [group.problem.token_ids for group in groups]),
-        _TOKENS: _flat(_TOKENS, [response.token_ids for response in responses]),
-        _LOG_PROBS: _flat(_LOG_PROBS, [response.log_probs for response in responses]),
-        _TEXT: numpy.frombuffer(b"".join(texts), numpy.uint8),
-    }
-    return rows, arrays
+    samples = [sample for group in groups for sample in group.samples]
+    texts = [sample.text.encode() for sample in samples]
+    encoded = iter(texts)
+    rows = [_row(group, [len(next(encoded)) for _ in group.samples]) for group in groups]
+    arrays = {_PROMPTS: _flat("int32", [group.problem.token_ids for group in groups])}
+    for name, stream in sampled_streams().items():
+        arrays[_stored(name)] = _flat(stream.dtype, [sample.streams[name] for sample in samples])
+    return rows, arrays | {_TEXT: numpy.frombuffer(b"".join(texts), numpy.uint8)}
 
 
 def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
     """Inverse of `pack` for arrays that `read` gave. DataError, naming `path`, where text is not UTF-8."""
-    places = dict.fromkeys(TYPES, 0)
+    places = dict.fromkeys(types(), 0)
 
     def take(name: str, count: int) -> numpy.ndarray:
         start = places[name]
         places[name] = start + count
         return arrays[name][start : start + count]
 
+    def sample_of(saved: ResponseRow) -> Sample:
+        streams = {name: take(_stored(name), saved.tokens) for name in sampled_streams()}
+        start = places[_TEXT]
+        try:
+            text = take(_TEXT, saved.text_bytes).tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: {_TEXT} is not UTF-8 at {start + error.start}") from None
+        result = RewardResult(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
+        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result)
+
     groups = []
     for row in rows:
-        problem = row.problem
-        group = Group(
-            Problem(
-                problem.id,
-                problem.text,
-                take(_PROMPTS, problem.tokens).tolist(),
-                problem.ground_truth,
-                problem.data_source,
-                problem.extra,
-            ),
-            [],
-        )
-        for saved in row.responses:
-            token_ids, log_probs = take(_TOKENS, saved.tokens), take(_LOG_PROBS, saved.tokens)
-            group.responses.append(Response(token_ids, log_probs, saved.finish_reason, saved.weight_version))
-            group.judgements.append(_judgement(saved))
-            start = places[_TEXT]
-            try:
-                group.text.append(take(_TEXT, saved.text_bytes).tobytes().decode())
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: {_TEXT} is not UTF-8 at {start + error.start}") from None
-        groups.append(group)
+        saved = row.problem
+        token_ids = prompt_ids(take(_PROMPTS, saved.tokens))
+        problem = Problem(saved.id, saved.text, token_ids, saved.ground_truth, saved.data_source, saved.extra)
+        groups.append(Group(problem, tuple(sample_of(response) for response in row.responses)))
     return groups
 
 
@@ -127,11 +125,12 @@ def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            if names != TYPES.keys():
+            if names != types().keys():
                 raise DataError(
-                    f"{path} has the tensors {', '.join(sorted(names))}, and should have {', '.join(TYPES)}"
+                    f"{path} has the tensors {', '.join(sorted(names))}, and should have {', '.join(types())}"
                 )
-            for name, kind in TYPES.items():
+            for name, dtype in types().items():
+                kind = _STORED_TYPES[dtype]
                 stored = file.get_slice(name)
                 found = (stored.get_dtype(), list(stored.get_shape()))
                 if found != (kind, [lengths[name]]):
@@ -139,16 +138,17 @@ def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
                         f"{path}: {name} is {found[0]} of shape {found[1]}, and should be {kind} of shape "
                         f"{[lengths[name]]} by {described_by.name}"
                     )
-            return {name: file.get_tensor(name) for name in TYPES}
+            return {name: file.get_tensor(name) for name in types()}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def check(arrays: Mapping[str, numpy.ndarray], path: Path, vocab_size: int) -> None:
     """DataError, naming file, tensor and place, for a token id outside the model's and for a log-prob that is none."""
-    for name in (_PROMPTS, _TOKENS):
+    for name in (_PROMPTS, _stored(TOKEN_IDS)):
         _refuse(path, name, arrays[name], (arrays[name] < 0) | (arrays[name] >= vocab_size), f"0 to {vocab_size - 1}")
-    _refuse(path, _LOG_PROBS, arrays[_LOG_PROBS], ~numpy.isfinite(arrays[_LOG_PROBS]), "a finite number")
+    for name in map(_stored, sampled_streams()):
+        _refuse(path, name, arrays[name], ~numpy.isfinite(arrays[name]), "a finite number")
 
 
 def _refuse(path: Path, name: str, array: numpy.ndarray, wrong: numpy.ndarray, right: str) -> None:
@@ -157,27 +157,24 @@ def _refuse(path: Path, name: str, array: numpy.ndarray, wrong: numpy.ndarray, r
         raise DataError(f"{path}: {name} is {array[place]} at {place}, and should be {right}")
 
 
-def _row(group: Group, texts: Sequence[bytes]) -> GroupRow:
+def _row(group: Group, text_bytes: Sequence[int]) -> GroupRow:
     problem = group.problem
     responses = []
-    for response, judgement, text in zip(group.responses, group.judgements, texts, strict=True):
-        if len(response.token_ids) != len(response.log_probs):
-            counts = f"{len(response.token_ids)} tokens, {len(response.log_probs)} log-probs"
-            raise ValueError(f"a response to problem {problem.id} has {counts}")
-        if not (math.isfinite(judgement.accuracy) and math.isfinite(judgement.reward)):
-            verdict = f"accuracy {judgement.accuracy} and reward {judgement.reward}"
+    for sample, result, size in zip(group.samples, group.results, text_bytes, strict=True):
+        if not (math.isfinite(result.accuracy) and math.isfinite(result.reward)):
+            verdict = f"accuracy {result.accuracy} and reward {result.reward}"
             raise ValueError(f"a response to problem {problem.id} has {verdict}; finite numbers can be saved")
         responses.append(
             ResponseRow(
-                tokens=len(response.token_ids),
-                text_bytes=len(text),
-                finish_reason=response.finish_reason,
-                weight_version=response.weight_version,
-                accuracy=judgement.accuracy,
-                reward=judgement.reward,
-                answer=judgement.answer,
-                outcome=judgement.outcome,
-                extra=judgement.extra,
+                tokens=len(sample),
+                text_bytes=size,
+                finish_reason=sample.finish_reason,
+                weight_version=sample.weight_version,
+                accuracy=result.accuracy,
+                reward=result.reward,
+                answer=result.answer,
+                outcome=result.outcome,
+                extra=result.extra,
             )
         )
     row = ProblemRow(
@@ -191,20 +188,15 @@ def _row(group: Group, texts: Sequence[bytes]) -> GroupRow:
     return GroupRow(row, responses)
 
 
-def _judgement(saved: ResponseRow) -> Judgement:
-    return Judgement(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
-
-
-def _flat(name: str, values: Sequence[ArrayLike]) -> numpy.ndarray:
-    """All values, one after the other, in the type of the array `name`."""
-    kind = _NUMPY_TYPES[TYPES[name]]
-    with numpy.errstate(over="ignore"):  # `check` finds the infinity that it becomes
-        return numpy.concatenate([numpy.empty(0, kind), *(numpy.array(value, kind) for value in values)])
+def _flat(dtype: str, values: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """All values of that type, one after the other."""
+    return numpy.concatenate([numpy.empty(0, dtype), *values])
 
 
 def _lengths(rows: Sequence[GroupRow]) -> dict[str, int]:
     """The length of each array, by the rows."""
     responses = [response for row in rows for response in row.responses]
-    tokens = sum(response.tokens for response in responses)
-    text = sum(response.text_bytes for response in responses)
-    return {_PROMPTS: sum(row.problem.tokens for row in rows), _TOKENS: tokens, _LOG_PROBS: tokens, _TEXT: text}
+    lengths = dict.fromkeys(types(), sum(response.tokens for response in responses))
+    lengths[_PROMPTS] = sum(row.problem.tokens for row in rows)
+    lengths[_TEXT] = sum(response.text_bytes for response in responses)
+    return lengths

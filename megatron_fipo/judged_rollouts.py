@@ -1,4 +1,4 @@
-"""Problems in, judged groups out: a tokenizer, the rollout service and the verifiers, by which training samples its
+"""Problems in, judged groups out: a tokenizer, the servers and the verifiers, by which training samples its
 steps and validations, and `evaluate` everything.
 
 Rewards are judged while other groups are still being sampled. Everything random is a function of (run.seed, what is
@@ -13,21 +13,24 @@ from pathlib import Path
 from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
+from megatron_fipo.engines.descriptors import provide
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
-from megatron_fipo.rewards.pool import VerifierPool
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rewards.pool import RewardPool
+from megatron_fipo.rollout.events import Steps
+from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.work import Sampling
-from megatron_fipo.samples import Group, Problem
 
 Progress = Callable[[int, int, str], None]
 """Told how many of how many are done, and of what."""
 
 
 class JudgedRollouts:
-    """The rollout service and the verifiers of a run or an evaluation. A context manager, which ends them."""
+    """The servers and the verifiers of a run or an evaluation. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path):
         """Read the tokenizer; nothing starts yet."""
@@ -35,19 +38,26 @@ class JudgedRollouts:
         self.vocab_size = read_architecture(model_dir).vocab_size
         self.tokenizer = load_tokenizer(model_dir, config.data)
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
-        self.client: RolloutClient | None = None
+        self.client: EngineGenerator | None = None
 
-    def start(self, service: RolloutService, directory: Path) -> None:
+    def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
         """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
 
+        No problem will have fewer samples than `fewest_samples`.
+
         Raises:
-            ConfigError, RewardError: as VerifierPool.wait_started.
+            ConfigError, RewardError: as RewardPool.wait_started.
+            RolloutError: so many connections to servers may not be opened.
         """
-        self.service = service
+        self.pool = pool
+        rollout = self.config.rollout
+        servers = len(rollout.addresses) or rollout.servers
+        what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
+        provide(connections(rollout, fewest_samples), what)
         limit = self.config.rollout.max_response_length
-        self.verifiers = VerifierPool(self.config.reward, limit, FailureLog(directory))
+        self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
         self.verifiers.wait_started()
-        service.start()
+        pool.start()
 
     def __enter__(self) -> "JudgedRollouts":
         return self
@@ -56,12 +66,12 @@ class JudgedRollouts:
         if self.client is not None:
             self.client.close()
         self.verifiers.close()
-        self.service.close()
+        self.pool.close()
 
-    def connect(self, revive: Callable[[], None]) -> RolloutClient:
-        """Wait until the servers answer; the client of this run. `revive` is called when it has lost all of them."""
-        self.service.wait_ready()
-        self.client = RolloutClient(self.service, revive, self.vocab_size)
+    def connect(self) -> EngineGenerator:
+        """Wait until the servers answer; what samples from them in this run."""
+        self.pool.wait_ready()
+        self.client = EngineGenerator(self.pool, self.vocab_size)
         return self.client
 
     def sample(
@@ -72,23 +82,25 @@ class JudgedRollouts:
         seeds: list[int],
         progress: Progress,
         on_judged: Callable[[Group], None] | None = None,
-    ) -> tuple[list[Group], list[Future[Group]]]:
-        """Groups in the order of their problems, and their judgements under way.
+    ) -> Steps[list[Future[Group]]]:
+        """Groups that are being judged, in the order of their problems; all of them are sampled.
 
         A future gives its group when it is judged and `on_judged`, called in a verifier's thread, has returned.
         """
         assert self.client is not None, "connect() comes first"
-        judged: list[Future[Group]] = []
+        judged: dict[int, Future[Group]] = {}
 
         def judge(group: Group) -> None:
-            group.text = [self.tokenizer.decode(response.token_ids.tolist()) for response in group.responses]
-            future = self.verifiers.submit(group)
-            judged.append(future if on_judged is None else _after(future, on_judged))
+            texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
+            future = self.verifiers.submit(group.with_texts(texts))
+            # By the object, which `generate` returns too: two groups may be of one problem.
+            judged[id(group)] = future if on_judged is None else _after(future, on_judged)
             progress(len(judged), len(problems), "groups")
 
         # Nobody may have asked for a long time.
-        self.service.lose_unfit()
-        return self.client.generate(problems, samples, sampling, seeds, on_group=judge), judged
+        self.pool.lose_unfit()
+        groups = yield from self.client.generate(problems, samples, sampling, seeds, judge)
+        return [judged[id(group)] for group in groups]
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
         """Show the first traceback, by `note`; then a warning, or RewardError, where too many checks failed.
@@ -99,6 +111,10 @@ class JudgedRollouts:
         if traceback := failures.traceback_to_show():
             note(f"the first check that raised an exception:\n{traceback}")
         return judge_failed_checks(groups, self.config.reward, where, failures.summary())
+
+    def validation_samples(self) -> int:
+        """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
+        return self.config.validation.samples if self.config.validation.temperature else 1
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""

@@ -15,7 +15,8 @@ from megatron_fipo.carried_groups import Arrays, GroupRow
 from megatron_fipo.data.fingerprint import Fingerprint
 from megatron_fipo.data.order import OrderState
 from megatron_fipo.errors import DataError
-from megatron_fipo.samples import Group, Judgement, Problem, Response
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 
 _G = TypeVar("_G")
 _T = TypeVar("_T")
@@ -136,19 +137,30 @@ class _OldResponse(Struct):
     weight_version: int
 
 
+class _OldProblem(Struct):
+    id: str
+    text: str
+    token_ids: list[int]
+    ground_truth: str
+    data_source: str
+    extra: dict[str, Any] = {}
+    columns: str = "{}"
+
+
 class _OldGroup(Struct):
-    problem: Problem
+    problem: _OldProblem
     responses: list[_OldResponse]
-    judgements: list[Judgement]
+    judgements: list[RewardResult]
     text: list[str]
 
     def today(self) -> Group:
         """The same as it is now."""
-        responses = [
-            Response.from_lists(old.token_ids, old.log_probs, old.finish_reason, old.weight_version)
+        problem = Problem(**{**msgspec.structs.asdict(self.problem), "token_ids": prompt_ids(self.problem.token_ids)})
+        samples = [
+            sample_from_lists(old.token_ids, old.log_probs, old.finish_reason, old.weight_version)
             for old in self.responses
         ]
-        return Group(self.problem, responses, self.judgements, self.text)
+        return Group(problem, tuple(samples)).with_texts(self.text).with_results(self.judgements)
 
 
 class _OldSampling(Struct):

@@ -6,6 +6,7 @@ written (a digit that has become another digit) is not covered here.
 """
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -24,7 +25,7 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import DataError, FipoError
 from megatron_fipo.experience import Experience
 from megatron_fipo.loop_state import LoopState
-from megatron_fipo.samples import Group, Judgement, Response
+from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 from megatron_fipo.tracking.console import Console
 
 pytestmark = pytest.mark.slow
@@ -57,15 +58,15 @@ def saved(run: Experience, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def group(run: Experience, number: int) -> Group:
     """A group as sampling and judging leave it; its log-probs are fp32, as an engine's."""
     drawn = random.Random(number)
-    made = Group(run.problems[number], [])
+    samples, results = [], []
     for length in (1, drawn.randint(2, 9)):
         token_ids = [drawn.randrange(VOCABULARY) for _ in range(length)]
         log_probs = numpy.float32([-drawn.random() for _ in range(length)]).tolist()
-        made.responses.append(Response.from_lists(token_ids, log_probs, "stop", STEP - 1))
+        sample = sample_from_lists(token_ids, log_probs, "stop", STEP - 1)
+        samples.append(dataclasses.replace(sample, text=run.tokenizer.decode(token_ids) + "é"))
         extra: dict[str, float | str] = {"steps": 2.0, "why": "é"} if length > 1 else {}
-        made.judgements.append(Judgement(float(length > 1), drawn.random(), "é7", "judged", extra))
-        made.text.append(run.tokenizer.decode(token_ids) + "é")
-    return made
+        results.append(RewardResult(float(length > 1), drawn.random(), "é7", "judged", extra))
+    return Group(run.problems[number], tuple(samples)).with_results(results)
 
 
 def write(directory: Path, state: LoopState[Group]) -> None:
@@ -84,7 +85,7 @@ def test_a_state_comes_back_bit_for_bit(run: Experience, saved: Path) -> None:
     state = resume(run, saved)
     assert state.experience == before == run.state() and len(before.kept) == 3
     assert (state.step, state.seconds, state.results) == (STEP, 1.5, {"accuracy_before": None})
-    tokens = sum(len(response.token_ids) for group in before.kept for response in group.responses)
+    tokens = sum(len(sample) for group in before.kept for sample in group.samples)
     arrays = load_file(saved / "trainer.safetensors")
     assert arrays["response_token_ids"].nbytes == arrays["response_log_probs"].nbytes == 4 * tokens
 
@@ -110,7 +111,7 @@ def test_a_state_in_json_alone_is_read(run: Experience, saved: Path, tmp_path: P
     for key, value, words in (
         ("token_ids", [VOCABULARY], "is 38 at"),
         ("token_ids", [2**40], "cannot be read"),
-        ("token_ids", [1, 2], "2 tokens, 1 log-probs"),
+        ("token_ids", [1, 2], "2 token_ids, 1 rollout_log_probs"),
         ("token_ids", "x", "kept[1].responses[0].token_ids"),
         ("log_probs", [1e300], "is inf at"),
         ("weight_version", 9, "kept[1].responses[0].weight_version is 9"),
@@ -130,13 +131,18 @@ def old(state: Any, directory: Path) -> Path:
     directory.mkdir()
     kept = [
         {
-            "problem": vars(group.problem),
+            "problem": vars(group.problem) | {"token_ids": group.problem.token_ids.tolist()},
             "responses": [
-                vars(each) | {"token_ids": each.token_ids.tolist(), "log_probs": each.log_probs.tolist()}
-                for each in group.responses
+                {
+                    "token_ids": each.token_ids.tolist(),
+                    "log_probs": each.streams["rollout_log_probs"].tolist(),
+                    "finish_reason": each.finish_reason,
+                    "weight_version": each.weight_version,
+                }
+                for each in group.samples
             ],
-            "judgements": [vars(judgement) for judgement in group.judgements],
-            "text": group.text,
+            "judgements": [vars(result) for result in group.results],
+            "text": [each.text for each in group.samples],
         }
         for group in state.kept
     ]
@@ -257,8 +263,9 @@ def test_a_group_longer_than_the_configurations_limits_is_refused(
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(run: Experience) -> None:
     for attribute, value in (("reward", float("nan")), ("accuracy", float("inf"))):
-        broken = group(run, 0)
-        setattr(broken.judgements[0], attribute, value)
+        whole = group(run, 0)
+        first, *others = whole.results
+        broken = whole.with_results([dataclasses.replace(first, **{attribute: value}), *others])
         experience = replace(run.state(), kept=[broken])
         with pytest.raises(DataError, match=f"{broken.problem.id} has accuracy .*; finite numbers can be saved"):
             loop_state.encode(LoopState(step=STEP, seconds=0.0, results={}, experience=experience))

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_fipo.data.tokenizers import Tokenizer
-    from megatron_fipo.policy.batches import MicroBatch, Sequences
+    from megatron_fipo.policy.micro_batch import MicroBatch
+    from megatron_fipo.policy.train_batch import TrainBatch
     from megatron_fipo.policy.update import Policy
 
 # Weights of guess, worked steps, and steps with a check.
@@ -152,7 +153,7 @@ def learn(policy: "Policy", stage: Stage, seed: int) -> None:
     from megatron_fipo.data.tokenizers import load_tokenizer
 
     def cross_entropy(batch: "MicroBatch", logits: "Tensor") -> "tuple[Tensor, Tensor, dict[str, Tensor]]":
-        log_probs, _ = policy.log_probs(batch, logits)
+        log_probs, _ = policy.label_log_probs(batch, logits)
         loss = -log_probs[batch.response_mask].sum()
         tokens = batch.response_mask.sum().to(torch.int32)
         counts = {"count/tokens": tokens, "count/normaliser": tokens, "count/loss": loss.detach()}
@@ -164,7 +165,7 @@ def learn(policy: "Policy", stage: Stage, seed: int) -> None:
     for step in track(range(stage.steps), "supervised training", disable=not first):
         styles = LEARNING_STYLES if step < stage.learning_share * stage.steps else FINAL_STYLES
         (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, stage, held_out))
-        metrics = policy.update(mini_batch, cross_entropy)
+        metrics = policy.update(mini_batch, loss=cross_entropy)
         if first and (step % 100 == 99 or step == 0):
             print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)
 
@@ -177,12 +178,12 @@ def held_out_prompts() -> set[str]:
 
 def draw(
     tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], stage: Stage, held_out: set[str]
-) -> "Sequences":
+) -> "TrainBatch":
     """Solved random problems as one mini-batch."""
     import torch
 
     from megatron_fipo.data.column_sums import EOS_ID, problem, prompt, solution
-    from megatron_fipo.policy.batches import Sequences
+    from megatron_fipo.policy.train_batch import TrainBatch
 
     prompts, rows = [], []
     while len(rows) < stage.batch:
@@ -193,10 +194,9 @@ def draw(
         worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles, stage.wrong))
         prompts.append(len(question))
         rows.append(torch.tensor([*worked, EOS_ID]))
-    return Sequences(
-        token_ids=rows,
+    return TrainBatch(
+        streams={"token_ids": rows, "rollout_log_probs": [torch.zeros(len(row)) for row in rows]},
         prompt_lengths=prompts,
-        rollout_log_probs=[torch.zeros(len(row) - length) for row, length in zip(rows, prompts, strict=True)],
         advantages=torch.zeros(stage.batch),
         weight_lag=torch.zeros(stage.batch, dtype=torch.int64),
         mini_batch_sizes=[stage.batch],

@@ -15,7 +15,7 @@ trains on what it has (`Selection.gave_up`) where the released code ends the run
 from dataclasses import dataclass
 
 from megatron_fipo.config import FilterGroupsConfig
-from megatron_fipo.samples import Group
+from megatron_fipo.records.sample import Group
 
 
 @dataclass
@@ -96,7 +96,7 @@ def _reason_to_drop(group: Group) -> str | None:
 
     Only verdicts count: a response whose check failed must not make a solved problem look half solved.
     """
-    accuracies = [judgement.accuracy for judgement in group.judgements if judgement.was_judged]
+    accuracies = [result.accuracy for result in group.results if result.was_judged]
     if len(set(accuracies)) > 1:
         return None
     if len(accuracies) < 2:

@@ -7,7 +7,7 @@ all losses share — truncated importance sampling against the engine, aggregati
 context-parallel ranks; the few sums over a whole sequence go through `LossInputs.layout`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistic
 from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.errors import FipoError
 from megatron_fipo.plugins import load_function
+from megatron_fipo.records.streams import OLD_LOG_PROBS, REFERENCE_LOG_PROBS, ROLLOUT_LOG_PROBS
 
 LOSS_KEY = "algorithm.loss"
 _CHECKED = "config/checks.py refuses a loss without the settings that it reads"
@@ -30,20 +31,31 @@ class LossInputs:
 
     log_probs: Tensor
     """[rows, tokens], of the policy being trained; carries the gradient."""
-    old_log_probs: Tensor
-    """[rows, tokens], of the policy before the step's first update, by the trainer."""
-    rollout_log_probs: Tensor
-    """[rows, tokens], of the engine that sampled."""
+    streams: Mapping[str, Tensor]
+    """[rows, tokens] each, by the table of records/streams.py."""
     advantages: Tensor
     """[rows, tokens], or what spreads to it: one value a sequence."""
     response_mask: Tensor
     """[rows, tokens] bool: the token belongs to the response."""
     response_lengths: Tensor
     """[sequences] int64, tokens of the whole response, over all context-parallel ranks; 0 for a filler."""
-    reference_log_probs: Tensor | None = None
-    """[rows, tokens], of the policy that training started from; None without reference_kl_coef."""
     layout: SequenceLayout = field(default_factory=SequenceLayout)
     """Where the sequences lie; a row each unless said otherwise."""
+
+    @property
+    def old_log_probs(self) -> Tensor:
+        """[rows, tokens], of the policy before the step's first update, by the trainer."""
+        return self.streams[OLD_LOG_PROBS]
+
+    @property
+    def rollout_log_probs(self) -> Tensor:
+        """[rows, tokens], of the engine that sampled."""
+        return self.streams[ROLLOUT_LOG_PROBS]
+
+    @property
+    def reference_log_probs(self) -> Tensor:
+        """[rows, tokens], of the policy that training started from; there with reference_kl_coef."""
+        return self.streams[REFERENCE_LOG_PROBS]
 
 
 @dataclass(frozen=True)
@@ -233,7 +245,6 @@ def reference_kl(inputs: LossInputs, estimator: str) -> Tensor:
     With d = log π_reference − log π (Schulman, "Approximating KL divergence"): k1 = −d, unbiased; k2 = d²/2, whose
     gradient is that of the KL; k3 = exp(d) − 1 − d, unbiased and never negative, the one of GRPO (arXiv 2402.03300).
     """
-    assert inputs.reference_log_probs is not None, "Policy.score gives them where algorithm.reference_kl_coef asks"
     distance = (inputs.reference_log_probs - inputs.log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     estimates = {
         "k1": lambda: -distance,

@@ -20,7 +20,7 @@ from megatron_fipo.data.sources import RawProblem, refuse
 from megatron_fipo.data.tokenizers import Tokenizer
 from megatron_fipo.data.vocabulary import outside
 from megatron_fipo.errors import DataError
-from megatron_fipo.samples import Problem
+from megatron_fipo.records.problem import Problem, prompt_ids
 
 Split = Literal["train", "validation"]
 _LONG_ANSWER = 300
@@ -94,7 +94,7 @@ def load_problems(
             if keep_columns:
                 problem = replace(problem, columns=row_text(raw.row))
             problems.append(problem)
-            fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids)
+            fingerprinter.add(raw.messages, raw.ground_truth, problem.token_ids.tolist())
     counts.kept = len(problems)
     counts.long_answers = sum(len(problem.ground_truth) > _LONG_ANSWER for problem in problems)
     _logger.info("%s problems: %s", split, counts)
@@ -217,4 +217,4 @@ def _tokenise(
         counts.truncated += 1
         token_ids = token_ids[-max_prompt_length:]
         text = tokenizer.decode(token_ids)
-    return Problem(identity, text, token_ids, raw.ground_truth, raw.data_source, raw.extra)
+    return Problem(identity, text, prompt_ids(token_ids), raw.ground_truth, raw.data_source, raw.extra)

@@ -8,10 +8,10 @@ from typing import Literal
 import msgspec
 import numpy
 
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import WireError, encode_frame
 
 GENERATE_PATH = "/fipo/generate"
-TOKEN_IDS, LOG_PROBS = "token_ids", "log_probs"
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,6 +24,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_k: int
     max_tokens: int
     stop_token_ids: list[int]
+    cache_salt: str
+    """Requests share cached prefixes only with others of the same salt: one for each version of the weights."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -36,7 +38,7 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class SampleFrame(msgspec.Struct, frozen=True, tag="sample", forbid_unknown_fields=True):
-    """One finished response; its frame carries TOKEN_IDS (int32) and LOG_PROBS (float32), one of each a token."""
+    """One finished response; its frame carries the arrays of records/streams.py whose source is the engine."""
 
     index: int
     """Which of the request's seeds sampled it."""
@@ -63,7 +65,7 @@ About = SampleFrame | EndFrame | ErrorFrame
 
 def sample_frame(about: SampleFrame, token_ids: list[int], log_probs: list[float]) -> bytes:
     """The bytes of a finished response's frame."""
-    arrays = {TOKEN_IDS: numpy.array(token_ids, numpy.int32), LOG_PROBS: numpy.array(log_probs, numpy.float32)}
+    arrays = {TOKEN_IDS: numpy.array(token_ids, numpy.int32), ROLLOUT_LOG_PROBS: numpy.array(log_probs, numpy.float32)}
     return encode_frame(about, arrays)
 
 

@@ -13,11 +13,11 @@ from typing import Self
 import msgspec
 
 from megatron_fipo.errors import DataError
-from megatron_fipo.samples import Group, Judgement
+from megatron_fipo.records.sample import Group, RewardResult, Sample
 from megatron_fipo.tracking.validation import ProblemScores, score_problem
 
 
-class Sample(msgspec.Struct, frozen=True):
+class JudgedSample(msgspec.Struct, frozen=True):
     """One response and what came of it."""
 
     text: str
@@ -38,7 +38,7 @@ class SampledProblem(msgspec.Struct, frozen=True):
     data_source: str
     prompt: str
     ground_truth: str
-    samples: list[Sample]
+    samples: list[JudgedSample]
 
     @property
     def has_failed_checks(self) -> bool:
@@ -47,10 +47,10 @@ class SampledProblem(msgspec.Struct, frozen=True):
 
     def scores(self, k: int) -> ProblemScores:
         """By the code that scores training's validation."""
-        judgements = [Judgement(sample.accuracy or 0.0, 0.0, sample.answer, sample.outcome) for sample in self.samples]
+        results = [RewardResult(sample.accuracy or 0.0, 0.0, sample.answer, sample.outcome) for sample in self.samples]
         tokens = sum(sample.tokens for sample in self.samples)
         truncated = sum(sample.finish_reason == "length" for sample in self.samples)
-        return score_problem(self.problem, self.data_source, judgements, tokens, truncated, k)
+        return score_problem(self.problem, self.data_source, results, tokens, truncated, k)
 
 
 class SampleFile:
@@ -95,7 +95,7 @@ class SampleFile:
             data_source=group.problem.data_source,
             prompt=group.problem.text,
             ground_truth=group.problem.ground_truth,
-            samples=[_sample(group, index) for index in range(len(group.responses))],
+            samples=[_judged(sample, result) for sample, result in zip(group.samples, group.results, strict=True)],
         )
         with self._lock:
             self._file.write(msgspec.json.encode(found) + b"\n")
@@ -113,13 +113,12 @@ class SampleFile:
             self._file.close()
 
 
-def _sample(group: Group, index: int) -> Sample:
-    response, judgement = group.responses[index], group.judgements[index]
-    return Sample(
-        text=group.text[index],
-        answer=judgement.answer,
-        accuracy=judgement.accuracy if judgement.was_judged else None,
-        outcome=judgement.outcome,
-        tokens=len(response.token_ids),
-        finish_reason=response.finish_reason,
+def _judged(sample: Sample, result: RewardResult) -> JudgedSample:
+    return JudgedSample(
+        text=sample.text,
+        answer=result.answer,
+        accuracy=result.accuracy if result.was_judged else None,
+        outcome=result.outcome,
+        tokens=len(sample),
+        finish_reason=sample.finish_reason,
     )

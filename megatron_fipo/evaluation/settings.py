@@ -12,7 +12,7 @@ from megatron_fipo.errors import ConfigError, DataError
 from megatron_fipo.evaluation.files import SETTINGS_FILE
 from megatron_fipo.evaluation.weights import Weights
 from megatron_fipo.files import write_json_atomically
-from megatron_fipo.samples import Problem
+from megatron_fipo.records.problem import Problem
 
 
 def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -
     # How many verifiers there are, what may fail and how long a check may take changes no verdict.
     for name in ("workers", "failed_share_warn", "failed_share_stop", "timeout_s", "overlong_buffer"):
         reward.pop(name)
-    prompts = [(problem.id, problem.token_ids, problem.ground_truth) for problem in problems]
+    prompts = [(problem.id, problem.token_ids.tolist(), problem.ground_truth) for problem in problems]
     return {
         "model.path": str(weights.directory.resolve()),
         "weights": weights.fingerprint(),

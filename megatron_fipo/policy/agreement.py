@@ -9,7 +9,8 @@ from torch import Tensor
 from megatron_fipo.algorithm.statistics import part_means, token_statistics
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.errors import FipoError
-from megatron_fipo.policy.batches import MicroBatch
+from megatron_fipo.policy.micro_batch import MicroBatch
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 
 
 def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str, Tensor]:
@@ -22,7 +23,7 @@ def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str
     Args:
         log_probs: [rows, local tokens] fp32, by the trainer.
     """
-    gap = (log_probs - micro_batch.rollout_log_probs).abs()
+    gap = (log_probs - micro_batch.streams[ROLLOUT_LOG_PROBS]).abs()
     mask, lag = micro_batch.response_mask, micro_batch.weight_lag
     present = mask & (lag == 0)
     parts = {f"log_prob_diff_quarter_{q + 1}": present & (micro_batch.response_quarter == q) for q in range(4)}
@@ -38,8 +39,13 @@ class AgreementCheck:
         self._first = True
         self._warned = False
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next step's differences may end the run: they have to be known before its first update then."""
+        return self._first
+
     def judge(self, metrics: dict[str, float]) -> str | None:
-        """The warning to show, or None. `metrics` are `Policy.score`'s of a step, alike on every rank.
+        """The warning to show, or None. `metrics` are `Policy.agreement`'s of a step, alike on every rank.
 
         Raises:
             FipoError: the difference is above the second limit in this process's first step, of a run or of a resume.

@@ -5,7 +5,8 @@ every stage must know alike — the metrics, whether an update is sound — is c
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -34,19 +32,32 @@ from megatron_fipo.models.costs import attention_cost
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.agreement import log_prob_differences
-from megatron_fipo.policy.batches import Cut, MicroBatch, Sequences, build_micro_batch
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
+from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, MiniBatch, TrainerStreams
 from megatron_fipo.policy.model import build_model, context_length, uses_transformer_engine
+from megatron_fipo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.policy.plan import plan_micro_batches
-from megatron_fipo.policy.precision import check_exact_values, optimizer_settings, token_multiple
+from megatron_fipo.policy.precision import check_exact_values, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.policy.rotary import check_rotary_embedding
+from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.records.streams import LABELS, OLD_LOG_PROBS, REFERENCE_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.weights.reshard import check_before_building, load_into
 
-MiniBatch = list[MicroBatch]
+Differences = list[dict[str, Tensor]]
+"""Statistics of `agreement.log_prob_differences` for each micro-batch, in order; none but on the last stage."""
 
 LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(micro-batch, logits) → loss sum, normaliser, statistics; called on the last pipeline stage."""
+
+
+@dataclass(frozen=True)
+class StepLogProbs:
+    """What `Policy.log_probs` found."""
+
+    streams: Sequence[TrainerStreams]
+    """For each mini-batch, for `Policy.update`."""
+    differences: Differences
 
 
 class Policy:
@@ -69,69 +80,91 @@ class Policy:
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
-        self.cut = _cut(config)
+        self.layout = _layout(config)
         # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
         with_te = uses_transformer_engine(config.model)
         self.offsets_device = platform.device() if with_te else torch.device("cpu")
-        self.optimizer = _build_optimizer(config, self.chunks)
-        self.scheduler = _build_scheduler(config, self.optimizer, updates)
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.scheduler = build_scheduler(config, self.optimizer, updates)
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
 
-    def plan(self, sequences: Sequences) -> list[MiniBatch]:
+    def plan(self, batch: TrainBatch) -> list[MiniBatch]:
         """This rank's micro-batches of each update of a step."""
-        parallel, cut = self.config.parallel, self.cut
-        tokens = [cut.slots([length - 1])[0] for length in sequences.lengths()]
+        parallel = self.config.parallel
+        tokens = [self.layout.slots([length - 1])[0] for length in batch.lengths()]
         mini_batches, start = [], 0
-        for size in sequences.mini_batch_sizes:
+        for size in batch.mini_batch_sizes:
             ranks = plan_micro_batches(
                 tokens[start : start + size],
                 parallel_state.get_data_parallel_world_size(),
                 # A sequence's tokens are spread over the context-parallel ranks.
                 parallel.micro_batch_tokens * parallel.context,
-                packed=cut.packed,
+                packed=self.layout.packed,
                 multiple_of=parallel.pipeline if parallel.virtual_pipeline else 1,
                 attention_cost=attention_cost(self.model_config),
             )
             mine = ranks[parallel_state.get_data_parallel_rank()]
-            mini_batches.append(
-                [
-                    build_micro_batch(sequences, [start + index for index in indices], cut, platform.device())
-                    for indices in mine
-                ]
-            )
+            places = [[start + index for index in indices] for indices in mine]
+            mini_batches.append(MiniBatch(batch, places, self.layout, platform.device()))
             start += size
         return mini_batches
 
     @torch.no_grad()
-    def score(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
-        """Set `old_log_probs` of every micro-batch, on the last pipeline stage, from the present weights.
+    def log_probs(self, mini_batches: Sequence[MiniBatch], *, without_first: bool = False) -> StepLogProbs:
+        """The log-probs of a step's tokens under the present weights, and under the reference's where the loss asks.
 
-        And `reference_log_probs` from those that training started from, where the loss has a KL term.
-
-        Returns:
-            log_prob_diff_mean and the others of `agreement.log_prob_differences`. The same on every rank; empty if
-            there are no sequences.
+        Args:
+            without_first: leave the first mini-batch's present log-probs to `first_update`.
         """
-        parts = []
-        for micro_batch, log_probs in self._scored(mini_batches):
-            micro_batch.old_log_probs = log_probs
-            parts.append(log_prob_differences(micro_batch, log_probs))
+        found: list[list[dict[str, Tensor]]] = []
+        differences: Differences = []
+        for place, mini_batch in enumerate(mini_batches):
+            if place == 0 and without_first:
+                found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
+                continue
+            passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
+            found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])
+            differences += [difference for _, difference in passed]
         if self.reference is not None:
             with self.reference.in_place():
-                for micro_batch, log_probs in self._scored(mini_batches):
-                    micro_batch.reference_log_probs = log_probs
-        reported = self._combine_over_ranks(parts) if mini_batches else {}
+                for place, mini_batch in enumerate(mini_batches):
+                    passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
+                    for streams, (log_probs, _) in zip(found[place], passed, strict=True):
+                        streams[REFERENCE_LOG_PROBS] = log_probs
+        return StepLogProbs(found, differences)
+
+    def agreement(self, differences: Differences) -> dict[str, float]:
+        """log_prob_diff_mean and the others of `agreement.log_prob_differences` over a step; every rank calls this.
+
+        The same on every rank.
+        """
+        reported = self._combine_over_ranks(differences)
         return {name: value for name, value in reported.items() if name.startswith("log_prob_diff")}
 
-    def update(self, mini_batch: MiniBatch, loss: LossFunction | None = None) -> dict[str, float]:
+    def first_update(self, mini_batch: MiniBatch, added: TrainerStreams = ()) -> tuple[dict[str, float], Differences]:
+        """The first update of a step, whose own forward pass gives old log-probs: the weights are still those.
+
+        Args:
+            added: as for `update`, without `old_log_probs`.
+
+        Returns:
+            What `update` returns, and what `log_probs` would have found of the differences to the engine.
+        """
+        differences: Differences = []
+        return self.update(mini_batch, added, partial(self._on_policy_loss, differences)), differences
+
+    def update(
+        self, mini_batch: MiniBatch, added: TrainerStreams = (), loss: LossFunction | None = None
+    ) -> dict[str, float]:
         """One optimizer update.
 
         An update whose gradient is not finite is left out on every rank alike, and counted in `updates_skipped`.
 
         Args:
-            mini_batch: this rank's micro-batches, with `old_log_probs` unless `loss` does without.
+            mini_batch: this rank's micro-batches.
+            added: the streams that `log_probs` found of them; none if `loss` does without.
             loss: what to minimise; the configured policy loss if None.
 
         Returns:
@@ -141,7 +174,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
-        parts = self._run(mini_batch, loss or self.policy_loss, forward_only=False)
+        parts = self._run(mini_batch, loss or self.policy_loss, added, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         sound = math.isfinite(grad_norm)
@@ -161,22 +194,24 @@ class Policy:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
 
-    def _run(self, mini_batch: MiniBatch, loss_function: Callable[..., Any], **schedule: Any) -> list[Any]:
+    def _run(
+        self, mini_batch: MiniBatch, loss_function: Callable[..., Any], added: TrainerStreams = (), **schedule: Any
+    ) -> list[Any]:
         """Drive the pipeline schedule over the micro-batches; what the last stage collected, [] on other stages."""
 
         def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             micro_batch = next(micro_batches)
             keep_dtype = {"fp32_output": False} if self.megatron_config.bf16 else {}
             logits = model(
-                micro_batch.tokens,
+                micro_batch.streams.get(TOKEN_IDS),  # None where the stage has no embedding to read it
                 micro_batch.position_ids,
                 None,
-                packed_seq_params=_packed_seq_params(micro_batch, self.cut, self.offsets_device),
+                packed_seq_params=_packed_seq_params(micro_batch, self.layout, self.offsets_device),
                 **keep_dtype,
             )
             return logits, partial(loss_function, micro_batch)
 
-        iterators = [iter(mini_batch) for _ in self.chunks]
+        iterators = [mini_batch.with_streams(added) for _ in self.chunks]
         several = len(self.chunks) > 1
         return self.forward_backward(
             forward_step_func=forward_step,
@@ -184,44 +219,49 @@ class Policy:
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(mini_batch),
             # Lengths differ by micro-batch (variable_seq_lengths); these two are only the schedule's placeholders.
-            seq_length=mini_batch[0].tokens.shape[1],
-            micro_batch_size=mini_batch[0].tokens.shape[0],
+            seq_length=self.config.parallel.micro_batch_tokens,
+            micro_batch_size=1,
             **schedule,
         )
 
-    def _scored(self, mini_batches: list[MiniBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch with its log-probs under the weights in place; none but on the last pipeline stage."""
-        for mini_batch in mini_batches:
-            found = self._run(mini_batch, self._collect_log_probs, forward_only=True, collect_non_loss_data=True)
-            if found:
-                yield from zip(mini_batch, found, strict=True)
-
-    def log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def label_log_probs(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of the micro-batch's labels and the entropy, [rows, local tokens] fp32 each."""
         return log_probs_and_entropy(
             logits,
-            micro_batch.labels,
+            micro_batch.streams[LABELS],
             self.model_config.vocab_size,
             self.config.rollout.temperature,
             parallel_state.get_tensor_model_parallel_group(),
             overwrite=True,
         )
 
-    def _collect_log_probs(self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
-        return self.log_probs(micro_batch, logits)[0]
+    def _measure(
+        self, micro_batch: MicroBatch, logits: Tensor, non_loss_data: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, _ = self.label_log_probs(micro_batch, logits)
+        return log_probs, log_prob_differences(micro_batch, log_probs)
 
     def policy_loss(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The configured loss of one micro-batch: see `losses.policy_loss`, and LossFunction."""
-        log_probs, entropy = self.log_probs(micro_batch, logits)
-        assert micro_batch.old_log_probs is not None, "score() runs before update()"
+        return self._loss(micro_batch, *self.label_log_probs(micro_batch, logits))
+
+    def _on_policy_loss(
+        self, differences: Differences, micro_batch: MicroBatch, logits: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same where the weights are those of the old log-probs; `differences` gets what `_measure` would find."""
+        log_probs, entropy = self.label_log_probs(micro_batch, logits)
+        differences.append(log_prob_differences(micro_batch, log_probs.detach()))
+        return self._loss(micro_batch.with_stream(OLD_LOG_PROBS, log_probs.detach()), log_probs, entropy)
+
+    def _loss(
+        self, micro_batch: MicroBatch, log_probs: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         inputs = LossInputs(
             log_probs=log_probs,
-            old_log_probs=micro_batch.old_log_probs,
-            rollout_log_probs=micro_batch.rollout_log_probs,
+            streams=micro_batch.streams,
             advantages=micro_batch.advantages,
             response_mask=micro_batch.response_mask,
             response_lengths=micro_batch.response_lengths,
-            reference_log_probs=micro_batch.reference_log_probs,
             layout=SequenceLayout(micro_batch.local_lengths, parallel_state.get_context_parallel_group()),
         )
         loss_sum, normaliser, statistics = policy_loss(inputs, self.config.algorithm)
@@ -245,28 +285,33 @@ class Policy:
         return reported[0]
 
 
-def _cut(config: Config) -> Cut:
+def _layout(config: Config) -> BatchLayout:
     """How this rank's micro-batches are laid out."""
     parallel = config.parallel
     packed = parallel.packing
     if packed is None:
         packed = platform.has_cuda() or uses_transformer_engine(config.model)
-    return Cut(
+    stages = {
+        "first": parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        "last": parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    }
+    return BatchLayout(
         packed=packed,
         pad_multiple=token_multiple(config),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel.context,
+        stages=frozenset(name for name, is_here in stages.items() if is_here),
     )
 
 
-def _packed_seq_params(micro_batch: MicroBatch, cut: Cut, device: torch.device) -> PackedSeqParams | None:
+def _packed_seq_params(micro_batch: MicroBatch, layout: BatchLayout, device: torch.device) -> PackedSeqParams | None:
     """Where packed sequences begin and end, as Megatron-Core's rotary embedding and attention want it."""
     if micro_batch.offsets is None:
         return None
     offsets = micro_batch.offsets.to(device)
     # Where sequences lie in memory, beside where they end. Both are the same here, and Transformer Engine compares them
     # at the cost of a wait; but its context parallelism cannot do without.
-    padded = offsets if cut.context_size > 1 else None
+    padded = offsets if layout.context_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=offsets,
@@ -318,51 +363,3 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-
-
-def _build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Any:
-    settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=chunks[0].config.bf16,
-            params_dtype=chunks[0].config.params_dtype,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-            **optimizer_settings(config.model),
-        ),
-        chunks,
-    )
-    for part in optimizer.chained_optimizers:
-        # Moments from the start: a run whose first steps found nothing to train on can be saved too.
-        part.init_state_fn(part.optimizer, part.config)
-        for group in part.optimizer.param_groups:
-            group.setdefault("step", 0)
-    return optimizer
-
-
-def _build_scheduler(config: Config, optimizer: Any, updates: int) -> OptimizerParamScheduler:
-    settings = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=min(settings.warmup_updates, max(updates - 1, 0)),
-        lr_decay_steps=max(updates, 1),
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # A resumed run keeps its place in the schedule, and takes the schedule from its configuration.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.errors import RewardError
-from megatron_fipo.samples import FAILED_CHECKS, Group
+from megatron_fipo.records.sample import FAILED_CHECKS, Group
 
 
 def judge_failed_checks(groups: Sequence[Group], config: RewardConfig, where: str, first: str = "") -> str | None:
@@ -22,7 +22,7 @@ def judge_failed_checks(groups: Sequence[Group], config: RewardConfig, where: st
     Raises:
         RewardError: more than `reward.failed_share_stop` of them failed, or all.
     """
-    outcomes = Counter(judgement.outcome for group in groups for judgement in group.judgements)
+    outcomes = Counter(result.outcome for group in groups for result in group.results)
     checks, failed = outcomes.total(), sum(outcomes[kind] for kind in FAILED_CHECKS)
     share = failed / checks if checks else 0.0
     if share <= config.failed_share_warn and share < 1:

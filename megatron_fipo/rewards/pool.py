@@ -6,7 +6,7 @@ responses go on, and the response's outcome is `timeout` or `crash`, counted, an
 
 import queue
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.errors import RewardError
+from megatron_fipo.records.sample import Group, RewardResult
 from megatron_fipo.rewards.failures import Failure, FailureLog
 from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
-from megatron_fipo.samples import Group, Judgement
 
 # Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
 _BATCH = 8
@@ -24,21 +24,20 @@ _LONGEST_NOTED = 2000
 
 
 class _Ticket:
-    """A group on its way through the pool; resolves its future when the last judgement is in."""
+    """A group on its way through the pool; resolves its future when the last verdict is in."""
 
     def __init__(self, group: Group):
         self.group = group
         self.future: Future[Group] = Future()
-        self._judgements: dict[int, Judgement] = {}
+        self._results: dict[int, RewardResult] = {}
         self._lock = threading.Lock()
 
-    def settle(self, index: int, judgement: Judgement) -> None:
+    def settle(self, index: int, result: RewardResult) -> None:
         with self._lock:
-            self._judgements[index] = judgement
-            complete = len(self._judgements) == len(self.group.responses)
+            self._results[index] = result
+            complete = len(self._results) == len(self.group.samples)
         if complete:
-            self.group.judgements = [self._judgements[i] for i in range(len(self.group.responses))]
-            self.future.set_result(self.group)
+            self.future.set_result(self.group.with_results([self._results[i] for i in range(len(self._results))]))
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -46,7 +45,7 @@ class _Ticket:
                 self.future.set_exception(error)
 
 
-class VerifierPool:
+class RewardPool:
     """`config.workers` verifier processes and a thread for each. Use as a context manager, or call `close`."""
 
     def __init__(self, config: RewardConfig, max_response_length: int, failures: FailureLog | None = None):
@@ -59,8 +58,6 @@ class VerifierPool:
         self._config = config
         self.failures = failures or FailureLog()
         self._max_response_length = max_response_length
-        self._counts: Counter[str] = Counter(judged=0, too_long=0, timeout=0, crash=0)
-        self._counts_lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
         self._closed = False
         self._processes = [VerifierProcess(config) for _ in range(config.workers)]
@@ -72,17 +69,11 @@ class VerifierPool:
         for thread in self._threads:
             thread.start()
 
-    def __enter__(self) -> "VerifierPool":
+    def __enter__(self) -> "RewardPool":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Responses by outcome since the pool was made: judged, too_long, timeout, crash."""
-        with self._counts_lock:
-            return dict(self._counts)
 
     def wait_started(self) -> None:
         """Waits for the first process, at most the two minutes that it has, and closes the pool if it cannot start.
@@ -98,27 +89,20 @@ class VerifierPool:
             raise
 
     def submit(self, group: Group) -> Future[Group]:
-        """Judges a group in the background; the future gives the group with `judgements` filled, one a response.
+        """Judges a group in the background; the future gives the same group with a result in each sample.
 
-        `group.text` must hold the decoded responses. From asyncio: `await asyncio.wrap_future(pool.submit(group))`.
+        The samples must have their texts. From asyncio: `await asyncio.wrap_future(pool.submit(group))`.
         The future raises RewardError if no verifier can be started, or the pool is closed first, and ConfigError if
         reward.rule is a function that cannot be used.
         """
-        if len(group.text) != len(group.responses):
-            raise ValueError(f"problem {group.problem.id}: {len(group.responses)} responses, {len(group.text)} texts")
         if self._closed:
             raise RewardError("the verifier pool is closed")
         ticket = _Ticket(group)
-        if not group.responses:
+        if not group.samples:
             ticket.future.set_result(group)
-        for start in range(0, len(group.responses), _BATCH):
-            self._queue.put((ticket, range(start, min(start + _BATCH, len(group.responses)))))
+        for start in range(0, len(group.samples), _BATCH):
+            self._queue.put((ticket, range(start, min(start + _BATCH, len(group.samples)))))
         return ticket.future
-
-    def judge(self, groups: Sequence[Group]) -> None:
-        """Judges groups and waits. Bounded: each response has its deadline, each restart of a process too."""
-        for future in [self.submit(group) for group in groups]:
-            future.result()
 
     def close(self) -> None:
         """Ends every process and thread; unfinished futures raise RewardError. May be called twice."""
@@ -170,12 +154,10 @@ class VerifierPool:
     def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
         outcome = result.get("outcome", "crash")
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
-        with self._counts_lock:
-            self._counts[outcome] += 1
         if "error" in result:
             self.failures.add(_failure(ticket.group, index, outcome, result))
-        reward = self._reward(accuracy, result.get("reward"), len(ticket.group.responses[index].token_ids))
-        ticket.settle(index, Judgement(accuracy, reward, answer, outcome, result.get("extra", {})))
+        reward = self._reward(accuracy, result.get("reward"), len(ticket.group.samples[index]))
+        ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, result.get("extra", {})))
 
     def _reward(self, accuracy: float, reward: float | None, length: int) -> float:
         """The rule's own reward, or incorrect … correct by accuracy, linear in between; then the overlong penalty."""
@@ -195,15 +177,15 @@ class VerifierPool:
 
 def _item(group: Group, index: int, inputs: Sequence[str]) -> dict[str, Any]:
     """What a rule is told of a response: no more than it wants, since the ids of a long one are many."""
-    problem, response = group.problem, group.responses[index]
+    problem, sample = group.problem, group.samples[index]
     values = {
-        "response": group.text[index],
-        "token_ids": response.token_ids.tolist() if "token_ids" in inputs else None,
+        "response": sample.text,
+        "token_ids": sample.token_ids.tolist() if "token_ids" in inputs else None,
         "ground_truth": problem.ground_truth,
         "columns": problem.columns,
         "data_source": problem.data_source,
         "prompt": problem.text,
-        "finish_reason": response.finish_reason,
+        "finish_reason": sample.finish_reason,
         "extra": problem.extra,
     }
     return {name: values[name] for name in inputs}
@@ -215,7 +197,7 @@ def _failure(group: Group, index: int, outcome: str, result: dict[str, Any]) -> 
         problem=problem.id,
         data_source=problem.data_source,
         ground_truth=problem.ground_truth[-_LONGEST_NOTED:],
-        response=group.text[index][-_LONGEST_NOTED:],
+        response=group.samples[index].text[-_LONGEST_NOTED:],
         outcome=outcome,
         error=result["error"],
         traceback=result.get("traceback", ""),

@@ -36,7 +36,7 @@ class Verdict:
     """What else a rule of the user's own said."""
 
 
-Rule = Callable[[str, str, dict[str, Any]], Verdict]
+RewardFunction = Callable[[str, str, dict[str, Any]], Verdict]
 """(response text, ground truth, the problem's `extra`) → verdict."""
 
 
@@ -92,7 +92,11 @@ def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
     return gym.create_dataset(task, **dict(ast.literal_eval(options))).score_answer
 
 
-RULES: dict[str, Rule] = {"exact_match": exact_match, "math_verify": math_verify, "reasoning_gym": reasoning_gym}
+RULES: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "math_verify": math_verify,
+    "reasoning_gym": reasoning_gym,
+}
 """By their name in `reward.rule`."""
 
 
@@ -100,7 +104,7 @@ INPUTS = ("extra", "ground_truth", "response")
 """What these rules are told of a response."""
 
 
-def prepare(rule: str, math_tolerance: float) -> Rule:
+def prepare(rule: str, math_tolerance: float) -> RewardFunction:
     """The rule of that name with its libraries imported and warm, so that no response's deadline pays for that."""
     if rule == "math_verify":
         # One answer by each way: read, refuted, proved.

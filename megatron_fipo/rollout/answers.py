@@ -1,13 +1,14 @@
 """What a rollout server answers, checked once where it arrives: nothing else may be trained on."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy
 
-from megatron_fipo.engines.generate_messages import LOG_PROBS, TOKEN_IDS, SampleFrame, VersionSpan
+from megatron_fipo.engines.generate_messages import SampleFrame, VersionSpan
+from megatron_fipo.records.sample import Sample
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked
 from megatron_fipo.records.wire import Frame
-from megatron_fipo.samples import Response
 
 GREATEST_LOG_PROB, LEAST_LOG_PROB = 1e-3, -1e4
 """What an engine's rounding leaves of a log-probability, and far below what its sampling can draw."""
@@ -30,46 +31,38 @@ class Asked:
     """The version in service; None: any."""
 
 
-def read_response(frame: Frame, about: SampleFrame, asked: Asked, arrived: Collection[int]) -> Response:
-    """The response in a frame. `arrived` has the indices of earlier ones. BadAnswer if anything is not as asked."""
+def read_sample(frame: Frame, about: SampleFrame, asked: Asked, arrived: Collection[int]) -> Sample:
+    """The sample in a frame. `arrived` has the indices of earlier ones. BadAnswer if anything is not as asked."""
     if not 0 <= about.index < asked.samples:
         raise BadAnswer(f"there is a response {about.index}, and {asked.samples} were asked for")
     where = f"response {about.index}"
     if about.index in arrived:
         raise BadAnswer(f"{where} came twice")
-    if sorted(frame.arrays) != sorted((TOKEN_IDS, LOG_PROBS)):
-        raise BadAnswer(f"{where} has the arrays {sorted(frame.arrays)} instead of {TOKEN_IDS} and {LOG_PROBS}")
-    token_ids, log_probs = frame.arrays[TOKEN_IDS], frame.arrays[LOG_PROBS]
-    _check_form(token_ids, log_probs, asked, where)
-    _check_values(token_ids, log_probs, asked, where)
+    try:
+        streams = checked(frame.arrays, where)
+    except ValueError as error:
+        raise BadAnswer(str(error)) from None
+    token_ids = streams[TOKEN_IDS]
+    if not 0 < len(token_ids) <= asked.max_tokens:
+        raise BadAnswer(f"{where} has {len(token_ids)} tokens; 1 to {asked.max_tokens} were asked for")
+    _check_values(streams, asked, where)
     _check_end(token_ids, about.finish_reason, asked, where)
     version = _version(about.spans, len(token_ids), where)
     if asked.weight_version is not None and version != asked.weight_version:
         raise BadAnswer(f"{where} was sampled by weights {version}; {asked.weight_version} are in service")
-    return Response(token_ids, log_probs, about.finish_reason, version)
+    return Sample(streams, about.finish_reason, version)
 
 
-def _check_form(token_ids: numpy.ndarray, log_probs: numpy.ndarray, asked: Asked, where: str) -> None:
-    forms = (token_ids.dtype, token_ids.ndim, log_probs.dtype, log_probs.ndim)
-    if forms != (numpy.dtype(numpy.int32), 1, numpy.dtype(numpy.float32), 1):
-        raise BadAnswer(
-            f"{where} has {token_ids.dtype} {list(token_ids.shape)} token ids and {log_probs.dtype} "
-            f"{list(log_probs.shape)} log-probs instead of int32 and float32 in one dimension"
-        )
-    if not 0 < len(token_ids) <= asked.max_tokens:
-        raise BadAnswer(f"{where} has {len(token_ids)} tokens; 1 to {asked.max_tokens} were asked for")
-    if len(log_probs) != len(token_ids):
-        raise BadAnswer(f"{where} has {len(token_ids)} tokens with {len(log_probs)} log-probs")
-
-
-def _check_values(token_ids: numpy.ndarray, log_probs: numpy.ndarray, asked: Asked, where: str) -> None:
+def _check_values(streams: Mapping[str, numpy.ndarray], asked: Asked, where: str) -> None:
+    token_ids, log_probs = streams[TOKEN_IDS], streams[ROLLOUT_LOG_PROBS]
     least, greatest = int(token_ids.min()), int(token_ids.max())
     if least < 0 or (asked.vocab_size is not None and greatest >= asked.vocab_size):
         wrong = least if least < 0 else greatest
         size = "" if asked.vocab_size is None else f" of the model's {asked.vocab_size}"
         raise BadAnswer(f"{where} has the token id {wrong}, which is none{size}")
-    if not numpy.isfinite(log_probs).all():
-        raise BadAnswer(f"{where} has log-probs that are not finite: the engine's weights or logits are broken")
+    for name, values in streams.items():
+        if not numpy.isfinite(values).all():
+            raise BadAnswer(f"{where} has {name} that are not finite: the engine's weights or logits are broken")
     if log_probs.max() > GREATEST_LOG_PROB or log_probs.min() < LEAST_LOG_PROB:
         raise BadAnswer(f"{where} has log-probs from {log_probs.min():g} to {log_probs.max():g}")
 

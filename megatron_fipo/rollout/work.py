@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron_fipo.engines.generate_messages import GenerateRequest
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.samples import Group, Problem, Response
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group, Sample
 
 MAX_RETRIES = 3
 """Failed requests for one group, on servers that are well, after which the run gives up."""
@@ -32,44 +33,45 @@ class Work:
         self.problem, self.sampling, self.seed = problem, sampling, seed
         # Greedy samples are all the same, so one is asked for.
         self.samples, self._copies = (1, samples) if sampling.temperature == 0 else (samples, 1)
-        self.responses: dict[int, Response] = {}
+        self.arrived: dict[int, Sample] = {}
         self.failed: dict[str, str] = {}
         self._failures = 0
 
     @property
     def is_whole(self) -> bool:
         """Whether every sample has arrived."""
-        return len(self.responses) == self.samples
+        return len(self.arrived) == self.samples
 
-    def add(self, index: int, response: Response) -> None:
+    def add(self, index: int, sample: Sample) -> None:
         """Take the sample `index`, which has arrived."""
-        self.responses[index] = response
+        self.arrived[index] = sample
 
     def discard(self, indices: Sequence[int]) -> None:
         """Ask for these samples again, although they have arrived."""
         for index in indices:
-            del self.responses[index]
+            del self.arrived[index]
 
     def missing(self) -> list[int]:
         """Indices of the samples that have not arrived."""
-        return [index for index in range(self.samples) if index not in self.responses]
+        return [index for index in range(self.samples) if index not in self.arrived]
 
     @functools.cached_property
     def group(self) -> Group:
-        """The whole group, its samples in order: one object, so that what is judged of it is what the caller gets."""
-        return Group(self.problem, [self.responses[index] for index in range(self.samples)] * self._copies)
+        """The whole group, its samples in order: one object, by which the caller knows what it was given before."""
+        return Group(self.problem, tuple(self.arrived[index] for index in range(self.samples)) * self._copies)
 
-    def request(self, indices: Sequence[int]) -> GenerateRequest:
-        """For the samples of these indices."""
+    def request(self, indices: Sequence[int], cache_salt: str) -> GenerateRequest:
+        """For the samples of these indices; prefixes are shared with requests of the same salt only."""
         chosen, first = self.sampling, _spread(self.seed)
         return GenerateRequest(
-            token_ids=self.problem.token_ids,
+            token_ids=self.problem.token_ids.tolist(),
             seeds=[first + index for index in indices],
             temperature=chosen.temperature,
             top_p=chosen.top_p,
             top_k=chosen.top_k,
             max_tokens=chosen.max_tokens,
             stop_token_ids=chosen.stop_token_ids,
+            cache_salt=cache_salt,
         )
 
     def note_failure(self, url: str, problem: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_fipo.files import write_atomically
-from megatron_fipo.samples import Group
+from megatron_fipo.records.sample import Group
 
 _PER_GROUP = 4
 _RULE = "=" * 100
@@ -35,12 +35,12 @@ def keep_samples(
 
 def _choose(groups: list[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
     """Groups, each with the indices of its responses to keep, worst reward first; `count` indices in all at most."""
-    judged = [group for group in groups if group.judgements]
-    most = min(_PER_GROUP, max((len(group.judgements) for group in judged), default=1))
+    judged = [group for group in groups if group.samples]
+    most = min(_PER_GROUP, max((len(group.samples) for group in judged), default=1))
     shown = min(len(judged), -(-count // most))
     for position in _spread(len(judged), shown):
         group = judged[position]
-        by_reward = sorted(range(len(group.judgements)), key=lambda index: group.judgements[index].reward)
+        by_reward = sorted(range(len(group.results)), key=[result.reward for result in group.results].__getitem__)
         take = min(len(by_reward), _PER_GROUP, count)
         count -= take
         yield group, [by_reward[rank] for rank in _spread(len(by_reward), take)]
@@ -54,28 +54,28 @@ def _spread(size: int, count: int) -> list[int]:
 
 
 def _row(step: int, group: Group, index: int) -> dict[str, object]:
-    response, judgement = group.responses[index], group.judgements[index]
+    sample, result = group.samples[index], group.results[index]
     return {
         "step": step,
         "problem": group.problem.id,
         "data_source": group.problem.data_source,
         "prompt": group.problem.text,
         "ground_truth": group.problem.ground_truth,
-        "response": group.text[index],
-        "answer": judgement.answer,
-        "reward": judgement.reward if judgement.was_judged else None,
-        "accuracy": judgement.accuracy if judgement.was_judged else None,
-        "outcome": judgement.outcome,
-        **({"extra": judgement.extra} if judgement.extra else {}),
-        "length": len(response.token_ids),
-        "finish_reason": response.finish_reason,
-        "weight_version": response.weight_version,
+        "response": sample.text,
+        "answer": result.answer,
+        "reward": result.reward if result.was_judged else None,
+        "accuracy": result.accuracy if result.was_judged else None,
+        "outcome": result.outcome,
+        **({"extra": result.extra} if result.extra else {}),
+        "length": len(sample),
+        "finish_reason": sample.finish_reason,
+        "weight_version": sample.weight_version,
     }
 
 
 def _readable(step: int, group: Group, indices: list[int]) -> str:
     problem = group.problem
-    accuracies = [judgement.accuracy for judgement in group.judgements if judgement.was_judged]
+    accuracies = [result.accuracy for result in group.results if result.was_judged]
     parts = [
         _RULE,
         f"step {step} · problem {problem.id} ({problem.data_source}) · right answer {problem.ground_truth}"
@@ -85,13 +85,13 @@ def _readable(step: int, group: Group, indices: list[int]) -> str:
         "",
     ]
     for number, index in enumerate(indices, start=1):
-        response, judgement = group.responses[index], group.judgements[index]
-        verdict = f"reward {judgement.reward:+.3g} · accuracy {judgement.accuracy:.3g} · {judgement.outcome}"
+        sample, result = group.samples[index], group.results[index]
+        verdict = f"reward {result.reward:+.3g} · accuracy {result.accuracy:.3g} · {result.outcome}"
         parts += [
-            f"---- {number}/{len(indices)} · {verdict if judgement.was_judged else judgement.outcome}"
-            f" · answer {judgement.answer or '(none)'} · {len(response.token_ids)} tokens"
-            f" · ended by {response.finish_reason} · weights v{response.weight_version} ----",
-            group.text[index].rstrip("\n"),
+            f"---- {number}/{len(indices)} · {verdict if result.was_judged else result.outcome}"
+            f" · answer {result.answer or '(none)'} · {len(sample)} tokens"
+            f" · ended by {sample.finish_reason} · weights v{sample.weight_version} ----",
+            sample.text.rstrip("\n"),
             "",
         ]
     return _without_control_characters("\n".join(parts)) + "\n"

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy
 
 from megatron_fipo.algorithm.groups import SamplingCounts
-from megatron_fipo.samples import FAILED_CHECKS, Group
+from megatron_fipo.records.sample import FAILED_CHECKS, Group
 
 
 def sampling_metrics(counts: SamplingCounts, sampled: list[Group]) -> dict[str, float]:
@@ -27,18 +27,18 @@ def sampling_metrics(counts: SamplingCounts, sampled: list[Group]) -> dict[str, 
 
 
 def _verdicts(sampled: list[Group]) -> dict[str, float]:
-    judgements = [judgement for group in sampled for judgement in group.judgements]
-    judged = [judgement for judgement in judgements if judgement.was_judged]
-    outcomes = Counter(judgement.outcome for judgement in judgements)
+    results = [result for group in sampled for result in group.results]
+    judged = [result for result in results if result.was_judged]
+    outcomes = Counter(result.outcome for result in results)
     metrics: dict[str, float] = {f"verifier_{_PLURALS[kind]}": outcomes[kind] for kind in FAILED_CHECKS}
     metrics["answers_too_long"] = outcomes["too_long"]
-    if judgements:
-        metrics |= {f"verifier_{kind}_rate": outcomes[kind] / len(judgements) for kind in FAILED_CHECKS}
+    if results:
+        metrics |= {f"verifier_{kind}_rate": outcomes[kind] / len(results) for kind in FAILED_CHECKS}
     if judged:
-        metrics["reward_mean"] = fmean(judgement.reward for judgement in judged)
-        metrics["accuracy"] = fmean(judgement.accuracy for judgement in judged)
-    for name in sorted({name for judgement in judged for name in judgement.extra}):
-        said = [judgement.extra[name] for judgement in judged if name in judgement.extra]
+        metrics["reward_mean"] = fmean(result.reward for result in judged)
+        metrics["accuracy"] = fmean(result.accuracy for result in judged)
+    for name in sorted({name for result in judged for name in result.extra}):
+        said = [result.extra[name] for result in judged if name in result.extra]
         if numbers := [value for value in said if isinstance(value, float)]:
             metrics[f"reward/{name}"] = fmean(numbers)
     return metrics
@@ -48,15 +48,15 @@ _PLURALS = {"timeout": "timeouts", "crash": "crashes"}
 
 
 def _responses(sampled: list[Group]) -> dict[str, float]:
-    responses = [response for group in sampled for response in group.responses]
-    if not responses:
+    samples = [sample for group in sampled for sample in group.samples]
+    if not samples:
         return {}
-    lengths = numpy.array([len(response.token_ids) for response in responses])
+    lengths = numpy.array([len(sample) for sample in samples])
     metrics = {f"response_length_q{q}": float(numpy.percentile(lengths, q)) for q in (25, 50, 75)}
     return metrics | {
         "response_length_mean": float(lengths.mean()),
         "response_length_max": float(lengths.max()),
-        "responses_truncated": sum(response.finish_reason == "length" for response in responses),
+        "responses_truncated": sum(sample.finish_reason == "length" for sample in samples),
         "response_tokens": float(lengths.sum()),
-        "weight_version": max(response.weight_version for response in responses),
+        "weight_version": max(sample.weight_version for sample in samples),
     }

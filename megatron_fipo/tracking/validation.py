@@ -9,12 +9,12 @@ checks, and a problem without any verdict is left out of the means; answers vote
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb, nan
 from statistics import fmean
 
-from megatron_fipo.samples import FAILED_CHECKS, Group, Judgement
+from megatron_fipo.records.sample import FAILED_CHECKS, Group, RewardResult
 
 
 @dataclass(frozen=True)
@@ -88,38 +88,39 @@ def score(groups: list[Group], k: int) -> ValidationResult:
     votes among the first k; with fewer, since checks failed, all three are of those there are.
 
     Raises:
-        ValueError: no group at all, or one with fewer samples than k or without its judgements.
+        ValueError: no group at all, or one with fewer samples than k, or not judged.
     """
     if not groups:
         raise ValueError("no problems to validate on")
     for group in groups:
-        if len(group.responses) < k or len(group.judgements) != len(group.responses):
-            counts = f"{len(group.responses)} responses and {len(group.judgements)} judgements"
-            raise ValueError(f"problem {group.problem.id} has {counts}; validation needs {k} or more of both")
+        if len(group.samples) < k:
+            raise ValueError(
+                f"problem {group.problem.id} has {len(group.samples)} samples; validation needs {k} or more"
+            )
     return combine([score_group(group, k) for group in groups], k)
 
 
 def score_group(group: Group, k: int) -> ProblemScores:
     """The scores of one problem's judged samples."""
-    truncated = sum(response.finish_reason == "length" for response in group.responses)
-    tokens = sum(len(response.token_ids) for response in group.responses)
-    return score_problem(group.problem.id, group.problem.data_source, group.judgements, tokens, truncated, k)
+    truncated = sum(sample.finish_reason == "length" for sample in group.samples)
+    tokens = sum(len(sample) for sample in group.samples)
+    return score_problem(group.problem.id, group.problem.data_source, group.results, tokens, truncated, k)
 
 
 def score_problem(
-    problem: str, data_source: str, judgements: list[Judgement], tokens: int, truncated: int, k: int
+    problem: str, data_source: str, results: Sequence[RewardResult], tokens: int, truncated: int, k: int
 ) -> ProblemScores:
     """As `score_group`, from its parts: `tokens` is the length of all responses, `truncated` counts those cut off."""
-    verdicts = [judgement for judgement in judgements if judgement.was_judged]
-    outcomes = Counter(judgement.outcome for judgement in judgements)
+    verdicts = [result for result in results if result.was_judged]
+    outcomes = Counter(result.outcome for result in results)
     right, judged = _right(verdicts), len(verdicts)
     return ProblemScores(
         problem=problem,
         data_source=data_source,
-        samples=len(judgements),
+        samples=len(results),
         judged=judged,
         right=right,
-        accuracy=_mean(judgement.accuracy for judgement in verdicts),
+        accuracy=_mean(result.accuracy for result in verdicts),
         cons=consensus(verdicts[:k]) if verdicts else nan,
         pass_at_k=pass_at_k(judged, right, min(k, judged)) if verdicts else nan,
         tokens=tokens,
@@ -148,7 +149,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
-def consensus(judgements: list[Judgement]) -> float:
+def consensus(results: Sequence[RewardResult]) -> float:
     """Accuracy of the most frequent answer.
 
     Only judged, non-empty answers vote: to find no answer is not to agree. Without a vote the accuracy is 0. Tied
@@ -156,9 +157,9 @@ def consensus(judgements: list[Judgement]) -> float:
     answer's accuracy is the mean over its voters (they differ only where a scorer also judges the form).
     """
     votes: dict[str, list[float]] = defaultdict(list)
-    for judgement in judgements:
-        if judgement.was_judged and judgement.answer.strip():
-            votes[judgement.answer.strip()].append(judgement.accuracy)
+    for result in results:
+        if result.was_judged and result.answer.strip():
+            votes[result.answer.strip()].append(result.accuracy)
     if not votes:
         return 0.0
     most = max(len(accuracies) for accuracies in votes.values())
@@ -188,9 +189,9 @@ def _mean(values: Iterable[float]) -> float:
     return fmean(found) if found else nan
 
 
-def _right(judgements: list[Judgement]) -> int:
+def _right(results: Sequence[RewardResult]) -> int:
     # A scorer's partial credit is not a solved problem.
-    return sum(judgement.accuracy >= 1.0 for judgement in judgements)
+    return sum(result.accuracy >= 1.0 for result in results)
 
 
 def _metrics(scores: ValidationScores, suffix: str) -> dict[str, float]:

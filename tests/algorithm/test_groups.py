@@ -3,20 +3,27 @@
 Does not cover sampling itself, nor who asks for batches: that is the loop's.
 """
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithm.groups import DynamicSampling
 from megatron_fipo.config import FilterGroupsConfig
-from megatron_fipo.samples import Group, Judgement, Problem, Response
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 
 
 def make_group(name: str, *accuracies: float, failed: int = 0) -> Group:
     """A group with a judged response for each accuracy and `failed` ones whose check timed out."""
-    judgements = [Judgement(accuracy, 2 * accuracy - 1, "7", "judged") for accuracy in accuracies]
-    judgements += [Judgement(0.0, -1.0, "", "timeout")] * failed
-    responses = [Response.from_lists([5, 1], [-0.1, -0.2], "stop", 3) for _ in judgements]
-    return Group(Problem(name, "2+5=?", [2], "7", "sums"), responses, judgements, ["7"] * len(judgements))
+    results = [RewardResult(accuracy, 2 * accuracy - 1, "7", "judged") for accuracy in accuracies]
+    results += [RewardResult(0.0, -1.0, "", "timeout")] * failed
+    return judged(name, results)
+
+
+def judged(name: str, results: list[RewardResult]) -> Group:
+    samples = tuple(sample_from_lists([5, 1], [-0.1, -0.2], "stop", 3) for _ in results)
+    return Group(Problem(name, "2+5=?", prompt_ids([2]), "7", "sums"), samples).with_results(results)
 
 
 def mixed(name: str) -> Group:
@@ -50,16 +57,16 @@ def test_a_failed_check_is_no_contrast_to_right_answers():
 
 
 def test_an_answer_above_the_limit_is_a_wrong_answer():
-    group = make_group("contrast", 1, failed=1)
-    group.judgements[1].outcome = "too_long"
+    right, failed = make_group("contrast", 1, failed=1).results
+    group = judged("contrast", [right, replace(failed, outcome="too_long")])
     sampling = DynamicSampling(FilterGroupsConfig(), prompts_per_step=1)
     sampling.add([group])
     assert sampling.take().counts.trained == 1
 
 
 def test_overlong_penalties_do_not_make_a_group_vary():
-    group = make_group("right", 1, 1)
-    group.judgements[0].reward = 0.3
+    first, second = make_group("right", 1, 1).results
+    group = judged("right", [replace(first, reward=0.3), second])
     sampling = DynamicSampling(FilterGroupsConfig(), prompts_per_step=1)
     sampling.add([group])
     assert sampling.take().counts.dropped_all_right == 1

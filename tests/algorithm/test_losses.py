@@ -6,6 +6,8 @@ are compared, not only values. Layouts are covered in tests/policy/test_layouts.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,23 +35,33 @@ def random_inputs(seed: int, rows: int = 4, tokens: int = 30, scale: float = 1.0
     lengths = torch.randint(1, tokens, (rows,), generator=generator)
     mask = torch.arange(tokens)[None, :] < lengths[:, None]
     old = -noise().abs()
+    log_probs, streams = (old + scale * noise()).requires_grad_(), {"old_log_probs": old}
+    streams["rollout_log_probs"] = old + 0.01 * noise()
+    advantages = torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+    streams["reference_log_probs"] = old + 0.3 * noise()
     return LossInputs(
-        log_probs=(old + scale * noise()).requires_grad_(),
-        old_log_probs=old,
-        rollout_log_probs=old + 0.01 * noise(),
-        advantages=torch.randn(rows, 1, generator=generator, dtype=torch.float64),
+        log_probs=log_probs,
+        streams=streams,
+        advantages=advantages,
         response_mask=mask,
         response_lengths=lengths,
-        reference_log_probs=old + 0.3 * noise(),
     )
+
+
+def of_tokens(inputs: LossInputs, chosen: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """What has a value for each token, with those that `chosen` takes of [rows, tokens]."""
+    return {
+        "log_probs": chosen(inputs.log_probs),
+        "response_mask": chosen(inputs.response_mask),
+        "streams": {name: chosen(values) for name, values in inputs.streams.items()},
+    }
 
 
 def pack(inputs: LossInputs) -> LossInputs:
     """The same sequences back to back, each with one token of padding where it had any."""
     rows, tokens = inputs.response_mask.shape
     kept = torch.arange(tokens)[None, :] <= inputs.response_lengths[:, None]
-    by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask", "reference_log_probs")
-    packed = {name: getattr(inputs, name)[kept][None, :] for name in by_token}
+    packed = of_tokens(inputs, lambda values: values[kept][None, :])
     advantages = inputs.advantages.expand(rows, tokens)[kept][None, :]
     return dataclasses.replace(inputs, **packed, advantages=advantages, layout=SequenceLayout(kept.sum(1)))
 
@@ -203,9 +215,9 @@ def test_parts_add_up_to_the_whole() -> None:
     inputs = random_inputs(5)
 
     def rows(part: slice) -> LossInputs:
-        held = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-        cut = {name: value[part] for name, value in held.items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(inputs, **cut)
+        cut = of_tokens(inputs, lambda values: values[part])
+        lengths = inputs.response_lengths[part]
+        return dataclasses.replace(inputs, **cut, advantages=inputs.advantages[part], response_lengths=lengths)
 
     whole = policy_loss(inputs, FIPO)[2]
     for name, value in policy_loss(pack(inputs), FIPO)[2].items():
@@ -225,10 +237,9 @@ def test_a_sequence_ratio_is_the_same_when_context_parallelism_cuts_the_row(
     moved = torch.where(whole.response_mask, (whole.log_probs - whole.old_log_probs).detach(), 0.0)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.copy_(moved.sum(1)))
 
-    by_token = ("log_probs", "old_log_probs", "rollout_log_probs", "response_mask")
     parts = []
     for rank, columns in enumerate(zigzag_positions(16, 2, torch.device("cpu"))):
-        cut = {name: getattr(whole, name)[:, columns] for name in by_token}
+        cut = of_tokens(whole, lambda values, columns=columns: values[:, columns])
         parts.append(
             policy_loss(dataclasses.replace(whole, **cut, layout=SequenceLayout(None, GroupInTurn(rank, 2))), config)
         )

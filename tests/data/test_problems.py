@@ -35,7 +35,7 @@ def test_rows_are_read_deduplicated_and_counted(tmp_path, tokenizer, suffix):
     loaded = load(tokenizer, write(tmp_path / f"data{suffix}", rows))
     first, second = loaded.problems
     assert (first.text, first.ground_truth, first.data_source) == ("1+6=?", "7", "math_dapo")
-    assert first.token_ids == tokenizer.encode("1+6=?")
+    assert first.token_ids.tolist() == tokenizer.encode("1+6=?")
     assert second.ground_truth == "6"
     counts = loaded.counts
     assert (counts.rows, counts.kept, counts.duplicates, counts.conflicting_answers) == (6, 2, 2, 1)

@@ -6,8 +6,8 @@ from megatron_fipo.policy import platform
 platform.install()
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
-from megatron_fipo.policy.batches import Sequences  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.train_batch import TrainBatch  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
 
 
@@ -25,17 +25,11 @@ def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> 
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(tokens):
-            sequences = Sequences(
-                [torch.tensor([*ids, 0])],
-                [len(ids)],
-                [torch.zeros(1)],
-                torch.zeros(1),
-                torch.zeros(1, dtype=torch.int64),
-                [1],
-            )
-            (mini_batch,) = policy.plan(sequences)
+            streams = {"token_ids": [torch.tensor([*ids, 0])], "rollout_log_probs": [torch.zeros(len(ids) + 1)]}
+            batch = TrainBatch(streams, [len(ids)], torch.zeros(1), torch.zeros(1, dtype=torch.int64), [1])
+            ((micro_batch,),) = policy.plan(batch)
             with torch.no_grad():
-                logits = policy.chunks[0](mini_batch[0].tokens, mini_batch[0].position_ids, None)
+                logits = policy.chunks[0](micro_batch.streams["token_ids"], micro_batch.position_ids, None)
             ids.append(int(logits[0, -1].argmax()))
         continued.append(ids[len(prompt) :])
     platform.stop_process_group()

@@ -17,7 +17,8 @@ from megatron_fipo.config import (
     RolloutConfig,
 )
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import MicroBatch, Sequences
+from megatron_fipo.policy.micro_batch import MicroBatch
+from megatron_fipo.policy.train_batch import TrainBatch
 
 platform.install()
 
@@ -62,14 +63,17 @@ def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm:
     )
 
 
-def read_sequences(path: str) -> Sequences:
+def read_batch(path: str) -> TrainBatch:
     data = load_file(path)
     lengths, prompts = data["lengths"].tolist(), data["prompts"].tolist()
     responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
-    return Sequences(
-        token_ids=list(data["tokens"].split(lengths)),
+    pairs = zip(prompts, data["old_log_probs"].split(responses), strict=True)
+    return TrainBatch(
+        streams={
+            "token_ids": data["tokens"].split(lengths),
+            "rollout_log_probs": [torch.nn.functional.pad(values, (prompt, 0)) for prompt, values in pairs],
+        },
         prompt_lengths=prompts,
-        rollout_log_probs=list(data["old_log_probs"].split(responses)),
         advantages=data["advantages"],
         weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
         mini_batch_sizes=[len(lengths)],
@@ -114,14 +118,17 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
                 module.window = None
             elif isinstance(module, RMSNorm):
                 module.zero_centered = False
-    (mini_batch,) = policy.plan(read_sequences(batch))
-    policy.score([mini_batch])
-    on_policy = policy.update(mini_batch) if sabotage == "on_policy" else None
-    for micro_batch in mini_batch:
-        micro_batch.old_log_probs = micro_batch.rollout_log_probs
-        micro_batch.reference_log_probs = micro_batch.rollout_log_probs * REFERENCE_SCALE
+    (mini_batch,) = policy.plan(read_batch(batch))
+    (found_streams,) = policy.log_probs([mini_batch]).streams
+    on_policy = policy.update(mini_batch, found_streams) if sabotage == "on_policy" else None
+    engine = [micro_batch.streams.get("rollout_log_probs") for micro_batch in mini_batch]
+    given = [
+        {"old_log_probs": values, "reference_log_probs": values * REFERENCE_SCALE}
+        for values in engine
+        if values is not None  # on the last pipeline stage
+    ]
     loss = partial(mean_of_means, policy) if sabotage == "normaliser" else None
-    metrics = on_policy or policy.update(mini_batch, loss)
+    metrics = on_policy or policy.update(mini_batch, given, loss)
     if sabotage != "stale":
         gather_parameters(policy.chunks)
     expected = {name: tensor.to(platform.device()) for name, tensor in load_file(reference).items()}

@@ -13,21 +13,26 @@ from megatron_fipo.config import Config, PolicySection, RolloutConfig
 from megatron_fipo.config.agreement import Limits, agreement_limits
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.policy.agreement import AgreementCheck, log_prob_differences
-from megatron_fipo.policy.batches import Cut, Sequences, build_micro_batch
+from megatron_fipo.policy.micro_batch import BatchLayout, build_micro_batch
+from megatron_fipo.policy.train_batch import TrainBatch
 
 
 def measured(gaps: list[list[float]], lags: list[int]) -> dict[str, float]:
     """The metrics of responses whose tokens differ by the given gaps, each with its lag."""
-    sequences = Sequences(
-        token_ids=[torch.arange(2 + len(gap)) for gap in gaps],
+    batch = TrainBatch(
+        streams={
+            "token_ids": [torch.arange(2 + len(gap)) for gap in gaps],
+            "rollout_log_probs": [torch.tensor([0.0, 0.0, *gap]) for gap in gaps],
+        },
         prompt_lengths=[2] * len(gaps),
-        rollout_log_probs=[torch.tensor(gap) for gap in gaps],
         advantages=torch.ones(len(gaps)),
         weight_lag=torch.tensor(lags),
         mini_batch_sizes=[len(gaps)],
     )
-    micro_batch = build_micro_batch(sequences, list(range(len(gaps))), Cut(True, 1, 0, 1), torch.device("cpu"))
-    statistics = log_prob_differences(micro_batch, torch.zeros_like(micro_batch.rollout_log_probs))
+    micro_batch = build_micro_batch(
+        batch, range(len(gaps)), BatchLayout(packed=True, pad_multiple=1), torch.device("cpu")
+    )
+    statistics = log_prob_differences(micro_batch, torch.zeros_like(micro_batch.streams["rollout_log_probs"]))
     return {name: value for name, value in metrics(statistics).items() if name.startswith("log_prob_diff")}
 
 

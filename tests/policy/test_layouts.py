@@ -158,7 +158,8 @@ def _reference_inputs(
         mask[row, : len(found)] = True
     stacked = torch.stack(log_probs)
     old = (stacked.detach() + torch.randn_like(stacked) * 0.3) * mask
-    return LossInputs(stacked, old, old, advantages[:, None], mask, mask.sum(1), old * REFERENCE_SCALE)
+    streams = {"old_log_probs": old, "rollout_log_probs": old, "reference_log_probs": old * REFERENCE_SCALE}
+    return LossInputs(stacked, streams, advantages[:, None], mask, mask.sum(1))
 
 
 def updates_under(

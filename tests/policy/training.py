@@ -8,7 +8,8 @@ import torch
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, OptimizerConfig, ParallelConfig, PolicySection
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.batches import MicroBatch, Sequences
+from megatron_fipo.policy.micro_batch import MicroBatch
+from megatron_fipo.policy.train_batch import TrainBatch
 
 platform.install()
 
@@ -29,17 +30,17 @@ def losses(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> lis
     """Mean −log π over the same random sequences at each of so many updates of the embedded model that lower it."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates, lr=3e-5)
-    (mini_batch,) = policy.plan(_sequences(policy.model_config.vocab_size))
+    (mini_batch,) = policy.plan(_batch(policy.model_config.vocab_size))
 
     def nll(
         micro_batch: MicroBatch, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        log_probs, _ = policy.log_probs(micro_batch, logits)
+        log_probs, _ = policy.label_log_probs(micro_batch, logits)
         loss = -torch.where(micro_batch.response_mask, log_probs, 0.0).sum()
         tokens = micro_batch.response_mask.sum()
         return loss, tokens, {"count/tokens": tokens, "count/normaliser": tokens, "count/loss": loss.detach()}
 
-    found = [policy.update(mini_batch, nll)["loss"] for _ in range(updates)]
+    found = [policy.update(mini_batch, loss=nll)["loss"] for _ in range(updates)]
     platform.stop_process_group()
     return found
 
@@ -48,9 +49,9 @@ def first_ratios(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, f
     """Metrics of the first update after old log-probs were taken over the same micro-batches."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=1)
-    (mini_batch,) = policy.plan(_sequences(policy.model_config.vocab_size))
-    policy.score([mini_batch])
-    metrics = policy.update(mini_batch)
+    (mini_batch,) = policy.plan(_batch(policy.model_config.vocab_size))
+    (old,) = policy.log_probs([mini_batch]).streams
+    metrics = policy.update(mini_batch, old)
     platform.stop_process_group()
     return metrics
 
@@ -59,21 +60,19 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
     """Gradient norm and weights after two updates: without a break, and with a checkpoint between them."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=2)
-    sequences = _sequences(policy.model_config.vocab_size)
+    batch = _batch(policy.model_config.vocab_size)
     saved = None
     found: dict[str, Any] = {}
     for name in ("through", "resumed"):
         if saved is not None:
             policy = _policy(model, parallel, updates=2)
             checkpoint.load(policy, saved)
-        (mini_batch,) = policy.plan(sequences)
+        (mini_batch,) = policy.plan(batch)
         if saved is None:
-            policy.score([mini_batch])
-            policy.update(mini_batch)
+            policy.update(mini_batch, *policy.log_probs([mini_batch]).streams)
             gather_parameters(policy.chunks)
             saved = checkpoint.start_saving(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL).finish()
-        policy.score([mini_batch])
-        metrics = policy.update(mini_batch)
+        metrics = policy.update(mini_batch, *policy.log_probs([mini_batch]).streams)
         gather_parameters(policy.chunks)
         weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.model_config)])
         found[name] = {"grad_norm": metrics["grad_norm"], "weights": weights.norm().item()}
@@ -120,13 +119,15 @@ def _policy(
     return Policy(config, read_architecture(MODEL), str(start) if start else None, updates)
 
 
-def _sequences(vocabulary: int) -> Sequences:
+def _batch(vocabulary: int) -> TrainBatch:
     generator = torch.Generator().manual_seed(0)
     lengths = [LENGTH - index for index in range(SEQUENCES)]
-    return Sequences(
-        token_ids=[torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
+    return TrainBatch(
+        streams={
+            "token_ids": [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
+            "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
+        },
         prompt_lengths=[PROMPT] * SEQUENCES,
-        rollout_log_probs=[-torch.rand(length - PROMPT, generator=generator) for length in lengths],
         advantages=torch.randn(SEQUENCES, generator=generator),
         weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
         mini_batch_sizes=[SEQUENCES],

@@ -19,10 +19,11 @@ import pytest
 
 from megatron_fipo.config import OverlongBufferConfig, RewardConfig
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, sample_from_lists
 from megatron_fipo.rewards.failures import FAILURES_FILE, Failure, FailureLog
 from megatron_fipo.rewards.own import BadReward, load, verdict_of
-from megatron_fipo.rewards.pool import VerifierPool
-from megatron_fipo.samples import Group, Problem, Response
+from megatron_fipo.rewards.pool import RewardPool
 
 FUNCTIONS = '''
 """Functions for tests."""
@@ -92,15 +93,14 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def group(*texts: str, columns: dict[str, Any] | None = None) -> Group:
-    problem = Problem("p", "1+2=?", [5], "3", "sums", columns=json.dumps(columns or {}))
-    return Group(problem, [Response.from_lists([7, 8], [0.0, 0.0], "stop", 0) for _ in texts], text=list(texts))
+    problem = Problem("p", "1+2=?", prompt_ids([5]), "3", "sums", columns=json.dumps(columns or {}))
+    return Group(problem, tuple(sample_from_lists([7, 8], [0.0, 0.0], "stop", 0) for _ in texts)).with_texts(texts)
 
 
 def judged(function: str, *texts: str, columns: dict[str, Any] | None = None, **settings: Any) -> Group:
     found = group(*texts, columns=columns)
-    with VerifierPool(RewardConfig(rule=function, workers=1, **settings), 100, FailureLog(Path())) as pool:
-        pool.judge([found])
-    return found
+    with RewardPool(RewardConfig(rule=function, workers=1, **settings), 100, FailureLog(Path())) as pool:
+        return pool.submit(found).result()
 
 
 def test_a_value_is_the_reward_as_it_is_and_the_accuracy_unless_another_is_given() -> None:
@@ -111,25 +111,25 @@ def test_a_value_is_the_reward_as_it_is_and_the_accuracy_unless_another_is_given
         "3",
         '{"score": 0.25, "accuracy": true, "answer": 7, "format": 1, "why": "x", "n": null}',
     ]
-    found = judged("mine.py:value", *texts).judgements
-    assert [judgement.reward for judgement in found] == [2.0, -0.5, 1.0, 3.0, 0.25]
-    assert [judgement.accuracy for judgement in found] == [2.0, -0.5, 1.0, 3.0, 1.0]
+    found = judged("mine.py:value", *texts).results
+    assert [result.reward for result in found] == [2.0, -0.5, 1.0, 3.0, 0.25]
+    assert [result.accuracy for result in found] == [2.0, -0.5, 1.0, 3.0, 1.0]
     assert found[-1].answer == "7" and found[-1].extra == {"format": 1.0, "why": "x"}
     overlong = OverlongBufferConfig(enable=True, len=99, penalty_factor=1.0)
-    assert judged("mine.py:value", "2.0", overlong_buffer=overlong).judgements[0].reward == pytest.approx(2 - 1 / 99)
+    assert judged("mine.py:value", "2.0", overlong_buffer=overlong).results[0].reward == pytest.approx(2 - 1 / 99)
 
 
 def test_a_function_gets_what_it_names() -> None:
     columns = {"question": "1+2=?", "level": 3, "extra_info": {"weight": 0.5}}
-    told = json.loads(judged("mine.py:everything", "3", columns=columns).judgements[0].answer)
+    told = json.loads(judged("mine.py:everything", "3", columns=columns).results[0].answer)
     expected = {"response": "3", "token_ids": [7, 8], "ground_truth": "3", "columns": columns, "data_source": "sums"}
     assert told == expected | {"prompt": "1+2=?", "finish_reason": "stop"}
-    assert judged("mine:own_default", "x").judgements[0].reward == 0.5
-    assert judged("mine:scorer", "four").judgements[0].reward == 4.0
+    assert judged("mine:own_default", "x").results[0].reward == 0.5
+    assert judged("mine:scorer", "four").results[0].reward == 4.0
 
 
 def test_a_function_for_verl_is_taken_as_it_is() -> None:
-    (found,) = judged("mine.py:compute_score", "3", columns={"extra_info": {"weight": 0.5}}).judgements
+    (found,) = judged("mine.py:compute_score", "3", columns={"extra_info": {"weight": 0.5}}).results
     assert (found.reward, found.accuracy, found.answer) == (0.5, 1.0, "3")
 
 
@@ -175,9 +175,9 @@ def test_objects_and_numbers_of_other_libraries_are_rewards() -> None:
 def test_failures_are_counted_and_kept_and_the_first_traceback_is_shown_once() -> None:
     config = RewardConfig(rule="mine.py:fails", workers=1, timeout_s=1)
     found = group("right", "missing", "none", "exit", "hang", "right", columns={"right": 1, "none": None})
-    with VerifierPool(config, 100, FailureLog(Path())) as pool:
-        pool.judge([found])
-        assert [judgement.outcome for judgement in found.judgements] == ["judged", *["crash"] * 3, "timeout", "judged"]
+    with RewardPool(config, 100, FailureLog(Path())) as pool:
+        found = pool.submit(found).result()
+        assert [result.outcome for result in found.results] == ["judged", *["crash"] * 3, "timeout", "judged"]
         shown = pool.failures.traceback_to_show() or ""
         assert 'mine.py", line' in shown and shown.endswith("KeyError: 'missing'\n") and "megatron_fipo" not in shown
         assert pool.failures.traceback_to_show() is None
@@ -210,8 +210,8 @@ def test_the_log_of_failures_is_bounded(tmp_path: Path) -> None:
 
 def test_the_environment_has_what_is_named_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    assert judged("mine.py:environment", "JUDGE_KEY").judgements[0].answer == "none"
-    assert judged("mine.py:environment", "JUDGE_KEY", environment=["JUDGE_KEY"]).judgements[0].answer == "secret"
+    assert judged("mine.py:environment", "JUDGE_KEY").results[0].answer == "none"
+    assert judged("mine.py:environment", "JUDGE_KEY", environment=["JUDGE_KEY"]).results[0].answer == "secret"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(place: str, function: str, m
 
 
 def test_a_refusal_in_the_verifier_is_one_of_the_configuration_and_ends_the_pool() -> None:
-    pool = VerifierPool(RewardConfig(rule="mine.py:wants_more", workers=2), 100)
+    pool = RewardPool(RewardConfig(rule="mine.py:wants_more", workers=2), 100)
     with pytest.raises(ConfigError, match=r"reward\.rule: mine\.py:wants_more asks for weather"):
         pool.wait_started()
     assert not [p for p in psutil.Process().children() if "megatron_fipo.rewards.worker" in " ".join(p.cmdline())]

@@ -14,8 +14,9 @@ import pytest
 
 from megatron_fipo.config import OverlongBufferConfig, RewardConfig
 from megatron_fipo.errors import ConfigError, RewardError
-from megatron_fipo.rewards.pool import VerifierPool
-from megatron_fipo.samples import Group, Problem, Response
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, sample_from_lists
+from megatron_fipo.rewards.pool import RewardPool
 
 HANGING = "Answer: 9**9**9**9"
 COUNTDOWN = {"task": "countdown", "options": {}, "entry": "{'metadata': {'numbers': [3, 4], 'target': 7}}"}
@@ -24,13 +25,18 @@ DEGENERATE = "Answer: so x is 3 and " * 5000
 
 
 def make_group(texts: list[str], truth: str = "7", extra: dict | None = None, length: int = 2) -> Group:
-    responses = [Response.from_lists([1] * length, [0.0] * length, "stop", 0) for _ in texts]
-    return Group(Problem("p", "3+4=?", [2], truth, "sums", extra or COUNTDOWN), responses, text=list(texts))
+    samples = tuple(sample_from_lists([1] * length, [0.0] * length, "stop", 0) for _ in texts)
+    return Group(Problem("p", "3+4=?", prompt_ids([2]), truth, "sums", extra or COUNTDOWN), samples).with_texts(texts)
 
 
-def hanging_pool(workers: int, timeout_s: float) -> VerifierPool:
+def judge(pool: RewardPool, *groups: Group) -> list[Group]:
+    """The groups, judged; waits for all."""
+    return [future.result() for future in [pool.submit(group) for group in groups]]
+
+
+def hanging_pool(workers: int, timeout_s: float) -> RewardPool:
     """A pool whose rule hangs on HANGING."""
-    return VerifierPool(RewardConfig(rule="reasoning_gym", workers=workers, timeout_s=timeout_s), 100)
+    return RewardPool(RewardConfig(rule="reasoning_gym", workers=workers, timeout_s=timeout_s), 100)
 
 
 def wait_until(condition, timeout_s: float = 20.0) -> None:
@@ -56,45 +62,44 @@ def wait_until_busy(workers: list[psutil.Process]) -> None:
 def test_a_hanging_check_is_a_timeout_and_its_neighbours_are_judged():
     group = make_group(["Answer: 3+4", HANGING, "Answer: 4+3", "Answer: 8"])
     with hanging_pool(workers=1, timeout_s=3.0) as pool:
-        pool.judge([group])
-        assert pool.counts == {"judged": 3, "too_long": 0, "timeout": 1, "crash": 0}
-    assert [judgement.outcome for judgement in group.judgements] == ["judged", "timeout", "judged", "judged"]
-    assert [judgement.was_judged for judgement in group.judgements] == [True, False, True, True]
-    assert [judgement.accuracy for judgement in group.judgements] == [1.0, 0.0, 1.0, 0.05]
-    assert [judgement.reward for judgement in group.judgements] == [1.0, -1.0, 1.0, -0.9]
+        (judged,) = judge(pool, group)
+    assert [result.outcome for result in judged.results] == ["judged", "timeout", "judged", "judged"]
+    assert [result.was_judged for result in judged.results] == [True, False, True, True]
+    assert [result.accuracy for result in judged.results] == [1.0, 0.0, 1.0, 0.05]
+    assert [result.reward for result in judged.results] == [1.0, -1.0, 1.0, -0.9]
+    assert all(sample.result is None for sample in group.samples), "what was submitted does not change"
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_a_crash_and_the_next_response_gets_a_new_one():
     group = make_group([HANGING, "Answer: 3+4"])
     with hanging_pool(workers=1, timeout_s=60) as pool:
-        pool.judge([make_group(["Answer: 3+4"])])
+        judge(pool, make_group(["Answer: 3+4"]))
         (child,) = children()
         future = pool.submit(group)
         wait_until_busy([child])
         child.kill()
-        future.result(timeout=30)
-    assert [judgement.outcome for judgement in group.judgements] == ["crash", "judged"]
+        judged = future.result(timeout=30)
+    assert [result.outcome for result in judged.results] == ["crash", "judged"]
 
 
 @pytest.mark.slow
 def test_a_rule_that_raises_is_a_crash_and_not_a_wrong_answer():
     group = make_group(["Answer: 7"], extra={"task": "chain_sum", "options": {}, "entry": "{not a literal"})
-    with VerifierPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
-        pool.judge([group])
-        assert pool.counts["crash"] == 1
-    assert group.judgements[0].outcome == "crash"
+    with RewardPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
+        (judged,) = judge(pool, group)
+    assert judged.results[0].outcome == "crash"
 
 
 @pytest.mark.slow
 def test_many_short_answers_take_well_under_half_a_second():
     groups = [make_group([f"1+2=3. Answer: {index % 10}" for index in range(8)]) for _ in range(32)]
-    with VerifierPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
-        pool.judge([make_group(["Answer: 7"])])
+    with RewardPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
+        judge(pool, make_group(["Answer: 7"]))
         begin = time.perf_counter()
-        pool.judge(groups)
+        judged = judge(pool, *groups)
         assert time.perf_counter() - begin < 0.5
-    assert all([j.accuracy for j in group.judgements] == [0, 0, 0, 0, 0, 0, 0, 1] for group in groups)
+    assert all([r.accuracy for r in group.results] == [0, 0, 0, 0, 0, 0, 0, 1] for group in judged)
 
 
 @pytest.mark.slow
@@ -102,46 +107,46 @@ def test_degenerate_answers_are_wrong_and_not_timeouts():
     long = "Answer: " + "7" * 32_000
     nested = "Answer: " + r"\sqrt{2+" * 90 + "2" + "}" * 90
     group = make_group([DEGENERATE] * 12 + [DEGENERATE.replace("and ", "and\n"), long, nested, "Answer: $9^{9^{9^9}}$"])
-    with VerifierPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
-        pool.judge([group])
-        assert pool.counts == {"judged": 15, "too_long": 1, "timeout": 0, "crash": 0}
-    assert group.judgements[13].outcome == "too_long" and group.judgements[13].was_judged
-    assert [judgement.reward for judgement in group.judgements] == [-1.0] * 16
+    with RewardPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
+        (judged,) = judge(pool, group)
+    outcomes = [result.outcome for result in judged.results]
+    assert outcomes == ["judged"] * 13 + ["too_long"] + ["judged"] * 2 and judged.results[13].was_judged
+    assert [result.reward for result in judged.results] == [-1.0] * 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tolerance", "accuracy"), [(0.0, 0.0), (0.01, 1.0)])
 def test_the_tolerance_reaches_the_rule(tolerance, accuracy):
     group = make_group(["Answer: 0.333"], truth=r"\frac{1}{3}")
-    with VerifierPool(RewardConfig(rule="math_verify", workers=1, math_tolerance=tolerance), 100) as pool:
-        pool.judge([group])
-    assert group.judgements[0].accuracy == accuracy
+    with RewardPool(RewardConfig(rule="math_verify", workers=1, math_tolerance=tolerance), 100) as pool:
+        (judged,) = judge(pool, group)
+    assert judged.results[0].accuracy == accuracy
 
 
 def test_rewards_are_configured_and_lowered_by_the_overlong_penalty():
     overlong = OverlongBufferConfig(enable=True, len=50, penalty_factor=1.0)
     config = RewardConfig(correct=2.0, incorrect=-0.5, overlong_buffer=overlong, workers=1)
     group, short = make_group(["Answer: 7", "Answer: 8"], length=75), make_group(["Answer: 7"], length=50)
-    with VerifierPool(config, max_response_length=100) as pool:
-        pool.judge([group, short])
-    assert [judgement.reward for judgement in group.judgements] == [1.5, -1.0]
-    assert short.judgements[0].reward == 2.0
+    with RewardPool(config, max_response_length=100) as pool:
+        judged, judged_short = judge(pool, group, short)
+    assert [result.reward for result in judged.results] == [1.5, -1.0]
+    assert judged_short.results[0].reward == 2.0
 
 
 @pytest.mark.slow
 def test_fractional_accuracy_is_paid_in_proportion():
     extra = {"task": "chain_sum", "options": {}, "entry": "{'answer': '214', 'metadata': {}}"}
     group = make_group(["Answer: 214214", "Answer: 214"], truth="214", extra=extra)
-    with VerifierPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
-        pool.judge([group])
-    assert [judgement.accuracy for judgement in group.judgements] == [0.5, 1.0]
-    assert [judgement.reward for judgement in group.judgements] == [0.0, 1.0]
+    with RewardPool(RewardConfig(rule="reasoning_gym", workers=1), 100) as pool:
+        (judged,) = judge(pool, group)
+    assert [result.accuracy for result in judged.results] == [0.5, 1.0]
+    assert [result.reward for result in judged.results] == [0.0, 1.0]
 
 
 @pytest.mark.slow
 def test_closing_leaves_no_process_and_fails_what_waits():
     pool = hanging_pool(workers=2, timeout_s=60)
-    pool.judge([make_group(["Answer: 3+4"])])
+    judge(pool, make_group(["Answer: 3+4"]))
     waiting = [pool.submit(make_group([HANGING])) for _ in range(4)]
     wait_until_busy(children())
     pool.close()
@@ -156,9 +161,9 @@ def test_closing_leaves_no_process_and_fails_what_waits():
 def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
     script = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from tests.rewards.test_pool import HANGING, hanging_pool, make_group\n"
+        "from tests.rewards.test_pool import HANGING, hanging_pool, judge, make_group\n"
         "pool = hanging_pool(workers=1, timeout_s=600)\n"
-        "pool.judge([make_group(['Answer: 3+4'])])\n"
+        "judge(pool, make_group(['Answer: 3+4']))\n"
         "print('ready', flush=True)\n"
         "pool.submit(make_group([HANGING])).result()\n"
     )
@@ -173,15 +178,15 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
 
 def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
     with (
-        VerifierPool(RewardConfig(rule="no_such_module:score", workers=1), 100) as pool,
+        RewardPool(RewardConfig(rule="no_such_module:score", workers=1), 100) as pool,
         pytest.raises(ConfigError, match="no_such_module:score: cannot be imported: ModuleNotFoundError"),
     ):
-        pool.judge([make_group(["Answer: 7"])])
+        judge(pool, make_group(["Answer: 7"]))
 
 
 def test_workers_get_no_secrets(monkeypatch):
     monkeypatch.setenv("FIPO_ROLLOUT_TOKEN", "hidden")
-    with VerifierPool(RewardConfig(workers=1), 100) as pool:
-        pool.judge([make_group(["Answer: 7"])])
+    with RewardPool(RewardConfig(workers=1), 100) as pool:
+        judge(pool, make_group(["Answer: 7"]))
         (child,) = children()
         assert "FIPO_ROLLOUT_TOKEN" not in child.environ()

@@ -1,12 +1,13 @@
 """Why: what a broken, foreign or half-updated server answers must never be trained on, and one such must not end a run.
 
 A web server speaks the route of the real ones here and lies in one way after another. The route itself is tested
-against the real engine in test_client.py.
+against the real engine in test_generator.py.
 """
 
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,14 +18,31 @@ import msgspec
 import numpy
 import pytest
 
+from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
-from megatron_fipo.engines.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
+from megatron_fipo.engines.generate_messages import (
+    GENERATE_PATH,
+    EndFrame,
+    ErrorFrame,
+    GenerateRequest,
+    SampleFrame,
+    read_about,
+)
+from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.wire import encode_frame
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
-from megatron_fipo.samples import Group
-from tests.rollout.engines import STOP_TOKEN, VOCABULARY, problems, rollout_config, sampling
+from megatron_fipo.records import streams
+from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.wire import FrameReader, encode_frame
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
+from megatron_fipo.rollout.generator import EngineGenerator
+from tests.rollout.engines import (
+    STOP_TOKEN,
+    VOCABULARY,
+    generate,
+    problems,
+    sampling,
+    serving_pool,
+)
 
 VERSION = 3
 Answer = Callable[[GenerateRequest], list[bytes]]
@@ -40,7 +58,7 @@ def sample(index: int, /, **changes: Any) -> bytes:
     }
     arrays = {
         "token_ids": numpy.array([5, 7, STOP_TOKEN], numpy.int32),
-        "log_probs": numpy.array([-1.0, -0.5, -0.25], numpy.float32),
+        "rollout_log_probs": numpy.array([-1.0, -0.5, -0.25], numpy.float32),
     }
     arrays |= {name: changes.pop(name) for name in list(changes) if isinstance(changes[name], numpy.ndarray)}
     return encode_frame(about | changes, {name: array for name, array in arrays.items() if array.size != 77})
@@ -74,23 +92,29 @@ WRONG: dict[str, tuple[Answer, str]] = {
         lambda r: [encode_frame({"type": "sample", "finish_reason": "stop", "spans": []})],
         "missing required",
     ),
-    "no tokens": (with_first(token_ids=ints(), log_probs=floats()), "has 0 tokens; 1 to 24 were asked for"),
-    "too many tokens": (with_first(token_ids=ints(*[5] * 25), log_probs=floats(*[-1] * 25)), "has 25 tokens"),
+    "no tokens": (with_first(token_ids=ints(), rollout_log_probs=floats()), "has 0 tokens; 1 to 24 were asked for"),
+    "too many tokens": (with_first(token_ids=ints(*[5] * 25), rollout_log_probs=floats(*[-1] * 25)), "has 25 tokens"),
     "a token id of -1": (with_first(token_ids=ints(5, -1, STOP_TOKEN)), "the token id -1, which is none"),
     "a token id of 10^9": (with_first(token_ids=ints(5, 10**9, STOP_TOKEN)), f"1000000000.*the model's {VOCABULARY}"),
     "the first token id beyond": (with_first(token_ids=ints(5, VOCABULARY, STOP_TOKEN)), "the token id 96"),
-    "token ids of 64 bits": (with_first(token_ids=numpy.array([5, 7, 2])), "int64 .* instead of int32"),
-    "token ids of 3.5": (with_first(token_ids=floats(5, 3.5, 2)), "float32 .* token ids"),
-    "token ids in two dimensions": (with_first(token_ids=ints(5, 7, 2)[None]), r"int32 \[1, 3\] token ids"),
-    "no token ids": (with_first(token_ids=MISSING), r"arrays \['log_probs'\]"),
-    "no log-probs": (with_first(log_probs=MISSING.astype(numpy.float32)), r"arrays \['token_ids'\]"),
-    "another array": (with_first(ranks=ints(1)), r"arrays \['log_probs', 'ranks', 'token_ids'\]"),
-    "too few log-probs": (with_first(log_probs=floats(-1, -1)), "3 tokens with 2 log-probs"),
-    "log-probs of bytes": (with_first(log_probs=numpy.zeros(3, numpy.uint8)), "uint8 .* log-probs"),
-    "a log-prob of +7": (with_first(log_probs=floats(-1, 7, -1)), "log-probs from -1 to 7"),
-    "a log-prob of -1e300": (with_first(log_probs=floats(-1, -1e300, -1)), "not finite"),
-    "a log-prob of -1e30": (with_first(log_probs=floats(-1, -1e30, -1)), "log-probs from -1e\\+30 to -1"),
-    "a log-prob of nan": (with_first(log_probs=floats(-1, float("nan"), -1)), "not finite"),
+    "token ids of 64 bits": (with_first(token_ids=numpy.array([5, 7, 2])), "token_ids as int64 .* should have int32"),
+    "token ids of 3.5": (with_first(token_ids=floats(5, 3.5, 2)), "token_ids as float32"),
+    "token ids in two dimensions": (with_first(token_ids=ints(5, 7, 2)[None]), r"token_ids as int32 \[1, 3\]"),
+    "no token ids": (
+        with_first(token_ids=MISSING),
+        "the streams rollout_log_probs, and should have token_ids, rollout_log_probs",
+    ),
+    "no log-probs": (
+        with_first(rollout_log_probs=MISSING.astype(numpy.float32)),
+        "the streams token_ids, and should have token_ids, rollout_log_probs",
+    ),
+    "another array": (with_first(ranks=ints(1)), "the streams ranks, rollout_log_probs, token_ids, and"),
+    "too few log-probs": (with_first(rollout_log_probs=floats(-1, -1)), "3 token_ids, 2 rollout_log_probs"),
+    "log-probs of bytes": (with_first(rollout_log_probs=numpy.zeros(3, numpy.uint8)), "rollout_log_probs as uint8"),
+    "a log-prob of +7": (with_first(rollout_log_probs=floats(-1, 7, -1)), "log-probs from -1 to 7"),
+    "a log-prob of -1e300": (with_first(rollout_log_probs=floats(-1, -1e300, -1)), "not finite"),
+    "a log-prob of -1e30": (with_first(rollout_log_probs=floats(-1, -1e30, -1)), "log-probs from -1e\\+30 to -1"),
+    "a log-prob of nan": (with_first(rollout_log_probs=floats(-1, float("nan"), -1)), "not finite"),
     "an aborted response": (with_first(finish_reason="abort"), "'abort' instead of stop or length"),
     "a finish reason of none": (with_first(finish_reason=None), "Expected `str`, got `null`"),
     "a stop without a stop token": (with_first(token_ids=ints(5, 7, 9)), "stopped with the token 9"),
@@ -116,18 +140,32 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 
 @contextmanager
-def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[RolloutClient, list[str]]]:
-    """A client of web servers that answer like this each time, and what the service has warned of."""
+def client_of(
+    directory: Path, *answers: Answer, silent_for: dict[int, int] | None = None
+) -> Iterator[tuple[EngineGenerator, list[str]]]:
+    """A client of web servers that answer like this each time, and what the pool has warned of.
 
-    def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
+    `silent_for`: how many signs of life a server does not give, by its index.
+    """
+    silent = dict(silent_for or {})
+
+    def handler(index: int, answer: Answer) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                content = (
-                    b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
-                    if (self.path == GENERATE_PATH)
-                    else b"{}"
-                )
+                content = b'{"world_size": 1, "weight_version": "0"}'
+                if self.path == GENERATE_PATH:
+                    content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
+                elif silent.get(index, 0):
+                    silent[index] -= 1
+                    self.send_error(500)
+                    return
+                self._send(content)
+
+            def do_GET(self) -> None:
+                self._send(b'{"world_size": 1, "weight_version": "0"}')
+
+            def _send(self, content: bytes) -> None:
                 self.send_response(200)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
@@ -137,15 +175,15 @@ def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[RolloutClient
 
         return Handler
 
-    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(answer)) for answer in answers]
+    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(*pair)) for pair in enumerate(answers)]
     warnings: list[str] = []
     try:
         for web in webs:
             threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
-        config = rollout_config(addresses=[f"http://127.0.0.1:{web.server_port}" for web in webs])
-        service = RolloutService(config, directory, directory, seed=0, warn=warnings.append)
-        service.note_version(VERSION)
-        with RolloutClient(service, vocab_size=VOCABULARY) as client:
+        addresses = [f"http://127.0.0.1:{web.server_port}" for web in webs]
+        pool = serving_pool(addresses, directory, warn=warnings.append)
+        pool.note_version(VERSION)
+        with EngineGenerator(pool, vocab_size=VOCABULARY) as client:
             yield client, warnings
     finally:
         for web in webs:
@@ -161,18 +199,19 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_good_answer_is_taken(tmp_path: Path) -> None:
     """The control of all below."""
     with client_of(tmp_path, good) as (client, warnings):
-        [group] = client.generate(problems(1), 2, sampling(), [0])
+        [group] = generate(client, problems(1), 2, sampling(), [0])
         assert client.retries == 0 and warnings == []
-    for response in group.responses:
-        assert response.token_ids.tolist() == [5, 7, STOP_TOKEN] and response.log_probs.tolist() == [-1, -0.5, -0.25]
-        assert (response.finish_reason, response.weight_version) == ("stop", VERSION)
+    for sample in group.samples:
+        assert sample.token_ids.tolist() == [5, 7, STOP_TOKEN]
+        assert sample.streams["rollout_log_probs"].tolist() == [-1, -0.5, -0.25]
+        assert (sample.finish_reason, sample.weight_version) == ("stop", VERSION)
 
 
 def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
     """Its verdicts are written into it while others are sampled: in a copy the run would have no verdict at all."""
     arrived: list[Group] = []
     with client_of(tmp_path, good) as (client, _):
-        groups = client.generate(problems(4), 2, sampling(), range(4), on_group=arrived.append)
+        groups = generate(client, problems(4), 2, sampling(), range(4), on_group=arrived.append)
     assert len(arrived) == 4 and {id(group) for group in groups} == {id(group) for group in arrived}
 
 
@@ -180,13 +219,13 @@ def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
 def test_a_server_that_repeats_a_wrong_answer_is_taken_out_and_others_answer(name: str, tmp_path: Path) -> None:
     answer, complaint = WRONG[name]
     with client_of(tmp_path, answer, good) as (client, warnings):
-        groups = client.generate(problems(8), 2, sampling(), range(8))
-        assert [response.token_ids.tolist() for group in groups for response in group.responses] == [[5, 7, 2]] * 16
+        groups = generate(client, problems(8), 2, sampling(), range(8))
+        assert [sample.token_ids.tolist() for group in groups for sample in group.samples] == [[5, 7, 2]] * 16
         [warning] = warnings
         assert "its answers are not what was asked for" in warning and "left out from now on" in warning
-        assert [server.lost for server in client._service.servers][1] is None
+        assert client._pool.servers[1].state is State.SERVING
     with client_of(tmp_path, answer) as (client, warnings), pytest.raises(RolloutError, match=complaint):
-        client.generate(problems(1), 2, sampling(), [0])
+        generate(client, problems(1), 2, sampling(), [0])
 
 
 def test_one_wrong_answer_costs_a_request_and_not_the_server(tmp_path: Path) -> None:
@@ -197,7 +236,7 @@ def test_one_wrong_answer_costs_a_request_and_not_the_server(tmp_path: Path) -> 
         return with_first(finish_reason="abort")(request) if len(calls) == 1 else good(request)
 
     with client_of(tmp_path, wrong_at_first) as (client, warnings):
-        assert len(client.generate(problems(3), 2, sampling(), range(3))) == 3
+        assert len(generate(client, problems(3), 2, sampling(), range(3))) == 3
         assert client.retries == 1 and warnings == []
 
 
@@ -213,9 +252,9 @@ def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path) -> None:
         )
 
     with client_of(tmp_path, ends_early) as (client, _):
-        [group] = client.generate(problems(1), 3, sampling(), [0])
+        [group] = generate(client, problems(1), 3, sampling(), [0])
     first = asked[0][0]
-    assert len(group.responses) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
+    assert len(group.samples) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
 
 
 def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
@@ -223,7 +262,7 @@ def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
         client_of(tmp_path, lambda _: [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]) as (client, _),
         pytest.raises(RolloutError, match=r"failed 4 times: http://127.*, problem problem-0: .*EngineDeadError: gone"),
     ):
-        client.generate(problems(1), 1, sampling(), [0])
+        generate(client, problems(1), 1, sampling(), [0])
 
 
 def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +273,7 @@ def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: p
 
     with client_of(tmp_path, good) as (client, _):
         with pytest.raises(KeyboardInterrupt):
-            client.generate(problems(4), 2, sampling(), range(4), ctrl_c)
+            generate(client, problems(4), 2, sampling(), range(4), ctrl_c)
         client.close()
         gc.collect()
     assert caplog.text == ""
@@ -252,5 +291,62 @@ def test_work_is_dealt_evenly(tmp_path: Path) -> None:
         return answer
 
     with client_of(tmp_path, server(0), server(1)) as (client, _):
-        client.generate(problems(8), 4, sampling(), range(8))
+        generate(client, problems(8), 4, sampling(), range(8))
     assert min(map(len, asked)) >= 2, asked
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_a_server_that_comes_back_while_others_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_updated: bool
+) -> None:
+    """An evaluation takes it back at once. One that needs a run's weights waits for them: that is the control."""
+    monkeypatch.setattr(watch, "WATCH_EVERY_S", 0.05)
+    said: list[list[str]] = []
+    asked_after_its_return: list[bool] = []
+
+    def away_at_first(request: GenerateRequest) -> list[bytes]:
+        asked_after_its_return.append(any("is back in service" in warning for warning in said[0]))
+        if len(asked_after_its_return) == 1:
+            return [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+        return own(request)
+
+    def slow(request: GenerateRequest) -> list[bytes]:
+        time.sleep(0.2)
+        return own(request)
+
+    def own(request: GenerateRequest) -> list[bytes]:
+        return good(request) if is_updated else [part.replace(b'"3"', b'"0"') for part in good(request)]
+
+    with client_of(tmp_path, away_at_first, slow, silent_for={0: 1}) as (client, warnings):
+        said.append(warnings)
+        pool = client._pool
+        pool.config.max_num_seqs = 2
+        if not is_updated:
+            pool.weight_version = None
+        assert len(generate(client, problems(24), 2, sampling(), range(24))) == 24
+        assert "taken back when it answers" in warnings[0]
+        assert pool.servers[0].state is (State.AWAY if is_updated else State.SERVING)
+        assert any(asked_after_its_return) != is_updated
+        assert len(warnings) == (1 if is_updated else 2)
+
+
+def test_the_table_of_streams_says_what_an_answer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is added to the table is asked of every answer, checked, and in the sample."""
+
+    def read(**arrays: numpy.ndarray) -> Sample:
+        (frame,) = FrameReader().feed(sample(0, **arrays))
+        about = read_about(frame.about)
+        assert isinstance(about, SampleFrame)
+        return read_sample(frame, about, Asked(1, 24, [STOP_TOKEN], VOCABULARY, VERSION), ())
+
+    assert read().streams.keys() == {"token_ids", "rollout_log_probs"}
+    monkeypatch.setattr(streams, "STREAMS", (*streams.STREAMS, streams.Stream("token_rewards", "float32")))
+    assert read(token_rewards=floats(1, 2, 3)).streams["token_rewards"].tolist() == [1, 2, 3]
+    for wrong, words in (
+        ({}, "and should have token_ids, rollout_log_probs, token_rewards"),
+        ({"token_rewards": floats(1, 2)}, "2 token_rewards"),
+        ({"token_rewards": ints(1, 2, 3)}, "token_rewards as int32"),
+        ({"token_rewards": floats(1, 2, float("nan"))}, "token_rewards that are not finite"),
+    ):
+        with pytest.raises(BadAnswer, match=words):
+            read(**wrong)

@@ -1,6 +1,7 @@
 """Small judged groups for the tests of this folder."""
 
-from megatron_fipo.samples import Group, Judgement, Problem, Response
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 
 
 def make_group(
@@ -10,14 +11,11 @@ def make_group(
     crashed, L an answer too long to be judged anything but wrong.
     """
     lengths = lengths or [3] * len(answers)
-    judgements = []
+    results = []
     for answer in answers:
         hit = float(answer == right)
         outcome = {"T": "timeout", "C": "crash", "L": "too_long"}.get(answer, "judged")
-        judgements.append(Judgement(accuracy=hit, reward=2 * hit - 1, answer=answer.strip(), outcome=outcome))
-    return Group(
-        problem=Problem(id=name, text="4+5=?", token_ids=[1, 2], ground_truth=right, data_source=source),
-        responses=[Response.from_lists([7] * length, [-0.5] * length, "stop", 4) for length in lengths],
-        judgements=judgements,
-        text=[f"I say {answer}" for answer in answers],
-    )
+        results.append(RewardResult(accuracy=hit, reward=2 * hit - 1, answer=answer.strip(), outcome=outcome))
+    problem = Problem(id=name, text="4+5=?", token_ids=prompt_ids([1, 2]), ground_truth=right, data_source=source)
+    samples = tuple(sample_from_lists([7] * length, [-0.5] * length, "stop", 4) for length in lengths)
+    return Group(problem, samples).with_texts([f"I say {answer}" for answer in answers]).with_results(results)

@@ -46,7 +46,7 @@ def test_kept_samples_show_worst_and_best(tmp_path):
 
 def test_kept_samples_run_no_escape_sequence(tmp_path):
     group = make_group("9", "9")
-    group.text = ["\x1b[2Jgone\x9b31m\r"]
+    group = group.with_texts(["\x1b[2Jgone\x9b31m\r"])
     text = keep_samples(tmp_path, 1, [group], count=1).read_text()
     assert "\\x1b[2Jgone\\x9b31m\\r" in text and "\x1b" not in text
 

@@ -38,7 +38,7 @@ def test_scores_of_two_problems():
     ],
 )
 def test_consensus(answers, expected):
-    assert consensus(make_group(answers, right="9").judgements) == pytest.approx(expected)
+    assert consensus(make_group(answers, right="9").results) == pytest.approx(expected)
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -57,8 +57,7 @@ def test_more_samples_than_k():
 
 def test_partial_credit_is_not_a_solved_problem():
     group = make_group("77", "9")
-    for judgement in group.judgements:
-        judgement.accuracy = 0.9
+    group = group.with_results([dataclasses.replace(result, accuracy=0.9) for result in group.results])
     scores = score([group], k=2).overall
     assert (scores.avg, scores.pass_at_k) == (pytest.approx(0.9), 0.0)
 
@@ -66,7 +65,8 @@ def test_partial_credit_is_not_a_solved_problem():
 def test_failed_checks_are_no_wrong_answers():
     """Two of four checks failed: the accuracies are those of the other two."""
     group = make_group("9TC ", "9")
-    group.responses[3] = dataclasses.replace(group.responses[3], finish_reason="length")
+    *others, last = group.samples
+    group = dataclasses.replace(group, samples=(*others, dataclasses.replace(last, finish_reason="length")))
     scores = score([group], k=4).overall
     assert (scores.avg, scores.cons, scores.pass_at_k) == (0.5, 1.0, 1.0)
     assert (scores.not_judged, scores.truncated) == (2, 0.25)
@@ -95,9 +95,10 @@ def test_each_source_has_its_own_scores():
 def test_incomplete_groups_are_refused_by_name():
     with pytest.raises(ValueError, match="no problems"):
         score([], k=1)
-    with pytest.raises(ValueError, match="problem lost has 2 responses"):
+    with pytest.raises(ValueError, match="problem lost has 2 samples"):
         score([make_group("99", "9", name="lost")], k=3)
     group = make_group("99", "9", name="unjudged")
-    group.judgements.pop()
+    first, second = group.samples
+    group = dataclasses.replace(group, samples=(first, dataclasses.replace(second, result=None)))
     with pytest.raises(ValueError, match="problem unjudged"):
         score([group], k=2)

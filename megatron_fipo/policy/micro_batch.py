@@ -1,0 +1,178 @@
+"""The tensors that one rank's pipeline works on at once, made of some sequences of a step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.algorithm.zigzag import zigzag_positions
+from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.records import streams
+from megatron_fipo.records.streams import TOKEN_IDS, Stream
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How micro-batches are laid out and cut over ranks; the same for all of a run but for the rank."""
+
+    packed: bool
+    pad_multiple: int
+    """Tokens of a row are padded to a multiple of this, in all context-parallel ranks together."""
+    context_rank: int = 0
+    context_size: int = 1
+    stages: frozenset[str] = frozenset({"first", "last"})
+    """Which of these pipeline stages this rank is: streams that none of them reads are not made."""
+
+    def slots(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens that sequences of the given numbers of predicted tokens take up in one micro-batch, padding included.
+
+        Packed sequences are padded to what the chunks of context parallelism divide, the last one to `pad_multiple`.
+        """
+        if not self.packed:
+            return [_round_up(max(lengths), self.pad_multiple)] * len(lengths)
+        slots = [_round_up(length, 2 * self.context_size if self.context_size > 1 else 1) for length in lengths]
+        slots[-1] += -sum(slots) % self.pad_multiple
+        return slots
+
+    def held(self, slot: int) -> Tensor:
+        """Positions of a sequence that this context-parallel rank holds, [local tokens] int64."""
+        if self.context_size == 1:
+            return torch.arange(slot)
+        return zigzag_positions(slot // self.context_size, self.context_size, torch.device("cpu"))[self.context_rank]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank's pipeline works on at once: this context-parallel rank's part of some sequences.
+
+    Padded: a row each. Packed: one row, in which they lie one after another.
+    """
+
+    streams: Mapping[str, Tensor]
+    """[rows, local tokens] each, by the table of records/streams.py: those that this pipeline stage reads. A value that
+    is aligned with labels is at the position that predicts its token; outside of a sequence is the stream's fill."""
+    position_ids: Tensor
+    """[rows, local tokens] int64, from 0 in each sequence."""
+    response_mask: Tensor
+    """[rows, local tokens] bool: the label is a response token."""
+    advantages: Tensor
+    """[rows, local tokens] fp32, the sequence's at each of its tokens."""
+    weight_lag: Tensor
+    """[rows, local tokens] int64, see TrainBatch."""
+    response_quarter: Tensor
+    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3; 0 outside the mask."""
+    response_lengths: Tensor
+    """[sequences] int64, of whole responses; 0 for a filler."""
+    offsets: Tensor | None
+    """[sequences + 1] int32 on the CPU: packed, where each sequence begins and the last ends, in tokens of all
+    context-parallel ranks together. None: padded."""
+    local_lengths: Tensor | None
+    """[sequences] int64: packed, this rank's tokens of each sequence, padding included. None: padded."""
+    longest: int
+    """Tokens of the longest sequence, padding included, on all context-parallel ranks together."""
+
+    def with_stream(self, name: str, values: Tensor) -> "MicroBatch":
+        """The same with a stream that the trainer made, [rows, local tokens].
+
+        Raises:
+            ValueError: the table has no stream of this name whose source is the trainer, or the shape is another.
+        """
+        table = [stream.name for stream in streams.STREAMS if stream.source == "trainer"]
+        if name not in table:
+            raise ValueError(f"{name} is no stream of the trainer's; those of records/streams.py are {table}")
+        if values.shape[:2] != self.position_ids.shape:
+            found, right = list(values.shape), list(self.position_ids.shape)
+            raise ValueError(f"{name} has the shape {found}, and should have one value for each of {right} tokens")
+        return replace(self, streams={**self.streams, name: values})
+
+
+TrainerStreams = Sequence[Mapping[str, Tensor]]
+"""What the trainer adds to a mini-batch: streams by name for each micro-batch. Empty but on the last pipeline stage."""
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """This rank's micro-batches of one update. Their tensors are made when they are asked for, one after the other."""
+
+    batch: TrainBatch
+    plan: Sequence[Sequence[int]]
+    """Positions in `batch` of each micro-batch's sequences; none is a filler."""
+    layout: BatchLayout
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Micro-batches."""
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (build_micro_batch(self.batch, indices, self.layout, self.device) for indices in self.plan)
+
+    def with_streams(self, added: TrainerStreams) -> Iterator[MicroBatch]:
+        """The micro-batches with the streams that the trainer made, which may be none at all."""
+        for place, micro_batch in enumerate(self):
+            for name, values in (added[place] if added else {}).items():
+                micro_batch = micro_batch.with_stream(name, values)
+            yield micro_batch
+
+
+def build_micro_batch(
+    batch: TrainBatch, indices: Sequence[int], layout: BatchLayout, device: torch.device
+) -> MicroBatch:
+    """Shift the given sequences, lay them out, and take this rank's part.
+
+    Args:
+        indices: positions in `batch`; none gives a filler that counts for nothing.
+    """
+    lengths = [len(batch.streams[TOKEN_IDS][index]) for index in indices]
+    slots = layout.slots([length - 1 for length in lengths] or [1])
+    starts = [0, *accumulate(slots)]
+    held = torch.cat([start + layout.held(slot) for start, slot in zip(starts, slots, strict=False)])
+    weight_lag, quarter = torch.zeros(2, sum(slots), dtype=torch.int64)
+    mask, advantages = torch.zeros(sum(slots), dtype=torch.bool), torch.zeros(sum(slots))
+    response_lengths = torch.zeros(len(slots), dtype=torch.int64)
+    for place, index in enumerate(indices):
+        start, end, prompt = starts[place], starts[place + 1], batch.prompt_lengths[index]
+        response = slice(start + prompt - 1, start + lengths[place] - 1)
+        response_lengths[place] = length = lengths[place] - prompt
+        mask[response], quarter[response] = True, torch.arange(length) * 4 // length
+        advantages[start:end], weight_lag[start:end] = batch.advantages[index], batch.weight_lag[index]
+
+    def part(column: Tensor) -> Tensor:
+        return _moved(column[held].view(1 if layout.packed else len(slots), -1), device)
+
+    read = [stream for stream in streams.STREAMS if stream.source != "trainer" and stream.is_read_on(layout.stages)]
+    return MicroBatch(
+        streams={stream.name: part(_laid_out(stream, batch, indices, starts)) for stream in read},
+        position_ids=part(torch.cat([torch.arange(slot) for slot in slots])),
+        response_mask=part(mask),
+        advantages=part(advantages),
+        weight_lag=part(weight_lag),
+        response_quarter=part(quarter),
+        response_lengths=_moved(response_lengths, device),
+        offsets=torch.tensor(starts, dtype=torch.int32) if layout.packed else None,
+        local_lengths=_moved(torch.tensor(slots) // layout.context_size, device) if layout.packed else None,
+        longest=max(slots),
+    )
+
+
+def _laid_out(stream: Stream, batch: TrainBatch, indices: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """A stream's values of these sequences, [all tokens], shifted by one where it is aligned with labels."""
+    column = torch.full((starts[-1],), stream.fill, dtype=getattr(torch, stream.device_dtype or stream.dtype))
+    for start, index in zip(starts, indices, strict=False):
+        values = batch.streams[stream.host_name][index]
+        values = values[1:] if stream.align == "label" else values[:-1]
+        column[start : start + len(values)] = values
+    return column
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a copy to a GPU waits for nothing that is under way there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

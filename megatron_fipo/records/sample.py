@@ -1,0 +1,112 @@
+"""A sample, what its reward function said of it, and the group of samples of one problem. None of them ever changes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy
+
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
+
+FAILED_CHECKS = ("timeout", "crash")
+"""Outcomes of a check that came to no verdict."""
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The verdict on one sample."""
+
+    accuracy: float
+    """1 right, 0 wrong; fractions where a scorer gives them. Says nothing unless `was_judged`."""
+    reward: float
+    """What the advantage is computed from: correct/incorrect plus the overlong penalty. Likewise."""
+    answer: str
+    """What was extracted, for consensus voting and for readers."""
+    outcome: str
+    """judged; too_long, an answer above the rule's limit, which is wrong; or one of FAILED_CHECKS."""
+    extra: dict[str, float | str] = field(default_factory=dict)
+    """What else a reward of the user's own said, by its names: numbers become metrics."""
+
+    @property
+    def was_judged(self) -> bool:
+        """Whether this is a verdict: a check that failed is not a wrong answer, in training and in metrics."""
+        return self.outcome not in FAILED_CHECKS
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One sampled continuation of a prompt."""
+
+    streams: Mapping[str, numpy.ndarray]
+    """What `streams.checked` returns: a value for each sampled token, an end-of-sequence token included. The prompt is
+    the group's."""
+    finish_reason: str
+    """stop, or length when max_response_length cut it off."""
+    weight_version: int
+    """The version of the weights that sampled it."""
+    text: str = ""
+    """The sampled tokens decoded, for rewards and for readers; empty before that."""
+    result: RewardResult | None = None
+    """None before it is judged."""
+
+    def __len__(self) -> int:
+        """Sampled tokens."""
+        return len(self.token_ids)
+
+    @property
+    def token_ids(self) -> numpy.ndarray:
+        """[n] int32: the sampled tokens."""
+        return self.streams[TOKEN_IDS]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sample):
+            return NotImplemented
+        ours, theirs = (
+            (each.finish_reason, each.weight_version, each.text, each.result, set(each.streams))
+            for each in (self, other)
+        )
+        return ours == theirs and all(numpy.array_equal(self.streams[name], other.streams[name]) for name in ours[-1])
+
+
+def sample_from_lists(
+    token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str, weight_version: int
+) -> Sample:
+    """A sample of plain lists; streams beside these two have their fill.
+
+    Raises:
+        ValueError: the lists have different lengths.
+        OverflowError: a token id is no 32-bit number. A log-prob may become infinite.
+    """
+    with numpy.errstate(over="ignore"):
+        streams = {
+            name: numpy.full(len(token_ids), stream.fill, stream.dtype) for name, stream in sampled_streams().items()
+        }
+        streams[TOKEN_IDS] = numpy.array(token_ids, numpy.int32)
+        streams[ROLLOUT_LOG_PROBS] = numpy.array(log_probs, numpy.float32)
+    return Sample(checked(streams, "a sample"), finish_reason, weight_version)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one problem: the unit of advantages and of dynamic sampling."""
+
+    problem: Problem
+    samples: tuple[Sample, ...]
+
+    @property
+    def results(self) -> tuple[RewardResult, ...]:
+        """The verdict on each sample. ValueError before all are judged."""
+        found = tuple(sample.result for sample in self.samples if sample.result is not None)
+        if len(found) != len(self.samples):
+            raise ValueError(f"problem {self.problem.id}: {len(found)} of {len(self.samples)} samples are judged")
+        return found
+
+    def with_texts(self, texts: Sequence[str]) -> "Group":
+        """The same samples, decoded."""
+        pairs = zip(self.samples, texts, strict=True)
+        return replace(self, samples=tuple(replace(sample, text=text) for sample, text in pairs))
+
+    def with_results(self, results: Sequence[RewardResult]) -> "Group":
+        """The same samples, judged."""
+        pairs = zip(self.samples, results, strict=True)
+        return replace(self, samples=tuple(replace(sample, result=result) for sample, result in pairs))

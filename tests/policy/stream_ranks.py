@@ -1,0 +1,172 @@
+"""What the ranks of test_streams.py run: batches with a stream of its own, and a step's updates by both ways."""
+
+import contextlib
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.numpy import save_file
+
+from megatron_fipo import carried_groups
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.agreement import Limits
+from megatron_fipo.errors import FipoError
+from megatron_fipo.policy import platform
+from megatron_fipo.records import streams
+from megatron_fipo.records.problem import Problem, prompt_ids
+from megatron_fipo.records.sample import Group, RewardResult, Sample
+
+platform.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
+from megatron_fipo.policy.agreement import AgreementCheck  # noqa: E402
+from megatron_fipo.policy.micro_batch import MicroBatch  # noqa: E402
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.step import train_step  # noqa: E402
+from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch  # noqa: E402
+from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.tracking.updates import over_updates  # noqa: E402
+from tests.policy.layouts import UNCLIPPED, make_config  # noqa: E402
+
+MODEL = resolve_embedded("embedded:tiny")
+VOCABULARY, SAMPLES, GROUPS = 38, 3, 6
+FILL, EACH = -1, 1000
+COUNTING = tuple(
+    streams.Stream(f"count_{align}_{stages}", "int32", align=align, fill=FILL, stages=stages)
+    for align, stages in (("token", "all"), ("label", "all"), ("token", "first"), ("label", "last"))
+)
+"""Streams that count: their value is EACH × the sample's place in the batch + the token's in prompt and response."""
+
+
+def lengths(place: int) -> tuple[int, int]:
+    """Tokens of prompt and response of the sample at a place in the batch."""
+    return 3 + place // SAMPLES, 2 + 5 * place % 23
+
+
+def make_groups() -> list[Group]:
+    """Judged groups whose samples come with the counting streams."""
+    drawn, groups = numpy.random.default_rng(0), []
+    for number in range(GROUPS):
+        samples = []
+        for place in range(number * SAMPLES, (number + 1) * SAMPLES):
+            prompt, response = lengths(place)
+            count = numpy.arange(prompt, prompt + response, dtype=numpy.int32) + numpy.int32(EACH * place)
+            given = {stream.name: count for stream in COUNTING}
+            given["token_ids"] = drawn.integers(VOCABULARY, size=response, dtype=numpy.int32)
+            given["rollout_log_probs"] = -drawn.exponential(size=response).astype(numpy.float32)
+            result = RewardResult(float(place % 2), drawn.standard_normal(), "7", "judged")
+            samples.append(Sample(streams.checked(given, "made"), "stop", 0, "text", result))
+        ids = prompt_ids(drawn.integers(VOCABULARY, size=lengths(number * SAMPLES)[0]))
+        groups.append(Group(Problem(str(number), "", ids, "7", "test"), tuple(samples)))
+    return groups
+
+
+def from_checkpoint(groups: list[Group], folder: str) -> list[Group]:
+    """The groups as a resumed run has them."""
+    rows, arrays = carried_groups.pack(groups)
+    path = Path(folder) / "trainer.safetensors"
+    save_file(arrays, path)
+    restored = carried_groups.read(path, rows, described_by=path)
+    carried_groups.check(restored, path, VOCABULARY)
+    return carried_groups.unpack(rows, restored, path)
+
+
+def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
+    """Padded and packed: what this rank saw of the counting streams, and what steps by either way gave."""
+    platform.start_process_group(120)
+    found = []
+    plain = streams.STREAMS
+    for packing, algorithm in ((False, "dapo_with_reference_kl"), (True, "fipo")):
+        streams.STREAMS = (*plain, *COUNTING)
+        layout = {**parallel, "packing": packing}
+        config = make_config(layout, UNCLIPPED, algorithm)
+        config = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, mini_batch_prompts=2))
+        start_model_parallel(config.parallel, 0)
+        first = torch.distributed.get_rank() == 0
+        groups = make_groups() if first else []
+        batches = []
+        for each in (groups, from_checkpoint(groups, folder) if first else []):
+            batches.append(share(train_batch(each, config.algorithm, weight_version=0) if first else None))
+        policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
+        seen = {name: _seen(policy, batch) for name, batch in zip(("sampled", "resumed"), batches, strict=True)}
+        streams.STREAMS = plain
+        plain_batch = dataclasses.replace(
+            batches[0], streams={name: batches[0].streams[name] for name in streams.sampled_streams()}
+        )
+        steps = {way: _step(config, plain_batch, way) for way in ("apart", "own", "own for all", "stopped")}
+        place = {
+            "stage": parallel_state.get_pipeline_model_parallel_rank(),
+            "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        }
+        found.append(place | {"packing": packing, "seen": seen, "steps": steps})
+        parallel_state.destroy_model_parallel()
+    platform.stop_process_group()
+    return found
+
+
+def _seen(policy: Policy, batch: TrainBatch) -> dict[str, dict[str, list[list[int]]]]:
+    """By stream and sample, position and value of each token that this rank's schedule gets, padding included."""
+    found: dict[str, dict[str, list[list[int]]]] = {}
+    for mini_batch in policy.plan(batch):
+        in_loss: list[MicroBatch] = []
+        policy.update(mini_batch, policy.log_probs([mini_batch]).streams[0], _spied(policy, in_loss))
+        # The last stage's are what its loss got.
+        for indices, micro_batch in zip(mini_batch.plan, in_loss or mini_batch, strict=True):
+            for stream in COUNTING:
+                if stream.name in micro_batch.streams:
+                    values = _by_sequence(micro_batch, micro_batch.streams[stream.name])
+                    for index, part in zip(indices, values, strict=True):
+                        found.setdefault(stream.name, {})[str(index)] = part
+    return found
+
+
+def _spied(policy: Policy, in_loss: list[MicroBatch]) -> Any:
+    def loss(micro_batch: MicroBatch, logits: torch.Tensor) -> Any:
+        in_loss.append(micro_batch)
+        return policy.policy_loss(micro_batch, logits)
+
+    return loss
+
+
+def _by_sequence(micro_batch: MicroBatch, values: torch.Tensor) -> list[list[list[int]]]:
+    """Pairs of position and value for each sequence of a micro-batch."""
+    pairs = torch.stack([micro_batch.position_ids, values.long()], dim=-1)
+    if micro_batch.local_lengths is None:
+        return pairs.tolist()
+    return [part.tolist() for part in pairs[0].split(micro_batch.local_lengths.tolist())]
+
+
+def _step(config: Any, batch: TrainBatch, way: str) -> dict[str, Any]:
+    """A step's metrics and this rank's weights after it; the first old log-probs from a pass apart, or their own."""
+    policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
+    before = _weights(policy)
+    check = AgreementCheck(Limits(warn=1e-9, stop=1e-9 if way == "stopped" else 1e9))
+    if way == "own":
+        check.judge({"log_prob_diff_mean": 0.0})
+    said: list[str] = []
+    try:
+        if way == "own for all":
+            mini_batches = policy.plan(batch)
+            known = policy.log_probs(mini_batches).streams
+            updates = [policy.first_update(*pair)[0] for pair in zip(mini_batches, known, strict=True)]
+            metrics = over_updates(updates)
+        else:
+            metrics = train_step(policy, batch, check, lambda _: contextlib.nullcontext(), said.append)
+    except FipoError:
+        metrics = {}
+    weights = _weights(policy)
+    return {"metrics": metrics, "weights": weights, "said": said, "unchanged": weights == before}
+
+
+def _weights(policy: Policy) -> str:
+    """A digest of this rank's weights."""
+    digest = hashlib.sha256()
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
