@@ -85,13 +85,17 @@ def _crowded(parallel: ParallelConfig) -> Iterator[str]:
     """Processes that this launcher would start here, where they are more than GPUs or cores can serve."""
     ranks, layout = _ranks(parallel), _layout(parallel)
     gpus, cores = cuda_devices(), len(psutil.Process().cpu_affinity() or [0])
-    remedy = (
-        "; parallel.data=null starts one replica" if (parallel.data or 1) > 1 else "; a smaller layout starts fewer"
-    )
+    fewer = "parallel.data=null starts one replica" if (parallel.data or 1) > 1 else "a smaller layout starts fewer"
     if gpus and ranks > gpus:
-        yield f"parallel: {layout} is {ranks} processes, one per GPU, and this machine has {gpus}{remedy}"
+        here = f"this machine has {_counted(gpus, 'GPU')}"
+        yield f"parallel: {layout} is {ranks} processes, one per GPU, and {here}; {fewer}"
     elif not gpus and ranks > _RANKS_PER_CORE * cores:
-        yield f"parallel: {layout} is {ranks} processes, and this machine has {cores} cores: steps will be slow{remedy}"
+        here = f"this machine has {_counted(cores, 'core')}: steps will be slow"
+        yield f"parallel: {layout} is {ranks} processes, and {here}; {fewer}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _ranks(parallel: ParallelConfig) -> int:

@@ -59,6 +59,8 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         return unknown_key(match.group(1), groups)
     key = cause.full_key or "configuration"
+    if isinstance(cause, ValidationError) and "is not a ListConfig" in str(cause):
+        return ConfigError(key, "takes a list, and not one value", f"in brackets: {key}=[A,B], or {key}=[A]")
     if isinstance(cause, ValidationError):
         return ConfigError(key, _one_line(cause), _expected(key))
     if key and "not in" in str(cause):

@@ -88,7 +88,8 @@ def sweep(arguments: Sequence[str]) -> NoReturn:
     members = plan(arguments)
     directory = members[0].directory.parent
     judge(members)
-    print(f"{len(members)} runs in {directory}, one after the other; the output of each: {directory}/…/output.txt")
+    counted = "1 run" if len(members) == 1 else f"{len(members)} runs, one after the other,"
+    print(f"{counted} in {directory}; the output of each: {directory}/…/output.txt")
     outcomes: list[Outcome] = []
     try:
         for number, member in enumerate(members, start=1):

@@ -1,4 +1,4 @@
-"""What a model costs by its sizes alone: parameters, and operations of one token. How a run is laid out is sizing/'s."""
+"""What a model costs by its sizes alone: parameters, and operations of one token. Layouts are sizing/'s."""
 
 import functools
 import math
@@ -23,9 +23,7 @@ def layer_products(model_config: ModelConfig) -> int:
 
 def products(model_config: ModelConfig) -> int:
     """Weights of the whole model that a token is multiplied by, the output layer included."""
-    return (
-        model_config.num_layers * layer_products(model_config) + model_config.vocab_size * model_config.hidden_size
-    )
+    return model_config.num_layers * layer_products(model_config) + model_config.vocab_size * model_config.hidden_size
 
 
 def attention_operations(model_config: ModelConfig, attended: float) -> float:

@@ -14,12 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
-from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.family import Family
+from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
 from megatron_fipo.models.kinds import shown
+from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """What AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside the weights that they quantise."""
@@ -98,7 +98,7 @@ class ModelConfig:
 
 
 def read_architecture(model_dir: str | Path) -> ModelConfig:
-    """What there is to know of the Hugging Face model in `model_dir`, from its config.json as transformers 4 or 5 writes it.
+    """What there is to know of the Hugging Face model in `model_dir`, from the config.json of transformers 4 or 5.
 
     Raises ConfigError, naming the file and the key, for a file that is no config.json, a key that nobody has looked
     at, a value that cannot be computed exactly, and quantised weights.

@@ -1,15 +1,15 @@
 """One table per model: how its Hugging Face tensors become Megatron-Core parameters and how they are cut.
 
 Loading, export, the printed plan and live weight updates all read `parameters(model_config)`, where that is what
-`models/model_config.py` reads from config.json. The rules of a layer are the family's (`models/families/`), those outside of
-layers stand here. Imports no torch, so that a configuration can be checked against it at once.
+`models/model_config.py` reads from config.json. The rules of a layer are the family's (`models/families/`), those
+outside of layers stand here. Imports no torch, so that a configuration can be checked against it at once.
 """
 
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.models.rules import LAYER_PREFIX, Rule, Source
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -54,7 +54,10 @@ def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
     table = [_fill(_EMBEDDING, model_config)]
     table += [_fill(rule, model_config, layer) for layer in range(model_config.num_layers) for rule in layer_rules]
     table += [_fill(_FINAL_NORM, model_config)]
-    table += [_fill(_TIED_OUTPUT, model_config, exported=False) if model_config.tied_embeddings else _fill(_OUTPUT, model_config)]
+    if model_config.tied_embeddings:
+        table.append(_fill(_TIED_OUTPUT, model_config, exported=False))
+    else:
+        table.append(_fill(_OUTPUT, model_config))
     return {parameter.megatron: parameter for parameter in table}
 
 
@@ -88,7 +91,8 @@ def check_tensor_parallel(model_config: ModelConfig, tensor_parallel_size: int) 
             f"{tensor_parallel_size} does not divide the model's {' and '.join(wrong)}",
             f"this model takes {fitting}",
         )
-    before_last = model_config.padded_vocab_size(tensor_parallel_size) // tensor_parallel_size * (tensor_parallel_size - 1)
+    share = model_config.padded_vocab_size(tensor_parallel_size) // tensor_parallel_size
+    before_last = share * (tensor_parallel_size - 1)
     if model_config.vocab_size <= before_last:
         raise ConfigError(
             "parallel.tensor",

@@ -37,7 +37,7 @@ REFUSED = {
     "run.steps=abc": ("run.steps", "a whole number"),
     "run.steps=1.5": ("run.steps", "a whole number"),
     "run.steps=null": ("run.steps", "a whole number"),
-    "data.train=a.parquet": ("data.train", "[a,b]"),
+    "data.train=a.parquet": ("data.train", "data.train=[A]"),
     "parallel.tensor=1,2": ("parallel.tensor=1,2", "one value"),
     "run.name=a=b": ("run.name=a=b", "quote"),
     "run.name=${nope}": ("run.name", "nope"),

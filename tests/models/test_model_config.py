@@ -16,11 +16,11 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.models.model_config import QUANTIZATION_FILES, ModelConfig, read_architecture
-from megatron_fipo.models.keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
-from megatron_fipo.models.rope import LinearScaling, Llama3Scaling
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.families import FAMILIES
+from megatron_fipo.models.keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.models.model_config import QUANTIZATION_FILES, ModelConfig, read_architecture
+from megatron_fipo.models.rope import LinearScaling, Llama3Scaling
 from tests.config.published import (
     GEMMA_7B,
     LLAMA3,
@@ -92,7 +92,7 @@ def read(directory: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
-    """None where the model configuration is the one that transformers has; the refusal, once it is known to be one line."""
+    """None where the model configuration is the one that transformers has; else the refusal, which is one line."""
     try:
         model_config = read(directory, config)
     except ConfigError as refusal:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megatron_fipo.errors import ConfigError, WeightError
-from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.models.parameters import canonical_name, check_tensor_parallel, parameters
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
@@ -141,9 +141,7 @@ def test_layouts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_tables_need_no_torch() -> None:
-    code = (
-        "import sys, megatron_fipo.models.parameters, megatron_fipo.weights.plan; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, megatron_fipo.models.parameters, megatron_fipo.weights.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
