@@ -18,6 +18,8 @@ from megatron_fipo.engines.generate_messages import EndFrame, GenerateRequest, S
 from megatron_fipo.records.wire import encode_frame
 
 STOP_TOKEN, VOCABULARY = 2, 152_064
+ABOUT = b'{"world_size": 1, "weight_version": "0"}'
+"""What a server says of itself, whatever it is asked."""
 
 
 def length_of(seed: int, mean: int, cap: int) -> int:
@@ -81,7 +83,7 @@ class Engine:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(answer))
                     writer.write(answer)
                 else:
-                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ABOUT) + ABOUT)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()

@@ -26,10 +26,11 @@ from benchmarks.fake_engines import STOP_TOKEN, VOCABULARY, length_of
 from benchmarks.measure import machine
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling, Work
 
 SAMPLES = 16
@@ -37,7 +38,7 @@ CAP = 20_000
 
 
 @contextmanager
-def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[RolloutClient]:
+def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[EngineGenerator]:
     """A client of made-up engines with so many places each."""
     command = [sys.executable, "-m", "benchmarks.fake_engines", str(engines), str(places), str(seconds_per_token)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -45,7 +46,9 @@ def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iter
         addresses = [f"http://127.0.0.1:{port}" for port in process.stdout.readline().split()]
         os.environ[TOKEN_VARIABLE] = "none"
         config = RolloutConfig(addresses=addresses, max_num_seqs=places, max_prompt_length=8, max_response_length=CAP)
-        with RolloutClient(RolloutService(config, Path(), Path(), seed=0), vocab_size=VOCABULARY) as client:
+        pool = EnginePool(config, Path(), Path(), seed=0)
+        pool.wait_ready()
+        with EngineGenerator(pool, vocab_size=VOCABULARY) as client:
             yield client
         process.stdin.close()
         process.wait(timeout=30)
@@ -56,15 +59,21 @@ def problems(count: int, mean: int, cap: int) -> list[Problem]:
     return [Problem(f"problem-{index}", "", prompt_ids([mean, cap]), "", "made up") for index in range(count)]
 
 
-def by_arrays(client: RolloutClient, count: int, length: int) -> list[Group]:
+def by_arrays(client: EngineGenerator, count: int, length: int) -> list[Group]:
     """Groups by the client of the product."""
     sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
-    return client.generate(problems(count, length, length), SAMPLES, sampling, range(count))
+    asked = problems(count, length, length)
+    return sampled(client, asked, sampling)
 
 
-def by_json(client: RolloutClient, count: int, length: int) -> list[object]:
+def sampled(client: EngineGenerator, asked: list[Problem], sampling: Sampling, samples: int = SAMPLES) -> list[Group]:
+    """Groups of so many samples."""
+    return Ongoing(client.generate(asked, samples, sampling, range(len(asked)))).to_the_end(client.control.admit)
+
+
+def by_json(client: EngineGenerator, count: int, length: int) -> list[object]:
     """The same groups by vLLM's own route, as Python lists, checked as little as can be."""
-    url = client.control._service.servers[0].url + "/inference/v1/generate"
+    url = client._pool.servers[0].url + "/inference/v1/generate"
     kept: list[object] = []
     with httpx.Client(trust_env=False, timeout=600) as http:
         for _ in range(count):
@@ -107,22 +116,27 @@ def _received() -> int:
     return psutil.net_io_counters(pernic=True)["lo"].bytes_recv
 
 
-def makespan(engines: int, places: int, groups: int, mean: int, seconds_per_token: float) -> tuple[float, float]:
-    """Seconds that a batch of log-normal lengths takes, and that it would take if no place were ever empty."""
+def makespan(
+    engines: int, places: int, groups: int, samples: int, mean: int, seconds_per_token: float
+) -> tuple[float, float, float]:
+    """Seconds that a batch of log-normal lengths takes, and would take if no place were ever empty; its CPU seconds.
+
+    One request asks for one group of so many samples.
+    """
     asked = problems(groups, mean, CAP)
     sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
     seeds = [
         seed
         for index, problem in enumerate(asked)
-        for seed in Work(problem, SAMPLES, sampling, index).request(range(SAMPLES)).seeds
+        for seed in Work(problem, samples, sampling, index).request(range(samples)).seeds
     ]
     free = [0.0] * (engines * places)
     for seed in seeds:  # in order, each to the place that is free first
         heapq.heappush(free, heapq.heappop(free) + length_of(seed, mean, CAP) * seconds_per_token)
     with client_of(engines, places, seconds_per_token) as client:
-        started = time.monotonic()
-        client.generate(asked, SAMPLES, sampling, range(groups))
-        return time.monotonic() - started, max(free)
+        started, used = time.monotonic(), time.process_time()
+        sampled(client, asked, sampling, samples)
+        return time.monotonic() - started, max(free), time.process_time() - used
 
 
 def main() -> None:
@@ -146,8 +160,12 @@ def main() -> None:
         seconds, kept, wire = cost_apart(form, length, round(alive * 1e6), round(measured))
         print(f"| {form} | {length} | {alive} | {seconds:.3f} | {kept:.1f} | {wire:.1f} |", flush=True)
     engines, places, groups = (2, 16, 8) if quick else (8, 16, 40)
-    took, ideal = makespan(engines, places, groups, 3_700, 2e-5 if quick else 5e-4)
-    print(f"\n{groups} groups on {engines} engines of {places} places: {took:.1f} s, {took / ideal:.3f} × the ideal")
+    print(f"\n{groups * SAMPLES} samples on {engines} engines of {places} places\n")
+    print("| samples per request | seconds | × the ideal | CPU s |\n|---|---|---|---|")
+    for samples in (SAMPLES, 1):
+        spread = groups * SAMPLES // samples, samples, 3_700, 2e-5 if quick else 5e-4
+        took, ideal, used = makespan(engines, places, *spread)
+        print(f"| {samples} | {took:.1f} | {took / ideal:.3f} | {used:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from torch import Tensor
 from benchmarks.measure import machine, once
 from benchmarks.usage import run_measured
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.control import EngineControl
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.models.parameters import parameters
-from megatron_fipo.rollout.control import ControlPlane
-from megatron_fipo.rollout.service import RolloutService
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.plan import plan_transfers
@@ -170,11 +170,11 @@ def _costs_of_updates(
     buffers = [tensor.clone() for _, tensor in tensors]
     costs: dict[int, _Cost] = {}
     copies = []
-    with RolloutService(config, model, run_dir, seed=0) as service:
-        service.start()
-        service.wait_ready()
-        server = psutil.Process(service.servers[0].process.pid)  # type: ignore[union-attr]
-        transfer = open_transfer(config, ControlPlane(service), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
+    with EnginePool(config, model, run_dir, seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        server = psutil.Process(pool.servers[0].process.pid)  # type: ignore[union-attr]
+        transfer = open_transfer(config, EngineControl(pool), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
         try:
             transfer.push(tensors, version=1)  # the first one touches fresh memory everywhere
             for version in range(2, 2 + 2 * UPDATES):

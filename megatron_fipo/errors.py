@@ -66,7 +66,7 @@ class WeightsRefused(WeightError):
 
 
 class RolloutError(FipoError):
-    """The rollout service failed or missed a deadline. Says which server and what was waited for."""
+    """vLLM servers failed or missed a deadline. Says which server and what was waited for."""
 
 
 class RewardError(FipoError):

@@ -22,6 +22,7 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
 from megatron_fipo.evaluation.inherited import with_settings_of
@@ -38,7 +39,7 @@ from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_fi
 from megatron_fipo.processes import terminate_on_sigterm
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
@@ -126,7 +127,7 @@ class Evaluation:
         config, rollouts = self._config, self._rollouts
         model_dir = huggingface_directory(self._weights, self._directory / "model")
         context, started = config.model.max_position_embeddings, time.monotonic()
-        service = RolloutService(
+        pool = EnginePool(
             config.rollout,
             model_dir,
             self._directory,
@@ -137,14 +138,14 @@ class Evaluation:
         )
         # By the place among all problems, as a run's validation has it.
         seeds = [rollouts.seed_of("validation", index) for index in missing]
-        rollouts.start(service, self._directory)
+        rollouts.start(pool, self._directory, rollouts.validation_samples())
         with rollouts:
             if config.rollout.addresses:
-                check_served(service, model_dir)
-            rollouts.connect(service.admit)
+                check_served(pool, model_dir)
+            rollouts.connect()
             self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
             started = time.monotonic()
-            judged = rollouts.sample(
+            sampling = rollouts.sample(
                 [problems[index] for index in missing],
                 config.validation.samples,
                 rollouts.validation_sampling(),
@@ -152,7 +153,7 @@ class Evaluation:
                 self._terminal.progress,
                 on_judged=samples.append,
             )
-            groups = [future.result() for future in judged]
+            groups = [future.result() for future in Ongoing(sampling).to_the_end(pool.admit)]
         self._say_speed(groups, time.monotonic() - started)
         shutil.rmtree(self._directory / "model", ignore_errors=True)
         if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):

@@ -10,13 +10,14 @@ from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import ProblemOrder
 from megatron_fipo.data.problems import load_problems
+from megatron_fipo.engines.control import EngineControl
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.control import ControlPlane
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.work import Sampling
 from megatron_fipo.tracking.console import Console, Phase
 from megatron_fipo.tracking.validation import ValidationResult, score
@@ -24,7 +25,7 @@ from megatron_fipo.weights.deadline import Deadline
 
 
 class Experience(JudgedRollouts):
-    """Problems, the rollout service and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
+    """Problems, the servers and the verifiers of a run; lives on rank 0. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, console: Console):
         """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
@@ -47,8 +48,9 @@ class Experience(JudgedRollouts):
         self.sampling = DynamicSampling(config.algorithm.filter_groups, config.algorithm.prompts_per_step)
         self.drawn = 0
         context = config.model.max_position_embeddings
-        service = RolloutService(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
-        self.start(service, run_dir)
+        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, console.warn)
+        samples = config.algorithm.samples_per_prompt
+        self.start(pool, run_dir, min(samples, self.validation_samples()) if validates else samples)
 
     def __enter__(self) -> "Experience":
         return self
@@ -56,23 +58,22 @@ class Experience(JudgedRollouts):
     def make_room(self) -> None:
         """Have the servers free the GPUs that they share with the trainer, until the next weight update."""
         if self.client is None:
-            self.service.wait_ready()
+            self.pool.wait_ready()
         else:
             # One that is starting again would take its memory in the middle of an update.
-            self.service.admit()
-        control = ControlPlane(self.service)
+            self.pool.admit()
+        control = EngineControl(self.pool)
         asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
 
-    def lose_failed(self) -> bool:
+    def replace_failed(self) -> bool:
         """Replace the servers that made a weight update fail; False if none did, or if that was tried too often."""
-        assert self.client is not None, "connect() comes first"
         try:
-            return self.client.control.lose_failed()
+            return self.pool.repair()
         except RolloutError as error:
             self.console.warn(str(error))
             return False
 
-    def collect(self, phase: Phase) -> tuple[Selection, list[Group]]:
+    def collect(self, phase: Phase) -> Steps[tuple[Selection, list[Group]]]:
         """Sample generation batches until the step is full, or may sample no more.
 
         Returns:
@@ -92,7 +93,7 @@ class Experience(JudgedRollouts):
             problems = [self.problems[index] for index in self.order.take(wanted)]
             seeds = [self.seed_of("train", self.drawn + offset) for offset in range(wanted)]
             self.drawn += wanted
-            groups = self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
+            groups = yield from self._sample(problems, algorithm.samples_per_prompt, sampling, seeds, phase)
             self.sampling.add(groups)
             sampled += groups
             warning = self.failed_checks(sampled, "in this step", self.console.note)
@@ -100,11 +101,11 @@ class Experience(JudgedRollouts):
             self.console.warn(warning)
         return self.sampling.take(), sampled
 
-    def validate(self, phase: Phase) -> tuple[ValidationResult, list[Group]]:
+    def validate(self, phase: Phase) -> Steps[tuple[ValidationResult, list[Group]]]:
         """Sample and score the held-out problems, with the same seeds every time. The scores, and what they are of."""
         settings = self.config.validation
         seeds = [self.seed_of("validation", index) for index in range(len(self.held_out))]
-        groups = self._sample(self.held_out, settings.samples, self.validation_sampling(), seeds, phase)
+        groups = yield from self._sample(self.held_out, settings.samples, self.validation_sampling(), seeds, phase)
         if warning := self.failed_checks(groups, "in this validation", self.console.note):
             self.console.warn(warning)
         return score(groups, settings.samples), groups
@@ -143,9 +144,10 @@ class Experience(JudgedRollouts):
 
     def _sample(
         self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], phase: Phase
-    ) -> list[Group]:
+    ) -> Steps[list[Group]]:
         """Judged groups in the order of their problems."""
-        judged, groups = self.sample(problems, samples, sampling, seeds, phase.progress), []
+        judged = yield from self.sample(problems, samples, sampling, seeds, phase.progress)
+        groups = []
         with self.console.phase("verify") as verifying:
             for future in judged:
                 groups.append(future.result())

@@ -1,4 +1,4 @@
-"""Problems in, judged groups out: a tokenizer, the rollout service and the verifiers, by which training samples its
+"""Problems in, judged groups out: a tokenizer, the servers and the verifiers, by which training samples its
 steps and validations, and `evaluate` everything.
 
 Rewards are judged while other groups are still being sampled. Everything random is a function of (run.seed, what is
@@ -13,14 +13,16 @@ from pathlib import Path
 from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
+from megatron_fipo.engines.descriptors import provide
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import RewardPool
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.events import Steps
+from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.work import Sampling
 
 Progress = Callable[[int, int, str], None]
@@ -28,7 +30,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class JudgedRollouts:
-    """The rollout service and the verifiers of a run or an evaluation. A context manager, which ends them."""
+    """The servers and the verifiers of a run or an evaluation. A context manager, which ends them."""
 
     def __init__(self, config: Config, model_dir: Path):
         """Read the tokenizer; nothing starts yet."""
@@ -36,19 +38,26 @@ class JudgedRollouts:
         self.vocab_size = read_architecture(model_dir).vocab_size
         self.tokenizer = load_tokenizer(model_dir, config.data)
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
-        self.client: RolloutClient | None = None
+        self.client: EngineGenerator | None = None
 
-    def start(self, service: RolloutService, directory: Path) -> None:
+    def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
         """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
+
+        No problem will have fewer samples than `fewest_samples`.
 
         Raises:
             ConfigError, RewardError: as RewardPool.wait_started.
+            RolloutError: so many connections to servers may not be opened.
         """
-        self.service = service
+        self.pool = pool
+        rollout = self.config.rollout
+        servers = len(rollout.addresses) or rollout.servers
+        what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
+        provide(connections(rollout, fewest_samples), what)
         limit = self.config.rollout.max_response_length
         self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
         self.verifiers.wait_started()
-        service.start()
+        pool.start()
 
     def __enter__(self) -> "JudgedRollouts":
         return self
@@ -57,12 +66,12 @@ class JudgedRollouts:
         if self.client is not None:
             self.client.close()
         self.verifiers.close()
-        self.service.close()
+        self.pool.close()
 
-    def connect(self, revive: Callable[[], None]) -> RolloutClient:
-        """Wait until the servers answer; the client of this run. `revive` is called when it has lost all of them."""
-        self.service.wait_ready()
-        self.client = RolloutClient(self.service, revive, self.vocab_size)
+    def connect(self) -> EngineGenerator:
+        """Wait until the servers answer; what samples from them in this run."""
+        self.pool.wait_ready()
+        self.client = EngineGenerator(self.pool, self.vocab_size)
         return self.client
 
     def sample(
@@ -73,7 +82,7 @@ class JudgedRollouts:
         seeds: list[int],
         progress: Progress,
         on_judged: Callable[[Group], None] | None = None,
-    ) -> list[Future[Group]]:
+    ) -> Steps[list[Future[Group]]]:
         """Groups that are being judged, in the order of their problems; all of them are sampled.
 
         A future gives its group when it is judged and `on_judged`, called in a verifier's thread, has returned.
@@ -89,8 +98,9 @@ class JudgedRollouts:
             progress(len(judged), len(problems), "groups")
 
         # Nobody may have asked for a long time.
-        self.service.lose_unfit()
-        return [judged[id(group)] for group in self.client.generate(problems, samples, sampling, seeds, judge)]
+        self.pool.lose_unfit()
+        groups = yield from self.client.generate(problems, samples, sampling, seeds, judge)
+        return [judged[id(group)] for group in groups]
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
         """Show the first traceback, by `note`; then a warning, or RewardError, where too many checks failed.
@@ -101,6 +111,10 @@ class JudgedRollouts:
         if traceback := failures.traceback_to_show():
             note(f"the first check that raised an exception:\n{traceback}")
         return judge_failed_checks(groups, self.config.reward, where, failures.summary())
+
+    def validation_samples(self) -> int:
+        """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
+        return self.config.validation.samples if self.config.validation.temperature else 1
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""

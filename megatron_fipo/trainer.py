@@ -7,10 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch.distributed
 from megatron.core import parallel_state
@@ -36,6 +35,7 @@ from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.records.sample import Group
+from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
 from megatron_fipo.run_directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
@@ -44,13 +44,13 @@ from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
-from megatron_fipo.weights.mailbox import StandBy, trainer_store
+from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.reshard import export
+from megatron_fipo.weights.sampling_events import SamplingEvents
 from megatron_fipo.weights.transfer import open_transfer
 
 STOP_FILE = "stop"
-_T = TypeVar("_T")
 
 
 class Trainer:
@@ -85,7 +85,8 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
-        self.stand_by = StandBy(trainer_store())
+        world_size = torch.distributed.get_world_size()
+        self.sampling_events = SamplingEvents(trainer_store(), torch.distributed.get_rank(), world_size)
         self.saving: Saving | None = None
         """The checkpoint that is being written."""
         # On the way out of a run that failed or is stopped by a signal the last complete checkpoint stays.
@@ -116,7 +117,7 @@ class Trainer:
             leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
             self.transfer = open_transfer(
                 config.rollout,
-                self.experience.connect(self._revive).control if self.experience else None,
+                self.experience.connect().control if self.experience else None,
                 stage=parallel_state.get_pipeline_model_parallel_rank(),
                 num_stages=config.parallel.pipeline,
                 is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
@@ -128,7 +129,7 @@ class Trainer:
         self.ctrl_c.begin()
 
     def push_weights(self) -> None:
-        """Hand the present weights to the rollout service, as version `step`."""
+        """Hand the present weights to the servers, as version `step`."""
         self.version = self.step
         self._push()
 
@@ -144,19 +145,19 @@ class Trainer:
         self.undone_to = self.step_began_with
         self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def sample(self) -> tuple[TrainBatch | None, dict[str, float]]:
+    def next_batch(self) -> tuple[TrainBatch | None, dict[str, float]]:
         """This step's sequences, on every rank, and rank 0's metrics of how they came about.
 
         No sequences: a Ctrl-C broke it off.
         """
         batch, metrics = None, {}
         with self.console.phase("sample") as phase:
-            collected = self._while_serving(lambda experience: experience.collect(phase))
-            if fact_of_rank_0(self.first and collected is None):
+            sampling = Ongoing(self.experience.collect(phase)) if self.experience else None
+            if not self._is_sampled(sampling):
                 return None, {}
             self._make_room()
-            if collected is not None:
-                selection, sampled = collected
+            if sampling is not None:
+                selection, sampled = sampling.result
                 batch = train_batch(selection.groups, self.config.algorithm, self.version)
                 metrics = sampling_metrics(selection.counts, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
@@ -184,7 +185,7 @@ class Trainer:
         if self.metrics is None or self.experience is None or self.report is None:
             return
         self._check_lock()
-        metrics |= self.experience.service.end_step()
+        metrics |= self.experience.pool.end_step()
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
@@ -202,13 +203,16 @@ class Trainer:
             return
         with self.console.phase("validate") as phase:
             started = time.monotonic()
-            validated = self._while_serving(lambda experience: experience.validate(phase))
+            sampling = Ongoing(self.experience.validate(phase)) if self.experience else None
+            broken_off = not self._is_sampled(sampling)
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
-        if validated is None or self.metrics is None or self.report is None:
+        if broken_off:
             self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
-        result, groups = validated
+        if sampling is None or self.metrics is None or self.report is None:
+            return
+        result, groups = sampling.result
         count = self.config.tracking.samples_per_validation
         keep_samples(self.directory, self.step, groups, count, of="validation")
         which = "after" if self.step else "before"
@@ -318,37 +322,32 @@ class Trainer:
             platform.release_memory()
         with self.console.phase("weights"):
             while True:
-                if self.experience is not None:
-                    self.experience.service.admit()
                 try:
                     self.transfer.push(export(self.policy.chunks, self.policy.model_config), self.version)
                     return
                 except RolloutError:
-                    if not fact_of_rank_0(self.experience is not None and self.experience.lose_failed()):
+                    if not fact_of_rank_0(self.experience is not None and self.experience.replace_failed()):
                         raise
 
-    def _while_serving(self, work: Callable[[Experience], _T]) -> _T | None:
-        """What `work`, which samples, returns on rank 0; the other ranks stand by to revive the servers with it.
+    def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
+        """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
 
-        None on the others, and after a Ctrl-C.
+        The one place where the trainer waits for sampling. False after a Ctrl-C. FipoError, on every rank: it cannot go
+        on.
         """
-        if self.experience is None:
-            while self.stand_by.hear():
-                self._push()
-            return None
+        while True:
+            event = self.sampling_events.next(lambda: self._next_event(sampling))
+            if not isinstance(event, WeightsWanted):
+                return not isinstance(event, BrokenOff)
+            self._push()
+
+    def _next_event(self, sampling: Ongoing[Any] | None) -> Event:
+        """What sampling says next, on rank 0."""
         try:
             with self.ctrl_c.breaks():
-                result = work(self.experience)
+                return sampling.wait() if sampling else Ready()
         except Interrupted:
-            result = None
-        self.stand_by.tell(False)
-        return result
-
-    def _revive(self) -> None:
-        """Called on rank 0 within `_while_serving` when no server is left: all ranks give restarted ones weights."""
-        with self.ctrl_c.breaks(False):
-            self.stand_by.tell(True)
-            self._push()
+            return BrokenOff()
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""

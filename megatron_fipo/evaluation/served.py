@@ -4,20 +4,21 @@ from pathlib import Path
 
 import httpx
 
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.probes import INITIAL_VERSION, PROBE_TIMEOUT_S
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.rollout.service import INITIAL_VERSION, PROBE_TIMEOUT_S, RolloutService
 
 _UNTOUCHED = ("default", str(INITIAL_VERSION))
-"""Labels of weights that no trainer has replaced: vLLM's own, and a service's."""
+"""Labels of weights that no trainer has replaced: vLLM's own, and a pool's."""
 
 
-def check_served(service: RolloutService, model_dir: Path) -> None:
+def check_served(pool: EnginePool, model_dir: Path) -> None:
     """Raise RolloutError for a server of another model, or one whose weights a run has updated, or that is not there.
 
-    To be called before `service.wait_ready`, which labels weights anew.
+    To be called before `EnginePool.wait_ready`, which labels weights anew.
     """
-    with httpx.Client(headers=service.headers, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
-        for server in service.servers:
+    with httpx.Client(headers=pool.headers, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+        for server in pool.servers:
             try:
                 models = client.get(f"{server.url}/v1/models").raise_for_status().json()["data"]
                 version = client.get(f"{server.url}/weight_info").raise_for_status().json()["weight_version"]

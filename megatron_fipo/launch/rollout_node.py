@@ -18,11 +18,11 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.model_places import fetch_model
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.leftovers import remove_outside, say_removed
 from megatron_fipo.processes import terminate_on_sigterm
-from megatron_fipo.rollout.service import RolloutService
 
 _SETTING = "FIPO_NETWORK_INTERFACE"
 _LOOK_EVERY_S = 1.0
@@ -46,24 +46,25 @@ def main(config: Config) -> None:
     )
     place = Path(config.run.directory) / "rollout" / node
     say_removed(place, remove_outside(place))
-    service = RolloutService(
+    pool = EnginePool(
         settings,
         fetch_model(config.model.path),
         place,
         config.run.seed,
         config.model.max_position_embeddings,
     )
-    with service:
-        service.start()
-        service.wait_ready()
-        write_atomically(Path(os.environ["FIPO_ADDRESSES"]) / node, ",".join(s.url for s in service.servers))
+    with pool:
+        pool.start()
+        pool.wait_ready()
+        write_atomically(Path(os.environ["FIPO_ADDRESSES"]) / node, ",".join(s.url for s in pool.servers))
         restarted: dict[str, float] = {}
         while True:
-            for server in service.servers:
+            for server in pool.servers:
                 if time.monotonic() - restarted.get(server.url, 0.0) > _STEADY_S:
-                    server.losses = 0
+                    pool.prove(server)
                 if (failure := server.failure()) is not None:
-                    service.restart(server, failure)
+                    pool.lose(server, failure)
+                    pool.repair()
                     restarted[server.url] = time.monotonic()
             time.sleep(_LOOK_EVERY_S)
 

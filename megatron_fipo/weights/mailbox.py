@@ -1,4 +1,4 @@
-"""Messages between the trainer's ranks over torch.distributed's key-value store: in a weight update, and in sampling.
+"""Messages between the trainer's ranks over torch.distributed's key-value store, in a weight update.
 
 JSON, never pickle. Every wait polls, so that it ends at its deadline, at an abort or at Ctrl-C; a collective in its
 place would wait for a rank that has failed.
@@ -18,7 +18,6 @@ from megatron_fipo.weights.deadline import Deadline
 
 ABORT = "abort"
 _FIRST_POLL_S, _LAST_POLL_S = 0.0005, 0.02
-_LONGEST_STAND_BY_POLL_S = 0.2
 
 
 class SessionAborted(Exception):
@@ -81,36 +80,10 @@ class Mailbox:
         raise AssertionError("unreachable")
 
 
-class StandBy:
-    """How the other ranks wait while rank 0 works alone, for hours if sampling takes them.
-
-    A collective would run into its deadline. Rank 0's work has deadlines of its own, and the store that is asked here
-    ends with rank 0. Every rank makes one, and the calls match: one `tell` on rank 0 to one `hear` on each other.
-    """
-
-    def __init__(self, store: Store):
-        self._store = PrefixStore("megatron_fipo/stand-by", store)
-        self._calls = 0
-
-    def tell(self, needed: bool) -> None:
-        """On rank 0: whether the others are needed now; if not, the work is done."""
-        self._store.set(str(self._calls), "1" if needed else "0")
-        self._calls += 1
-
-    def hear(self) -> bool:
-        """On the other ranks: what rank 0 tells, once it does."""
-        key, pause = str(self._calls), _FIRST_POLL_S
-        while not self._store.check([key]):
-            time.sleep(pause)
-            pause = min(pause * 1.3, _LONGEST_STAND_BY_POLL_S)
-        self._calls += 1
-        return self._store.get(key) == b"1"
-
-
 def _polls(deadline: Deadline, what: str) -> Iterator[float]:
-    """Growing pauses in seconds: short at first for a small model's speed, longer to spare a large run's store."""
+    """Growing pauses in seconds, a tenth of the time waited: for a small model's speed, and a large run's store."""
     pause = _FIRST_POLL_S
     while not deadline.passed():
         yield pause
-        pause = min(pause * 1.3, _LAST_POLL_S)
+        pause = min(pause * 1.1, _LAST_POLL_S)
     raise RolloutError(f"waited {deadline.seconds:g} s for {what}")

@@ -50,6 +50,10 @@ class WeightControl(Protocol):
         """Another number whenever servers have come or gone since."""
         ...
 
+    def admit(self) -> None:
+        """Before a session: see who is there to get the weights, and wait for those who come back."""
+        ...
+
     @property
     def workers_of_server(self) -> list[int]:
         """Engine workers of each server, in the servers' order."""
@@ -66,8 +70,6 @@ class WeightControl(Protocol):
     async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None: ...
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None: ...
-
-    async def reset_prefix_cache(self, deadline: Deadline) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,11 @@ class WeightTransfer:
         what = f"weight update {version}"
         conductor = None
         if self._control is not None:
+            try:
+                self._control.admit()
+            except FipoError as error:
+                mailbox.post(BEGIN, {"error": str(error)})
+                raise
             begin = {"join": self._control.roster != self._joined_roster}
             self._joined_roster = self._control.roster
             conductor = _Conductor(what, mailbox, self._conduct(mailbox, version, join=begin["join"]))
@@ -176,6 +183,8 @@ class WeightTransfer:
         else:
             # Rank 0 may be busy, with servers that are still starting.
             begin = mailbox.wait(BEGIN, Deadline(self._begin_timeout_s), f"rank 0 to begin {what}")
+            if "error" in begin:
+                raise RolloutError(begin["error"])
         late = Deadline(self._timeout_s + VERDICT_SLACK_S)
         check = self._checksum_every > 0 and version % self._checksum_every == 0
         try:
@@ -223,8 +232,6 @@ class WeightTransfer:
             for key, value in (await self._conduct_stage(mailbox, deadline, stage)).items():
                 totals[key] += value
         await self._control.finish_weight_update(version, deadline)
-        # Cached keys and values are those of the old weights.
-        await self._control.reset_prefix_cache(deadline)
         await self._control.resume(deadline)
         return asdict(TransferStats(**totals, seconds=time.monotonic() - started))
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server_with_another_rope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+def server_with_another_rope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     """A server of the embedded model, but for the base of its rotary embedding, which no weight update carries."""
     model = tmp_path_factory.mktemp("another-rope") / "model"
     shutil.copytree(resolve_embedded("embedded:tiny"), model)
@@ -31,13 +31,13 @@ def server_with_another_rope(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config.pop("rope_theta", None)
     (model / "config.json").write_text(json.dumps(config))
     settings = load_config([*SMALL, "rollout.weight_transfer=process_group"]).rollout
-    with RolloutService(settings, model, tmp_path_factory.mktemp("server"), seed=0) as service:
-        service.start()
-        service.wait_ready()
-        yield service
+    with EnginePool(settings, model, tmp_path_factory.mktemp("server"), seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        yield pool
 
 
-def stopped(server: RolloutService, directory: Path, *overrides: str) -> str:
+def stopped(server: EnginePool, directory: Path, *overrides: str) -> str:
     """The output of a run on that server, which has to end with an error and without a traceback."""
     token = server.headers["Authorization"].removeprefix("Bearer ")
     address = f"rollout.addresses=[{server.servers[0].url}]"
@@ -49,13 +49,13 @@ def stopped(server: RolloutService, directory: Path, *overrides: str) -> str:
     return output
 
 
-def test_an_engine_of_another_rotary_embedding(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
+def test_an_engine_of_another_rotary_embedding(server_with_another_rope: EnginePool, tmp_path: Path) -> None:
     output = stopped(server_with_another_rope, tmp_path)
     assert "the log-probs of trainer and engine differ by" in output
     assert "rollout.log_prob_diff_stop=0.05" in output
 
 
-def test_a_verifier_that_never_answers_in_time(server_with_another_rope: RolloutService, tmp_path: Path) -> None:
+def test_a_verifier_that_never_answers_in_time(server_with_another_rope: EnginePool, tmp_path: Path) -> None:
     """The deadline is the millisecond that each check has at least; reading this answer takes longer."""
     answer = " + ".join(f"\\frac{{1}}{{{n}}}" for n in range(101, 151))
     row = {"prompt": [{"role": "user", "content": "4+5=?"}], "reward_model": {"ground_truth": answer}}

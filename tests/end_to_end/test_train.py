@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo import leftovers
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.algorithm.test_adding_a_loss import write_page
 from tests.end_to_end import runs
@@ -64,17 +64,17 @@ def check_rows(rows: list[dict[str, float]], steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     """One server that already runs, which the runs adopt one after the other: a start costs as much as a run."""
     config = load_config([*SMALL, "rollout.weight_transfer=process_group"]).rollout
     directory = tmp_path_factory.mktemp("server")
-    with RolloutService(config, resolve_embedded("embedded:tiny"), directory, seed=0) as service:
-        service.start()
-        service.wait_ready()
-        yield service
+    with EnginePool(config, resolve_embedded("embedded:tiny"), directory, seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        yield pool
 
 
-def run_on(server: RolloutService, directory: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
+def run_on(server: EnginePool, directory: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
     address = f"rollout.addresses=[{server.servers[0].url}]"
     plane = "rollout.weight_transfer=process_group"
     token = server.headers["Authorization"].removeprefix("Bearer ")
@@ -82,14 +82,14 @@ def run_on(server: RolloutService, directory: Path, *overrides: str, environment
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in REPEATED)])
-def test_layout(layout: str, server: RolloutService, tmp_path: Path) -> None:
+def test_layout(layout: str, server: EnginePool, tmp_path: Path) -> None:
     run_on(server, tmp_path, *(LAYOUTS | REPEATED)[layout])
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
-def test_fipo_acts_and_dapo_is_one_override(server: RolloutService, tmp_path: Path) -> None:
+def test_fipo_acts_and_dapo_is_one_override(server: EnginePool, tmp_path: Path) -> None:
     """At the quick start's own batches: influence weights spread and reach their bounds, and lead elsewhere than DAPO.
 
     The two start from the same samples. The second run's model comes from a hub: two ranks and their launcher fetch it
@@ -138,7 +138,7 @@ def check_files(directory: Path) -> None:
     assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 
 
-def test_kl_to_the_reference_policy(server: RolloutService, tmp_path: Path) -> None:
+def test_kl_to_the_reference_policy(server: EnginePool, tmp_path: Path) -> None:
     """It grows from the policy that training started from, and a resumed run still has that one and not its own.
 
     With the loss of docs/adding_a_loss.md, a file in another directory, on two ranks and over a resume.
@@ -314,6 +314,7 @@ def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> Non
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
 
 
+@pytest.mark.matrix
 def test_without_restarts_a_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""
     with runs.started(tmp_path, *SMALL, "run.steps=1000", "rollout.max_restarts=0") as process:

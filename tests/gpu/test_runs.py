@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.control import ControlPlane
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.control import EngineControl
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.deadline import Deadline
 from tests.end_to_end import runs
-from tests.rollout.engines import problems, rollout_config, sampling, save_tiny_model
+from tests.rollout.engines import generate, problems, rollout_config, sampling, save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("vllm_on_gpu")]
 
@@ -34,20 +34,20 @@ def test_a_sleeping_server_frees_its_memory_and_samples_alike_when_awake(tmp_pat
         dtype="bfloat16", shared_gpu=True, weight_transfer="shared_memory", gpu_memory_utilization=SHARE
     )
 
-    async def wake(control: ControlPlane) -> None:
+    async def wake(control: EngineControl) -> None:
         await control.pause(Deadline(60))
         await control.resume(Deadline(60))
 
-    with RolloutService(config, tmp_path / "model", tmp_path / "run", seed=0) as service:
-        service.start()
-        service.wait_ready()
-        with RolloutClient(service) as client:
-            before = client.generate(problems(2), 1, sampling(), [1, 2])
+    with EnginePool(config, tmp_path / "model", tmp_path / "run", seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        with EngineGenerator(pool) as client:
+            before = generate(client, problems(2), 1, sampling(), [1, 2])
             awake = free_bytes()
             asyncio.run(client.control.sleep(Deadline(60)))
             asleep = free_bytes()
             asyncio.run(wake(client.control))
-            after = client.generate(problems(2), 1, sampling(), [1, 2])
+            after = generate(client, problems(2), 1, sampling(), [1, 2])
             woken = free_bytes()
     total = torch.cuda.mem_get_info()[1]
     assert asleep - awake > 0.8 * SHARE * total, "nearly all of its share is KV cache, for so small a model"

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import pytest
 from transformers import Qwen2ForCausalLM
 
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import rollout_config, save_tiny_model
 
 
 class Rollout(NamedTuple):
     """A ready server, a client of it, and the model it started with."""
 
-    service: RolloutService
-    client: RolloutClient
+    pool: EnginePool
+    client: EngineGenerator
     model: Qwen2ForCausalLM
 
 
@@ -24,8 +24,8 @@ class Rollout(NamedTuple):
 def rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rollout]:
     directory: Path = tmp_path_factory.mktemp("rollout")
     model = save_tiny_model(directory / "model", seed=0)
-    with RolloutService(rollout_config(), directory / "model", directory / "run", seed=0) as service:
-        service.start()
-        service.wait_ready()
-        with RolloutClient(service) as client:
-            yield Rollout(service, client, model)
+    with EnginePool(rollout_config(), directory / "model", directory / "run", seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        with EngineGenerator(pool) as client:
+            yield Rollout(pool, client, model)

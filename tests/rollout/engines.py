@@ -11,9 +11,14 @@ import torch
 import transformers
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.states import State
+from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem, prompt_ids
-from megatron_fipo.records.sample import Sample
+from megatron_fipo.records.sample import Group, Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
+from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling
 
 VOCABULARY = 96
@@ -28,21 +33,20 @@ def save_tiny_model(
 ) -> transformers.PreTrainedModel:
     """A random fp32 model of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=STOP_TOKEN,
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": STOP_TOKEN,
         # Wide enough that two models disagree by whole nats.
-        initializer_range=0.2,
-        **settings,
-    )
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=tied, **sizes | settings)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
     model.save_pretrained(directory)
     return model
@@ -81,6 +85,30 @@ def sampling(**changes: Any) -> Sampling:
         "stop_token_ids": [STOP_TOKEN],
     }
     return Sampling(**settings | changes)
+
+
+def serving_pool(addresses: list[str], directory: Path, **settings: Any) -> EnginePool:
+    """A pool of servers elsewhere that count as serving, unasked; `settings` are EnginePool's and RolloutConfig's."""
+    warn = settings.pop("warn", lambda _: None)
+    pool = EnginePool(rollout_config(addresses=addresses, **settings), directory, directory, seed=0, warn=warn)
+    for server in pool.servers:
+        server.enter(State.SERVING)
+    return pool
+
+
+def generate(
+    client: EngineGenerator, *asked: Any, supply: Callable[[], None] | None = None, **more: Any
+) -> list[Group]:
+    """What `client.generate` samples in the end. `supply` brings servers back when none is left; without it that ends.
+
+    Raises:
+        RolloutError: as `client.generate`, or no server is left.
+    """
+
+    def give_up() -> None:
+        raise RolloutError(f"no vLLM server is left: {client._pool.losses_in_words()}")
+
+    return Ongoing(client.generate(*asked, **more)).to_the_end(supply or give_up)
 
 
 def forward_log_probs(model: transformers.PreTrainedModel, prompt: numpy.ndarray, sample: Sample) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Why: what a broken, foreign or half-updated server answers must never be trained on, and one such must not end a run.
 
 A web server speaks the route of the real ones here and lies in one way after another. The route itself is tested
-against the real engine in test_client.py.
+against the real engine in test_generator.py.
 """
 
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ import msgspec
 import numpy
 import pytest
 
+from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
@@ -26,14 +28,21 @@ from megatron_fipo.engines.generate_messages import (
     SampleFrame,
     read_about,
 )
+from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records import streams
 from megatron_fipo.records.sample import Group, Sample
 from megatron_fipo.records.wire import FrameReader, encode_frame
 from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
-from tests.rollout.engines import STOP_TOKEN, VOCABULARY, problems, rollout_config, sampling
+from megatron_fipo.rollout.generator import EngineGenerator
+from tests.rollout.engines import (
+    STOP_TOKEN,
+    VOCABULARY,
+    generate,
+    problems,
+    sampling,
+    serving_pool,
+)
 
 VERSION = 3
 Answer = Callable[[GenerateRequest], list[bytes]]
@@ -131,18 +140,32 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 
 @contextmanager
-def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[RolloutClient, list[str]]]:
-    """A client of web servers that answer like this each time, and what the service has warned of."""
+def client_of(
+    directory: Path, *answers: Answer, silent_for: dict[int, int] | None = None
+) -> Iterator[tuple[EngineGenerator, list[str]]]:
+    """A client of web servers that answer like this each time, and what the pool has warned of.
 
-    def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
+    `silent_for`: how many signs of life a server does not give, by its index.
+    """
+    silent = dict(silent_for or {})
+
+    def handler(index: int, answer: Answer) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                content = (
-                    b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
-                    if (self.path == GENERATE_PATH)
-                    else b"{}"
-                )
+                content = b'{"world_size": 1, "weight_version": "0"}'
+                if self.path == GENERATE_PATH:
+                    content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
+                elif silent.get(index, 0):
+                    silent[index] -= 1
+                    self.send_error(500)
+                    return
+                self._send(content)
+
+            def do_GET(self) -> None:
+                self._send(b'{"world_size": 1, "weight_version": "0"}')
+
+            def _send(self, content: bytes) -> None:
                 self.send_response(200)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
@@ -152,15 +175,15 @@ def client_of(directory: Path, *answers: Answer) -> Iterator[tuple[RolloutClient
 
         return Handler
 
-    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(answer)) for answer in answers]
+    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(*pair)) for pair in enumerate(answers)]
     warnings: list[str] = []
     try:
         for web in webs:
             threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
-        config = rollout_config(addresses=[f"http://127.0.0.1:{web.server_port}" for web in webs])
-        service = RolloutService(config, directory, directory, seed=0, warn=warnings.append)
-        service.note_version(VERSION)
-        with RolloutClient(service, vocab_size=VOCABULARY) as client:
+        addresses = [f"http://127.0.0.1:{web.server_port}" for web in webs]
+        pool = serving_pool(addresses, directory, warn=warnings.append)
+        pool.note_version(VERSION)
+        with EngineGenerator(pool, vocab_size=VOCABULARY) as client:
             yield client, warnings
     finally:
         for web in webs:
@@ -176,7 +199,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_good_answer_is_taken(tmp_path: Path) -> None:
     """The control of all below."""
     with client_of(tmp_path, good) as (client, warnings):
-        [group] = client.generate(problems(1), 2, sampling(), [0])
+        [group] = generate(client, problems(1), 2, sampling(), [0])
         assert client.retries == 0 and warnings == []
     for sample in group.samples:
         assert sample.token_ids.tolist() == [5, 7, STOP_TOKEN]
@@ -188,7 +211,7 @@ def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
     """Its verdicts are written into it while others are sampled: in a copy the run would have no verdict at all."""
     arrived: list[Group] = []
     with client_of(tmp_path, good) as (client, _):
-        groups = client.generate(problems(4), 2, sampling(), range(4), on_group=arrived.append)
+        groups = generate(client, problems(4), 2, sampling(), range(4), on_group=arrived.append)
     assert len(arrived) == 4 and {id(group) for group in groups} == {id(group) for group in arrived}
 
 
@@ -196,13 +219,13 @@ def test_a_group_is_the_one_that_was_announced(tmp_path: Path) -> None:
 def test_a_server_that_repeats_a_wrong_answer_is_taken_out_and_others_answer(name: str, tmp_path: Path) -> None:
     answer, complaint = WRONG[name]
     with client_of(tmp_path, answer, good) as (client, warnings):
-        groups = client.generate(problems(8), 2, sampling(), range(8))
+        groups = generate(client, problems(8), 2, sampling(), range(8))
         assert [sample.token_ids.tolist() for group in groups for sample in group.samples] == [[5, 7, 2]] * 16
         [warning] = warnings
         assert "its answers are not what was asked for" in warning and "left out from now on" in warning
-        assert [server.lost for server in client._service.servers][1] is None
+        assert client._pool.servers[1].state is State.SERVING
     with client_of(tmp_path, answer) as (client, warnings), pytest.raises(RolloutError, match=complaint):
-        client.generate(problems(1), 2, sampling(), [0])
+        generate(client, problems(1), 2, sampling(), [0])
 
 
 def test_one_wrong_answer_costs_a_request_and_not_the_server(tmp_path: Path) -> None:
@@ -213,7 +236,7 @@ def test_one_wrong_answer_costs_a_request_and_not_the_server(tmp_path: Path) -> 
         return with_first(finish_reason="abort")(request) if len(calls) == 1 else good(request)
 
     with client_of(tmp_path, wrong_at_first) as (client, warnings):
-        assert len(client.generate(problems(3), 2, sampling(), range(3))) == 3
+        assert len(generate(client, problems(3), 2, sampling(), range(3))) == 3
         assert client.retries == 1 and warnings == []
 
 
@@ -229,7 +252,7 @@ def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path) -> None:
         )
 
     with client_of(tmp_path, ends_early) as (client, _):
-        [group] = client.generate(problems(1), 3, sampling(), [0])
+        [group] = generate(client, problems(1), 3, sampling(), [0])
     first = asked[0][0]
     assert len(group.samples) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
 
@@ -239,7 +262,7 @@ def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
         client_of(tmp_path, lambda _: [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]) as (client, _),
         pytest.raises(RolloutError, match=r"failed 4 times: http://127.*, problem problem-0: .*EngineDeadError: gone"),
     ):
-        client.generate(problems(1), 1, sampling(), [0])
+        generate(client, problems(1), 1, sampling(), [0])
 
 
 def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,7 +273,7 @@ def test_a_ctrl_c_in_the_middle_of_a_task_is_told_once(tmp_path: Path, caplog: p
 
     with client_of(tmp_path, good) as (client, _):
         with pytest.raises(KeyboardInterrupt):
-            client.generate(problems(4), 2, sampling(), range(4), ctrl_c)
+            generate(client, problems(4), 2, sampling(), range(4), ctrl_c)
         client.close()
         gc.collect()
     assert caplog.text == ""
@@ -268,8 +291,43 @@ def test_work_is_dealt_evenly(tmp_path: Path) -> None:
         return answer
 
     with client_of(tmp_path, server(0), server(1)) as (client, _):
-        client.generate(problems(8), 4, sampling(), range(8))
+        generate(client, problems(8), 4, sampling(), range(8))
     assert min(map(len, asked)) >= 2, asked
+
+
+@pytest.mark.parametrize("is_updated", [False, True])
+def test_a_server_that_comes_back_while_others_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_updated: bool
+) -> None:
+    """An evaluation takes it back at once. One that needs a run's weights waits for them: that is the control."""
+    monkeypatch.setattr(watch, "WATCH_EVERY_S", 0.05)
+    said: list[list[str]] = []
+    asked_after_its_return: list[bool] = []
+
+    def away_at_first(request: GenerateRequest) -> list[bytes]:
+        asked_after_its_return.append(any("is back in service" in warning for warning in said[0]))
+        if len(asked_after_its_return) == 1:
+            return [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+        return own(request)
+
+    def slow(request: GenerateRequest) -> list[bytes]:
+        time.sleep(0.2)
+        return own(request)
+
+    def own(request: GenerateRequest) -> list[bytes]:
+        return good(request) if is_updated else [part.replace(b'"3"', b'"0"') for part in good(request)]
+
+    with client_of(tmp_path, away_at_first, slow, silent_for={0: 1}) as (client, warnings):
+        said.append(warnings)
+        pool = client._pool
+        pool.config.max_num_seqs = 2
+        if not is_updated:
+            pool.weight_version = None
+        assert len(generate(client, problems(24), 2, sampling(), range(24))) == 24
+        assert "taken back when it answers" in warnings[0]
+        assert pool.servers[0].state is (State.AWAY if is_updated else State.SERVING)
+        assert any(asked_after_its_return) != is_updated
+        assert len(warnings) == (1 if is_updated else 2)
 
 
 def test_the_table_of_streams_says_what_an_answer_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,19 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.sample import Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.transfer import WeightTransfer, open_transfer
-from tests.rollout.engines import forward_log_probs, problems, rollout_config, sampling, save_tiny_model
+from tests.rollout.engines import (
+    forward_log_probs,
+    generate,
+    problems,
+    rollout_config,
+    sampling,
+    save_tiny_model,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -39,22 +46,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen2ForCausal
 
 
 @pytest.fixture(scope="module")
-def service(models: dict[str, Qwen2ForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+def pool(models: dict[str, Qwen2ForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     directory = tmp_path_factory.mktemp("quantised")
     models["small"].save_pretrained(directory / "model")
-    with RolloutService(_config(), directory / "model", directory / "run", seed=0) as service:
-        service.start()
-        service.wait_ready()
-        yield service
+    with EnginePool(_config(), directory / "model", directory / "run", seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        yield pool
 
 
 def _config() -> RolloutConfig:
     return rollout_config(dtype="bfloat16", quantization="fp8_per_channel", weight_transfer="shared_memory")
 
 
-def _responses(client: RolloutClient) -> list[Sample]:
+def _responses(client: EngineGenerator) -> list[Sample]:
     """One by one, so that no two of them share a batch and its rounding."""
-    groups = [client.generate([problem], 1, sampling(), [seed])[0] for seed, problem in enumerate(PROMPTS)]
+    groups = [generate(client, [problem], 1, sampling(), [seed])[0] for seed, problem in enumerate(PROMPTS)]
     return [group.samples[0] for group in groups]
 
 
@@ -72,11 +79,11 @@ def _push(transfer: WeightTransfer, model: Qwen2ForCausalLM, version: int) -> No
 
 
 def test_an_update_quantises_as_the_start_does(
-    models: dict[str, Qwen2ForCausalLM], service: RolloutService, tmp_path: Path
+    models: dict[str, Qwen2ForCausalLM], pool: EnginePool, tmp_path: Path
 ) -> None:
-    log = service.servers[0].log
+    log = pool.servers[0].log
     assert log is not None and "quantization=fp8_per_channel" in log.path.read_text()
-    with RolloutClient(service) as client:
+    with EngineGenerator(pool) as client:
         transfer = open_transfer(_config(), client.control, stage=0, num_stages=1, is_leader=True, run_dir=tmp_path)
         at_start = _responses(client)
         _push(transfer, models["large"], version=1)

@@ -13,25 +13,25 @@ import pytest
 import torch
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.server_options import assign_devices, server_environment, visible_devices
 from megatron_fipo.errors import ConfigError
-from megatron_fipo.rollout.control import ControlPlane
 from megatron_fipo.weights.deadline import Deadline
 from tests.rollout.conftest import Rollout
-from tests.rollout.engines import problems, sampling
+from tests.rollout.engines import generate, problems, sampling
 
 
 @pytest.mark.slow
 def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.service, "config", dataclasses.replace(rollout.service.config, shared_gpu=True))
-    control, (server,) = ControlPlane(rollout.service), rollout.service.servers
+    monkeypatch.setattr(rollout.pool, "config", dataclasses.replace(rollout.pool.config, shared_gpu=True))
+    control, (server,) = EngineControl(rollout.pool), rollout.pool.servers
     calls: list[str] = []
     call_all = control._call_all
 
     async def recorded(path: str, deadline: Deadline, *rest: object, **more: object) -> list[object]:
         calls.append(path)
         answers = await call_all(path, deadline, *rest, **more)  # type: ignore[arg-type]
-        asleep = httpx.get(f"{server.url}/is_sleeping", headers=rollout.service.headers, trust_env=False).json()
+        asleep = httpx.get(f"{server.url}/is_sleeping", headers=rollout.pool.headers, trust_env=False).json()
         calls.append("asleep" if asleep["is_sleeping"] else "awake")
         return answers
 
@@ -41,20 +41,18 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
         deadline = Deadline(60)
         await control.sleep(deadline)
         await control.pause(deadline)
-        await control.reset_prefix_cache(deadline)
         await control.resume(deadline)
 
-    before = rollout.client.generate(problems(2), 1, sampling(), [1, 2])
+    before = generate(rollout.client, problems(2), 1, sampling(), [1, 2])
     asyncio.run(step())
     assert calls == [
         *("/sleep?level=1&mode=abort", "asleep"),
         *("/wake_up?tags=weights", "asleep"),
-        *("/pause?mode=abort", "asleep"),
-        *("/reset_prefix_cache", "asleep"),
+        *("/pause?mode=keep&clear_cache=true", "asleep"),
         *("/wake_up?tags=kv_cache", "awake"),
         *("/resume", "awake"),
     ]
-    after = rollout.client.generate(problems(2), 1, sampling(), [1, 2])
+    after = generate(rollout.client, problems(2), 1, sampling(), [1, 2])
     assert [group.samples[0].token_ids.tolist() for group in after] == [
         group.samples[0].token_ids.tolist() for group in before
     ]
@@ -62,8 +60,8 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
 
 @pytest.mark.slow
 def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout.service, "config", dataclasses.replace(rollout.service.config, shared_gpu=True))
-    control = ControlPlane(rollout.service)
+    monkeypatch.setattr(rollout.pool, "config", dataclasses.replace(rollout.pool.config, shared_gpu=True))
+    control = EngineControl(rollout.pool)
 
     async def step() -> None:
         deadline = Deadline(60)
@@ -71,7 +69,7 @@ def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, mon
         await control.resume(deadline)
 
     asyncio.run(step())
-    assert rollout.client.generate(problems(1), 1, sampling(), [3])[0].samples[0].token_ids.size
+    assert generate(rollout.client, problems(1), 1, sampling(), [3])[0].samples[0].token_ids.size
 
 
 def test_servers_get_the_trainers_gpus_only_when_they_share_them() -> None:

@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 
 from megatron_fipo.config import Config
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.reshard import export, load_into
 from megatron_fipo.weights.transfer import open_transfer
 from tests.rollout.engines import rollout_config
@@ -44,8 +44,9 @@ def push(servers: list[dict[str, Any]], run_dir: str) -> list[int]:
         with ExitStack() as stack:
             control = None
             if dist.get_rank() == 0:
-                service = stack.enter_context(RolloutService(rollout, Path(model_dir), Path(run_dir), seed=0))
-                control = stack.enter_context(RolloutClient(service)).control
+                pool = stack.enter_context(EnginePool(rollout, Path(model_dir), Path(run_dir), seed=0))
+                pool.wait_ready()
+                control = stack.enter_context(EngineGenerator(pool)).control
             transfer = open_transfer(
                 rollout,
                 control,

@@ -13,10 +13,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.rollout.generator import EngineGenerator
 from tests.distributed import run_ranks
-from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollout_config, sampling, save_tiny_model
+from tests.rollout.engines import (
+    CACHED_PROMPT,
+    generate,
+    log_prob_error,
+    problems,
+    rollout_config,
+    sampling,
+    save_tiny_model,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -38,50 +46,50 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, li
 
 
 @pytest.fixture(scope="module")
-def services(models: tuple[Path, dict[int, list[PreTrainedModel]]]) -> Iterator[dict[int, RolloutService]]:
+def pools(models: tuple[Path, dict[int, list[PreTrainedModel]]]) -> Iterator[dict[int, EnginePool]]:
     """By number of workers, with the old model."""
     directory, _ = models
-    started: dict[int, RolloutService] = {}
+    started: dict[int, EnginePool] = {}
     try:
         for workers in MODELS:
             config = rollout_config(tensor_parallel=workers, weight_transfer="process_group")
-            started[workers] = RolloutService(config, directory / f"{workers}-0", directory / f"run{workers}", seed=0)
+            started[workers] = EnginePool(config, directory / f"{workers}-0", directory / f"run{workers}", seed=0)
             started[workers].start()
-        for service in started.values():
-            service.wait_ready()
+        for pool in started.values():
+            pool.wait_ready()
         yield started
     finally:
-        for service in started.values():
-            service.close()
+        for pool in started.values():
+            pool.close()
 
 
-def _errors(client: RolloutClient, model: PreTrainedModel) -> tuple[float, float]:
+def _errors(client: EngineGenerator, model: PreTrainedModel) -> tuple[float, float]:
     """Largest difference from the model's log-probs, on prompts that were sampled from before and on others."""
     errors = []
     for prompts in (WARM, COLD):
-        groups = client.generate(prompts, 2, sampling(), range(len(prompts)))
+        groups = generate(client, prompts, 2, sampling(), range(len(prompts)))
         pairs = [(group.problem.token_ids, response) for group in groups for response in group.samples]
         errors.append(max(log_prob_error(model, prompt, response) for prompt, response in pairs))
     return errors[0], errors[1]
 
 
 def test_engines_hold_what_the_trainer_holds_in_shards(
-    models: tuple[Path, dict[int, list[PreTrainedModel]]], services: dict[int, RolloutService], tmp_path: Path
+    models: tuple[Path, dict[int, list[PreTrainedModel]]], pools: dict[int, EnginePool], tmp_path: Path
 ) -> None:
     directory, pairs = models
-    clients = {workers: RolloutClient(service) for workers, service in services.items()}
+    clients = {workers: EngineGenerator(pool) for workers, pool in pools.items()}
     for workers, client in clients.items():
-        groups = client.generate(WARM, 2, sampling(), range(len(WARM)))
+        groups = generate(client, WARM, 2, sampling(), range(len(WARM)))
         old = pairs[workers][0]
         assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
     servers = [
         {
-            "url": service.servers[0].url,
-            "token": service.headers["Authorization"].removeprefix("Bearer "),
+            "url": pool.servers[0].url,
+            "token": pool.headers["Authorization"].removeprefix("Bearer "),
             "workers": workers,
             "model_dir": str(directory / f"{workers}-1"),
         }
-        for workers, service in services.items()
+        for workers, pool in pools.items()
     ]
     checked = run_ranks("tests.weights.live_ranks:push", 4, {"servers": servers, "run_dir": str(tmp_path)}, timeout=180)
     tensors = [len(list(new.parameters())) for _, new in pairs.values()]  # a tied one counts once

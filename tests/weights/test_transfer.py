@@ -6,7 +6,6 @@ are threads that share a TCPStore, which is all that they share in a run. Does n
 gathers that make full tensors of shards (test_reshard.py).
 """
 
-import asyncio
 import copy
 import os
 import re
@@ -27,15 +26,22 @@ from torch.distributed import Store, TCPStore
 from transformers import Qwen2ForCausalLM
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.buckets import Bucket
-from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.planes import SharedMemoryPlane, make_plane
 from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
-from tests.rollout.engines import CACHED_PROMPT, log_prob_error, problems, rollout_config, sampling, save_tiny_model
+from tests.rollout.engines import (
+    CACHED_PROMPT,
+    generate,
+    log_prob_error,
+    problems,
+    rollout_config,
+    sampling,
+    save_tiny_model,
+)
 
 BUCKET_BYTES = 6 << 10
 """Smaller than one layer, so that its tensors come in several buckets."""
@@ -52,8 +58,8 @@ NamedTensors = list[tuple[str, Tensor]]
 class Trainer:
     """A trainer of two pipeline stages over one server: ranks 0 and 2 lead them, ranks 1 and 3 only gather."""
 
-    service: RolloutService
-    client: RolloutClient
+    pool: EnginePool
+    client: EngineGenerator
     models: list[Qwen2ForCausalLM]
     run_dir: Path
     ranks: list[WeightTransfer] = field(default_factory=list)
@@ -61,7 +67,7 @@ class Trainer:
 
     def open(self) -> None:
         """Makes every rank's part."""
-        config = self.service.config
+        config = self.pool.config
         # As the first process of a run hosts the store and the others visit it.
         host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stores: list[Store] = [host]
@@ -94,7 +100,7 @@ class Trainer:
         threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(self.ranks))]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + self.service.config.update_timeout_s + 15
+        end = time.monotonic() + self.pool.config.update_timeout_s + 15
         for thread in threads:
             thread.join(timeout=max(0.0, end - time.monotonic()))
         assert not any(thread.is_alive() for thread in threads), "a rank is still waiting after the deadline"
@@ -124,21 +130,21 @@ class Trainer:
 
     def recover(self, lost: str) -> None:
         """What the training loop does after an update that failed, but for the next push; `lost` is the reason."""
-        assert self.client.control.lose_failed()
-        assert re.search(lost, self.service.servers[0].lost or "")
-        assert not self.service.in_service
-        self.service.admit()
-        assert self.service.end_step() == {"rollout_restarts": 1.0, "rollout_servers": 1.0}
+        assert re.search(lost, self.pool.servers[0].reason)
+        assert not self.pool.in_service
+        assert self.pool.repair()
+        self.pool.admit()
+        assert self.pool.end_step() == {"rollout_restarts": 1.0, "rollout_servers": 1.0}
 
     def error_against(self, model: Qwen2ForCausalLM, version: int) -> float:
         """Largest log-prob difference between what the engine now samples and `model`; checks the version."""
-        groups = self.client.generate(problems(4, length=CACHED_PROMPT), 2, sampling(), range(4))
+        groups = generate(self.client, problems(4, length=CACHED_PROMPT), 2, sampling(), range(4))
         assert {r.weight_version for group in groups for r in group.samples} == {version}
         return max(log_prob_error(model, group.problem.token_ids, r) for group in groups for r in group.samples)
 
     def processes(self, name: str = "") -> list[psutil.Process]:
         """The server's engine processes whose title contains `name`."""
-        server = self.service.servers[0].process
+        server = self.pool.servers[0].process
         assert server is not None
         return [p for p in psutil.Process(server.pid).children(recursive=True) if name in " ".join(p.cmdline())]
 
@@ -146,7 +152,7 @@ class Trainer:
         for rank in self.ranks:
             rank.close()
         self.client.close()
-        self.service.close()
+        self.pool.close()
 
 
 def exported(model: Qwen2ForCausalLM) -> NamedTensors:
@@ -162,24 +168,24 @@ def _config(plane: str, workers: int) -> RolloutConfig:
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Trainer]]:
     directory = tmp_path_factory.mktemp("transfer")
-    services, models = {}, {}
+    pools, models = {}, {}
     # The output layer of a tied model is the embedding, and yet a layer that has to be told of an update by itself.
     for plane, workers, tied in (("shared_memory", 1, True), ("process_group", 2, False)):
         models[plane] = [save_tiny_model(directory / f"{plane}{seed}", seed, tied=tied) for seed in range(2)]
-        services[plane] = RolloutService(_config(plane, workers), directory / f"{plane}0", directory / plane, seed=0)
-        services[plane].start()
+        pools[plane] = EnginePool(_config(plane, workers), directory / f"{plane}0", directory / plane, seed=0)
+        pools[plane].start()
     made: dict[str, Trainer] = {}
     try:
-        for plane, service in services.items():
-            service.wait_ready()
-            made[plane] = Trainer(service, RolloutClient(service), models[plane], directory / plane)
+        for plane, pool in pools.items():
+            pool.wait_ready()
+            made[plane] = Trainer(pool, EngineGenerator(pool), models[plane], directory / plane)
             made[plane].open()
         yield made
     finally:
         for trainer in made.values():
             trainer.close()
-        for service in services.values():
-            service.close()
+        for pool in pools.values():
+            pool.close()
 
 
 PLANES = pytest.mark.parametrize("plane", ["shared_memory", "process_group"])
@@ -252,30 +258,6 @@ def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
     assert trainer.error_against(trainer.models[0], version=0) < 1e-4
 
 
-@pytest.mark.slow
-def test_without_a_cache_reset_log_probs_are_stale(trainers: dict[str, Trainer]) -> None:
-    """The negative control of the reset in every update: an update without pause and reset, by hand."""
-    trainer = trainers["shared_memory"]
-    old, new = trainer.models
-    control = trainer.client.control
-    trainer.error_against(old, version=0)
-
-    async def update() -> None:
-        deadline = Deadline(UPDATE_TIMEOUT_S)
-        plane = make_plane(trainer.service.config, 7, trainer.run_dir)
-        await control.init_weight_transfer_engine([{**plane.open(1), "first_rank": 1}], deadline)
-        await control.start_weight_update(deadline)
-        await control.update_weights(plane.send(Bucket(exported(new))), deadline)
-        await control.finish_weight_update(5, deadline)
-        plane.close()
-        assert await control.versions(deadline) == [5]
-
-    asyncio.run(update())
-    assert trainer.error_against(new, version=5) > 0.1
-    asyncio.run(control.reset_prefix_cache(Deadline(UPDATE_TIMEOUT_S)))
-    assert trainer.error_against(new, version=5) < 1e-4
-
-
 def _without_last(named: NamedTensors) -> NamedTensors:
     return named[:-1]
 
@@ -316,8 +298,9 @@ def test_a_spoilt_update_is_one_error_on_every_rank_and_a_good_one_repairs_it(
         trainer.push(trainer.models[0], 6, spoil)
     assert reason in str(raised.value)
     assert trainer.consumed[0] == trainer.consumed[1]
-    if "answered 500" not in reason:
-        assert not trainer.client.control.lose_failed(), "a restart would not help"
+    if "answered 500" in reason:
+        trainer.recover(lost=reason)
+    assert not trainer.pool.repair(), "a restart would not help"
     trainer.push(trainer.models[1], version=7)
     assert trainer.error_against(trainer.models[1], version=7) < 1e-4
 
@@ -361,7 +344,7 @@ def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: d
 @pytest.mark.slow
 def test_a_server_that_dies_in_mid_update_is_quoted_at_once(trainers: dict[str, Trainer]) -> None:
     trainer = trainers["shared_memory"]
-    server = trainer.service.servers[0].process
+    server = trainer.pool.servers[0].process
     assert server is not None
 
     def kill_the_server(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:

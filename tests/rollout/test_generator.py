@@ -17,19 +17,20 @@ import pytest
 import torch
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.states import Server, State
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
     STOP_TOKEN,
     forward_log_probs,
+    generate,
     log_prob_error,
     problems,
-    rollout_config,
     sampling,
+    serving_pool,
 )
 
 
@@ -39,7 +40,7 @@ def _tokens(groups: list[Group]) -> list[list[list[int]]]:
 
 @pytest.mark.slow
 def test_log_probs_are_those_of_a_direct_forward(rollout: Rollout) -> None:
-    groups = rollout.client.generate(problems(6), 4, sampling(), seeds=range(6))
+    groups = generate(rollout.client, problems(6), 4, sampling(), seeds=range(6))
     errors = [
         log_prob_error(rollout.model, group.problem.token_ids, sample) for group in groups for sample in group.samples
     ]
@@ -51,9 +52,9 @@ def test_log_probs_are_those_of_a_direct_forward(rollout: Rollout) -> None:
 def test_the_same_seeds_give_the_same_tokens_and_others_do_not(rollout: Rollout) -> None:
     # Enough prompt tokens that vLLM, left to itself, would cut prompts up, which kills a CPU engine with seeds.
     asked = problems(70, length=40)
-    first = rollout.client.generate(asked, 2, sampling(), seeds=range(70))
-    again = rollout.client.generate(asked[::-1], 2, sampling(), seeds=range(69, -1, -1))
-    other = rollout.client.generate(asked, 2, sampling(), seeds=range(1, 71))
+    first = generate(rollout.client, asked, 2, sampling(), seeds=range(70))
+    again = generate(rollout.client, asked[::-1], 2, sampling(), seeds=range(69, -1, -1))
+    other = generate(rollout.client, asked, 2, sampling(), seeds=range(1, 71))
     assert _tokens(first) == _tokens(again)[::-1]
     assert _tokens(first) != _tokens(other)
 
@@ -61,14 +62,14 @@ def test_the_same_seeds_give_the_same_tokens_and_others_do_not(rollout: Rollout)
 @pytest.mark.slow
 def test_samples_of_one_group_and_of_neighbouring_seeds_differ(rollout: Rollout) -> None:
     same_prompt = problems(1) * 2
-    groups = rollout.client.generate(same_prompt, 4, sampling(), seeds=[5, 6])
+    groups = generate(rollout.client, same_prompt, 4, sampling(), seeds=[5, 6])
     sampled = [tuple(tokens) for group in _tokens(groups) for tokens in group]
     assert len(set(sampled)) == 8
 
 
 @pytest.mark.slow
 def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
-    [group] = rollout.client.generate(problems(1), 2, sampling(temperature=0.0, top_p=1.0), seeds=[0])
+    [group] = generate(rollout.client, problems(1), 2, sampling(temperature=0.0, top_p=1.0), seeds=[0])
     first, second = group.samples
     assert first == second
     tokens = torch.tensor([group.problem.token_ids.tolist() + first.token_ids.tolist()])
@@ -80,7 +81,7 @@ def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
 
 @pytest.mark.slow
 def test_a_response_ends_at_a_stop_token_kept_in_it_or_at_the_limit(rollout: Rollout) -> None:
-    groups = rollout.client.generate(problems(16), 4, sampling(), seeds=range(16))
+    groups = generate(rollout.client, problems(16), 4, sampling(), seeds=range(16))
     samples = [sample for group in groups for sample in group.samples]
     stopped = [sample for sample in samples if sample.finish_reason == "stop"]
     limited = [sample for sample in samples if sample.finish_reason == "length"]
@@ -93,7 +94,7 @@ def test_a_response_ends_at_a_stop_token_kept_in_it_or_at_the_limit(rollout: Rol
 def test_groups_are_delivered_as_they_arrive_and_returned_in_order(rollout: Rollout) -> None:
     arrived: list[Group] = []
     asked = problems(40)
-    groups = rollout.client.generate(asked, 2, sampling(), range(40), arrived.append)
+    groups = generate(rollout.client, asked, 2, sampling(), range(40), arrived.append)
     assert [group.problem.id for group in groups] == [problem.id for problem in asked]
     assert sorted(map(id, arrived)) == sorted(map(id, groups)), "what is judged as it arrives is what is returned"
     assert rollout.client.retries == 0
@@ -105,54 +106,52 @@ def test_an_error_in_the_callback_is_the_callers(rollout: Rollout) -> None:
         raise ZeroDivisionError(group.problem.id)
 
     with pytest.raises(ZeroDivisionError):
-        rollout.client.generate(problems(4), 2, sampling(), range(4), fail)
+        generate(rollout.client, problems(4), 2, sampling(), range(4), fail)
 
 
 @pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_refused_by_name(rollout: Rollout) -> None:
     with pytest.raises(RolloutError, match=f"problem-0 .* {MAX_PROMPT + 1} tokens; .*max_prompt_length={MAX_PROMPT}"):
-        rollout.client.generate(problems(1, length=MAX_PROMPT + 1), 2, sampling(), [0])
+        generate(rollout.client, problems(1, length=MAX_PROMPT + 1), 2, sampling(), [0])
 
 
 @pytest.mark.slow
 def test_a_request_that_the_engine_refuses_is_reported_in_its_words(rollout: Rollout) -> None:
     with pytest.raises(RolloutError, match=r"http://127.* refused a request: .*max_tokens"):
-        rollout.client.generate(problems(1), 2, sampling(max_tokens=-3), [0])
+        generate(rollout.client, problems(1), 2, sampling(max_tokens=-3), [0])
     assert rollout.client.retries == 0
 
 
 @pytest.mark.slow
 def test_a_failed_request_goes_to_another_server_and_is_counted(rollout: Rollout) -> None:
-    service = copy.copy(rollout.service)
+    pool = copy.copy(rollout.pool)
     # Nothing listens on port 9: a server on another machine that is away.
-    service.servers = [Server("http://127.0.0.1:9"), *service.servers]
-    with RolloutClient(service) as client:
-        groups = client.generate(problems(3), 2, sampling(), range(3))
+    pool.servers = [Server("http://127.0.0.1:9", state=State.SERVING), *pool.servers]
+    with EngineGenerator(pool) as client:
+        groups = generate(client, problems(3), 2, sampling(), range(3))
         assert 1 <= client.retries <= 3
-        assert [server.url for server in service.in_service] == [rollout.service.servers[0].url]
-    assert _tokens(groups) == _tokens(rollout.client.generate(problems(3), 2, sampling(), range(3)))
+        assert [server.url for server in pool.in_service] == [rollout.pool.servers[0].url]
+    assert _tokens(groups) == _tokens(generate(rollout.client, problems(3), 2, sampling(), range(3)))
 
 
 def test_without_any_server_the_call_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "token")
-    config = rollout_config(addresses=["http://127.0.0.1:9"])
     with (
-        RolloutClient(RolloutService(config, tmp_path, tmp_path, seed=0)) as client,
+        EngineGenerator(serving_pool(["http://127.0.0.1:9"], tmp_path)) as client,
         pytest.raises(RolloutError, match=r"no vLLM server is left: http://127.0.0.1:9: ConnectError"),
     ):
-        client.generate(problems(1), 2, sampling(), [0])
+        generate(client, problems(1), 2, sampling(), [0])
 
 
 @contextmanager
 def _client_of_a_web_server(
     directory: Path, answer: Callable[[BaseHTTPRequestHandler], None]
-) -> Iterator[RolloutClient]:
+) -> Iterator[EngineGenerator]:
     """A client whose only address is a web server that is no engine; `answer` gets its POST requests, in threads."""
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (BaseHTTPRequestHandler,), {"do_POST": answer})) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
-        config = rollout_config(addresses=[f"http://127.0.0.1:{web.server_port}"])
         try:
-            with RolloutClient(RolloutService(config, directory, directory, seed=0)) as client:
+            with EngineGenerator(serving_pool([f"http://127.0.0.1:{web.server_port}"], directory)) as client:
                 yield client
         finally:
             web.shutdown()
@@ -165,7 +164,7 @@ def test_an_error_comes_out_by_itself_and_in_no_group(monkeypatch: pytest.Monkey
         _client_of_a_web_server(tmp_path, lambda request: request.send_error(404)) as client,
         pytest.raises(RolloutError, match="refused a request with 404"),
     ):
-        client.generate(problems(2), 1, sampling(), range(2))
+        generate(client, problems(2), 1, sampling(), range(2))
 
 
 def test_an_interrupt_in_the_middle_of_a_request_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,21 +177,21 @@ def test_an_interrupt_in_the_middle_of_a_request_is_one(monkeypatch: pytest.Monk
 
     with _client_of_a_web_server(tmp_path, interrupt) as client:
         with pytest.raises(KeyboardInterrupt):
-            client.generate(problems(1), 1, sampling(), [0])
+            generate(client, problems(1), 1, sampling(), [0])
         interrupted.set()
 
 
 @pytest.mark.slow
 def test_a_deadline_names_the_problems_that_are_pending(rollout: Rollout) -> None:
-    service = copy.copy(rollout.service)
-    service.config = copy.copy(service.config)
-    service.config.request_timeout_s = 0.05
+    pool = copy.copy(rollout.pool)
+    pool.config = copy.copy(pool.config)
+    pool.config.request_timeout_s = 0.05
     started = time.monotonic()
     with (
-        RolloutClient(service) as client,
+        EngineGenerator(pool) as client,
         pytest.raises(RolloutError, match=r"request_timeout_s=0.05 s; \d+ requests are pending: problem-"),
     ):
-        client.generate(problems(8), 4, sampling(), range(8))
+        generate(client, problems(8), 4, sampling(), range(8))
     assert time.monotonic() - started < 10
     # The engine has dropped the abandoned requests and serves on.
-    assert len(rollout.client.generate(problems(1), 2, sampling(), [0])) == 1
+    assert len(generate(rollout.client, problems(1), 2, sampling(), [0])) == 1

@@ -16,18 +16,20 @@ import httpx
 import psutil
 import pytest
 
+from megatron_fipo.engines import watch as watch_module
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.server_log import ServerLog
 from megatron_fipo.engines.server_process import shared_files
+from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout import client as client_module
-from megatron_fipo.rollout.client import RolloutClient
-from megatron_fipo.rollout.service import RolloutService, Server
+from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
     MAX_RESPONSE,
+    generate,
     problems,
     rollout_config,
     running,
@@ -40,13 +42,13 @@ from tests.rollout.engines import (
 TRAINER = """
 import sys, time
 from pathlib import Path
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.engines.pool import EnginePool
 from tests.rollout.engines import rollout_config
 
-with RolloutService(rollout_config(), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as service:
-    service.start()
+with EnginePool(rollout_config(), Path(sys.argv[1]), Path(sys.argv[2]), seed=0) as pool:
+    pool.start()
     print("started", flush=True)
-    service.wait_ready()
+    pool.wait_ready()
     print("ready", flush=True)
     time.sleep(600)
 """
@@ -74,8 +76,8 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     _says(trainer, "started")
     _says(trainer, "ready")
     family = psutil.Process(trainer.pid).children(recursive=True)
-    # The API server, its engine core, a worker: all are running before, or the test would prove nothing.
-    assert len([process for process in family if running(process)]) >= 3
+    # The API server and its engine core: both are running before, or the test would prove nothing.
+    assert len([process for process in family if running(process)]) >= 2
     segments = shared_files(family)
     assert segments
     trainer.kill()
@@ -101,51 +103,51 @@ def test_nothing_is_left_after_ctrl_c_while_a_server_starts(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_server_that_cannot_start_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    with RolloutService(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as service:
-        service.start()
+    with EnginePool(rollout_config(), tmp_path / "model", tmp_path / "run", seed=0) as pool:
+        pool.start()
         with pytest.raises(RolloutError, match=r"(?s)ended with exit code 1; .*config\.json"):
-            service.wait_ready()
+            pool.wait_ready()
 
 
 @pytest.mark.slow
 def test_a_server_that_is_slow_to_start_is_named_with_its_log(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", seed=0)
     config = rollout_config(start_timeout_s=1.0)
-    with RolloutService(config, tmp_path / "model", tmp_path / "run", seed=0) as service:
-        service.start()
+    with EnginePool(config, tmp_path / "model", tmp_path / "run", seed=0) as pool:
+        pool.start()
         started = time.monotonic()
         with pytest.raises(RolloutError, match=r"not ready within rollout.start_timeout_s=1 s .*rollout-0.log"):
-            service.wait_ready()
+            pool.wait_ready()
         assert time.monotonic() - started < 5
 
 
 @pytest.mark.slow
 def test_adopting_a_server_needs_its_token_and_its_layout(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = rollout.service.servers[0].url
-    token = rollout.service.headers["Authorization"].removeprefix("Bearer ")
+    url = rollout.pool.servers[0].url
+    token = rollout.pool.headers["Authorization"].removeprefix("Bearer ")
     nowhere = Path("nowhere")
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(RolloutError, match=TOKEN_VARIABLE):
-        RolloutService(rollout_config(addresses=[url]), nowhere, nowhere, seed=0)
+        EnginePool(rollout_config(addresses=[url]), nowhere, nowhere, seed=0)
 
     monkeypatch.setenv(TOKEN_VARIABLE, "wrong")
     with pytest.raises(RolloutError, match="refused the token"):
-        RolloutService(rollout_config(addresses=[url]), nowhere, nowhere, seed=0).wait_ready()
+        EnginePool(rollout_config(addresses=[url]), nowhere, nowhere, seed=0).wait_ready()
 
     monkeypatch.setenv(TOKEN_VARIABLE, token)
     wider = rollout_config(addresses=[url], tensor_parallel=2)
     with pytest.raises(RolloutError, match=r"has 1 workers, but rollout.tensor_parallel is 2"):
-        RolloutService(wider, nowhere, nowhere, seed=0).wait_ready()
+        EnginePool(wider, nowhere, nowhere, seed=0).wait_ready()
 
-    with RolloutService(rollout_config(addresses=[url]), nowhere, nowhere, seed=0) as adopted:
+    with EnginePool(rollout_config(addresses=[url]), nowhere, nowhere, seed=0) as adopted:
         adopted.start()
         adopted.wait_ready()
-        with RolloutClient(adopted) as client:
-            assert len(client.generate(problems(1), 2, sampling(), [0])[0].samples) == 2
+        with EngineGenerator(adopted) as client:
+            assert len(generate(client, problems(1), 2, sampling(), [0])[0].samples) == 2
     # Closing it leaves somebody else's server alone.
-    rollout.service.check()
-    assert len(rollout.client.generate(problems(1), 2, sampling(), [0])) == 1
+    assert rollout.pool.servers[0].failure() is None
+    assert len(generate(rollout.client, problems(1), 2, sampling(), [0])) == 1
 
 
 @pytest.mark.slow
@@ -153,17 +155,17 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its second loss in a row is more than the one restart that is allowed."""
-    monkeypatch.setattr(client_module, "WATCH_EVERY_S", 0.5)
+    monkeypatch.setattr(watch_module, "WATCH_EVERY_S", 0.5)
     save_tiny_model(tmp_path / "model", seed=0)
     config = rollout_config(max_restarts=1, hang_timeout_s=5.0)
     warnings: list[str] = []
-    with RolloutService(config, tmp_path / "model", tmp_path / "run", seed=0, warn=warnings.append) as service:
-        service.start()
-        service.wait_ready()
+    with EnginePool(config, tmp_path / "model", tmp_path / "run", seed=0, warn=warnings.append) as pool:
+        pool.start()
+        pool.wait_ready()
         asked, seeds = problems(64), range(64)
-        with RolloutClient(service, revive=service.admit) as client:
-            undisturbed = client.generate(asked, 8, sampling(), seeds)
-            family = _family(service.servers[0])
+        with EngineGenerator(pool) as client:
+            undisturbed = generate(client, asked, 8, sampling(), seeds)
+            family = _family(pool.servers[0])
             arrived: list[str] = []
 
             def stop_the_workers(group: Group) -> None:
@@ -172,7 +174,7 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
                     if running(process):
                         process.suspend()
 
-            groups = client.generate(asked, 8, sampling(), seeds, on_group=stop_the_workers)
+            groups = generate(client, asked, 8, sampling(), seeds, on_group=stop_the_workers, supply=pool.admit)
             assert sorted(arrived) == sorted(problem.id for problem in asked), "a group was lost or came twice"
             tokens = [[r.token_ids.tolist() for r in group.responses] for group in groups]
             assert tokens == [[r.token_ids.tolist() for r in group.responses] for group in undisturbed]
@@ -180,13 +182,21 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
             assert "hang_timeout_s=5 s" in warnings[0] and "restart 1 of at most 1" in warnings[0]
             assert warnings[1].endswith("is back in service")
 
-            server = service.servers[0].process
+            server = pool.servers[0].process
             assert server is not None
             started = time.monotonic()
             with pytest.raises(
                 RolloutError, match=r"(?s)max_restarts=1 restarts .*signal 9; the end of .*rollout-0.log"
             ):
-                client.generate(asked, 8, sampling(), seeds, on_group=lambda _: os.kill(server.pid, signal.SIGKILL))
+                generate(
+                    client,
+                    asked,
+                    8,
+                    sampling(),
+                    seeds,
+                    on_group=lambda _: os.kill(server.pid, signal.SIGKILL),
+                    supply=pool.admit,
+                )
             assert time.monotonic() - started < 30
 
 
@@ -195,9 +205,9 @@ def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
     """A rollout node of a job, without Slurm, with one server like that of `rollout`; its address is in tmp_path."""
     save_tiny_model(tmp_path / "model", seed=0)
     overrides = {"model.path": tmp_path / "model", "run.directory": tmp_path / "run", "cluster.gpus_per_node": 1}
-    overrides |= {f"rollout.{key}": getattr(rollout.service.config, key) for key in ("dtype", "enforce_eager")}
+    overrides |= {f"rollout.{key}": getattr(rollout.pool.config, key) for key in ("dtype", "enforce_eager")}
     overrides |= {"rollout.max_prompt_length": MAX_PROMPT, "rollout.max_response_length": MAX_RESPONSE}
-    token = rollout.service.headers["Authorization"].removeprefix("Bearer ")
+    token = rollout.pool.headers["Authorization"].removeprefix("Bearer ")
     with (tmp_path / "node.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_fipo.launch.rollout_node", *(f"{k}={v}" for k, v in overrides.items())],
@@ -225,11 +235,11 @@ def test_servers_of_others_are_left_out_and_taken_back(
     rollout: Rollout, node: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of two hangs for a while, and dies and is started again by its node; the other serves all along."""
-    monkeypatch.setattr(client_module, "WATCH_EVERY_S", 0.5)
-    monkeypatch.setenv(TOKEN_VARIABLE, rollout.service.headers["Authorization"].removeprefix("Bearer "))
-    steady, fragile = rollout.service.servers[0].url, (tmp_path / "localhost").read_text()
+    monkeypatch.setattr(watch_module, "WATCH_EVERY_S", 0.5)
+    monkeypatch.setenv(TOKEN_VARIABLE, rollout.pool.headers["Authorization"].removeprefix("Bearer "))
+    steady, fragile = rollout.pool.servers[0].url, (tmp_path / "localhost").read_text()
     config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0)
-    adopted = RolloutService(config, Path("nowhere"), Path("nowhere"), seed=0)
+    adopted = EnginePool(config, Path("nowhere"), Path("nowhere"), seed=0)
     adopted.wait_ready()
     asked = problems(64)
     family = node.children(recursive=True)
@@ -239,11 +249,11 @@ def test_servers_of_others_are_left_out_and_taken_back(
             for process in filter(running, family):
                 process.send_signal(signum)
 
-        with RolloutClient(adopted) as client:
-            groups = client.generate(asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
+        with EngineGenerator(adopted) as client:
+            groups = generate(client, asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
             assert [group.problem.id for group in groups] == [problem.id for problem in asked]
             assert client.retries > 0
-        return [server.url for server in adopted.in_service]
+        return [server.url for server in adopted.serving]
 
     assert in_service_after(signal.SIGSTOP) == [steady]
     for process in family:
@@ -262,11 +272,11 @@ def test_servers_of_others_are_left_out_and_taken_back(
     wait_until(lambda: _admits(adopted)[0] == [fragile, steady], 300, "its node to start it again")
 
 
-def _admits(service: RolloutService) -> tuple[list[str], bool]:
+def _admits(pool: EnginePool) -> tuple[list[str], bool]:
     """The servers in service after `admit`, and whether it has changed the roster."""
-    before = service.roster
-    service.admit()
-    return [server.url for server in service.in_service], service.roster != before
+    before = pool.roster
+    pool.admit()
+    return [server.url for server in pool.in_service], pool.roster != before
 
 
 def _family(server: Server) -> list[psutil.Process]:

@@ -1,0 +1,119 @@
+"""One request to one server: the samples that come of it, checked as they arrive."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import msgspec
+
+from megatron_fipo.engines.descriptors import raise_if_exhausted
+from megatron_fipo.engines.generate_messages import (
+    GENERATE_PATH,
+    EndFrame,
+    ErrorFrame,
+    GenerateRequest,
+    read_about,
+)
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.probes import engine_message
+from megatron_fipo.engines.states import Server
+from megatron_fipo.engines.watch import Watch
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.sample import Sample
+from megatron_fipo.records.wire import Frame, FrameReader
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
+from megatron_fipo.rollout.work import Pending, Work
+
+
+class NotAnswered(Exception):
+    """A server answered that it cannot answer."""
+
+
+class Requests:
+    """Sends requests, while a Watch tells which servers fall silent."""
+
+    def __init__(self, pool: EnginePool, http: httpx.AsyncClient, watch: Watch, vocab_size: int | None, salt: str):
+        self._pool, self._http, self._watch, self._vocab_size = pool, http, watch, vocab_size
+        self._salt = salt
+
+    async def samples(
+        self, server: Server, work: Work, missing: list[int], pending: Pending
+    ) -> AsyncGenerator[tuple[int, Sample], None]:
+        """The samples `missing` of `work`, as they come, each with its index in the group.
+
+        Raises:
+            httpx.TransportError, NotAnswered: the server did not answer, or its engine fell silent.
+            BadAnswer, WireError: the answer is not what was asked for.
+            RolloutError: the request was refused, or took too long.
+            NoDescriptors: this process can open no connection.
+        """
+        sampling, config = work.sampling, self._pool.config
+        asked = Asked(
+            len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._pool.weight_version
+        )
+        arrived: set[int] = set()
+        request = work.request(missing, f"{self._salt}-{self._pool.weight_version}")
+        try:
+            async with asyncio.timeout(config.request_timeout_s), aclosing(self._frames(server, request)) as frames:
+                async for frame in frames:
+                    about = read_about(frame.about)
+                    if isinstance(about, ErrorFrame):
+                        if about.kind == "refused":
+                            raise RolloutError(f"{server.url} refused a request: {about.message}")
+                        raise NotAnswered(about.message)
+                    if isinstance(about, EndFrame):
+                        if not about.samples == len(arrived) == len(missing):
+                            raise BadAnswer(
+                                f"{len(arrived)} responses came of the {about.samples} that it says it has sent; "
+                                f"{len(missing)} were asked for"
+                            )
+                        return
+                    sample = read_sample(frame, about, asked, arrived)
+                    arrived.add(about.index)
+                    yield missing[about.index], sample
+        except TimeoutError:
+            raise RolloutError(pending.late(work, config.request_timeout_s)) from None
+        raise BadAnswer(f"it ended after {len(arrived)} of {len(missing)} responses")
+
+    async def _frames(self, server: Server, request: GenerateRequest) -> AsyncGenerator[Frame, None]:
+        """The frames that a server answers with, as they come. ReadError when it is lost meanwhile."""
+        gone, reader = self._watch.gone(server), FrameReader()
+        body = msgspec.json.encode(request)
+        try:
+            async with self._http.stream("POST", server.url + GENERATE_PATH, content=body) as answer:
+                await _check_status(server, answer)
+                chunks = answer.aiter_raw()
+                while chunk := await _next_chunk(chunks, gone):
+                    for frame in reader.feed(chunk):
+                        yield frame
+        except httpx.TransportError as error:
+            raise_if_exhausted(error)
+            raise
+        reader.finish()
+
+
+async def _check_status(server: Server, answer: httpx.Response) -> None:
+    if answer.is_success:
+        return
+    await answer.aread()
+    problem = f"{answer.status_code}: {engine_message(answer)}"
+    if answer.is_client_error:
+        # The request itself is wrong: every server would say the same.
+        raise RolloutError(f"{server.url} refused a request with {problem}")
+    raise NotAnswered(problem)
+
+
+async def _next_chunk(chunks: AsyncIterator[bytes], gone: asyncio.Future[str]) -> bytes:
+    """The next bytes, none at the end. ReadError when the server is gone."""
+    chunk = asyncio.ensure_future(anext(chunks, b""))
+    either: set[asyncio.Future[Any]] = {chunk, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not chunk.done():
+            raise httpx.ReadError(gone.result())
+        return chunk.result()
+    finally:
+        chunk.cancel()
+        await asyncio.gather(chunk, return_exceptions=True)
