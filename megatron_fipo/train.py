@@ -5,6 +5,7 @@ weight updates are everybody's. Started alone, it starts the processes that the 
 under torchrun or srun it joins them.
 """
 
+import os
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
+from megatron_fipo.engines.early_server import start_early
 from megatron_fipo.interrupt import CtrlC
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
@@ -31,6 +33,8 @@ def main(config: Config) -> None:
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()
+    if os.environ.get("RANK") == "0":
+        start_early(config.rollout)
     # Libraries warn about what they would rather have (apex, newer names); errors of ours are never warnings.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     from megatron_fipo.trainer import Trainer

@@ -6,6 +6,7 @@ import httpx
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import raise_if_exhausted
 from megatron_fipo.engines.server_process import family, shared_files
 from megatron_fipo.engines.states import Server
@@ -20,7 +21,7 @@ _WORKERS_HEALTH = {"method": "check_health"}
 def probing(headers: dict[str, str]) -> httpx.AsyncClient:
     """A client for the questions below."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(headers=headers, timeout=PROBE_TIMEOUT_S, limits=limits, trust_env=False)
+    return httpx.AsyncClient(headers=headers, timeout=PROBE_TIMEOUT_S, limits=limits, trust_env=False, verify=tls())
 
 
 async def why_not_ready(server: Server, http: httpx.AsyncClient, config: RolloutConfig) -> str | None:

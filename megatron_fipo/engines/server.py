@@ -9,6 +9,8 @@ import os
 import sys
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.early_server import EARLY_VARIABLE, PARENT_VARIABLE, wait_for_order
+from megatron_fipo.engines.engine_process import keep_a_lone_worker_inside
 from megatron_fipo.engines.lifeline import bind_descendants
 from megatron_fipo.leftovers import NAMES_VARIABLE, name_shared_memory
 from megatron_fipo.processes import die_with_parent
@@ -17,7 +19,6 @@ USAGE = f"""usage: {TOKEN_VARIABLE}=... megatron-fipo serve --model DIRECTORY --
 
 A rollout server for runs elsewhere, which name it in rollout.addresses=[http://HOST:PORT]. Every call needs the token
 in {TOKEN_VARIABLE}, which runs read from the same variable. `vllm serve --help=all` lists vLLM's options."""
-PARENT_VARIABLE = "FIPO_PARENT_PID"
 ALWAYS = (
     "--skip-tokenizer-init",
     "--tokens-only",
@@ -32,10 +33,10 @@ ALWAYS = (
 # vLLM forks its engine and worker processes, or spawns them; a spawned one imports this module as __mp_main__.
 if __name__ == "__mp_main__":
     die_with_parent()
-if __name__ in ("__main__", "__mp_main__"):
-    bind_descendants()
     if names := os.environ.get(NAMES_VARIABLE):
         name_shared_memory(names)
+if __name__ in ("__main__", "__mp_main__"):
+    bind_descendants()
 
 
 def main() -> None:
@@ -43,13 +44,18 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(USAGE)
         return
-    if not os.environ.get(TOKEN_VARIABLE):
-        sys.exit(f"{TOKEN_VARIABLE} is not set: without a token anyone who reaches the port could change the weights")
     if parent := os.environ.get(PARENT_VARIABLE):
         die_with_parent(int(parent))
     # The routes of weight updates are behind this switch.
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    if os.environ.pop(EARLY_VARIABLE, None) and not wait_for_order():
+        return
+    if not os.environ.get(TOKEN_VARIABLE):
+        sys.exit(f"{TOKEN_VARIABLE} is not set: without a token anyone who reaches the port could change the weights")
+    if names := os.environ.get(NAMES_VARIABLE):
+        name_shared_memory(names)
     sys.argv[1:] = [*sys.argv[1:], *ALWAYS]
+    keep_a_lone_worker_inside()
 
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

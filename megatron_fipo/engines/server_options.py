@@ -92,6 +92,9 @@ def server_environment(config: RolloutConfig, devices: list[str] | None) -> dict
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(config.cpu_threads),
         }
+        if config.enforce_eager:
+            # vLLM compiles a comparison of its sampler all the same: seconds of a run's first step, for no speed.
+            environment["TORCHDYNAMO_DISABLE"] = "1"
     return environment
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.early_server import take_early
 from megatron_fipo.engines.server_log import ServerLog
 from megatron_fipo.engines.server_options import server_arguments, server_environment, visible_devices
 from megatron_fipo.engines.server_process import end_processes, start_process
@@ -57,7 +58,7 @@ class Starter:
         command = ["--host", host, "--port", str(port), *options]
         environment = server_environment(self._config, devices) | names | {TOKEN_VARIABLE: self.token}
         log = ServerLog(self._log_dir / f"rollout-{index}.log")
-        process = start_process(command, environment, log.path)
+        process = take_early(command, environment, log.path) or start_process(command, environment, log.path)
         shown = f"[{host}]" if ":" in host else host
         return Server(f"http://{shown}:{port}", process, log, command, environment)
 

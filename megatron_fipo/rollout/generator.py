@@ -7,6 +7,7 @@ caller hears of it (rollout/events.py), and sampling goes on when it is asked to
 """
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -17,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.engines.pool import EnginePool
@@ -55,6 +57,8 @@ class EngineGenerator:
         """An answer with a token id of `vocab_size` or more is none."""
         self.control = EngineControl(pool)
         self.retries = 0
+        # A run that is resumed may give other weights the same version, on a server that stayed.
+        self._salt = secrets.token_hex(8)
         self._pool = pool
         self._vocab_size = vocab_size
         self._runner = asyncio.Runner(loop_factory=_loop)
@@ -63,6 +67,7 @@ class EngineGenerator:
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
+            verify=tls(),
         )
         self._outstanding: dict[str, int] = {}
         self._scarcity: Deadline | None = None
@@ -144,7 +149,7 @@ class EngineGenerator:
         self._outstanding = {server.url: 0 for server in self._pool.servers}
         changed, pending = asyncio.Event(), Pending(missing)
         watch = Watch(self._pool, self._http, changed.set)
-        requests = Requests(self._pool, self._http, watch, self._vocab_size)
+        requests = Requests(self._pool, self._http, watch, self._vocab_size, self._salt)
         try:
             async with asyncio.TaskGroup() as running:
                 while pending:

@@ -81,9 +81,9 @@ class Mailbox:
 
 
 def _polls(deadline: Deadline, what: str) -> Iterator[float]:
-    """Growing pauses in seconds: short at first for a small model's speed, longer to spare a large run's store."""
+    """Growing pauses in seconds, a tenth of the time waited: for a small model's speed, and a large run's store."""
     pause = _FIRST_POLL_S
     while not deadline.passed():
         yield pause
-        pause = min(pause * 1.3, _LAST_POLL_S)
+        pause = min(pause * 1.1, _LAST_POLL_S)
     raise RolloutError(f"waited {deadline.seconds:g} s for {what}")

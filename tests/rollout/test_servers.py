@@ -76,8 +76,8 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     _says(trainer, "started")
     _says(trainer, "ready")
     family = psutil.Process(trainer.pid).children(recursive=True)
-    # The API server, its engine core, a worker: all are running before, or the test would prove nothing.
-    assert len([process for process in family if running(process)]) >= 3
+    # The API server and its engine core: both are running before, or the test would prove nothing.
+    assert len([process for process in family if running(process)]) >= 2
     segments = shared_files(family)
     assert segments
     trainer.kill()
