@@ -23,10 +23,10 @@ from megatron_fipo.config.model_places import model_directory
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.records.problem import Problem
 from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.work import Sampling, Work
-from megatron_fipo.samples import Problem
 
 WAYS = ("server", "in_process")
 
@@ -87,7 +87,7 @@ def by_server(config: Config, problems: list[Problem], sampling: Sampling) -> It
                     seeds = range(seed, seed + len(problems))
                     ongoing = Ongoing(generator.generate(problems, samples, sampling, seeds))
                     ongoing.wait()
-                    return [list(response.token_ids) for group in ongoing.result for response in group.responses]
+                    return [list(sample.token_ids) for group in ongoing.result for sample in group.samples]
 
                 yield sample
 
