@@ -33,25 +33,27 @@ train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... ke
 	@$(PYTHON) -m megatron_fipo.train $(ARGS)
 
 # Most of a test's time is imports of servers and trainers, one after the other on one core: two at a time take half.
-# JOBS=0 runs one after the other, with half the memory.
+# JOBS=0 runs one after the other, with half the memory. Each process takes half of the files in their order, and the one
+# that is done first takes over from the other: dealt out one by one, tests of one file start its servers twice.
 JOBS ?= 2
+SPREAD := --numprocesses $(JOBS) --dist worksteal
 
 test: $(STAMP) ## The tests that need no GPU, every feature in some layout (under 20 minutes)
-	@$(PYTHON) -m pytest --numprocesses $(JOBS) $(ARGS)
+	@$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (under a minute)
 	@$(PYTHON) -m pytest -m 'not slow and not real and not campaign' $(ARGS)
 
 test-all: $(STAMP) ## The same, and every feature in every layout
-	@$(PYTHON) -m pytest --numprocesses $(JOBS) -m 'not real and not campaign' $(ARGS)
+	@$(PYTHON) -m pytest $(SPREAD) -m 'not real and not campaign' $(ARGS)
 
 test-layouts: $(STAMP) ## The policy's layouts alone: what another Megatron-Core or Transformer Engine can break
-	@$(PYTHON) -m pytest --numprocesses $(JOBS) tests/policy tests/te_on_cpu $(ARGS)
+	@$(PYTHON) -m pytest $(SPREAD) tests/policy tests/te_on_cpu $(ARGS)
 
 FUZZ_SEED ?= $(shell date +%s)
 
 test-campaign: $(STAMP) ## 10,000 fuzz cases from a new seed (minutes); FUZZ_SEED=N repeats one
-	@FUZZ_SEED=$(FUZZ_SEED) $(PYTHON) -m pytest --numprocesses $(JOBS) -m campaign tests/fuzz $(ARGS)
+	@FUZZ_SEED=$(FUZZ_SEED) $(PYTHON) -m pytest $(SPREAD) -m campaign tests/fuzz $(ARGS)
 
 test-real: models/smollm2-135m ## The runs of the real language model (minutes each)
 	@$(PYTHON) -m pytest -m real $(ARGS)

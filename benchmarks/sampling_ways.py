@@ -87,7 +87,7 @@ def by_server(config: Config, problems: list[Problem], sampling: Sampling) -> It
                     seeds = range(seed, seed + len(problems))
                     ongoing = Ongoing(generator.generate(problems, samples, sampling, seeds))
                     ongoing.wait()
-                    return [list(sample.token_ids) for group in ongoing.result for sample in group.samples]
+                    return [sample.token_ids.tolist() for group in ongoing.result for sample in group.samples]
 
                 yield sample
 
@@ -116,7 +116,7 @@ def in_process(config: Config, problems: list[Problem], sampling: Sampling) -> I
         for index, problem in enumerate(problems):
             work = Work(problem, config.algorithm.samples_per_prompt, sampling, seed + index)
             for own_seed in work.request(work.missing()).seeds:
-                prompts.append({"prompt_token_ids": problem.token_ids})
+                prompts.append({"prompt_token_ids": problem.token_ids.tolist()})
                 parameters.append(
                     SamplingParams(
                         temperature=sampling.temperature,

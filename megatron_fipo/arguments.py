@@ -3,11 +3,24 @@
 import argparse
 import difflib
 import re
+import sys
+from collections.abc import Callable
 from typing import NoReturn
+
+from megatron_fipo.errors import FipoError
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, of which a mistake is one line and status 2, as of every other command."""
+
+    def __init__(self, command: str, description: str | None, examples: str):
+        """`command` is what follows megatron-fipo; the texts are printed as they are."""
+        super().__init__(
+            prog=f"megatron-fipo {command}",
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """End the process. The first argument that was not understood is answered by the nearest flag."""
@@ -15,3 +28,15 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.5) if unknown else []
         meant = f"did you mean {near[0]}? " if near else ""
         self.exit(2, f"error: {self.prog}: {message} ({meant}{self.prog} --help has examples)\n")
+
+
+def exit_code_of(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Do what the options ask for; 0, or the exit code of a FipoError, which is printed in one line."""
+    try:
+        action(options)
+    except FipoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever reads has seen enough
+    return 0

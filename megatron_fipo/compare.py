@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.arguments import Parser
-from megatron_fipo.errors import ConfigError, FipoError
+from megatron_fipo.arguments import Parser, exit_code_of
+from megatron_fipo.errors import ConfigError
 
 EPILOG = """examples:
   megatron-fipo compare runs/fipo-1 runs/fipo-2 runs/dapo-1 runs/dapo-2 --baseline dapo
@@ -21,23 +21,12 @@ METRICS = ("accuracy", "cons_at_k", "pass_at_k")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and write; 0, or the exit code of the error."""
-    options = parse(arguments)
-    try:
-        compare_runs(options)
-    except FipoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return exit_code_of(compare_runs, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        prog="megatron-fipo compare",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("compare", __doc__, EPILOG)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one that holds runs")
     parser.add_argument(
         "--baseline",

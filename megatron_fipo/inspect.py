@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_fipo.arguments import Parser
+from megatron_fipo.arguments import Parser, exit_code_of
 from megatron_fipo.comparison.runs import Run, default_settings, read_run
 from megatron_fipo.errors import ConfigError, DataError, FipoError
 from megatron_fipo.policy.checkpoint_places import complete, files_of
@@ -28,28 +28,19 @@ PAGES = ("report.html", "summary.json", "config.yaml", "tensorboard", "huggingfa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked for; 0, or the exit code of the error."""
-    options = parse(arguments)
     warnings.simplefilter("ignore")  # of libraries that --verify imports, on what else could be installed
-    try:
-        lines = rollouts(options) if options.step is not None else overview(options)
-        for line in lines:
-            print(line)
-    except FipoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever reads has seen enough
-    return 0
+    return exit_code_of(show, parse(arguments))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print the responses of a step, or how the run stands."""
+    for line in rollouts(options) if options.step is not None else overview(options):
+        print(line)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(
-        prog="megatron-fipo inspect",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("inspect", __doc__, EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument("--step", type=int, metavar="N", help="show the responses that were kept in this step")
     parser.add_argument("--held-out", action="store_true", help="with --step: those of the validation after it")

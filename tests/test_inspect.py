@@ -65,4 +65,4 @@ def test_what_the_model_wrote(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}))
-    assert "has no config.yaml" in shown(capsys, str(tmp_path), code=1)
+    assert "has no config.yaml" in shown(capsys, str(tmp_path), code=2)

@@ -67,7 +67,7 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
 def check_reward_here(settings: RewardConfig) -> None:
     """Raise ConfigError where a rule's file lacks its function, or a variable is not set, on the first rank's machine.
 
-    What importing it says is found when the verifiers start: the file is read here, and not run.
+    The file is read here, and not run: launch/first_look.py imports it.
     """
     if os.environ.get("RANK", "0") != "0":
         return

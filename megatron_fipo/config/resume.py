@@ -22,7 +22,7 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
     ),
     "how weights travel; they arrive bit for bit": (
-        *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every"),
+        *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
     "the processes that judge": ("reward.workers", "reward.timeout_s"),

@@ -93,6 +93,14 @@ class RolloutConfig:
         minimum=0,
         maximum=10**6,
     )
+    kv_on_update: str = setting(
+        "recompute",
+        "What becomes of the keys and values of requests that run while weights are updated. recompute: they are "
+        "worked out anew by the new weights. keep: they stay, which costs nothing, and what is sampled after the "
+        "update is by the new weights over what the old ones left. Either way cached prefixes serve no later request "
+        "of the trainer's.",
+        choices=("recompute", "keep"),
+    )
     checksum_every: int = setting(
         10,
         "Compare checksums of each sent and received tensor in weight updates whose step is a multiple of this, step 0 "

@@ -42,12 +42,19 @@ class EngineControl:
         return [self._pool.config.tensor_parallel for _ in self._pool.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
-        """Stops generation until `resume`. Requests still running are aborted: between steps none is worth keeping."""
+        """Stops generation between two tokens. Requests that run, or come in, go on at `resume`.
+
+        What becomes of their keys and values is rollout.kv_on_update's to say. With recompute all caches are emptied.
+        With keep cached prefixes of older weights stay; a request that carries the version in `cache_salt` has no part
+        in them.
+        """
         self._pool.begin_update()
         if self._pool.config.shared_gpu:
             # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
             await self._call_all("/wake_up?tags=weights", deadline)
-        await self._call_all("/pause?mode=abort", deadline)
+        # Said either way: the default empties them in mode keep too, which the route's description denies.
+        clear = "true" if self._pool.config.kv_on_update == "recompute" else "false"
+        await self._call_all(f"/pause?mode=keep&clear_cache={clear}", deadline)
 
     async def resume(self, deadline: Deadline) -> None:
         """Lets generation go on."""
@@ -81,15 +88,6 @@ class EngineControl:
         """Puts the new weights into service as `version`."""
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
         self._pool.note_version(version)
-
-    async def reset_prefix_cache(self, deadline: Deadline) -> None:
-        """Empties the prefix caches. RolloutError if one could not be, since it would serve stale keys and values."""
-        answers = await self._call_all("/reset_prefix_cache", deadline)
-        for server, answer in zip(self._pool.in_service, answers, strict=True):
-            if not answer["success"]:
-                raise RolloutError(
-                    f"the vLLM server at {server.url} could not reset its prefix cache: requests still run"
-                )
 
     async def versions(self, deadline: Deadline) -> list[int]:
         """The weight version of each server, in the pool's order."""

@@ -24,6 +24,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_k: int
     max_tokens: int
     stop_token_ids: list[int]
+    cache_salt: str
+    """Requests share cached prefixes only with others of the same salt: one for each version of the weights."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from vllm.exceptions import VLLMClientError
-from vllm.inputs.engine import tokens_input
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -60,8 +60,9 @@ async def _answer(
 ) -> None:
     ended: asyncio.Queue[bytes | ErrorFrame] = asyncio.Queue()
     name = f"fipo-{uuid.uuid4().hex}"
+    prompt = tokens_input(request.token_ids, cache_salt=request.cache_salt)
     samples = [
-        asyncio.ensure_future(_sample(engine, request.token_ids, chosen, f"{name}-{index}", index, ended))
+        asyncio.ensure_future(_sample(engine, prompt, chosen, f"{name}-{index}", index, ended))
         for index, chosen in enumerate(parameters)
     ]
     gone = asyncio.ensure_future(_until_disconnect(receive))
@@ -86,7 +87,7 @@ async def _answer(
 
 async def _sample(
     engine: Any,
-    token_ids: list[int],
+    prompt: TokensInput,
     parameters: SamplingParams,
     name: str,
     index: int,
@@ -94,7 +95,7 @@ async def _sample(
 ) -> None:
     try:
         output: CompletionOutput | None = None
-        async for answer in engine.generate(tokens_input(token_ids), parameters, name):
+        async for answer in engine.generate(prompt, parameters, name):
             output = answer.outputs[0]
         assert output is not None and output.logprobs is not None
         about = SampleFrame(index, output.finish_reason or "none", _spans(output))

@@ -3,24 +3,19 @@
 Runs in the verifier's processes. The function names what it wants; docs/rewards.md has the names.
 """
 
-import importlib
-import importlib.util
 import inspect
 import json
 import math
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from megatron_fipo.errors import one_line
+from megatron_fipo.errors import ConfigError, one_line
+from megatron_fipo.plugins import load_function
 from megatron_fipo.rewards.rules import LARGEST_REWARD, Verdict
 
+KEY = "reward.rule"
 Item = dict[str, Any]
 """What the pool sends of a response: values by the names of `OwnRule.inputs`; of the columns, their JSON text."""
 
@@ -42,10 +37,6 @@ _SCORE = ("score", "reward")
 _ACCURACY = ("accuracy", "acc")
 _ANSWER = ("answer", "pred")
 _LONGEST_TEXT = 1000
-
-
-class Refused(Exception):
-    """The function cannot be used. Says why in one line, for after "reward.rule: "."""
 
 
 class BadReward(Exception):
@@ -73,19 +64,12 @@ def load(place: str, function: str) -> OwnRule:
     """The function of that name in a module, or in a file that ends in .py.
 
     Raises:
-        Refused: it cannot be imported, is no function, or asks for what there is not.
+        ConfigError: it cannot be imported, is no function, or asks for what there is not.
     """
     where = f"{place}:{function}"
-    try:
-        module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
-    except (Exception, SystemExit) as error:
-        raise Refused(f"{where}: cannot be imported: {one_line(error)}{_line_of(error, place)}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise Refused(f"{where}: there is no function {function}; its functions are {', '.join(names) or 'none'}")
+    found = load_function(where, KEY)
     if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found):
-        raise Refused(f"{where}: is async or a generator; a plain function that returns the reward is right")
+        raise ConfigError(KEY, f"{where} is async or a generator", "a plain function that returns the reward")
     return OwnRule(found, _parameters(where, found))
 
 
@@ -156,7 +140,8 @@ def _parameters(where: str, function: Callable[..., Any]) -> tuple[str, ...]:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
-        raise Refused(f"{where}: its parameters cannot be read ({one_line(error)}); wrap it in a function") from error
+        problem = f"the parameters of {where} cannot be read ({one_line(error)})"
+        raise ConfigError(KEY, problem, "a function of your own around it") from error
     names = []
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -164,26 +149,6 @@ def _parameters(where: str, function: Callable[..., Any]) -> tuple[str, ...]:
         if name in PARAMETERS and parameter.kind is not parameter.POSITIONAL_ONLY:
             names.append(name)
         elif parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL:
-            raise Refused(f"{where}: asks for {name}; a parameter is one of {', '.join(PARAMETERS)}, or has a default")
+            known = f"a parameter is one of {', '.join(PARAMETERS)}, or has a default; docs/rewards.md has an example"
+            raise ConfigError(KEY, f"{where} asks for {name}", known)
     return tuple(names)
-
-
-def _from_file(place: str) -> ModuleType:
-    """The module of a file, beside which it may import others."""
-    path = Path(os.path.expanduser(place))
-    name = f"reward_of_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
-    # Dataclasses look their own module up.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _line_of(error: BaseException, place: str) -> str:
-    """Where in the user's file importing stopped."""
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [frame for frame in frames if os.path.basename(frame.filename) == os.path.basename(place)]
-    return f" at line {inside[-1].lineno}" if inside else ""

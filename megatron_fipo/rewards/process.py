@@ -70,7 +70,7 @@ class VerifierProcess:
             ) from error
         if "refused" in started:
             self.kill()
-            raise ConfigError("reward.rule", started["refused"], "docs/rewards.md has an example")
+            raise ConfigError("reward.rule", started["refused"], started["remedy"])
         self.inputs = tuple(started["inputs"])
 
     def _spawn(self) -> None:

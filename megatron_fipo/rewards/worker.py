@@ -3,9 +3,9 @@
     python -m megatron_fipo.rewards.worker SOCKET_FD RULE MATH_TOLERANCE
 
 A process of its own, not a fork and not multiprocessing's spawn, which would import the trainer's main module and torch
-with it. JSON lines both ways. The first one back is {inputs}, what the rule wants to know of a response, or {refused}.
-A request is a list of objects with these inputs; for each in turn one line comes back: {accuracy, answer, outcome,
-reward, extra}, or {error, traceback} where the rule raised.
+with it. JSON lines both ways. The first one back is {inputs}, what the rule wants to know of a response, or {refused,
+remedy}. A request is a list of objects with these inputs; for each in turn one line comes back: {accuracy, answer,
+outcome, reward, extra}, or {error, traceback} where the rule raised.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB, own_rule
-from megatron_fipo.errors import one_line
+from megatron_fipo.errors import ConfigError, one_line
 from megatron_fipo.rewards import own, rules
 from megatron_fipo.rewards.rules import Verdict
 
@@ -33,7 +33,7 @@ _LONGEST_TRACEBACK = 8000
 
 
 def load(rule: str, math_tolerance: float) -> tuple[Judge, tuple[str, ...]]:
-    """The rule of a configuration, and the inputs that it wants. Raises own.Refused."""
+    """The rule of a configuration, and the inputs that it wants. Raises ConfigError."""
     if (place := own_rule(rule)) is not None:
         found = own.load(*place)
         return found, found.inputs
@@ -84,8 +84,8 @@ def main() -> None:
         try:
             try:
                 rule, inputs = load(rule_name, math_tolerance)
-            except own.Refused as error:
-                _send(connection, {"refused": str(error)})
+            except ConfigError as error:
+                _send(connection, {"refused": error.problem, "remedy": error.remedy})
                 return
             _send(connection, {"inputs": inputs})
             serve(connection, rule)

@@ -7,6 +7,7 @@ caller hears of it (rollout/events.py), and sampling goes on when it is asked to
 """
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -56,6 +57,8 @@ class EngineGenerator:
         """An answer with a token id of `vocab_size` or more is none."""
         self.control = EngineControl(pool)
         self.retries = 0
+        # A run that is resumed may give other weights the same version, on a server that stayed.
+        self._salt = secrets.token_hex(8)
         self._pool = pool
         self._vocab_size = vocab_size
         self._runner = asyncio.Runner(loop_factory=_loop)
@@ -146,7 +149,7 @@ class EngineGenerator:
         self._outstanding = {server.url: 0 for server in self._pool.servers}
         changed, pending = asyncio.Event(), Pending(missing)
         watch = Watch(self._pool, self._http, changed.set)
-        requests = Requests(self._pool, self._http, watch, self._vocab_size)
+        requests = Requests(self._pool, self._http, watch, self._vocab_size, self._salt)
         try:
             async with asyncio.TaskGroup() as running:
                 while pending:

@@ -34,8 +34,9 @@ class NotAnswered(Exception):
 class Requests:
     """Sends requests, while a Watch tells which servers fall silent."""
 
-    def __init__(self, pool: EnginePool, http: httpx.AsyncClient, watch: Watch, vocab_size: int | None):
+    def __init__(self, pool: EnginePool, http: httpx.AsyncClient, watch: Watch, vocab_size: int | None, salt: str):
         self._pool, self._http, self._watch, self._vocab_size = pool, http, watch, vocab_size
+        self._salt = salt
 
     async def samples(
         self, server: Server, work: Work, missing: list[int], pending: Pending
@@ -53,7 +54,7 @@ class Requests:
             len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._pool.weight_version
         )
         arrived: set[int] = set()
-        request = work.request(missing)
+        request = work.request(missing, f"{self._salt}-{self._pool.weight_version}")
         try:
             async with asyncio.timeout(config.request_timeout_s), aclosing(self._frames(server, request)) as frames:
                 async for frame in frames:

@@ -60,8 +60,8 @@ class Work:
         """The whole group, its samples in order: one object, by which the caller knows what it was given before."""
         return Group(self.problem, tuple(self.arrived[index] for index in range(self.samples)) * self._copies)
 
-    def request(self, indices: Sequence[int]) -> GenerateRequest:
-        """For the samples of these indices."""
+    def request(self, indices: Sequence[int], cache_salt: str) -> GenerateRequest:
+        """For the samples of these indices; prefixes are shared with requests of the same salt only."""
         chosen, first = self.sampling, _spread(self.seed)
         return GenerateRequest(
             token_ids=self.problem.token_ids.tolist(),
@@ -71,6 +71,7 @@ class Work:
             top_k=chosen.top_k,
             max_tokens=chosen.max_tokens,
             stop_token_ids=chosen.stop_token_ids,
+            cache_salt=cache_salt,
         )
 
     def note_failure(self, url: str, problem: str) -> None:

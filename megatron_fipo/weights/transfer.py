@@ -71,8 +71,6 @@ class WeightControl(Protocol):
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None: ...
 
-    async def reset_prefix_cache(self, deadline: Deadline) -> None: ...
-
 
 @dataclass(frozen=True)
 class TransferStats:
@@ -234,8 +232,6 @@ class WeightTransfer:
             for key, value in (await self._conduct_stage(mailbox, deadline, stage)).items():
                 totals[key] += value
         await self._control.finish_weight_update(version, deadline)
-        # Cached keys and values are those of the old weights.
-        await self._control.reset_prefix_cache(deadline)
         await self._control.resume(deadline)
         return asdict(TransferStats(**totals, seconds=time.monotonic() - started))
 

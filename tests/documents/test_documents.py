@@ -29,7 +29,7 @@ ELSEWHERE = {
     r"(\S+/)?pip install": "needs a network; .ci/run installs in the same order",
     r"megatron-fipo export": "tests/test_export.py, tests/test_hub_upload.py",
     r"hf download": "needs a network; tests/config/test_model_places.py fetches by the same library",
-    r"vllm serve": "tests/rollout/test_service.py starts such servers by the product's own command",
+    r"vllm serve": "tests/rollout/test_servers.py starts such servers by the product's own command",
     r"megatron-fipo compare": "tests/comparison/test_compare.py",
     r"(\S+/)?megatron-fipo (doctor|--help|--version)": "tests/test_cli.py",
     r"(\S+/)?megatron-fipo inspect": "tests/test_inspect.py",

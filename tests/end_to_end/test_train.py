@@ -314,6 +314,7 @@ def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> Non
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
 
 
+@pytest.mark.matrix
 def test_without_restarts_a_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""
     with runs.started(tmp_path, *SMALL, "run.steps=1000", "rollout.max_restarts=0") as process:

@@ -14,8 +14,8 @@ from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.source import check_source, open_source
 from megatron_fipo.weights.transformers_model import transformers_config
-from tests.config.test_model_config import VALUES as CONFIG_VALUES
 from tests.fuzz.mutators import mutate, spoil_file, spoil_json
+from tests.models.test_model_config import VALUES as CONFIG_VALUES
 
 HEADER_VALUES: list[Any] = [
     *(

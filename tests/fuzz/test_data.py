@@ -95,7 +95,7 @@ def outcome(path: Path, tokenizer: Tokenizer, rng: random.Random, answer_format:
         assert problem.ground_truth not in ("True", "False", "nan", "None", "inf")
         assert problem.data_source and problem.text
         assert problem.token_ids.size and all(0 <= token < tokenizer.size for token in problem.token_ids)
-        json.dumps(vars(problem), ensure_ascii=False).encode()
+        json.dumps(vars(problem) | {"token_ids": problem.token_ids.tolist()}, ensure_ascii=False).encode()
         assert isinstance(json.loads(problem.columns), dict)
     return "read"
 

@@ -33,21 +33,20 @@ def save_tiny_model(
 ) -> transformers.PreTrainedModel:
     """A random fp32 model of 2 layers, saved and returned; 32 is the smallest head that vLLM's CPU attention takes."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=STOP_TOKEN,
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": STOP_TOKEN,
         # Wide enough that two models disagree by whole nats.
-        initializer_range=0.2,
-        **settings,
-    )
+        "initializer_range": 0.2,
+    }
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=tied, **sizes | settings)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
     model.save_pretrained(directory)
     return model

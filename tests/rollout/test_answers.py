@@ -20,11 +20,20 @@ import pytest
 
 from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
-from megatron_fipo.engines.generate_messages import GENERATE_PATH, EndFrame, ErrorFrame, GenerateRequest
+from megatron_fipo.engines.generate_messages import (
+    GENERATE_PATH,
+    EndFrame,
+    ErrorFrame,
+    GenerateRequest,
+    SampleFrame,
+    read_about,
+)
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.sample import Group
-from megatron_fipo.records.wire import encode_frame
+from megatron_fipo.records import streams
+from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.wire import FrameReader, encode_frame
+from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
 from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import (
     STOP_TOKEN,
@@ -319,3 +328,25 @@ def test_a_server_that_comes_back_while_others_sample(
         assert pool.servers[0].state is (State.AWAY if is_updated else State.SERVING)
         assert any(asked_after_its_return) != is_updated
         assert len(warnings) == (1 if is_updated else 2)
+
+
+def test_the_table_of_streams_says_what_an_answer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is added to the table is asked of every answer, checked, and in the sample."""
+
+    def read(**arrays: numpy.ndarray) -> Sample:
+        (frame,) = FrameReader().feed(sample(0, **arrays))
+        about = read_about(frame.about)
+        assert isinstance(about, SampleFrame)
+        return read_sample(frame, about, Asked(1, 24, [STOP_TOKEN], VOCABULARY, VERSION), ())
+
+    assert read().streams.keys() == {"token_ids", "rollout_log_probs"}
+    monkeypatch.setattr(streams, "STREAMS", (*streams.STREAMS, streams.Stream("token_rewards", "float32")))
+    assert read(token_rewards=floats(1, 2, 3)).streams["token_rewards"].tolist() == [1, 2, 3]
+    for wrong, words in (
+        ({}, "and should have token_ids, rollout_log_probs, token_rewards"),
+        ({"token_rewards": floats(1, 2)}, "2 token_rewards"),
+        ({"token_rewards": ints(1, 2, 3)}, "token_rewards as int32"),
+        ({"token_rewards": floats(1, 2, float("nan"))}, "token_rewards that are not finite"),
+    ):
+        with pytest.raises(BadAnswer, match=words):
+            read(**wrong)

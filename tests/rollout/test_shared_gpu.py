@@ -41,7 +41,6 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
         deadline = Deadline(60)
         await control.sleep(deadline)
         await control.pause(deadline)
-        await control.reset_prefix_cache(deadline)
         await control.resume(deadline)
 
     before = generate(rollout.client, problems(2), 1, sampling(), [1, 2])
@@ -49,8 +48,7 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
     assert calls == [
         *("/sleep?level=1&mode=abort", "asleep"),
         *("/wake_up?tags=weights", "asleep"),
-        *("/pause?mode=abort", "asleep"),
-        *("/reset_prefix_cache", "asleep"),
+        *("/pause?mode=keep&clear_cache=true", "asleep"),
         *("/wake_up?tags=kv_cache", "awake"),
         *("/resume", "awake"),
     ]

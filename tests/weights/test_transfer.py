@@ -6,7 +6,6 @@ are threads that share a TCPStore, which is all that they share in a run. Does n
 gathers that make full tensors of shards (test_reshard.py).
 """
 
-import asyncio
 import copy
 import os
 import re
@@ -32,7 +31,6 @@ from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.buckets import Bucket
-from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.planes import SharedMemoryPlane, make_plane
 from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
 from tests.rollout.engines import (
@@ -258,30 +256,6 @@ def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
     monkeypatch.undo()
     assert trainer.push(trainer.models[0], version=0).checked > 0
     assert trainer.error_against(trainer.models[0], version=0) < 1e-4
-
-
-@pytest.mark.slow
-def test_without_a_cache_reset_log_probs_are_stale(trainers: dict[str, Trainer]) -> None:
-    """The negative control of the reset in every update: an update without pause and reset, by hand."""
-    trainer = trainers["shared_memory"]
-    old, new = trainer.models
-    control = trainer.client.control
-    trainer.error_against(old, version=0)
-
-    async def update() -> None:
-        deadline = Deadline(UPDATE_TIMEOUT_S)
-        plane = make_plane(trainer.pool.config, 7, trainer.run_dir)
-        await control.init_weight_transfer_engine([{**plane.open(1), "first_rank": 1}], deadline)
-        await control.start_weight_update(deadline)
-        await control.update_weights(plane.send(Bucket(exported(new))), deadline)
-        await control.finish_weight_update(5, deadline)
-        plane.close()
-        assert await control.versions(deadline) == [5]
-
-    asyncio.run(update())
-    assert trainer.error_against(new, version=5) > 0.1
-    asyncio.run(control.reset_prefix_cache(Deadline(UPDATE_TIMEOUT_S)))
-    assert trainer.error_against(new, version=5) < 1e-4
 
 
 def _without_last(named: NamedTensors) -> NamedTensors:
