@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fipo.arguments import Parser, exit_code_of
+from megatron_fipo.command_line.arguments import Parser, exit_code_of
 from megatron_fipo.errors import ConfigError
 
 EPILOG = """examples:

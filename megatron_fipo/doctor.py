@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_fipo.installation import CUDA_INSTALL
+from megatron_fipo.command_line.installation import CUDA_INSTALL
 from megatron_fipo.launch.node_check import find_gpus
 from megatron_fipo.launch.site import site_file, site_problems
 

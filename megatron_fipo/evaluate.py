@@ -35,8 +35,8 @@ from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.launch.first_look import look_first
-from megatron_fipo.leftovers import own_place, remove_outside, remove_partial_files, say_removed
-from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.processes.ending import terminate_on_sigterm
+from megatron_fipo.processes.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing

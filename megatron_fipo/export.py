@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fipo.errors import FipoError, WeightError, one_line
+from megatron_fipo.exporting.progress import progress_bar
 from megatron_fipo.policy.checkpoint_places import complete, step_of
-from megatron_fipo.progress import progress_bar
 
 OPTIONS = ("step", "dtype", "push")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -121,13 +121,13 @@ def export(request: Request) -> Path:
     if not (source.directory / "config.json").is_file():
         raise ExportError(f"{source.directory}: has no config.json, which says what its weights are")
     if request.push:
-        from megatron_fipo.hub_upload import prepare_repository
+        from megatron_fipo.exporting.hub_upload import prepare_repository
 
         prepare_repository(request.push)
     convert(source, target, request.dtype)
     print(f"`vllm serve {target}` and transformers' from_pretrained({str(target)!r}) read it")
     if request.push:
-        from megatron_fipo.hub_upload import upload
+        from megatron_fipo.exporting.hub_upload import upload
 
         name = "model" if source.step is None else f"step {source.step}"
         print(f"uploaded to {upload(target, request.push, f'Upload {name}')}")
@@ -170,7 +170,7 @@ def convert(source: Source, target: Path, dtype: str | None = None) -> None:
 
     from megatron_fipo.data.text_files import complete_text_files
     from megatron_fipo.data.tokenizers import TOKENIZER_FILES
-    from megatron_fipo.model_card import write_card
+    from megatron_fipo.exporting.model_card import write_card
     from megatron_fipo.weights.conversion import to_huggingface
 
     def complete(directory: Path) -> None:

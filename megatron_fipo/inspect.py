@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_fipo.arguments import Parser, exit_code_of
+from megatron_fipo.command_line.arguments import Parser, exit_code_of
 from megatron_fipo.comparison.runs import Run, default_settings, read_run
 from megatron_fipo.errors import ConfigError, DataError, FipoError
 from megatron_fipo.policy.checkpoint_places import complete, files_of

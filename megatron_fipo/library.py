@@ -15,16 +15,16 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_fipo import commands
+from megatron_fipo.command_line import commands
 from megatron_fipo.config import Config, resolved
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import RESOLVED
 from megatron_fipo.config.configure import load_config as compose
 from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch.local import STOPPED
-from megatron_fipo.processes import LAUNCHER_PARENT
-from megatron_fipo.reasons import Listener
-from megatron_fipo.run_result import RunResult, read_run
+from megatron_fipo.processes.ending import LAUNCHER_PARENT
+from megatron_fipo.processes.reasons import Listener
+from megatron_fipo.runs.result import RunResult, read_run
 
 _SAME_CTRL_C_S = 0.5
 _NOT_OF_A_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

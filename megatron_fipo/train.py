@@ -16,11 +16,11 @@ from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.engines.early_server import start_early
-from megatron_fipo.interrupt import CtrlC
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
-from megatron_fipo.processes import die_with_library, terminate_on_sigterm
-from megatron_fipo.reasons import told_at_once
+from megatron_fipo.processes.ending import die_with_library, terminate_on_sigterm
+from megatron_fipo.processes.interrupt import CtrlC
+from megatron_fipo.processes.reasons import told_at_once
 
 
 def main(config: Config) -> None:

@@ -21,9 +21,7 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
 from megatron_fipo.errors import CheckpointError, RolloutError
 from megatron_fipo.experience import Experience
-from megatron_fipo.interrupt import CtrlC, Interrupted
 from megatron_fipo.launch.local import STOPPED
-from megatron_fipo.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
@@ -34,9 +32,11 @@ from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
+from megatron_fipo.processes.interrupt import CtrlC, Interrupted
+from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
-from megatron_fipo.run_directory import RunDirectory, keep_settings, take_directory
+from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter

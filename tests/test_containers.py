@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo import doctor
-from megatron_fipo.installation import CUDA_INSTALL
+from megatron_fipo.command_line.installation import CUDA_INSTALL
 from tests.test_packaging import distribution, pins
 
 ROOT = Path(__file__).resolve().parent.parent

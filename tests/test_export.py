@@ -1,7 +1,7 @@
 """Why: a model that others read as other text, or not at all, is worth nothing to whoever asked for it.
 
 From a run's directory, a checkpoint and a Hugging Face directory; refusals; text by transformers and by vLLM itself,
-each from the exported directory alone. Uploading is in tests/test_hub_upload.py, conversion in tests/weights. Does not
+each from the exported directory alone. Uploading is in tests/exporting, conversion in tests/weights. Does not
 cover other architectures than Qwen2, whose tokenizers come with tokenizer.json already.
 """
 

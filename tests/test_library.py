@@ -18,7 +18,7 @@ from megatron_fipo import FipoError, load_config, read_run, run
 from megatron_fipo.config import Config
 from megatron_fipo.config.resolved import read, write
 from megatron_fipo.errors import ConfigError, DataError
-from megatron_fipo.run_result import RunResult
+from megatron_fipo.runs.result import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.exporting.progress import progress_bar
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.progress import progress_bar
 from megatron_fipo.weights.plan import format_transfers, plan_transfers
 
 if TYPE_CHECKING:

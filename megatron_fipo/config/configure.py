@@ -23,13 +23,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo import reasons
 from megatron_fipo.config import Config, every_setting, resolved, sections
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.errors import below_null_section, check_overrides, readable, unknown_key
 from megatron_fipo.config.explain import explain
 from megatron_fipo.errors import ConfigError, FipoError, RefusedOnRank0
 from megatron_fipo.models.keys import shown
+from megatron_fipo.processes import reasons
 
 ConfigStore.instance().store(name="schema", node=Config)
 

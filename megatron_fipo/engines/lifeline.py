@@ -2,7 +2,7 @@
 
 import os
 
-from megatron_fipo.processes import die_with_parent
+from megatron_fipo.processes.ending import die_with_parent
 
 
 def bind_descendants() -> None:

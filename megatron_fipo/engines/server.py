@@ -12,8 +12,8 @@ from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.early_server import EARLY_VARIABLE, PARENT_VARIABLE, wait_for_order
 from megatron_fipo.engines.engine_process import keep_a_lone_worker_inside
 from megatron_fipo.engines.lifeline import bind_descendants
-from megatron_fipo.leftovers import NAMES_VARIABLE, name_shared_memory
-from megatron_fipo.processes import die_with_parent
+from megatron_fipo.processes.ending import die_with_parent
+from megatron_fipo.processes.leftovers import NAMES_VARIABLE, name_shared_memory
 
 USAGE = f"""usage: {TOKEN_VARIABLE}=... megatron-fipo serve --model DIRECTORY --port PORT [vLLM's own options]
 

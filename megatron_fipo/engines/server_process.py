@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from megatron_fipo.engines.early_server import PARENT_VARIABLE
-from megatron_fipo.leftovers import SHARED_MEMORY
+from megatron_fipo.processes.leftovers import SHARED_MEMORY
 
 STOP_TIMEOUT_S = 10.0
 

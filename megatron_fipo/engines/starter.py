@@ -19,7 +19,7 @@ from megatron_fipo.engines.server_log import ServerLog
 from megatron_fipo.engines.server_options import server_arguments, server_environment, visible_devices
 from megatron_fipo.engines.server_process import end_processes, start_process
 from megatron_fipo.engines.states import Server
-from megatron_fipo.leftovers import own_place, server_names
+from megatron_fipo.processes.leftovers import own_place, server_names
 from megatron_fipo.weights.deadline import Deadline
 
 DEATH_GRACE_S = 1.0

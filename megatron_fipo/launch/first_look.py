@@ -20,8 +20,8 @@ from megatron_fipo.config.configure import refusals_in_one_line
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.rows import look_at_first_rows
 from megatron_fipo.errors import RewardError, RunFailed
-from megatron_fipo.processes import die_with_parent
-from megatron_fipo.reasons import Listener
+from megatron_fipo.processes.ending import die_with_parent
+from megatron_fipo.processes.reasons import Listener
 from megatron_fipo.rewards.process import VerifierHung, VerifierProcess
 
 LONGEST_IMPORT_S = 5.0

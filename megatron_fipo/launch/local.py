@@ -21,14 +21,14 @@ from typing import IO
 
 import psutil
 
-from megatron_fipo.commands import environment, going_on, typed_command
+from megatron_fipo.command_line.commands import environment, going_on, typed_command
 from megatron_fipo.config import Config, resolved
 from megatron_fipo.config.configure import RESOLVED
 from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
-from megatron_fipo.processes import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
-from megatron_fipo.reasons import Listener, Reason
-from megatron_fipo.run_directory import directory_refused, look
+from megatron_fipo.processes.ending import LISTENER_VARIABLE, die_with_parent, kill_descendants, no_descendant_left
+from megatron_fipo.processes.reasons import Listener, Reason
+from megatron_fipo.runs.directory import directory_refused, look
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""

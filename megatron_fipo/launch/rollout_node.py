@@ -21,8 +21,8 @@ from megatron_fipo.config.model_places import fetch_model
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
-from megatron_fipo.leftovers import remove_outside, say_removed
-from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.processes.ending import terminate_on_sigterm
+from megatron_fipo.processes.leftovers import remove_outside, say_removed
 
 _SETTING = "FIPO_NETWORK_INTERFACE"
 _LOOK_EVERY_S = 1.0

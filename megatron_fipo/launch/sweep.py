@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
-from megatron_fipo.commands import going_on, override, program
+from megatron_fipo.command_line.commands import going_on, override, program
 from megatron_fipo.config import Config, DataConfig, RewardConfig
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
@@ -30,8 +30,8 @@ from megatron_fipo.errors import ConfigError, DataError, FipoError, RunFailed
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import STOPPED, already_launched
 from megatron_fipo.library import run_in_process
-from megatron_fipo.run_directory import look
-from megatron_fipo.run_result import RunResult, read_run
+from megatron_fipo.runs.directory import look
+from megatron_fipo.runs.result import RunResult, read_run
 from megatron_fipo.tracking.console_table import duration
 from megatron_fipo.tracking.run_files import kept_config
 

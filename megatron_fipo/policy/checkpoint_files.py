@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.errors import CheckpointError, one_line
 from megatron_fipo.policy.save_plan import Item
-from megatron_fipo.processes import die_with_parent
+from megatron_fipo.processes.ending import die_with_parent
 
 _NO_LIMIT_S = 1e6
 """For processes whose parent is itself waited for with a deadline, and takes them along when it ends."""

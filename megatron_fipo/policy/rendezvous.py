@@ -12,7 +12,7 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.processes import LISTENER_VARIABLE
+from megatron_fipo.processes.ending import LISTENER_VARIABLE
 
 
 def meeting_point(timeout_s: float) -> Store | None:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.commands import typed_command
+from megatron_fipo.command_line.commands import typed_command
 from megatron_fipo.config import Config
 from megatron_fipo.config.resolved import as_yaml
 from megatron_fipo.files import write_atomically, write_json_atomically

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.leftovers import SHARED_MEMORY, prefix
+from megatron_fipo.processes.leftovers import SHARED_MEMORY, prefix
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
 from megatron_fipo.weights.deadline import Deadline

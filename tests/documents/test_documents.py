@@ -27,7 +27,7 @@ ELSEWHERE = {
     r"(\S+/)?(python3? )?tools/convert_hf\.py": "tests/tools/test_convert_hf.py",
     r"(\S+/)?python3? (tools/offline_(install|bundle)|bundle/install)\.py": "tests/tools/test_offline_bundle.py",
     r"(\S+/)?pip install": "needs a network; .ci/run installs in the same order",
-    r"megatron-fipo export": "tests/test_export.py, tests/test_hub_upload.py",
+    r"megatron-fipo export": "tests/test_export.py, tests/exporting/test_hub_upload.py",
     r"hf download": "needs a network; tests/config/test_model_places.py fetches by the same library",
     r"vllm serve": "tests/rollout/test_servers.py starts such servers by the product's own command",
     r"megatron-fipo compare": "tests/comparison/test_compare.py",

@@ -196,7 +196,7 @@ sys.exit(3)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_signal_reaches_each_rank_once_and_lets_it_clean_up(start, tmp_path, signum):
     script = """
-from megatron_fipo.processes import terminate_on_sigterm
+from megatron_fipo.processes.ending import terminate_on_sigterm
 terminate_on_sigterm()
 try:
     started()
@@ -290,7 +290,7 @@ def test_a_rank_that_fails_because_another_has_given_up_is_not_shown(start):
     script = """
 from megatron_fipo.config.configure import refusals_in_one_line
 from megatron_fipo.errors import FipoError
-from megatron_fipo.reasons import told_at_once
+from megatron_fipo.processes.reasons import told_at_once
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if rank == 1:
     while not (directory / "told").exists(): time.sleep(0.01)

@@ -15,7 +15,7 @@ import pytest
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.launch.sweep import judge, plan
-from megatron_fipo.run_directory import Start, keep_settings
+from megatron_fipo.runs.directory import Start, keep_settings
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megatron_fipo.config import Config
-from megatron_fipo.leftovers import remove_partial_files
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, checkpoint_places, platform
 from megatron_fipo.policy.model import start_model_parallel
+from megatron_fipo.processes.leftovers import remove_partial_files
 from tests.policy import checkpoints
 from tests.policy.checkpoints import RMSNorm
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fipo.leftovers import SHARED_MEMORY, remove_outside
+from megatron_fipo.processes.leftovers import SHARED_MEMORY, remove_outside
 from megatron_fipo.weights.buckets import Bucket, BucketLayout, checksum, cut_buckets, unpack
 from megatron_fipo.weights.planes import make_plane
 from tests.rollout.engines import rollout_config

@@ -16,7 +16,7 @@ import pytest
 from megatron_fipo.config import Config, RunConfig
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import FipoError
-from megatron_fipo.run_directory import Start, keep_settings, look, take_directory
+from megatron_fipo.runs.directory import Start, keep_settings, look, take_directory
 
 
 def resumed_from(directory: Path) -> Path | None:

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_fipo.processes import LISTENER_VARIABLE
+from megatron_fipo.processes.ending import LISTENER_VARIABLE
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo import leftovers
+from megatron_fipo.processes import leftovers
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ MAKES_SHARED_MEMORY = """
 import multiprocessing, os, sys
 from multiprocessing import shared_memory
 from pathlib import Path
-from megatron_fipo import leftovers
+from megatron_fipo.processes import leftovers
 
 def show():
     segment = shared_memory.SharedMemory(create=True, size=16)

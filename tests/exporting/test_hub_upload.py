@@ -18,7 +18,7 @@ from tests.fake_hub import TOKEN, FakeHub, fake_hub
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

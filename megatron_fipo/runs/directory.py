@@ -10,8 +10,8 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.resolved import read_tree
 from megatron_fipo.config.resume import changes, refused
 from megatron_fipo.errors import CheckpointError, ConfigError
-from megatron_fipo.leftovers import remove_outside, remove_partial_files, say_removed
 from megatron_fipo.policy.checkpoint_places import files_of, newest, step_of
+from megatron_fipo.processes.leftovers import remove_outside, remove_partial_files, say_removed
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_files import kept_config, set_aside, write_config
 from megatron_fipo.tracking.run_lock import RunLock

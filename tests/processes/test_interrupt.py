@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_fipo.interrupt import CtrlC, Interrupted
-from megatron_fipo.processes import LISTENER_VARIABLE
+from megatron_fipo.processes.ending import LISTENER_VARIABLE
+from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What commands share: flags, and the command that was typed."""

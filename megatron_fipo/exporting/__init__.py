@@ -1,0 +1,1 @@
+"""Parts of the command export: the model card, the upload, the bar that shows how far it is."""
