@@ -29,8 +29,12 @@ class Watch:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def gone(self, server: Server) -> asyncio.Future[str]:
-        """What will have the reason when this life of the server has ended."""
+    def gone(self, server: Server, life: int) -> asyncio.Future[str]:
+        """What has the reason once this life of the server has ended."""
+        if server.life != life:
+            ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            ended.set_result(server.reason)
+            return ended
         if server not in self._gone:
             self._gone[server] = asyncio.get_running_loop().create_future()
         return self._gone[server]

@@ -204,7 +204,9 @@ class EngineGenerator:
         arrived: list[int] = []
         try:
             try:
-                async with aclosing(asking.requests.samples(server, work, missing, asking.pending)) as samples:
+                async with aclosing(
+                    asking.requests.samples(server, asking.life, work, missing, asking.pending)
+                ) as samples:
                     async for index, sample in samples:
                         work.add(index, sample)
                         arrived.append(index)

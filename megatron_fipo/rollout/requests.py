@@ -1,9 +1,9 @@
 """One request to one server: the samples that come of it, checked as they arrive."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -26,6 +26,8 @@ from megatron_fipo.records.wire import Frame, FrameReader
 from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
 from megatron_fipo.rollout.work import Pending, Work
 
+_T = TypeVar("_T")
+
 
 class NotAnswered(Exception):
     """A server answered that it cannot answer."""
@@ -39,9 +41,9 @@ class Requests:
         self._salt = salt
 
     async def samples(
-        self, server: Server, work: Work, missing: list[int], pending: Pending
+        self, server: Server, life: int, work: Work, missing: list[int], pending: Pending
     ) -> AsyncGenerator[tuple[int, Sample], None]:
-        """The samples `missing` of `work`, as they come, each with its index in the group.
+        """The samples `missing` of `work`, as they come, each with its index in the group, of a server in this life.
 
         Raises:
             httpx.TransportError, NotAnswered: the server did not answer, or its engine fell silent.
@@ -56,7 +58,10 @@ class Requests:
         arrived: set[int] = set()
         request = work.request(missing, f"{self._salt}-{self._pool.weight_version}")
         try:
-            async with asyncio.timeout(config.request_timeout_s), aclosing(self._frames(server, request)) as frames:
+            async with (
+                asyncio.timeout(config.request_timeout_s),
+                aclosing(self._frames(server, life, request)) as frames,
+            ):
                 async for frame in frames:
                     about = read_about(frame.about)
                     if isinstance(about, ErrorFrame):
@@ -77,17 +82,21 @@ class Requests:
             raise RolloutError(pending.late(work, config.request_timeout_s)) from None
         raise BadAnswer(f"it ended after {len(arrived)} of {len(missing)} responses")
 
-    async def _frames(self, server: Server, request: GenerateRequest) -> AsyncGenerator[Frame, None]:
+    async def _frames(self, server: Server, life: int, request: GenerateRequest) -> AsyncGenerator[Frame, None]:
         """The frames that a server answers with, as they come. ReadError when it is lost meanwhile."""
-        gone, reader = self._watch.gone(server), FrameReader()
-        body = msgspec.json.encode(request)
+        gone, reader = self._watch.gone(server, life), FrameReader()
+        asked = self._http.build_request("POST", server.url + GENERATE_PATH, content=msgspec.json.encode(request))
         try:
-            async with self._http.stream("POST", server.url + GENERATE_PATH, content=body) as answer:
-                await _check_status(server, answer)
+            # A server that hangs may not even say that it has been asked.
+            answer = await _unless(gone, self._http.send(asked, stream=True))
+            try:
+                await _unless(gone, _check_status(server, answer))
                 chunks = answer.aiter_raw()
-                while chunk := await _next_chunk(chunks, gone):
+                while chunk := await _unless(gone, anext(chunks, b"")):
                     for frame in reader.feed(chunk):
                         yield frame
+            finally:
+                await answer.aclose()
         except httpx.TransportError as error:
             raise_if_exhausted(error)
             raise
@@ -105,15 +114,15 @@ async def _check_status(server: Server, answer: httpx.Response) -> None:
     raise NotAnswered(problem)
 
 
-async def _next_chunk(chunks: AsyncIterator[bytes], gone: asyncio.Future[str]) -> bytes:
-    """The next bytes, none at the end. ReadError when the server is gone."""
-    chunk = asyncio.ensure_future(anext(chunks, b""))
-    either: set[asyncio.Future[Any]] = {chunk, gone}
+async def _unless(gone: asyncio.Future[str], wanted: Awaitable[_T]) -> _T:
+    """What is wanted of a server. ReadError when it is gone before."""
+    coming = asyncio.ensure_future(wanted)
+    either: set[asyncio.Future[Any]] = {coming, gone}
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not chunk.done():
+        if not coming.done():
             raise httpx.ReadError(gone.result())
-        return chunk.result()
+        return coming.result()
     finally:
-        chunk.cancel()
-        await asyncio.gather(chunk, return_exceptions=True)
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)

@@ -176,8 +176,8 @@ def test_what_a_hanging_server_leaves_undone_is_sampled_again_alike(
 
             groups = generate(client, asked, 8, sampling(), seeds, on_group=stop_the_workers, supply=pool.admit)
             assert sorted(arrived) == sorted(problem.id for problem in asked), "a group was lost or came twice"
-            tokens = [[r.token_ids.tolist() for r in group.responses] for group in groups]
-            assert tokens == [[r.token_ids.tolist() for r in group.responses] for group in undisturbed]
+            tokens = [[sample.token_ids.tolist() for sample in group.samples] for group in groups]
+            assert tokens == [[sample.token_ids.tolist() for sample in group.samples] for group in undisturbed]
             assert not any(map(running, family)), "what hung is gone"
             assert "hang_timeout_s=5 s" in warnings[0] and "restart 1 of at most 1" in warnings[0]
             assert warnings[1].endswith("is back in service")
