@@ -202,7 +202,7 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_check():
 def test_a_worker_that_cannot_start_is_an_error_with_its_reason():
     with (
         RewardPool(RewardConfig(rule="no_such_module:score", workers=1), 100) as pool,
-        pytest.raises(ConfigError, match="no_such_module:score: cannot be imported: ModuleNotFoundError"),
+        pytest.raises(ConfigError, match="no_such_module:score cannot be imported: ModuleNotFoundError"),
     ):
         judge(pool, make_group(["Answer: 7"]))
 
