@@ -71,7 +71,7 @@ def test_a_problem_that_cannot_be_read(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "1+1=?", "answer": 2}\n{"question": "1+2=?", "answer": ["3"]}\n')
     settings = [*SMALL, "data=questions", f"data.train=[{bad}]"]
-    output = runs.finish(runs.start(tmp_path / "run", *settings), tmp_path / "run", exit_code=1)
+    output = runs.finish(runs.start(tmp_path / "run", *settings), tmp_path / "run", exit_code=2)
     assert f"error: {bad}, row 2, column answer: is a list; data.columns.answer=answer.0 is" in output
     assert "Traceback" not in output, output
     assert output.count("error: ") == 1 and "failed first" not in output, output
