@@ -234,7 +234,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of the killed run's processes", timeout_s=30)
     shutil.rmtree(broken / "checkpoints" / "step-000004", ignore_errors=True)
     assert [path for path in left if "/megatron_fipo-" not in str(path).replace("sem.", "")] == []
-    assert {path.parent for path in left if path.exists()} >= {Path("/dev/shm")}, "the control: something was left"
+    assert any(path.exists() for path in left), "the control: something was left"
     (broken / "checkpoints" / ".step-000009.partial").mkdir()
     state = broken / "checkpoints/step-000002/trainer.json"
     saved = state.read_text()

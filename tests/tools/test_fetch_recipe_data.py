@@ -68,5 +68,5 @@ def test_a_data_set_that_is_gone_is_one_line_and_what_was_fetched_stays(tmp_path
         serve(hub, tmp_path / "served")
         del hub.repositories["math-ai/aime25"]
         done = fetch(hub, tmp_path)
-    assert done.returncode == 1 and "math-ai/aime25: test.jsonl cannot be fetched" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "math-ai/aime25: test.jsonl cannot be fetched" in done.stderr.splitlines()[-1]
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"dapo-math-17k.parquet", "aime-2024.parquet"}
