@@ -69,6 +69,7 @@ docs/evaluate.md has the files, the scores and what the intervals mean."""
 def main(config: Config, said: Sequence[str]) -> None:
     """Evaluate, print a table, write the files. `said` is the command line, which wins over the model's own run."""
     terminate_on_sigterm()
+    _check_said(said)
     weights = find_weights(config.model.path, config.model.fetch_command)
     if weights.run is not None:
         config = with_settings_of(weights.run, config, said)
@@ -184,6 +185,14 @@ def _check_can_be_served(config: Config, weights: Weights) -> None:
 def _without_trainer(config: Config) -> Config:
     """The configuration, whose servers share no GPU with a trainer: they need not sleep."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, shared_gpu=False))
+
+
+def _check_said(said: Sequence[str]) -> None:
+    """Raise ConfigError for a training run's directory: whoever gives one expects the files there."""
+    for word in said:
+        name, _, place = word.lstrip("+").partition("=")
+        if name == "run.directory":
+            raise ConfigError(name, "it is a training run's", f"evaluation.directory={place}")
 
 
 def _take_directory(directory: Path, stack: ExitStack) -> None:

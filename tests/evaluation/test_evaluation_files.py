@@ -5,6 +5,8 @@ Not covered here: real servers and a real kill, which are in tests/end_to_end/te
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,12 @@ def test_the_run_that_made_a_model_says_what_the_command_line_does_not(tmp_path)
     (tmp_path / "config.yaml").write_text("data: {nothing: 1}\n")
     with pytest.raises(DataError, match=r"config.yaml cannot be taken over: .*give an experiment"):
         with_settings_of(tmp_path, whole, [])
+
+
+def test_a_training_runs_directory_is_refused() -> None:
+    """Otherwise the files go elsewhere than it was said, in silence."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_fipo.evaluate", "run.directory=somewhere"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: run.directory: it is a training run's (evaluation.directory=somewhere)\n"
