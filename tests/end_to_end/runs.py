@@ -46,7 +46,8 @@ def start(
     `token` is that of the servers in rollout.addresses, if there are any; `environment` adds variables.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", module, f"run.directory={directory}", *overrides]
+    trains = module == "megatron_fipo.train"
+    command = [sys.executable, "-m", module, *([f"run.directory={directory}"] if trains else []), *overrides]
     with (directory / "output.txt").open("a") as output:
         return subprocess.Popen(
             command,
