@@ -1,4 +1,4 @@
-"""vLLM's control plane over all servers in service at once: pause, weight updates, cache resets, versions."""
+"""vLLM's control plane over all servers in service at once: pause, sleep and weight updates."""
 
 import asyncio
 from typing import Any
@@ -89,19 +89,13 @@ class EngineControl:
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
         self._pool.note_version(version)
 
-    async def versions(self, deadline: Deadline) -> list[int]:
-        """The weight version of each server, in the pool's order."""
-        answers = await self._call_all("/weight_info", deadline, method="GET")
-        return [int(answer["weight_version"]) for answer in answers]
-
     async def _call_all(
         self,
         path: str,
         deadline: Deadline,
         body: dict[str, Any] | list[dict[str, Any]] | None = None,
-        method: str = "POST",
-    ) -> list[Any]:
-        """The servers' answers. `body` is for all, or one for each server."""
+    ) -> None:
+        """POST to every server. `body` is for all, or one for each server."""
         servers = self._pool.in_service
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
@@ -109,7 +103,7 @@ class EngineControl:
         about: dict[str, Any] = {"headers": self._pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
         async with httpx.AsyncClient(limits=limits, **about) as client:
             calls = {
-                asyncio.ensure_future(self._call(client, server, method, path, content)): server
+                asyncio.ensure_future(self._call(client, server, path, content)): server
                 for server, content in zip(servers, bodies, strict=True)
             }
             try:
@@ -117,7 +111,8 @@ class EngineControl:
                     calls, timeout=deadline.remaining(), return_when=asyncio.FIRST_EXCEPTION
                 )
                 self._lose_failed({calls[call]: call.exception() for call in done}, [calls[call] for call in pending])
-                answers = {calls[call].url: call.result() for call in done}
+                for call in done:
+                    call.result()  # raises what the call has raised
             finally:
                 for call in calls:
                     call.cancel()
@@ -125,7 +120,6 @@ class EngineControl:
         if pending:
             silent = ", ".join(calls[call].url for call in pending)
             raise RolloutError(f"no answer to {path} from {silent} within {deadline.seconds:g} s in all")
-        return [answers[server.url] for server in servers]
 
     def _lose_failed(self, done: dict[Server, BaseException | None], pending: list[Server]) -> None:
         """A call that others were still busy with when it failed for one leaves their engines in an unknown state."""
@@ -139,9 +133,9 @@ class EngineControl:
             # A failed call leaves the workers of one engine out of step with each other.
             self._pool.lose(server, reason, for_good=self._pool.config.tensor_parallel > 1)
 
-    async def _call(self, client: httpx.AsyncClient, server: Server, method: str, path: str, body: Any) -> Any:
+    async def _call(self, client: httpx.AsyncClient, server: Server, path: str, body: Any) -> None:
         try:
-            response = await client.request(method, server.url + path, json=body)
+            response = await client.post(server.url + path, json=body)
         except httpx.TransportError as error:
             raise_if_exhausted(error)
             await self._raise_if_dying(server)
@@ -152,7 +146,6 @@ class EngineControl:
             if WeightsRefused.MARK in words:
                 raise WeightsRefused(f"{server.url}{path}: {words.split(WeightsRefused.MARK, 1)[1]}")
             raise RolloutError(f"{server.url}{path} answered {response.status_code}: {words}")
-        return response.json()
 
     async def _raise_if_dying(self, server: Server) -> None:
         grace = Deadline(DEATH_GRACE_S)
