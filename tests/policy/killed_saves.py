@@ -22,14 +22,16 @@ def kill_at(model_dir: str, directory: str, moments: int) -> list[dict[str, Any]
     """Start a run so often, each going on from what the one before left, and kill it at another moment of a save.
 
     Returns:
-        By run: the moment within a save (of which 1 is all), what was left, and the step that the next run loaded.
+        By run: the moment within a save (of which 1 is all), what was left, and the step that the next run loaded. The
+        last run is killed as soon as its save is done, so that one save is whole however slow the machine has become.
     """
     place = Path(directory)
     whole, _ = _run_until(model_dir, place, seconds=None)
     found = []
     for number in range(moments):
-        moment = 1.3 * number / (moments - 1)
-        _, loaded = _run_until(model_dir, place, seconds=moment * whole)
+        moment = 1.2 * number / (moments - 1)
+        last = number == moments - 1
+        _, loaded = _run_until(model_dir, place, seconds=None if last else moment * whole)
         if found:
             found[-1]["loaded"] = loaded
         newest = checkpoint_places.newest(place)
