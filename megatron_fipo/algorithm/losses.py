@@ -199,10 +199,10 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
     """
     token = _token_losses(inputs, config)
     losses, means = token.losses, dict(token.means)
-    if config.importance_sampling_cap is not None:
+    if config.tis_cap is not None:
         mismatch = inputs.old_log_probs - inputs.rollout_log_probs
         # Corrects for the engine's numerics; kept out of F, which would amplify a constant bias 47 times.
-        losses = losses * mismatch.exp().clamp(max=config.importance_sampling_cap)
+        losses = losses * mismatch.exp().clamp(max=config.tis_cap)
     if config.reference_kl_coef > 0:
         divergence = reference_kl(inputs, config.reference_kl_estimator)
         losses = losses + config.reference_kl_coef * divergence

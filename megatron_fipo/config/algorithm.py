@@ -130,7 +130,7 @@ class AlgorithmConfig:
         None, "Prompts per generation batch of dynamic sampling; null: prompts_per_step.", minimum=1, maximum=10**6
     )
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
-    importance_sampling_cap: float | None = setting(
+    tis_cap: float | None = setting(
         None,
         "Truncated importance sampling: weight each token by min(π_trainer_old / π_engine, cap). null: off.",
         minimum=0.001,

@@ -246,7 +246,7 @@ def _service(config: Config) -> Iterator[str]:
                 )
         yield (
             f"rollout.quantization: {rollout.quantization} samples from a coarser policy than the trained one "
-            "(log_prob_diff_mean shows by how much); algorithm.importance_sampling_cap corrects for it"
+            "(log_prob_diff_mean shows by how much); algorithm.tis_cap corrects for it"
         )
 
 

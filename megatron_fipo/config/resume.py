@@ -37,6 +37,9 @@ FREE: dict[str, tuple[str, ...]] = {
 _UNTOLD = ("run.directory", "run.resume", "run.resume_changed", "rollout.servers", "rollout.addresses")
 """Free keys that differ from start to start and say nothing of the run."""
 
+_BEFORE = {"algorithm.tis_cap": "algorithm.importance_sampling_cap"}
+"""Keys with the names that they had in runs from before."""
+
 
 def is_free(key: str) -> bool:
     """Whether a key may change in mid-run."""
@@ -52,7 +55,7 @@ def changes(old: Mapping[str, Any], new: Config) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for key, entry in every_setting():
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        before, after = _at(old, key, default), _at(present, key, None)
+        before, after = _at(old, key, _at(old, _BEFORE.get(key, key), default)), _at(present, key, None)
         if before != after and key not in _UNTOLD:
             found[key] = (before, after)
     for name, _ in sections():

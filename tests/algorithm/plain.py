@@ -27,9 +27,9 @@ def plain_loss(inputs: LossInputs, config: AlgorithmConfig) -> Tensor:
         moved = log_probs - inputs.old_log_probs[row][mask]
         ratio = moved.clamp(-20, 20).exp()
         losses = PLAIN[config.loss_mode](log_probs, moved, ratio, float(inputs.advantages[row]), config)
-        if config.importance_sampling_cap is not None and losses:
+        if config.tis_cap is not None and losses:
             mismatch = (inputs.old_log_probs[row][mask] - inputs.rollout_log_probs[row][mask]).tolist()
-            cap = config.importance_sampling_cap
+            cap = config.tis_cap
             losses = [loss * min(math.exp(m), cap) for loss, m in zip(losses, mismatch, strict=True)]
         if config.reference_kl_coef > 0 and losses:
             estimates = _reference_kl(log_probs, inputs.reference_log_probs[row][mask], config.reference_kl_estimator)

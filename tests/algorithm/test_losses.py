@@ -94,7 +94,7 @@ def switches(draw: st.DrawFn) -> AlgorithmConfig:
         loss_agg_mode=aggregation,
         loss_scale_factor=24.0 if aggregation == "seq-mean-token-sum-norm" else None,
         # A correction a token of a ratio a sequence is defined for the token form alone, not for the form as printed.
-        importance_sampling_cap=draw(st.sampled_from([None, 0.9, 2.0])) if mode != "gspo" else None,
+        tis_cap=draw(st.sampled_from([None, 0.9, 2.0])) if mode != "gspo" else None,
         reference_kl_coef=draw(st.sampled_from([0.0, 0.1])),
         reference_kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
         **chosen,
@@ -206,7 +206,7 @@ def test_the_gradients_known_identities() -> None:
 def test_truncated_importance_sampling_scales_each_token() -> None:
     inputs = random_inputs(4, scale=0.01)
     plain = policy_loss(inputs, DAPO)[0]
-    capped = policy_loss(inputs, dataclasses.replace(DAPO, importance_sampling_cap=1e-3))[0]
+    capped = policy_loss(inputs, dataclasses.replace(DAPO, tis_cap=1e-3))[0]
     torch.testing.assert_close(capped, plain * 1e-3, rtol=1e-9, atol=1e-12)
 
 

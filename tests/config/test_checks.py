@@ -154,7 +154,7 @@ WARNED = {
     "algorithm=grpo algorithm.generation_batch_prompts=64": "without dynamic sampling",
     "validation.temperature=0 validation.samples=4": "alike",
     "optimizer.warmup_updates=1000": "warm up",
-    "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "importance_sampling_cap",
+    "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "tis_cap",
     "data=chain_sum": "reward.rule=reasoning_gym",
     "reward.rule=exact_match reward.math_tolerance=0.01": "not read",
     "data.task=chain_sum": "not read",

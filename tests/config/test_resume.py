@@ -98,6 +98,15 @@ def test_a_key_that_an_older_version_did_not_have_had_its_default() -> None:
     assert refused(changes(old, other), other) == ["optimizer.clip_grad: 1.0 → 2.0"]
 
 
+def test_a_key_that_had_another_name_is_compared_by_it() -> None:
+    old = asdict(load_config([]))
+    old["algorithm"]["importance_sampling_cap"] = 2.0
+    del old["algorithm"]["tis_cap"]
+    assert refused(changes(old, load_config([])), load_config([])) == ["algorithm.tis_cap: 2.0 → null"]
+    same = load_config(["algorithm.tis_cap=2"])
+    assert not refused(changes(old, same), same)
+
+
 def test_free_changes_are_told_too_but_for_those_of_every_start() -> None:
     new = Config()
     old = asdict(new)
