@@ -6,6 +6,7 @@ network once for each stage that reads it, however many ranks share it. Their te
 by a broadcast when the schedule asks for it (tokens.py). The other stages fetch nothing.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -199,4 +200,5 @@ def _first_reason(reason: str) -> str:
     torch.distributed.all_reduce(failed)
     if not failed.item():
         return ""
-    return next(text for text in gather_texts(reason, torch.device("cpu")) if text)
+    reasons = [json.loads(text) for text in gather_texts(json.dumps(reason), torch.device("cpu"))]
+    return next(text for text in reasons if text)
