@@ -35,7 +35,9 @@ def test_a_row_that_this_machine_cannot_run_says_why() -> None:
 def test_the_tables_of_the_rollout_path_are_made() -> None:
     """Its made-up engines speak the route of the real ones: a change of the route must not leave them behind."""
     command = [sys.executable, "-m", "benchmarks.rollout_path", "--quick"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| arrays \| 3700 \|", done.stdout, re.M) and re.search(
         r"^\| 16 \| [\d.]+ \|", done.stdout, re.M
