@@ -13,6 +13,7 @@ from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError, WeightsRefused
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, to_wire
 
 
 class EngineControl:
@@ -25,21 +26,21 @@ class EngineControl:
     """
 
     def __init__(self, pool: EnginePool):
-        self._pool = pool
+        self.pool = pool
 
     @property
     def roster(self) -> int:
         """Another number whenever servers have left or entered service since."""
-        return self._pool.roster
+        return self.pool.roster
 
     def admit(self) -> None:
         """See that every server that can is in service. RolloutError as by EnginePool.admit."""
-        self._pool.admit()
+        self.pool.admit()
 
     @property
     def workers_of_server(self) -> list[int]:
         """Engine workers of each server, in the pool's order."""
-        return [self._pool.config.tensor_parallel for _ in self._pool.in_service]
+        return [self.pool.config.tensor_parallel for _ in self.pool.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation between two tokens. Requests that run, or come in, go on at `resume`.
@@ -48,46 +49,47 @@ class EngineControl:
         With keep cached prefixes of older weights stay; a request that carries the version in `cache_salt` has no part
         in them.
         """
-        self._pool.begin_update()
-        if self._pool.config.shared_gpu:
+        self.pool.begin_update()
+        if self.pool.config.shared_gpu:
             # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
             await self._call_all("/wake_up?tags=weights", deadline)
         # Said either way: the default empties them in mode keep too, which the route's description denies.
-        clear = "true" if self._pool.config.kv_on_update == "recompute" else "false"
+        clear = "true" if self.pool.config.kv_on_update == "recompute" else "false"
         await self._call_all(f"/pause?mode=keep&clear_cache={clear}", deadline)
 
     async def resume(self, deadline: Deadline) -> None:
         """Lets generation go on."""
-        if self._pool.config.shared_gpu:
+        if self.pool.config.shared_gpu:
             await self._call_all("/wake_up?tags=kv_cache", deadline)
         await self._call_all("/resume", deadline)
-        self._pool.end_update()
+        self.pool.end_update()
 
     async def sleep(self, deadline: Deadline) -> None:
         """Has the engines free their GPUs' memory until the next `pause` … `resume`, and aborts what still runs.
 
         Weights go to host memory (level 1) although an update brings others: what no update touches comes back too.
         """
-        self._pool.begin_update()
+        self.pool.begin_update()
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
-    async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
-        """Tells each server, in the pool's order, how to join a weight plane, whatever state it was left in."""
+    async def join_transport(self, request_of_server: list[JoinRequest], deadline: Deadline) -> None:
+        """Tells each server, in the pool's order, to join a sender's transport, whatever state it was left in."""
         await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
-        await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
+        bodies = [{"init_info": to_wire(request)} for request in request_of_server]
+        await self._call_all("/init_weight_transfer_engine", deadline, bodies)
 
     async def start_weight_update(self, deadline: Deadline) -> None:
         """Prepares the engines for buckets."""
         await self._call_all("/start_weight_update", deadline)
 
-    async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None:
+    async def update_weights(self, header: BucketHeader, deadline: Deadline) -> None:
         """Makes the engines take one bucket; returns when all have it."""
-        await self._call_all("/update_weights", deadline, {"update_info": update_info})
+        await self._call_all("/update_weights", deadline, {"update_info": to_wire(header)})
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
         """Puts the new weights into service as `version`."""
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
-        self._pool.note_version(version)
+        self.pool.note_version(version)
 
     async def _call_all(
         self,
@@ -96,11 +98,11 @@ class EngineControl:
         body: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         """POST to every server. `body` is for all, or one for each server."""
-        servers = self._pool.in_service
+        servers = self.pool.in_service
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
         limits = httpx.Limits(max_connections=None)
-        about: dict[str, Any] = {"headers": self._pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
+        about: dict[str, Any] = {"headers": self.pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
         async with httpx.AsyncClient(limits=limits, **about) as client:
             calls = {
                 asyncio.ensure_future(self._call(client, server, path, content)): server
@@ -131,7 +133,7 @@ class EngineControl:
         failed |= dict.fromkeys(pending, late)
         for server, reason in failed.items():
             # A failed call leaves the workers of one engine out of step with each other.
-            self._pool.lose(server, reason, for_good=self._pool.config.tensor_parallel > 1)
+            self.pool.lose(server, reason, for_good=self.pool.config.tensor_parallel > 1)
 
     async def _call(self, client: httpx.AsyncClient, server: Server, path: str, body: Any) -> None:
         try:
