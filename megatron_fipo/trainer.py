@@ -311,7 +311,7 @@ class Trainer:
         """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
         with self.console.phase("weights"):
             published = self.publisher.publish(self.version, self._replace_failed)
-        with self.console.phase("probe"):
+        with self.console.phase("log-probs"):
             self.published = published | self.publisher.probe()
 
     def _replace_failed(self) -> bool:

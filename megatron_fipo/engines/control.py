@@ -9,6 +9,7 @@ from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import NoDescriptors, raise_if_exhausted
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.probes import engine_message
+from megatron_fipo.engines.scoring import score
 from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError, WeightsRefused
@@ -26,21 +27,21 @@ class EngineControl:
     """
 
     def __init__(self, pool: EnginePool):
-        self.pool = pool
+        self._pool = pool
 
     @property
     def roster(self) -> int:
         """Another number whenever servers have left or entered service since."""
-        return self.pool.roster
+        return self._pool.roster
 
     def admit(self) -> None:
         """See that every server that can is in service. RolloutError as by EnginePool.admit."""
-        self.pool.admit()
+        self._pool.admit()
 
     @property
     def workers_of_server(self) -> list[int]:
         """Engine workers of each server, in the pool's order."""
-        return [self.pool.config.tensor_parallel for _ in self.pool.in_service]
+        return [self._pool.config.tensor_parallel for _ in self._pool.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation between two tokens. Requests that run, or come in, go on at `resume`.
@@ -49,27 +50,27 @@ class EngineControl:
         With keep cached prefixes of older weights stay; a request that carries the version in `cache_salt` has no part
         in them.
         """
-        self.pool.begin_update()
-        if self.pool.config.shared_gpu:
+        self._pool.begin_update()
+        if self._pool.config.shared_gpu:
             # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
             await self._call_all("/wake_up?tags=weights", deadline)
         # Said either way: the default empties them in mode keep too, which the route's description denies.
-        clear = "true" if self.pool.config.kv_on_update == "recompute" else "false"
+        clear = "true" if self._pool.config.kv_on_update == "recompute" else "false"
         await self._call_all(f"/pause?mode=keep&clear_cache={clear}", deadline)
 
     async def resume(self, deadline: Deadline) -> None:
         """Lets generation go on."""
-        if self.pool.config.shared_gpu:
+        if self._pool.config.shared_gpu:
             await self._call_all("/wake_up?tags=kv_cache", deadline)
         await self._call_all("/resume", deadline)
-        self.pool.end_update()
+        self._pool.end_update()
 
     async def sleep(self, deadline: Deadline) -> None:
         """Has the engines free their GPUs' memory until the next `pause` … `resume`, and aborts what still runs.
 
         Weights go to host memory (level 1) although an update brings others: what no update touches comes back too.
         """
-        self.pool.begin_update()
+        self._pool.begin_update()
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
     async def join_transport(self, request_of_server: list[JoinRequest], deadline: Deadline) -> None:
@@ -89,7 +90,11 @@ class EngineControl:
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
         """Puts the new weights into service as `version`."""
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
-        self.pool.note_version(version)
+        self._pool.note_version(version)
+
+    async def score(self, token_ids: list[int], deadline: Deadline) -> dict[str, list[float | None]]:
+        """See `scoring.score`. It raises nothing: a server that fails is lost and left out."""
+        return await score(self._pool, token_ids, deadline)
 
     async def _call_all(
         self,
@@ -98,11 +103,11 @@ class EngineControl:
         body: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         """POST to every server. `body` is for all, or one for each server."""
-        servers = self.pool.in_service
+        servers = self._pool.in_service
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
         limits = httpx.Limits(max_connections=None)
-        about: dict[str, Any] = {"headers": self.pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
+        about: dict[str, Any] = {"headers": self._pool.headers, "timeout": None, "trust_env": False, "verify": tls()}
         async with httpx.AsyncClient(limits=limits, **about) as client:
             calls = {
                 asyncio.ensure_future(self._call(client, server, path, content)): server
@@ -133,7 +138,7 @@ class EngineControl:
         failed |= dict.fromkeys(pending, late)
         for server, reason in failed.items():
             # A failed call leaves the workers of one engine out of step with each other.
-            self.pool.lose(server, reason, for_good=self.pool.config.tensor_parallel > 1)
+            self._pool.lose(server, reason, for_good=self._pool.config.tensor_parallel > 1)
 
     async def _call(self, client: httpx.AsyncClient, server: Server, path: str, body: Any) -> None:
         try:

@@ -14,13 +14,13 @@ from megatron_fipo.weights.deadline import Deadline
 
 
 async def score(pool: EnginePool, token_ids: list[int], deadline: Deadline) -> dict[str, list[float | None]]:
-    """Log-probs of the tokens but the first, by the address of each server in service.
+    """Log-probs of the tokens but the first, by the address of each server that samples.
 
     A server that does not answer by the deadline, or not by the pool's version of the weights, is lost to the pool and
     left out.
     """
     request = ScoreRequest(token_ids, cache_salt=f"probe-{pool.weight_version}")
-    servers = pool.in_service
+    servers = pool.serving
     async with probing(pool.headers) as http:
         answers = await asyncio.gather(*(_ask(server, http, request, deadline) for server in servers))
     found = {}
@@ -46,7 +46,7 @@ async def _ask(
         return msgspec.json.decode(response.content, type=ScoreAnswer)
     except TimeoutError:
         return f"no answer within {deadline.seconds:g} s"
-    except (httpx.TransportError, msgspec.ValidationError) as error:
+    except (httpx.TransportError, msgspec.DecodeError) as error:
         try:
             raise_if_exhausted(error)
         except NoDescriptors:

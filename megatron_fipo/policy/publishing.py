@@ -2,23 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from megatron_fipo.config.agreement import agreement_limits
-from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.update import Policy
-from megatron_fipo.policy.weight_probe import beyond, probe_differences, probe_tokens
+from megatron_fipo.policy.weight_probe import Scorer, beyond, probe_differences, probe_tokens
+from megatron_fipo.weights.conductor import WeightControl
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.gather import HeldWeights
 from megatron_fipo.weights.publisher import open_publisher
 from megatron_fipo.weights.ranks import fact_of_rank_0
 
 
+class Engines(WeightControl, Scorer, Protocol):
+    """The engines, as rank 0 drives them."""
+
+
 class PolicyPublisher:
     """Hands the policy's weights to the engines. Every method is called by every rank together."""
 
-    def __init__(self, policy: Policy, control: EngineControl | None, run_dir: Path, warn: Callable[[str], None]):
+    def __init__(self, policy: Policy, control: Engines | None, run_dir: Path, warn: Callable[[str], None]):
         """`control` is given on rank 0, None elsewhere. `warn` gets what the probe has to say."""
         self._policy, self._control, self._warn = policy, control, warn
         config = policy.config
@@ -65,8 +70,8 @@ class PolicyPublisher:
         """
         if not self._probes:
             return {}
-        pool = self._control.pool if self._control else None
-        differences = probe_differences(self._policy, pool, self._probe, Deadline(self._rollout.update_timeout_s))
+        deadline = Deadline(self._rollout.hang_timeout_s)
+        differences = probe_differences(self._policy, self._control, self._probe, deadline)
         for url in beyond(differences, self._limit):
             self._warn(
                 f"the weights of the engine at {url} are not the trainer's: its log-probs of a fixed text differ by "

@@ -7,14 +7,13 @@ This one tells the engines apart, and comes before they sample.
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_fipo.engines.pool import EnginePool
-from megatron_fipo.engines.scoring import score
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.micro_batch import MicroBatch, MiniBatch
@@ -27,6 +26,14 @@ from megatron_fipo.weights.ranks import answer_of_rank_0
 TOKENS = 64
 
 
+class Scorer(Protocol):
+    """The engines, as far as the probe asks them."""
+
+    async def score(self, token_ids: list[int], deadline: Deadline) -> dict[str, list[float | None]]:
+        """Log-probs of the tokens but the first, by the address of each engine that answers; None: not a number."""
+        ...
+
+
 def probe_tokens(vocab_size: int, longest: int) -> list[int]:
     """The text: random ids, the same for every model of a vocabulary. At most `longest`."""
     generator = torch.Generator().manual_seed(TOKENS)
@@ -34,16 +41,16 @@ def probe_tokens(vocab_size: int, longest: int) -> list[int]:
 
 
 def probe_differences(
-    policy: Policy, pool: EnginePool | None, token_ids: Sequence[int], deadline: Deadline
+    policy: Policy, engines: Scorer | None, token_ids: Sequence[int], deadline: Deadline
 ) -> dict[str, float]:
     """Mean |log π_trainer − log π_engine| over the text, in nats per token, by the address of each engine.
 
-    Every rank calls this together, `pool` given on rank 0; the same on every rank. NaN where either side has one.
-    Engines that do not answer are lost to the pool and left out.
+    Every rank calls this together, `engines` given on rank 0; the same on every rank. NaN where either side has one.
+    Engines that do not answer are left out.
     """
-    answers = answer_of_rank_0(lambda: asyncio.run(score(pool, list(token_ids), deadline)) if pool else {})
+    answers = answer_of_rank_0(lambda: asyncio.run(engines.score(list(token_ids), deadline)) if engines else {})
     own = trainer_scores(policy, token_ids)
-    return {url: _mean_difference(own, values) for url, values in answers.items()}
+    return {url: mean_difference(own, values) for url, values in answers.items()}
 
 
 def beyond(differences: Mapping[str, float], limit: float) -> list[str]:
@@ -87,6 +94,7 @@ def trainer_scores(policy: Policy, token_ids: Sequence[int]) -> Tensor:
     return scores
 
 
-def _mean_difference(own: Tensor, engine: Sequence[float | None]) -> float:
+def mean_difference(own: Tensor, engine: Sequence[float | None]) -> float:
+    """Mean |own − engine|; NaN where either has one."""
     values = torch.tensor([math.nan if value is None else value for value in engine])
     return float((own - values).abs().mean())
