@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed
-from megatron.core import parallel_state
 
 from megatron_fipo import loop_state
 from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
-from megatron_fipo.errors import CheckpointError, RolloutError
+from megatron_fipo.errors import CheckpointError
 from megatron_fipo.experience import Experience
 from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.loop_state import ExperienceState, LoopState
@@ -28,6 +27,7 @@ from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_di
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.model import describe, start_model_parallel
+from megatron_fipo.policy.publishing import PolicyPublisher
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
@@ -46,9 +46,7 @@ from megatron_fipo.tracking.run_files import distinguishing, write_environment, 
 from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
-from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.sampling_events import SamplingEvents
-from megatron_fipo.weights.transfer import open_transfer
 
 STOP_FILE = "stop"
 
@@ -96,6 +94,8 @@ class Trainer:
         # On rank 0, what a step has begun with, and what one that was undone had.
         self.step_began_with: ExperienceState[Group] | None = None
         self.undone_to: ExperienceState[Group] | None = None
+        self.published: dict[str, float] = {}
+        """Metrics of the last weight update."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -114,16 +114,9 @@ class Trainer:
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
-            leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            self.transfer = open_transfer(
-                config.rollout,
-                self.experience.connect().control if self.experience else None,
-                stage=parallel_state.get_pipeline_model_parallel_rank(),
-                num_stages=config.parallel.pipeline,
-                is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
-                run_dir=self.directory,
-            )
-            self.stack.callback(self.transfer.close)
+            control = self.experience.connect().control if self.experience else None
+            self.publisher = PolicyPublisher(self.policy, control, self.directory, self.console.warn)
+            self.stack.callback(self.publisher.close)
         self.console.take_seconds()
         self.started = time.monotonic()
         self.ctrl_c.begin()
@@ -185,7 +178,7 @@ class Trainer:
         if self.metrics is None or self.experience is None or self.report is None:
             return
         self._check_lock()
-        metrics |= self.experience.pool.end_step()
+        metrics |= self.experience.pool.end_step() | self.published
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
@@ -312,22 +305,17 @@ class Trainer:
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
         if self.config.rollout.shared_gpu:
-            if self.experience is not None:
-                self.experience.make_room()
-            fact_of_rank_0(False)  # the other ranks wait for it
+            only_rank_0(lambda: self.experience.make_room() if self.experience else None)
 
     def _push(self) -> None:
         """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
-        if self.config.rollout.shared_gpu:
-            platform.release_memory()
         with self.console.phase("weights"):
-            while True:
-                try:
-                    self.transfer.push(export(self.policy.chunks, self.policy.model_config), self.version)
-                    return
-                except RolloutError:
-                    if not fact_of_rank_0(self.experience is not None and self.experience.replace_failed()):
-                        raise
+            published = self.publisher.publish(self.version, self._replace_failed)
+        with self.console.phase("log-probs"):
+            self.published = published | self.publisher.probe()
+
+    def _replace_failed(self) -> bool:
+        return self.experience is not None and self.experience.replace_failed()
 
     def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
         """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
