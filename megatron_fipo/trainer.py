@@ -25,17 +25,19 @@ from megatron_fipo.loop_state import ExperienceState, LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
+from megatron_fipo.policy.feed import feed_of
 from megatron_fipo.policy.finite_updates import FiniteUpdates
+from megatron_fipo.policy.micro_batch import MiniBatch
 from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.publishing import PolicyPublisher
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
-from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
+from megatron_fipo.rollout.offers import Offers
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.kept_samples import keep_samples
@@ -80,6 +82,7 @@ class Trainer:
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
         self.experience: Experience | None = None
+        self.offers: Offers | None = None
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
@@ -111,6 +114,7 @@ class Trainer:
                 only_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, model_config, str(self.model_dir), updates)
+            self.feed = feed_of(self.policy)
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
@@ -138,10 +142,10 @@ class Trainer:
         self.undone_to = self.step_began_with
         self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def next_batch(self) -> tuple[TrainBatch | None, dict[str, float]]:
-        """This step's sequences, on every rank, and rank 0's metrics of how they came about.
+    def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
+        """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
-        No sequences: a Ctrl-C broke it off.
+        None: a Ctrl-C broke it off.
         """
         batch, metrics = None, {}
         with self.console.phase("sample") as phase:
@@ -149,9 +153,9 @@ class Trainer:
             if not self._is_sampled(sampling):
                 return None, {}
             self._make_room()
-            if sampling is not None:
+            if sampling is not None and self.offers is not None:
                 selection, sampled = sampling.result
-                batch = train_batch(selection.groups, self.config.algorithm, self.version)
+                batch = self.offers.offer(selection.groups, self.step, self.version)
                 metrics = sampling_metrics(selection.counts, sampled)
                 keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
                 if selection.gave_up:
@@ -159,16 +163,15 @@ class Trainer:
                         f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
                         f"after {selection.counts.num_gen_batches} generation batches; training on those"
                     )
-            batch = share(batch)
-        return batch, metrics
+            return self.feed.get(batch, self.offers, self.policy.plan), metrics
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
 
         def warn(text: str) -> None:
             self.console.warn(f"step {self.step}: {text}")
 
-        metrics = train_step(self.policy, batch, self.agreement, self.console.phase, warn)
+        metrics = train_step(self.policy, mini_batches, self.agreement, self.console.phase, warn)
         if warning := self.finite_updates.judge(metrics):
             warn(warning)
         return metrics
@@ -355,6 +358,7 @@ class Trainer:
         stack.callback(self.metrics.close)
         self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
         self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
+        self.offers = stack.enter_context(Offers(self.config.algorithm, self.console.warn))
         self.console.note(f"problems: {self.experience.problem_counts}")
 
     def _name_belongings(self, stack: ExitStack) -> None:
