@@ -19,7 +19,7 @@ class OrderState(Struct, frozen=True, forbid_unknown_fields=True):
     shuffle: bool
 
 
-class ProblemOrder:
+class PromptSampler:
     """An endless stream of indices into `size` problems, every index once an epoch.
 
     Each epoch's order is a function of (seed, epoch) alone, so that the position is the whole state.

@@ -36,7 +36,7 @@ class Admission(Protocol):
 
 @dataclass(frozen=True)
 class Rounds:
-    """Generation batches, one after the other until a step is full; each ends before the next begins or a batch is taken.
+    """Generation batches until a step is full; each ends before the next one begins, and before anything is taken.
 
     A step that is not full after `most_rounds` trains on what it has, where DAPO's released code ends the run. READY
     tickets beyond the step are the next one's, or its surplus unless `carries_surplus`.

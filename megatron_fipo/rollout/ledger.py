@@ -64,15 +64,13 @@ class Ends(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StepCounts(Struct, frozen=True, forbid_unknown_fields=True):
-    """A step's tickets so far: carried_in + opened = trained + rejected + failed + those that have not ended."""
+    """A step's tickets so far: carried_in + opened = rejected + failed + those that have not ended."""
 
     rounds: Count = 0
     """How often tickets were opened."""
     opened: Count = 0
     carried_in: Count = 0
     """Tickets that were there when it began."""
-    trained: Count = 0
-    """Those of the batch that is out."""
     rejected: dict[str, Count] = {}
     failed: Count = 0
 
@@ -166,14 +164,12 @@ class Ledger:
         for ticket in tickets:
             self._move(ticket, (State.READY,), State.TAKEN)
         self.has_batch_out = True
-        self.step = replace(self.step, trained=len(tickets))
 
     def give_back(self) -> None:
         """Nothing was trained of the batch that is out; its tickets are READY."""
         for ticket in self.tickets(State.TAKEN):
             self._move(ticket, (State.TAKEN,), State.READY)
         self.has_batch_out = False
-        self.step = replace(self.step, trained=0)
 
     def settle(self, version: int) -> list[Ticket]:
         """The engines have these weights. The tickets of the batch that is out, if there is one: they are TRAINED."""
@@ -193,8 +189,7 @@ class Ledger:
     def state(self) -> LedgerState:
         """For a checkpoint. Another process cannot hear the answers to this one's requests: they begin again."""
         self.check()
-        step = replace(self.step, trained=0)
-        return LedgerState(self._next, self.ends, step, tuple(_resumed(*entry) for entry in self._in_order()))
+        return LedgerState(self._next, self.ends, self.step, tuple(_resumed(*entry) for entry in self._in_order()))
 
     def load(self, state: LedgerState) -> None:
         """Stand where `state` was taken, without a batch out. RolloutError if it cannot be one."""

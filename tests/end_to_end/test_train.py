@@ -239,7 +239,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     state = broken / "checkpoints/step-000002/trainer.json"
     saved = state.read_text()
     content = json.loads(saved)
-    assert content["experience"]["kept"], "the control: groups are carried over"
+    ledger = json.loads((state.parent / "rollout/ledger.json").read_text())
+    assert ledger["tickets"], "the control: groups are carried over"
     state.write_text(json.dumps(content | {"seconds": "x"}))
     output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=2)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output

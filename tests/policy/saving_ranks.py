@@ -71,7 +71,9 @@ def all_together(model_dir: str, directory: str, parallel: dict[str, Any]) -> di
     place = Path(directory)
 
     def save(step: int) -> Path:
-        return checkpoint.start_saving(policy, place, step, {"step": step}, keep=2, model_dir=Path(model_dir)).finish()
+        return checkpoint.start_saving(
+            policy, place, step, {"step": step}, 2, Path(model_dir), lambda partial: (partial / "rollout").mkdir()
+        ).finish()
 
     checkpoint.load(policy, save(1))  # after which ranks agree on what several of them hold
     saved = save(1)
@@ -163,7 +165,7 @@ def _forget(directory: Path) -> None:
 
 def _older(directory: Path) -> None:
     _forget(directory)
-    (directory / "trainer.safetensors").unlink()
+    shutil.rmtree(directory / "rollout")
 
 
 def _failures(save: Callable[[int], Path], saved: Path, place: Path) -> dict[str, Any]:
