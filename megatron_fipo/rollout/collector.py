@@ -113,27 +113,42 @@ class RolloutCollector:
         ready = {ticket.number: self._groups[ticket.number] for ticket, at in ledger.tickets if at is State.READY}
         return CollectorState(self._prompts.state(), ledger, ready)
 
-    def restore(self, state: CollectorState, *, new_order: bool = False) -> None:
+    def restore(self, state: CollectorState, *, new_order: bool = False, discard: bool = False) -> int:
         """Go on where `state` stood: no problem skipped, none repeated.
 
         Args:
             state: a snapshot, of this process or another.
             new_order: the data or its order is another one, of which a new epoch begins.
+            discard: end all tickets that have not ended. Their problems, if the data has them, come next.
+
+        Returns:
+            How many tickets were discarded.
 
         Raises:
             DataError: it belongs to other data or another order.
             RolloutError: its ledger does not add up.
         """
-        for ticket, at in state.ledger.tickets:
-            if at is State.OPEN and ticket.problem not in self._by_id:
-                raise DataError(f"ticket {ticket.number} is for the problem {ticket.problem}, which the data lacks")
+        lacking = [
+            ticket for ticket, at in state.ledger.tickets if at is State.OPEN and ticket.problem not in self._by_id
+        ]
+        if lacking and not discard:
+            raise DataError(
+                f"ticket {lacking[0].number} is for the problem {lacking[0].problem}, which the data lacks "
+                "(checkpoint.in_flight=discard resumes without it)"
+            )
         if new_order:
             self._prompts.start_over(state.order)
         else:
             self._prompts.load(state.order)
         self._ledger.load(state.ledger)
         self._groups, self._sampled = dict(state.groups), []
+        discarded = self._ledger.discard_all() if discard else []
+        if discarded:
+            places = {problem.id: place for place, problem in enumerate(self._drawn_from)}
+            self._prompts.put_back([places[ticket.problem] for ticket in discarded if ticket.problem in places])
+            self._groups = {}
         self._settled = self.snapshot()
+        return len(discarded)
 
     def _collect(self, tickets: Sequence[Ticket]) -> Steps[None]:
         for ticket in tickets:

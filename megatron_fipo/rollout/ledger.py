@@ -55,12 +55,14 @@ class Ends(Struct, frozen=True, forbid_unknown_fields=True):
     rejected: dict[str, Count] = {}
     """By reason."""
     failed: Count = 0
+    discarded: Count = 0
+    """At a resume that was told to."""
     unknown: Count = 0
     """Before the run's checkpoints had a ledger."""
 
     def total(self) -> int:
         """Of any kind."""
-        return self.trained + sum(self.rejected.values()) + self.failed + self.unknown
+        return self.trained + sum(self.rejected.values()) + self.failed + self.discarded + self.unknown
 
 
 class StepCounts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,6 +159,14 @@ class Ledger:
         self.ends = replace(self.ends, failed=self.ends.failed + 1)
         self.step = replace(self.step, failed=self.step.failed + 1)
 
+    def discard_all(self) -> list[Ticket]:
+        """End all that have not ended, which are returned by number; the step begins anew. For a resume."""
+        discarded = self.tickets()
+        self._entries = {}
+        self.ends = replace(self.ends, discarded=self.ends.discarded + len(discarded))
+        self.step, self.has_batch_out = StepCounts(), False
+        return discarded
+
     def take(self, tickets: Sequence[Ticket]) -> None:
         """They are the next batch."""
         if self.has_batch_out:
@@ -220,12 +230,13 @@ class Ledger:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Tickets of the run so far: opened = trained + rejected + failed + in flight (+ those before a ledger)."""
+        """Tickets of the run so far: opened is the sum of the others, and of those from before there was a ledger."""
         return {
             "tickets_opened": self._next,
             "tickets_trained": self.ends.trained,
             "tickets_rejected": sum(self.ends.rejected.values()),
             "tickets_failed": self.ends.failed,
+            "tickets_discarded": self.ends.discarded,
             "tickets_in_flight": len(self._entries),
         }
 

@@ -132,9 +132,13 @@ class TrainingRollouts(JudgedRollouts):
         keeps_order, warning = compare_for_resume(self._fingerprint, state.data, allow_change)
         if warning:
             self._listener.warn(warning)
-        self._check_lengths(list(collected.groups.values()))
+        discards = config.checkpoint.in_flight == "discard"
+        if not discards:
+            self._check_lengths(list(collected.groups.values()))
         is_another = resumes_changed and self._prompts.is_another(collected.order)
-        self._collector.restore(collected, new_order=is_another or not keeps_order)
+        new_order = is_another or not keeps_order
+        if count := self._collector.restore(collected, new_order=new_order, discard=discards):
+            self._listener.note(f"checkpoint.in_flight=discard: {count} prompts that were in flight are sampled anew")
 
     def _sample_step(self, problems: Sequence[Problem], seeds: Sequence[int]) -> Steps[list[Group]]:
         """What the collector asks for."""
@@ -170,7 +174,7 @@ class TrainingRollouts(JudgedRollouts):
             if found > limit:
                 raise DataError(
                     f"tickets has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length="
-                    f"{limit}: resume with at least {found}"
+                    f"{limit}: resume with at least {found}, or with checkpoint.in_flight=discard"
                 )
 
 

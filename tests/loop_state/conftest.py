@@ -42,7 +42,7 @@ def before(run: TrainingRollouts) -> LoopState:
     counts = StepCounts(rounds=1, opened=3, carried_in=2, rejected={"all_wrong": 1})
     ledger = LedgerState(9, Ends(trained=3, rejected={"all_wrong": 2}), counts, tickets)
     state = run.snapshot()
-    order = replace(state.collected.order, position=9)
+    order = replace(state.collected.order, position=9, returned=(3, 1))
     return LoopState(
         step=STEP,
         seconds=1.5,

@@ -38,6 +38,8 @@ def as_written(text: bytes) -> Any:
     for key, counts in (("ends", Ends()), ("step", StepCounts())):
         if isinstance(content.get(key), dict):
             content[key] = to_builtins(counts) | content[key]
+    if isinstance(content.get("order"), dict):
+        content["order"] = {"returned": []} | content["order"]
     content.pop("megatron_core", None)
     return content
 
@@ -79,7 +81,7 @@ def test_whatever_happens_to_the_files_is_refused_in_one_line_or_loaded_as_it_st
             patch.setattr(snapshot, "_BYTES_PER_FILE", 150)
             again = snapshot.encode(state.rollout)
         assert content_again == as_written(files["trainer.json"]), seed
-        assert again.ledger == as_written(files["rollout/ledger.json"]), seed
+        assert json.loads(json.dumps(again.ledger)) == as_written(files["rollout/ledger.json"]), seed
         # Other prompts of the same problems are warned about, and the fingerprint is then that of the present ones.
         assert replace(run.snapshot(), data=state.rollout.data) == state.rollout, seed
         for each, arrays in zip(array_names, again.files, strict=True):

@@ -65,6 +65,7 @@ LEDGER_FAULTS: dict[str, tuple[str, Any, str]] = {
     "a garbled fingerprint": ("data.prompts", "x", "at `$.data.prompts`"),
     "two sizes": ("data.count", 5, "data.count is 5, and should be order.size beside it, 4000"),
     "another seed": ("order.seed", 1, "order.seed is 1, and this run's is 0"),
+    "a prompt put back that is none": ("order.returned", [5, 4000], "order.returned has 4000, and should have numbers"),
     "an unknown key": ("order.x", 1, "unknown field `x` - at `$.order`"),
     "a ticket is lost": ("next_number", 10, "tickets: 10 tickets were opened, and 5 that have ended + 4 are known"),
     "a count is lost": ("ends.trained", 2, "tickets: 9 tickets were opened, and 4 that have ended + 4 are known"),
@@ -167,10 +168,22 @@ def test_a_file_of_samples_that_is_missing_is_named(run: TrainingRollouts, saved
 
 
 def test_a_group_longer_than_the_configurations_limits_is_refused(
-    run: TrainingRollouts, saved: Path, monkeypatch: pytest.MonkeyPatch
+    run: TrainingRollouts, saved: Path, before: LoopState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Or discarded, together with the tickets that wait to be sampled."""
     monkeypatch.setattr(run.config.rollout, "max_response_length", 1)
     assert "before rollout.max_response_length=1: resume with at least " in refusal(run, saved)
+    monkeypatch.setattr(run.config.checkpoint, "in_flight", "discard")
+    resume(run, saved)
+    state = run.snapshot().collected
+    assert (state.groups, state.ledger.tickets, state.order.returned) == ({}, (), (*drawn(run, before), 3, 1))
+    assert state.ledger.ends.discarded == 4
+
+
+def drawn(run: TrainingRollouts, before: LoopState) -> list[int]:
+    """Places in the data of the problems of all tickets in a state."""
+    places = {problem.id: place for place, problem in enumerate(run.problems)}
+    return [places[ticket.problem] for ticket, _ in before.rollout.collected.ledger.tickets]
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(run: TrainingRollouts, before: LoopState) -> None:

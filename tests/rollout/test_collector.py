@@ -157,6 +157,29 @@ def test_a_step_that_is_undone_is_done_again_with_the_same_tickets() -> None:
     assert engines.asked[asked : asked + 3] == engines.asked[asked + 3 :], "the control: it was asked for twice"
 
 
+def test_what_is_discarded_at_a_resume_comes_next_and_is_counted(tmp_path: Path) -> None:
+    admission = Rounds(2, 4, 9, carries_surplus=True)
+    rollouts = begun(admission)
+    batch_of(rollouts)
+    rollouts.settle(1)
+    state = through_files(rollouts.snapshot(), tmp_path / "step-000001", step=1)
+    engines = Engines()
+    resumed = collector(admission, engines)
+    assert resumed.restore(state, discard=True) == 2
+    again = through_files(resumed.snapshot(), tmp_path / "again", step=1)
+    assert not again.groups and not again.ledger.tickets and len(again.order.returned) == 2
+    resumed = collector(admission, engines)
+    resumed.restore(again)
+    resumed.settle(1)
+    batch = batch_of(resumed)
+    order = [PROBLEMS[index].id for index in PromptSampler(7, seed=1, shuffle=True).take(6)]
+    assert [group.problem.id for group in batch.sampled] == order[2:], "the two that were discarded, and the next two"
+    assert engines.asked == [(name, request_seed(1, "train", n)) for n, name in enumerate(order[2:], start=4)]
+    found = resumed.metrics()
+    assert (found["tickets_opened"], found["tickets_trained"], found["tickets_discarded"]) == (8, 2, 2)
+    assert collector(admission, engines).restore(state) == 0, "the control"
+
+
 def test_a_ticket_of_a_problem_that_is_gone_is_refused() -> None:
     rollouts = begun(Rounds(2, 3, 9, carries_surplus=True))
     sampling = rollouts.next_batch()
@@ -166,6 +189,8 @@ def test_a_ticket_of_a_problem_that_is_gone_is_refused() -> None:
     fewer = collector(Rounds(2, 3, 9, carries_surplus=True), Engines(), [each for each in PROBLEMS if each.id != lost])
     with pytest.raises(DataError, match=f"ticket 1 is for the problem {lost}, which the data lacks"):
         fewer.restore(state, new_order=True)
+    assert fewer.restore(state, new_order=True, discard=True) == 3
+    assert len(fewer.snapshot().order.returned) == 2, "but for the one that is gone"
 
 
 def through_files(state: CollectorState, directory: Path, step: int) -> CollectorState:

@@ -1,7 +1,7 @@
 """Why: a ticket that is lost, or trained twice, shows in no curve of a run.
 
 The ledger and both admissions alone, by random schedules and by each transition that is none. Who drives them, and that
-a snapshot goes to a file and back, are test_collector.py and tests/test_loop_state.py.
+a snapshot goes to a file and back, are test_collector.py and tests/loop_state.
 """
 
 import random
