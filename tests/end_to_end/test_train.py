@@ -61,6 +61,9 @@ def check_rows(rows: list[dict[str, float]], steps: int) -> None:
         assert row["weight_version"] == row["step"] - 1
         assert row["grad_norm"] > 0
         assert row["updates_skipped"] == 0
+        ended = sum(row[f"tickets_{end}"] for end in ("trained", "rejected", "failed", "discarded", "in_flight"))
+        assert row["tickets_opened"] == ended, "a prompt was lost, or counted twice"
+    assert rows[-1]["tickets_trained"] == sum(row["groups_kept"] for row in rows)
 
 
 @pytest.fixture(scope="module")
