@@ -180,9 +180,13 @@ def feed_of(policy: Policy, timeout_s: float = FETCH_TIMEOUT_S) -> Feed:
     )
 
 
-def made_alike(policy: Policy, batch: TrainBatch, store: Source) -> list[MiniBatch]:
-    """This rank's mini-batches of what every rank has made itself, and not sampled. RolloutError if it is no batch."""
-    found = feed_of(policy).fetch(batch, policy.plan(batch), store)
+def made_alike(policy: Policy, batch: TrainBatch, store: Source, plan: Plan | None = None) -> list[MiniBatch]:
+    """This rank's mini-batches of what every rank has made itself, and not sampled. RolloutError if it is no batch.
+
+    Args:
+        plan: None: the policy's own.
+    """
+    found = feed_of(policy).fetch(batch, plan or policy.plan(batch), store)
     if isinstance(found, FetchFailed):
         raise RolloutError(found.reason)
     return found

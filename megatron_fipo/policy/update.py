@@ -134,6 +134,11 @@ class Policy:
                         streams[REFERENCE_LOG_PROBS] = log_probs
         return StepLogProbs(found, differences)
 
+    @torch.no_grad()
+    def forward(self, mini_batch: MiniBatch, measure: Callable[[MicroBatch, Tensor, bool], Tensor]) -> list[Tensor]:
+        """What `measure` makes of each micro-batch's logits under the present weights; none but on the last stage."""
+        return self._run(mini_batch, measure, forward_only=True, collect_non_loss_data=True)
+
     def agreement(self, differences: Differences) -> dict[str, float]:
         """log_prob_diff_mean and the others of `agreement.log_prob_differences` over a step; every rank calls this.
 

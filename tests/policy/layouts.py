@@ -29,7 +29,7 @@ from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
 from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.reshard import export  # noqa: E402
+from tests.weights.whole import stage_tensors  # noqa: E402
 
 ALGORITHMS = {
     "fipo": AlgorithmConfig(
@@ -136,7 +136,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
             for chunk in policy.chunks:
                 for parameter in chunk.parameters():
                     parameter.copy_(parameter.main_grad)
-    found = dict(export(policy.chunks, policy.model_config))
+    found = stage_tensors(policy.chunks, policy.model_config)
     errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
     return {
         "metrics": metrics,

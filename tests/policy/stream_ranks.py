@@ -10,7 +10,6 @@ import numpy
 import torch
 from safetensors.numpy import save_file
 
-from megatron_fipo import carried_groups
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.errors import FipoError
@@ -18,6 +17,7 @@ from megatron_fipo.policy import platform
 from megatron_fipo.records import streams
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.rollout import saved_groups
 
 platform.install()
 
@@ -71,12 +71,12 @@ def make_groups() -> list[Group]:
 
 def from_checkpoint(groups: list[Group], folder: str) -> list[Group]:
     """The groups as a resumed run has them."""
-    rows, arrays = carried_groups.pack(groups)
+    rows, arrays = saved_groups.pack(groups)
     path = Path(folder) / "trainer.safetensors"
     save_file(arrays, path)
-    restored = carried_groups.read(path, rows, described_by=path)
-    carried_groups.check(restored, path, VOCABULARY)
-    return carried_groups.unpack(rows, restored, path)
+    restored = saved_groups.read(path, rows, described_by=path)
+    saved_groups.check(restored, path, VOCABULARY)
+    return saved_groups.unpack(rows, restored, path)
 
 
 def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from megatron_fipo.policy import checkpoint  # noqa: E402
 from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.reshard import export  # noqa: E402
 from tests.policy.layouts import ALGORITHMS  # noqa: E402
+from tests.weights.whole import stage_tensors  # noqa: E402
 
 SEQUENCES, PROMPT, LENGTH = 16, 4, 65
 MODEL = resolve_embedded("embedded:tiny")
@@ -75,7 +75,8 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
             saved = checkpoint.start_saving(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL).finish()
         metrics = policy.update(mini_batch, *policy.log_probs([mini_batch]).streams)
         gather_parameters(policy.chunks)
-        weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.model_config)])
+        tensors = stage_tensors(policy.chunks, policy.model_config).values()
+        weights = torch.cat([tensor.float().flatten() for tensor in tensors])
         found[name] = {"grad_norm": metrics["grad_norm"], "weights": weights.norm().item()}
     platform.stop_process_group()
     return found
@@ -103,7 +104,7 @@ def reload(
 
 
 def _exported(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.float().clone() for name, tensor in export(policy.chunks, policy.model_config)}
+    return {name: tensor.float().clone() for name, tensor in stage_tensors(policy.chunks, policy.model_config).items()}
 
 
 def _policy(
