@@ -383,10 +383,8 @@ class Trainer:
 
     def _loop_state(self) -> tuple[dict[str, Any], Callable[[Path], None]]:
         assert self.rollouts is not None, "rank 0 has one"
-        rollout = self.rollouts.snapshot()
-        return loop_state.encode(
-            LoopState(step=self.step, seconds=self._seconds(), results=self.results, rollout=rollout)
-        )
+        rollout, seconds = self.rollouts.snapshot(), self._seconds()
+        return loop_state.encode(LoopState(step=self.step, seconds=seconds, results=self.results, rollout=rollout))
 
     def _load_loop(self, path: Path) -> None:
         """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
