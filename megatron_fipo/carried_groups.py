@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_fipo.errors import DataError, one_line
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
 from megatron_fipo.rewards.rules import LARGEST_REWARD
 
@@ -66,6 +67,8 @@ class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     answer: str
     outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
     extra: dict[str, _Verdict | str] = {}
+    told: list[Annotated[list[_Count], Meta(min_length=2, max_length=2)]] = []
+    """Start and end of each stretch that the policy did not produce; none in checkpoints from before there were."""
 
 
 class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +111,8 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: {_TEXT} is not UTF-8 at {start + error.start}") from None
         result = RewardResult(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
-        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result)
+        segments = segments_around(saved.told, saved.tokens, "a sample")
+        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result, segments)
 
     groups = []
     for row in rows:
@@ -175,6 +179,7 @@ def _row(group: Group, text_bytes: Sequence[int]) -> GroupRow:
                 answer=result.answer,
                 outcome=result.outcome,
                 extra=result.extra,
+                told=[[segment.start, segment.end] for segment in sample.told],
             )
         )
     row = ProblemRow(

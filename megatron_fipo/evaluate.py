@@ -162,7 +162,7 @@ class Evaluation:
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:
         samples = [sample for group in groups for sample in group.samples]
-        tokens = sum(len(sample) for sample in samples)
+        tokens = sum(sample.actions for sample in samples)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
         self._terminal.note(f"{len(samples)} responses of {tokens} tokens in all: {speed}")
 

@@ -26,6 +26,7 @@ from megatron_fipo.errors import DataError, FipoError
 from megatron_fipo.experience import Experience
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.tracking.console import Console
 
 pytestmark = pytest.mark.slow
@@ -63,7 +64,9 @@ def group(run: Experience, number: int) -> Group:
         token_ids = [drawn.randrange(VOCABULARY) for _ in range(length)]
         log_probs = numpy.float32([-drawn.random() for _ in range(length)]).tolist()
         sample = sample_from_lists(token_ids, log_probs, "stop", STEP - 1)
-        samples.append(dataclasses.replace(sample, text=run.tokenizer.decode(token_ids) + "é"))
+        segments = segments_around([(1, length - 1)] if length > 3 else [], length, "made")
+        text = run.tokenizer.decode(token_ids) + "é"
+        samples.append(dataclasses.replace(sample, text=text, segments=segments))
         extra: dict[str, float | str] = {"steps": 2.0, "why": "é"} if length > 1 else {}
         results.append(RewardResult(float(length > 1), drawn.random(), "é7", "judged", extra))
     return Group(run.problems[number], tuple(samples)).with_results(results)
@@ -103,7 +106,9 @@ def test_without_groups_the_arrays_are_empty(run: Experience, tmp_path: Path) ->
 
 def test_a_state_in_json_alone_is_read(run: Experience, saved: Path, tmp_path: Path) -> None:
     """Checkpoints had no arrays before, and no fingerprint of the data in the beginning."""
-    expected = resume(run, saved).experience
+    found = resume(run, saved).experience
+    assert any(sample.told for group in found.kept for sample in group.samples)
+    expected = replace(found, kept=[of_one_turn(group) for group in found.kept])
     directory = old(expected, tmp_path / "step-000003")
     assert resume(run, directory).experience == expected
     content = json.loads((directory / "trainer.json").read_text())
@@ -124,6 +129,21 @@ def test_a_state_in_json_alone_is_read(run: Experience, saved: Path, tmp_path: P
     del content["experience"]["data"]
     (directory / "trainer.json").write_text(json.dumps(content))
     assert resume(run, directory).experience == replace(expected, data=None)
+
+
+def of_one_turn(group: Group) -> Group:
+    samples = tuple(dataclasses.replace(sample, segments=()) for sample in group.samples)
+    return dataclasses.replace(group, samples=samples)
+
+
+def test_a_row_from_before_there_were_segments_is_one_action(run: Experience, saved: Path, tmp_path: Path) -> None:
+    found = resume(run, saved).experience
+    directory = shutil.copytree(saved, tmp_path / saved.name)
+    content = json.loads((directory / "trainer.json").read_text())
+    told = [row.pop("told", []) for group in content["experience"]["kept"] for row in group["responses"]]
+    assert any(told)
+    (directory / "trainer.json").write_text(json.dumps(content))
+    assert resume(run, directory).experience == replace(found, kept=[of_one_turn(group) for group in found.kept])
 
 
 def old(state: Any, directory: Path) -> Path:
@@ -192,6 +212,7 @@ JSON_FAULTS: dict[str, tuple[str, Any, str]] = {
         1e300,
         "at `$.experience.kept[0].responses[0].r",
     ),
+    "context at the end": ("experience.kept.0.responses.0.told", [[0, 1]], "kept[0].responses[0].told has the seg"),
     "an outcome that is none": ("experience.kept.1.responses.1.outcome", "ok", "kept[1].responses[1].outcome`"),
 }
 
@@ -271,9 +292,10 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(run: Experie
             loop_state.encode(LoopState(step=STEP, seconds=0.0, results={}, experience=experience))
 
 
-def without_empty_extra(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object as it is written: what a reward of the user's own did not say is left out."""
-    return {name: value for name, value in pairs if (name, value) != ("extra", {}) or "text" in dict(pairs)}
+def without_empty(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as it is written: what a reward of the user's own did not say is left out, and what was not told."""
+    left_out = [("told", [])] if "text" in dict(pairs) else [("told", []), ("extra", {})]
+    return {name: value for name, value in pairs if (name, value) not in left_out}
 
 
 @pytest.mark.parametrize("kind", ["value", "key", "bytes", "tensors", "tensor bytes"])
@@ -307,7 +329,7 @@ def test_whatever_happens_to_the_files_is_refused_in_one_line_or_loaded_as_it_st
             continue
         outcomes["loaded"] += 1
         again, arrays_again = loop_state.encode(state)
-        before = json.loads(text, strict=False, object_pairs_hook=without_empty_extra)
+        before = json.loads(text, strict=False, object_pairs_hook=without_empty)
         assert again == {key: value for key, value in before.items() if key != "megatron_core"}, seed
         # Other prompts of the same problems are warned about, and the fingerprint is then that of the present ones.
         assert replace(run.state(), data=state.experience.data) == state.experience, seed

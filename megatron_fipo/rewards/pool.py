@@ -175,7 +175,7 @@ class RewardPool:
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
         if "error" in result:
             self.failures.add(_failure(ticket.group.problem, ticket.samples[index], outcome, result))
-        reward = self._reward(accuracy, result.get("reward"), len(ticket.group.samples[index]))
+        reward = self._reward(accuracy, result.get("reward"), ticket.group.samples[index].actions)
         ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, result.get("extra", {})))
 
     def _reward(self, accuracy: float, reward: float | None, length: int) -> float:
