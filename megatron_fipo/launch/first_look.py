@@ -22,7 +22,8 @@ from megatron_fipo.data.rows import look_at_first_rows
 from megatron_fipo.errors import RewardError, RunFailed
 from megatron_fipo.processes.ending import die_with_parent
 from megatron_fipo.processes.reasons import Listener
-from megatron_fipo.rewards.process import VerifierHung, VerifierProcess
+from megatron_fipo.processes.worker_process import WorkerHung
+from megatron_fipo.rewards.process import verifier_process
 
 LONGEST_IMPORT_S = 5.0
 """How long a reward's module may take to import here. A longer one is judged when the verifiers have started."""
@@ -73,14 +74,14 @@ def _imported(config: RewardConfig) -> Iterator[None]:
     if own_rule(config.rule) is None:
         yield
         return
-    verifier = VerifierProcess(config)
+    verifier = verifier_process(config)
     with ThreadPoolExecutor(1) as threads:
         started = threads.submit(verifier.ensure_started, LONGEST_IMPORT_S)
         try:
             yield
             started.result()
         except RewardError as error:
-            if not isinstance(error.__cause__, VerifierHung):
+            if not isinstance(error.__cause__, WorkerHung):
                 raise
         finally:
             verifier.retire()

@@ -15,10 +15,11 @@ from typing import Any
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.errors import RewardError
+from megatron_fipo.processes.worker_process import WorkerDied, WorkerHung, WorkerProcess
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, RewardResult, Sample
 from megatron_fipo.rewards.failures import Failure, FailureLog
-from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
+from megatron_fipo.rewards.process import verifier_process
 
 # Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
 _BATCH = 8
@@ -77,7 +78,7 @@ class RewardPool:
         self._max_response_length = max_response_length
         self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
         self._closed = False
-        self._processes = [VerifierProcess(config) for _ in range(config.workers)]
+        self._processes = [verifier_process(config) for _ in range(config.workers)]
         self._first_start: Future[None] = Future()
         self._threads = [
             threading.Thread(target=self._supervise, args=(process,), name=f"verifier-{index}", daemon=True)
@@ -131,7 +132,7 @@ class RewardPool:
         for thread in self._threads:
             thread.join()
 
-    def _supervise(self, process: VerifierProcess) -> None:
+    def _supervise(self, process: WorkerProcess) -> None:
         """One thread's life: feeds one process until the pool closes."""
         # Start-up runs ahead of the first response; if it fails, whoever submits one is told.
         failure = None
@@ -150,21 +151,23 @@ class RewardPool:
                 ticket.fail(error)
         process.kill()
 
-    def _judge_batch(self, process: VerifierProcess, ticket: _Ticket, indices: range) -> None:
+    def _judge_batch(self, process: WorkerProcess, ticket: _Ticket, indices: range) -> None:
         pending = deque(indices)
         while pending:
             process.ensure_started()
             try:
-                items = [_item(ticket.group.problem, ticket.samples[index], process.inputs) for index in pending]
+                items = [
+                    _item(ticket.group.problem, ticket.samples[index], process.greeting["inputs"]) for index in pending
+                ]
                 process.send(items, self._config.timeout_s)
                 while pending:
                     for result in process.receive(self._config.timeout_s):
                         self._settle(ticket, pending.popleft(), result)
-            except VerifierHung:
+            except WorkerHung:
                 process.kill()
                 error = f"no verdict within reward.timeout_s={self._config.timeout_s:g}"
                 self._settle(ticket, pending.popleft(), {"outcome": "timeout", "error": error})
-            except VerifierDied:
+            except WorkerDied:
                 process.kill()
                 if self._closed:
                     raise RewardError("the verifier pool was closed while it judged a response") from None
