@@ -58,9 +58,10 @@ class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
 class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A response and its judgement, without token ids, log-probs and text."""
 
-    tokens: _OneOrMore
+    tokens: _Count
+    """None where an environment failed before the first action."""
     text_bytes: _Count
-    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length)\Z")]
+    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length|turns|environment)\Z")]
     weight_version: _Count
     accuracy: _Verdict
     reward: _Verdict

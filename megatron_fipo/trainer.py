@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch.distributed
 from megatron.core import parallel_state
@@ -160,7 +160,7 @@ class Trainer:
                 selection, sampled = sampling.result
                 batch = train_batch(selection.groups, self.config.algorithm, self.version)
                 metrics = sampling_metrics(selection.counts, sampled)
-                keep_samples(self.directory, self.step, sampled, self.config.tracking.samples_per_step)
+                self._keep_samples(sampled, self.config.tracking.samples_per_step, "step")
                 if selection.gave_up:
                     self.console.warn(
                         f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
@@ -214,7 +214,7 @@ class Trainer:
             return
         result, groups = sampling.result
         count = self.config.tracking.samples_per_validation
-        keep_samples(self.directory, self.step, groups, count, of="validation")
+        self._keep_samples(groups, count, "validation")
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
@@ -308,6 +308,10 @@ class Trainer:
         write_summary(self.directory, summary)
         self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
+
+    def _keep_samples(self, groups: list[Group], count: int, of: Literal["step", "validation"]) -> None:
+        assert self.experience is not None, "rank 0 has one"
+        keep_samples(self.directory, self.step, groups, count, self.experience.tokenizer.decode, of)
 
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""

@@ -42,7 +42,8 @@ class Sample:
     """What `streams.checked` returns: a value for each token after the prompt, an end-of-sequence token included. The
     prompt is the group's."""
     finish_reason: str
-    """stop; length when max_response_length cut it off."""
+    """stop; length when max_response_length cut it off; turns when environment.max_turns did; environment where that
+    failed."""
     weight_version: int
     """The version of the weights that sampled it."""
     text: str = ""

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_fipo.algorithm.advantages import overlong_penalty
@@ -18,12 +18,11 @@ from megatron_fipo.errors import RewardError
 from megatron_fipo.processes.worker_process import WorkerDied, WorkerHung, WorkerProcess
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, RewardResult, Sample
-from megatron_fipo.rewards.failures import Failure, FailureLog
+from megatron_fipo.rewards.failures import LONGEST_NOTED, Failure, FailureLog
 from megatron_fipo.rewards.process import verifier_process
 
 # Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
 _BATCH = 8
-_LONGEST_NOTED = 2000
 
 Decode = Callable[[list[int]], str]
 """Token ids to text. Called in several threads at the same time."""
@@ -109,6 +108,7 @@ class RewardPool:
     def submit(self, group: Group, decode: Decode | None = None) -> Future[Group]:
         """Judges a group in the background; the future gives the same group with a result in each sample.
 
+        A sample that has a result keeps its environment's verdict, to which the overlong penalty is added.
         The samples get their texts by `decode`, in a verifier's thread, or have them already. From asyncio: `await
         asyncio.wrap_future(pool.submit(group))`.
         The future raises RewardError if no verifier can be started, or the pool is closed first, and ConfigError if
@@ -152,7 +152,12 @@ class RewardPool:
         process.kill()
 
     def _judge_batch(self, process: WorkerProcess, ticket: _Ticket, indices: range) -> None:
-        pending = deque(indices)
+        pending: deque[int] = deque()
+        for index in indices:
+            if (given := ticket.group.samples[index].result) is not None:
+                self._settle(ticket, index, asdict(given))
+            else:
+                pending.append(index)
         while pending:
             process.ensure_started()
             try:
@@ -216,8 +221,8 @@ def _failure(problem: Problem, sample: Sample, outcome: str, result: dict[str, A
     return Failure(
         problem=problem.id,
         data_source=problem.data_source,
-        ground_truth=problem.ground_truth[-_LONGEST_NOTED:],
-        response=sample.text[-_LONGEST_NOTED:],
+        ground_truth=problem.ground_truth[-LONGEST_NOTED:],
+        response=sample.text[-LONGEST_NOTED:],
         outcome=outcome,
         error=result["error"],
         traceback=result.get("traceback", ""),

@@ -1,5 +1,6 @@
 """What a `generate` call has to do: groups on their way, and which of them wait for a server."""
 
+import asyncio
 import functools
 import hashlib
 from collections import deque
@@ -51,6 +52,11 @@ class Work:
         for index in indices:
             del self.arrived[index]
 
+    @property
+    def first_seed(self) -> int:
+        """The engine's seed of sample 0; the others have the next ones."""
+        return spread(self.seed)
+
     def missing(self) -> list[int]:
         """Indices of the samples that have not arrived."""
         return [index for index in range(self.samples) if index not in self.arrived]
@@ -62,7 +68,7 @@ class Work:
 
     def request(self, indices: Sequence[int], cache_salt: str) -> GenerateRequest:
         """For the samples of these indices; prefixes are shared with requests of the same salt only."""
-        chosen, first = self.sampling, _spread(self.seed)
+        chosen, first = self.sampling, self.first_seed
         return GenerateRequest(
             token_ids=self.problem.token_ids.tolist(),
             seeds=[first + index for index in indices],
@@ -89,9 +95,17 @@ class Pending:
     def __init__(self, waiting: deque[Work]):
         self.waiting = waiting
         self.asked: set[Work] = set()
+        self.changed = asyncio.Event()
+        """Set when there may be something to do."""
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.asked)
+
+    def go_on(self) -> None:
+        """Called in the event loop before each look at what waits. May raise what has ended the work."""
+
+    def ended(self, work: Work) -> None:
+        """Take work whose samples have all arrived."""
 
     def take(self) -> Work:
         """The next that waits, which a server is asked for now."""
@@ -114,6 +128,6 @@ class Pending:
         )
 
 
-def _spread(seed: int) -> int:
+def spread(seed: int) -> int:
     """A 62-bit seed from `seed`. Sample i of a group has seed + i: seeds in a row would share random numbers."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

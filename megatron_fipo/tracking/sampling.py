@@ -60,6 +60,7 @@ def _responses(sampled: list[Group]) -> dict[str, float]:
         "responses_truncated": sum(sample.finish_reason == "length" for sample in samples),
         "response_tokens": float(lengths.sum()),
         "turns_mean": fmean(sample.turns for sample in samples),
+        "environment_failures": sum(sample.finish_reason == "environment" for sample in samples),
         "context_share": 1 - float(lengths.sum()) / tokens if tokens else 0.0,
         "weight_version": max(sample.weight_version for sample in samples),
     }

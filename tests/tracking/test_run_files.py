@@ -31,7 +31,7 @@ def test_environment_names_the_versions(tmp_path):
 
 def test_kept_samples_show_worst_and_best(tmp_path):
     groups = [make_group("7777778" + "9", "9", name=f"p{index}") for index in range(10)]
-    path = keep_samples(tmp_path, 12, groups, count=6)
+    path = keep_samples(tmp_path, 12, groups, count=6, decode=str)
     assert path == tmp_path / "samples" / "step-000012.txt"
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert [row["problem"] for row in rows] == ["p0"] * 4 + ["p9"] * 2
@@ -47,12 +47,12 @@ def test_kept_samples_show_worst_and_best(tmp_path):
 def test_kept_samples_run_no_escape_sequence(tmp_path):
     group = make_group("9", "9")
     group = group.with_texts(["\x1b[2Jgone\x9b31m\r"])
-    text = keep_samples(tmp_path, 1, [group], count=1).read_text()
+    text = keep_samples(tmp_path, 1, [group], count=1, decode=str).read_text()
     assert "\\x1b[2Jgone\\x9b31m\\r" in text and "\x1b" not in text
 
 
 def test_nothing_to_keep(tmp_path):
-    assert keep_samples(tmp_path, 1, [make_group("9", "9")], count=0) is None
+    assert keep_samples(tmp_path, 1, [make_group("9", "9")], count=0, decode=str) is None
     assert keep_samples(tmp_path, 1, [], count=8) is None
     assert not (tmp_path / "samples").exists()
 
