@@ -1,8 +1,8 @@
 """Environments in processes that can be killed: what a call gives, and what one that hangs or crashes costs.
 
 Why: code of the user's own, told what a model wrote, hangs and crashes; that must cost its sample and nothing else.
-What a sample makes of it is in tests/rollout/test_episode.py. Not covered: processes of an environment's own that leave its
-process group.
+What a sample makes of it is in tests/rollout/test_episode.py. Not covered: processes of an environment's own that leave
+its process group.
 """
 
 import time

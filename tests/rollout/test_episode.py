@@ -1,8 +1,8 @@
-"""Samples that environments and a real vLLM server make in turns: which tokens are whose, and of which text they follow.
+"""Samples that environments and a real vLLM server make in turns: which tokens are whose, and what they follow.
 
-Why: a later turn that does not extend the earlier ones token by token has other log-probs than the trainer's, and a told
-token that is taken for an action is trained on; neither shows in a text. Log-probs are held against transformers' own
-over the whole sample. What hangs or crashes is a process of tests/environments. Not covered: what is learnt from it.
+Why: a later turn that does not extend the earlier ones token by token has other log-probs than the trainer's, and a
+told token that is taken for an action is trained on; neither shows in a text. Log-probs are held against transformers'
+own over the whole sample. What hangs or crashes is a process of tests/environments. Not covered: what is learnt.
 """
 
 from pathlib import Path
@@ -58,10 +58,8 @@ def in_turns(
 def check_log_probs(rollout: Rollout, group: Group) -> None:
     """Those of actions are the model's own, given every token before them; context has none."""
     for sample in group.samples:
-        own, said = (
-            forward_log_probs(rollout.model, group.problem.token_ids, sample),
-            sample.streams["rollout_log_probs"],
-        )
+        own = forward_log_probs(rollout.model, group.problem.token_ids, sample)
+        said = sample.streams["rollout_log_probs"]
         for part in sample.segments:
             if part.action:
                 assert abs(own[part.start : part.end].numpy() - said[part.start : part.end]).max() < 1e-4
