@@ -36,7 +36,7 @@ def splits_read(config: Config) -> tuple[str, ...]:
 
 
 def look_first(config: Config, splits: tuple[str, ...]) -> None:
-    """Refuse data and code of the user's that a run could not use, and fetch what is on the hub: before it has processes.
+    """Refuse data and code of the user's that a run could not use, and fetch what is on the hub, before it starts.
 
     Raises:
         FipoError: what the run would end with; names the file, the row and the column, or the function.

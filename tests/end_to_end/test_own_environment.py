@@ -1,8 +1,8 @@
 """The page docs/environments.md, followed from an empty directory: an environment of one's own, a run, and a resume.
 
 Why: each part is tested by itself; here the embedded model and a real server train on samples of two turns whose
-tokens, rewards and masks are known. What the trainer's log-probs are over is known too: they agree with the engine's. Not
-covered: that anything is learnt from it.
+tokens, rewards and masks are known. Trainer and engine agree on the actions' log-probs. Not covered: that anything is
+learnt from it.
 """
 
 import json

@@ -91,7 +91,7 @@ def test_each_token_is_the_policys_or_was_told_and_follows_all_before_it(rollout
         for sample in group.samples:
             assert told(sample) == [[60, 61], *TOLD][: sample.turns], "what it was told, in order"
             turns.add(sample.turns)
-            if sample.finish_reason == "stop" and sample.turns == 3:
+            if sample.turns == 3:
                 # The environment counted the tokens that it was given.
                 assert sample.result is not None and sample.result.reward == sample.actions
                 assert sample.result.extra == {"turns": 3.0, "id": group.problem.id} and sample.result.accuracy == 0.25
@@ -104,17 +104,15 @@ def test_each_token_is_the_policys_or_was_told_and_follows_all_before_it(rollout
 
 
 def test_limits_of_tokens_and_of_turns_end_a_sample_with_an_action(rollout: Rollout) -> None:
-    whole = in_turns(rollout, f"{EXAMPLES}:Told", told=TOLD * 9, max_tokens=60, max_turns=3)
+    whole = in_turns(rollout, f"{EXAMPLES}:Told", told=TOLD * 9, max_tokens=100, max_turns=2)
     reasons = {sample.finish_reason for group in whole for sample in group.samples}
     assert reasons == {"turns", "length"}
     for group in whole:
         check_log_probs(rollout, group)
         for sample in group.samples:
-            assert len(sample) <= 60 and sample.turns <= 3 and sample.result is None
+            assert len(sample) <= 100 and sample.turns <= 2 and sample.result is None
             assert not sample.segments or sample.segments[-1].action
-            assert (sample.turns == 3) or sample.finish_reason == "length"
-            if sample.finish_reason == "turns":
-                assert sample.turns == 3 and len(sample) < 60
+            assert sample.turns == 2 or sample.finish_reason == "length"
 
 
 def test_greedy_samples_are_made_once(rollout: Rollout) -> None:
@@ -157,13 +155,11 @@ def test_a_reset_that_fails_once_is_repeated(rollout: Rollout, tmp_path: Path) -
 
 
 def test_an_environment_that_was_lost_begins_again_under_the_same_seed(rollout: Rollout) -> None:
-    """Another sample's crash kills it between its turns; what comes out is as if nothing had happened."""
-    options = {"way": "exit", "of": "-1", "keeps_state": False}
-    lost, _ = in_turns(rollout, f"{EXAMPLES}:Broken", prompts=2, samples=4, max_tokens=160, attempts=20, **options)
-    (alone,) = in_turns(rollout, f"{EXAMPLES}:Broken", prompts=1, samples=4, max_tokens=160, way="raise", of="-1")
-    assert problems(1)[0].token_ids.tolist() != problems(2)[0].token_ids.tolist()
-    assert {sample.finish_reason for sample in lost.samples} <= {"stop", "length"}
-    assert len(alone.samples) == len(lost.samples) == 4
+    """Crashes of other samples kill it between its turns; what comes out is as if nothing had happened."""
+    options: dict[str, Any] = {"of": "-1", "keeps_state": False, "prompts": 2, "samples": 4, "max_tokens": 160}
+    lost, _ = in_turns(rollout, f"{EXAMPLES}:Broken", way="exit", attempts=20, **options)
+    undisturbed, _ = in_turns(rollout, f"{EXAMPLES}:Broken", way="raise", **options)
+    assert lost == undisturbed and any(sample.turns == 2 for sample in lost.samples)
 
 
 def test_without_a_server_the_next_event_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
