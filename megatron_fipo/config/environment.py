@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB
 from megatron_fipo.config.settings import setting
 
 SINGLE_TURN = "single_turn"
@@ -39,7 +40,8 @@ class EnvironmentConfig:
     )
     workers: int = setting(
         4,
-        "Processes in which environments run, each those of many samples, one call at a time.",
+        "Processes in which environments run, each those of many samples, one call at a time. Each may use "
+        f"{VERIFIER_MEMORY_GIB} GiB, and all together this machine's memory.",
         minimum=1,
         maximum=1024,
     )
