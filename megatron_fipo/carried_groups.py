@@ -125,7 +125,17 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
 
 
 def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
-    """The arrays of `rows`. DataError, naming file and tensor, unless types and lengths are what the rows say."""
+    """The arrays of `rows`. DataError, naming file and tensor, unless types and lengths are what the rows say.
+
+    And naming `described_by`, where the rows are, for stretches of context that cannot be.
+    """
+    for row in rows:
+        for place, response in enumerate(row.responses):
+            where = f"{described_by}: responses[{place}].told of problem {row.problem.id[:80]!r}"
+            try:
+                segments_around(response.told, response.tokens, where)
+            except ValueError as error:
+                raise DataError(str(error)) from None
     lengths = _lengths(rows)
     try:
         with safe_open(path, framework="numpy") as file:

@@ -212,7 +212,7 @@ JSON_FAULTS: dict[str, tuple[str, Any, str]] = {
         1e300,
         "at `$.experience.kept[0].responses[0].r",
     ),
-    "context at the end": ("experience.kept.0.responses.0.told", [[0, 1]], "kept[0].responses[0].told has the seg"),
+    "context at the end": ("experience.kept.0.responses.0.told", [[0, 1]], "responses[0].told of problem "),
     "an outcome that is none": ("experience.kept.1.responses.1.outcome", "ok", "kept[1].responses[1].outcome`"),
 }
 
