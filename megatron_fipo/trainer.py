@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch.distributed
 from megatron.core import parallel_state
@@ -33,6 +33,7 @@ from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
@@ -158,7 +159,7 @@ class Trainer:
                 taken = sampling.result
                 batch = train_batch(taken.groups, self.config.algorithm, self.version)
                 metrics = sampling_metrics(taken)
-                log_rollouts(self.directory, self.step, taken.sampled, self.config.tracking.samples_per_step)
+                self._log_rollouts(taken.sampled, self.config.tracking.samples_per_step, "step")
                 if taken.gave_up:
                     self.console.warn(
                         f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
@@ -213,7 +214,7 @@ class Trainer:
         groups = sampling.result
         result = score(groups, self.config.validation.samples)
         count = self.config.tracking.samples_per_validation
-        log_rollouts(self.directory, self.step, groups, count, of="validation")
+        self._log_rollouts(groups, count, "validation")
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
@@ -307,6 +308,10 @@ class Trainer:
         write_summary(self.directory, summary)
         self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
+
+    def _log_rollouts(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
+        assert self.rollouts is not None, "rank 0 has one"
+        log_rollouts(self.directory, self.step, groups, count, self.rollouts.tokenizer.decode, of)
 
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""

@@ -56,15 +56,16 @@ class MicroBatch:
     position_ids: Tensor
     """[rows, local tokens] int64, from 0 in each sequence."""
     response_mask: Tensor
-    """[rows, local tokens] bool: the label is a response token."""
+    """[rows, local tokens] bool: the label is a response token that the policy produced."""
     advantages: Tensor
     """[rows, local tokens] fp32, the sequence's at each of its tokens."""
     weight_lag: Tensor
     """[rows, local tokens] int64, see TrainBatch."""
     response_quarter: Tensor
-    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3; 0 outside the mask."""
+    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3, by its position, what the
+    policy was told included; 0 outside a response."""
     response_lengths: Tensor
-    """[sequences] int64, of whole responses; 0 for a filler."""
+    """[sequences] int64: tokens that the policy produced, of whole responses; 0 for a filler."""
     offsets: Tensor | None
     """[sequences + 1] int32 on the CPU: packed, where each sequence begins and the last ends, in tokens of all
     context-parallel ranks together. None: padded."""
@@ -135,8 +136,11 @@ def build_micro_batch(
     for place, index in enumerate(indices):
         start, end, prompt = starts[place], starts[place + 1], batch.prompt_lengths[index]
         response = slice(start + prompt - 1, start + lengths[place] - 1)
-        response_lengths[place] = length = lengths[place] - prompt
+        length = lengths[place] - prompt
         mask[response], quarter[response] = True, torch.arange(length) * 4 // length
+        for _, told_start, told_end in batch.told[batch.told[:, 0] == index].tolist():
+            mask[start + told_start - 1 : start + told_end - 1] = False
+        response_lengths[place] = mask[response].sum()
         advantages[start:end], weight_lag[start:end] = batch.advantages[index], batch.weight_lag[index]
 
     def part(column: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A step's training data: groups become sequences of equal form, the same on every rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -30,6 +30,9 @@ class TrainBatch:
     carried over from an earlier step."""
     mini_batch_sizes: Sequence[int]
     """Sequences of each update, in order; they add up to n."""
+    told: Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.int64))
+    """[m, 3] int64: sequence, start and end, counted from the sequence's begin, of each stretch within a response that
+    the policy did not produce. No loss and no credit is theirs."""
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence, prompt and response."""
@@ -46,6 +49,7 @@ def train_batch(groups: Sequence[Group], algorithm: AlgorithmConfig, weight_vers
     advantages: list[float] = []
     weight_lag: list[int] = []
     sizes: list[int] = []
+    told: list[tuple[int, int, int]] = []
     for start in range(0, len(groups), algorithm.mini_batch_prompts):
         before = len(prompts)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
@@ -54,13 +58,17 @@ def train_batch(groups: Sequence[Group], algorithm: AlgorithmConfig, weight_vers
             for sample, _ in judged:
                 for name, values in _over_prompt_too(sample, group.problem).items():
                     streams[name].append(values)
-            prompts += [len(group.problem.token_ids)] * len(judged)
+            prompt = len(group.problem.token_ids)
+            for sequence, (sample, _) in enumerate(judged, start=len(prompts)):
+                told += [(sequence, prompt + segment.start, prompt + segment.end) for segment in sample.told]
+            prompts += [prompt] * len(judged)
             weight_lag += [weight_version - sample.weight_version for sample, _ in judged]
             rewards = [result.reward for _, result in judged]
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(prompts) > before:
             sizes.append(len(prompts) - before)
-    return TrainBatch(streams, prompts, torch.tensor(advantages), torch.tensor(weight_lag), sizes)
+    stretches = torch.tensor(told, dtype=torch.int64).view(-1, 3)
+    return TrainBatch(streams, prompts, torch.tensor(advantages), torch.tensor(weight_lag), sizes, stretches)
 
 
 def _over_prompt_too(sample: Sample, problem: Problem) -> dict[str, Tensor]:
@@ -80,8 +88,10 @@ def share(batch: TrainBatch | None) -> TrainBatch:
     Args:
         batch: the data on rank 0, None elsewhere.
     """
-    counts = torch.tensor([len(batch.prompt_lengths), len(batch.mini_batch_sizes)]) if batch is not None else None
-    count, mini_batches = _broadcast(counts, 2).tolist()
+    counts = None
+    if batch is not None:
+        counts = torch.tensor([len(batch.prompt_lengths), len(batch.mini_batch_sizes), len(batch.told)])
+    count, mini_batches, stretches = _broadcast(counts, 3).tolist()
     if count == 0:
         nothing: dict[str, list[Tensor]] = {name: [] for name in sampled_streams()}
         return TrainBatch(nothing, [], torch.empty(0), torch.empty(0, dtype=torch.int64), [])
@@ -96,7 +106,8 @@ def share(batch: TrainBatch | None) -> TrainBatch:
         streams[name] = _broadcast(flat, sum(lengths), getattr(torch, stream.dtype)).split(lengths)
     floats = torch.cat([batch.advantages, batch.weight_lag.float()]) if batch is not None else None
     advantages, weight_lag = _broadcast(floats, 2 * count, torch.float32).split(count)
-    return TrainBatch(streams, prompts, advantages, weight_lag.long(), sizes)
+    told = _broadcast(batch.told.flatten() if batch is not None else None, 3 * stretches).view(-1, 3)
+    return TrainBatch(streams, prompts, advantages, weight_lag.long(), sizes, told)
 
 
 def _broadcast(tensor: Tensor | None, size: int, dtype: torch.dtype = torch.int64) -> Tensor:

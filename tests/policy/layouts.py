@@ -77,6 +77,7 @@ def read_batch(path: str) -> TrainBatch:
         advantages=data["advantages"],
         weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
         mini_batch_sizes=[len(lengths)],
+        told=data["told"],
     )
 
 
@@ -118,7 +119,10 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
                 module.window = None
             elif isinstance(module, RMSNorm):
                 module.zero_centered = False
-    (mini_batch,) = policy.plan(read_batch(batch))
+    data = read_batch(batch)
+    if sabotage == "told":
+        data = dataclasses.replace(data, told=data.told[:0])
+    (mini_batch,) = policy.plan(data)
     (found_streams,) = policy.log_probs([mini_batch]).streams
     on_policy = policy.update(mini_batch, found_streams) if sabotage == "on_policy" else None
     engine = [micro_batch.streams.get("rollout_log_probs") for micro_batch in mini_batch]

@@ -3,6 +3,8 @@
 Why: a response that is masked one token off still trains. Not covered: what the model makes of them (test_layouts.py).
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -54,6 +56,18 @@ def test_what_belongs_to_the_responses(packed: bool) -> None:
     assert batch.weight_lag[batch.response_mask].tolist() == [0] * 4 + [2] * 2
     assert batch.response_quarter[batch.response_mask].tolist() == [0, 1, 2, 3, 0, 2]
     assert batch.response_lengths.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_the_policy_was_told_counts_for_nothing(packed: bool) -> None:
+    """By the label: the first action after context is predicted at context's last token, and is the policy's."""
+    batch = dataclasses.replace(make_batch(), told=torch.tensor([[0, 4, 6]]))
+    for ranks in (1, 2):
+        parts = [build_micro_batch(batch, [1, 0], BatchLayout(packed, 4, rank, ranks), CPU) for rank in range(ranks)]
+        labels = torch.cat([part.streams["labels"][part.response_mask] for part in parts])
+        assert sorted(labels.tolist()) == [13, 16, 22, 23]
+        assert all(part.response_lengths.tolist() == [2, 2] for part in parts), "of whole responses, on every rank"
+        assert all(part.streams["labels"].shape == part.response_mask.shape for part in parts)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
