@@ -79,7 +79,8 @@ def main(config: Config, said: Sequence[str]) -> None:
     _check_can_be_served(config, weights)
     look_first(config, ("validation",))
     rollouts = JudgedRollouts(config, weights.directory)
-    columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
+    columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+    longest = config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
     settings = settings_of(config, weights, loaded.problems)
     directory = directory_of(config, weights, settings)
@@ -162,7 +163,7 @@ class Evaluation:
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:
         samples = [sample for group in groups for sample in group.samples]
-        tokens = sum(len(sample) for sample in samples)
+        tokens = sum(sample.actions for sample in samples)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
         self._terminal.note(f"{len(samples)} responses of {tokens} tokens in all: {speed}")
 

@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch.distributed
 
@@ -34,6 +34,7 @@ from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
+from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
 from megatron_fipo.rollout.offers import Offers
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
@@ -155,7 +156,7 @@ class Trainer:
                 taken = sampling.result
                 batch = self.offers.offer(taken.groups, self.step, self.version)
                 metrics = sampling_metrics(taken)
-                log_rollouts(self.directory, self.step, taken.sampled, self.config.tracking.samples_per_step)
+                self._log_rollouts(taken.sampled, self.config.tracking.samples_per_step, "step")
                 if taken.gave_up:
                     self.console.warn(
                         f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
@@ -209,7 +210,7 @@ class Trainer:
         groups = sampling.result
         result = score(groups, self.config.validation.samples)
         count = self.config.tracking.samples_per_validation
-        log_rollouts(self.directory, self.step, groups, count, of="validation")
+        self._log_rollouts(groups, count, "validation")
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
@@ -304,6 +305,10 @@ class Trainer:
         self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
 
+    def _log_rollouts(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
+        assert self.rollouts is not None, "rank 0 has one"
+        log_rollouts(self.directory, self.step, groups, count, self.rollouts.tokenizer.decode, of)
+
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
         if self.config.rollout.shared_gpu:
@@ -375,10 +380,8 @@ class Trainer:
 
     def _loop_state(self) -> tuple[dict[str, Any], Callable[[Path], None]]:
         assert self.rollouts is not None, "rank 0 has one"
-        rollout = self.rollouts.snapshot()
-        return loop_state.encode(
-            LoopState(step=self.step, seconds=self._seconds(), results=self.results, rollout=rollout)
-        )
+        rollout, seconds = self.rollouts.snapshot(), self._seconds()
+        return loop_state.encode(LoopState(step=self.step, seconds=seconds, results=self.results, rollout=rollout))
 
     def _load_loop(self, path: Path) -> None:
         """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""

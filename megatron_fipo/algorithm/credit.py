@@ -138,7 +138,8 @@ def influence_weights(
 
     Args:
         log_ratio: [rows, tokens] Δ, already clamped.
-        response_mask: [rows, tokens] bool, true on response tokens.
+        response_mask: [rows, tokens] bool, true on tokens that the policy produced. Others take no part in any sum;
+            they count as distance.
         advantages: [rows, tokens], or what spreads to it.
         settings: decay rate, band, safety rule and participation mask.
         clip_ratio_c: c, the ratio above which a token takes no part in the sum.

@@ -36,9 +36,9 @@ class LossInputs:
     advantages: Tensor
     """[rows, tokens], or what spreads to it: one value a sequence."""
     response_mask: Tensor
-    """[rows, tokens] bool: the token belongs to the response."""
+    """[rows, tokens] bool: the policy produced the token. What it was told within a response is not of it."""
     response_lengths: Tensor
-    """[sequences] int64, tokens of the whole response, over all context-parallel ranks; 0 for a filler."""
+    """[sequences] int64, the mask's tokens of each, over all context-parallel ranks; 0 for a filler."""
     layout: SequenceLayout = field(default_factory=SequenceLayout)
     """Where the sequences lie; a row each unless said otherwise."""
 

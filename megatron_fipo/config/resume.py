@@ -16,7 +16,11 @@ FREE: dict[str, tuple[str, ...]] = {
     "the run's directory and name": ("run.name", "run.directory"),
     "the run's length; with a decaying optimizer.schedule it may not change": ("run.steps",),
     "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change", "checkpoint.in_flight"),
-    "deadlines: what is late is repeated, left out, or ends the run": ("*_timeout_s", "rollout.max_restarts"),
+    "deadlines: what is late is repeated, left out, or ends the run": (
+        "*_timeout_s",
+        "rollout.max_restarts",
+        "environment.attempts",
+    ),
     "servers: a request's seed fixes its tokens, whichever server answers": (
         *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
@@ -26,7 +30,7 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
-    "the processes that judge": ("reward.workers", "reward.timeout_s"),
+    "the processes that judge and answer": ("reward.workers", "environment.workers"),
     "the problems themselves are compared, wherever they are": ("data.train",),
     "how often, not what is trained": (
         *("validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.verify"),

@@ -15,12 +15,14 @@ from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.engines.descriptors import provide
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.environments.pool import EnvironmentPool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import RewardPool
+from megatron_fipo.rollout.episode import generate_in_turns, surroundings
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.listener import Progress
@@ -38,6 +40,8 @@ class JudgedRollouts:
         self.tokenizer = load_tokenizer(model_dir, config.data)
         check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
         self.client: EngineGenerator | None = None
+        self.environments: EnvironmentPool | None = None
+        self._model_dir = model_dir
 
     def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
         """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
@@ -45,17 +49,21 @@ class JudgedRollouts:
         No problem will have fewer samples than `fewest_samples`.
 
         Raises:
-            ConfigError, RewardError: as RewardPool.wait_started.
+            ConfigError, RewardError: as RewardPool.wait_started; as EnvironmentPool.wait_started.
             RolloutError: so many connections to servers may not be opened.
         """
         self.pool = pool
         rollout = self.config.rollout
         servers = len(rollout.addresses) or rollout.servers
         what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
-        provide(connections(rollout, fewest_samples), what)
+        # A turn is a request for one sample.
+        provide(connections(rollout, 1 if self.config.environment.is_own else fewest_samples), what)
         limit = self.config.rollout.max_response_length
         self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
         self.verifiers.wait_started()
+        if self.config.environment.is_own:
+            self.environments = EnvironmentPool(self.config.environment, self._model_dir, self.vocab_size)
+            self.environments.wait_started()
         pool.start()
 
     def __enter__(self) -> "JudgedRollouts":
@@ -64,6 +72,8 @@ class JudgedRollouts:
     def __exit__(self, *exception: object) -> None:
         if self.client is not None:
             self.client.close()
+        if self.environments is not None:
+            self.environments.close()
         self.verifiers.close()
         self.pool.close()
 
@@ -97,7 +107,12 @@ class JudgedRollouts:
 
         # Nobody may have asked for a long time.
         self.pool.lose_unfit()
-        groups = yield from self.client.generate(problems, samples, sampling, seeds, judge)
+        asked = (problems, samples, sampling, seeds, judge)
+        if self.environments is None:
+            groups = yield from self.client.generate(*asked)
+        else:
+            around = surroundings(self.config, self.environments, self.tokenizer.decode, self.verifiers.failures)
+            groups = yield from generate_in_turns(self.client, around, *asked)
         return [judged[id(group)] for group in groups]
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:

@@ -1,12 +1,12 @@
 """Batches that sampling offers to the trainer: rows for every rank, tokens in a store for who reads them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.config import AlgorithmConfig
-from megatron_fipo.records.rows import StoreAddress, TrainBatch, rows_of
+from megatron_fipo.records.rows import StoreAddress, TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.store import SampleStore
 from megatron_fipo.rollout.store_server import StoreServer
@@ -52,31 +52,34 @@ class Offers:
 
 
 def train_batch(
-    groups: Iterable[Group], algorithm: AlgorithmConfig, store: SampleStore, step: int, weight_version: int
+    groups: Sequence[Group], algorithm: AlgorithmConfig, store: SampleStore, step: int, weight_version: int
 ) -> TrainBatch:
     """Judged groups as rows, cut into mini-batches of whole groups, each sample with its advantage; tokens to `store`.
 
     A sample whose check failed is no wrong answer: it is left out, of the group's mean too.
     """
-    groups = list(groups)
     samples: list[int] = []
     tokens: list[int] = []
     prompts: list[int] = []
     advantages: list[float] = []
     weight_lag: list[int] = []
     sizes: list[int] = []
+    told: list[tuple[int, int, int]] = []
     for start in range(0, len(groups), algorithm.mini_batch_prompts):
         before = len(samples)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
             pairs = zip(group.samples, group.results, strict=True)
             judged = [(sample, result) for sample, result in pairs if result.was_judged]
-            prompt = group.problem.token_ids
-            samples += [store.put(prompt, sample.streams) for sample, _ in judged]
-            tokens += [len(prompt) + len(sample) for sample, _ in judged]
-            prompts += [len(prompt)] * len(judged)
+            prompt = len(group.problem.token_ids)
+            for row, (sample, _) in enumerate(judged, start=len(samples)):
+                told += [(row, prompt + segment.start, prompt + segment.end) for segment in sample.told]
+            samples += [store.put(group.problem.token_ids, sample.streams) for sample, _ in judged]
+            tokens += [prompt + len(sample) for sample, _ in judged]
+            prompts += [prompt] * len(judged)
             weight_lag += [weight_version - sample.weight_version for sample, _ in judged]
             rewards = [result.reward for _, result in judged]
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(samples) > before:
             sizes.append(len(samples) - before)
-    return TrainBatch(step, rows_of(samples, tokens, prompts, advantages, weight_lag, sizes))
+    rows = rows_of(samples, tokens, prompts, advantages, weight_lag, sizes)
+    return TrainBatch(step, rows, told_stretches(told, rows))

@@ -33,7 +33,7 @@ class TrainingRollouts(JudgedRollouts):
         super().__init__(config, model_dir)
         self._listener = listener
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        columns = own_rule(config.reward.rule) is not None
+        columns = own_rule(config.reward.rule) is not None or config.environment.is_own
         train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             listener.warn(warning)

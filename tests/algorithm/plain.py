@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fipo.algorithm.losses import LossInputs
 from megatron_fipo.config import AlgorithmConfig
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor, float, AlgorithmConfig], list[Tensor]]
+TokenLoss = Callable[..., list[Tensor]]
 """(log-probs, log π/π_old, ratio, advantage, configuration), one response's, → a loss a token."""
 
 
@@ -26,7 +26,9 @@ def plain_loss(inputs: LossInputs, config: AlgorithmConfig) -> Tensor:
             continue
         moved = log_probs - inputs.old_log_probs[row][mask]
         ratio = moved.clamp(-20, 20).exp()
-        losses = PLAIN[config.loss_mode](log_probs, moved, ratio, float(inputs.advantages[row]), config)
+        # Only F looks at where tokens are: by their distance in the sequence, context between them included.
+        where = {"places": mask.nonzero()[:, 0].tolist()} if config.loss_mode == "future_kl" else {}
+        losses = PLAIN[config.loss_mode](log_probs, moved, ratio, float(inputs.advantages[row]), config, **where)
         if config.tis_cap is not None and losses:
             mismatch = (inputs.old_log_probs[row][mask] - inputs.rollout_log_probs[row][mask]).tolist()
             cap = config.tis_cap
@@ -77,14 +79,17 @@ def _vanilla(
     return losses
 
 
-def plain_influence(delta: list[float], advantage: float, config: AlgorithmConfig) -> list[float]:
-    """f_t of one response, each F_t a sum of its own."""
+def plain_influence(
+    delta: list[float], advantage: float, config: AlgorithmConfig, places: list[int] | None = None
+) -> list[float]:
+    """f_t of one response, each F_t a sum of its own. `places`: where its tokens are; None: one after the other."""
+    places = places or list(range(len(delta)))
     kl = config.future_kl
     gamma = 2 ** (-1 / kl.decay_rate)
     weights = []
     takes_part = [not kl.participation_mask or d <= math.log(config.clip_ratio_c) for d in delta]
     for t in range(len(delta)):
-        future = sum(gamma ** (k - t) * delta[k] for k in range(t, len(delta)) if takes_part[k])
+        future = sum(gamma ** (places[k] - places[t]) * delta[k] for k in range(t, len(delta)) if takes_part[k])
         weight = min(max(math.exp(future), kl.band_low), kl.band_high)
         if advantage < 0 and math.exp(delta[t]) > kl.safety_thresh:
             weight = 1.0 if kl.safety_rule == "one" else min(max(weight, 0.8), 1.0)
@@ -93,10 +98,10 @@ def plain_influence(delta: list[float], advantage: float, config: AlgorithmConfi
 
 
 def _future_kl(
-    log_probs: Tensor, moved: Tensor, ratio: Tensor, advantage: float, config: AlgorithmConfig
+    log_probs: Tensor, moved: Tensor, ratio: Tensor, advantage: float, config: AlgorithmConfig, places: list[int]
 ) -> list[Tensor]:
     losses, dual_clipped = [], 0
-    for t, weight in enumerate(plain_influence(moved.clamp(-20, 20).tolist(), advantage, config)):
+    for t, weight in enumerate(plain_influence(moved.clamp(-20, 20).tolist(), advantage, config, places)):
         weighted = advantage * weight
         loss = _clipped(ratio[t], weighted, config)
         bound = torch.tensor(-weighted * config.clip_ratio_c, dtype=ratio.dtype)

@@ -27,14 +27,15 @@ pytestmark = pytest.mark.slow
 MUTATIONS = 400
 
 
-def without_empty_extra(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object as it is written: what a reward of the user's own did not say is left out."""
-    return {name: value for name, value in pairs if (name, value) != ("extra", {}) or "text" in dict(pairs)}
+def without_empty(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as it is written: what a reward of the user's own did not say is left out, and what was not told."""
+    left_out = [("told", [])] if "text" in dict(pairs) else [("told", []), ("extra", {})]
+    return {name: value for name, value in pairs if (name, value) not in left_out}
 
 
 def as_written(text: bytes) -> Any:
     """What a JSON file says, with the counts of nothing that it may leave out."""
-    content = json.loads(text, strict=False, object_pairs_hook=without_empty_extra)
+    content = json.loads(text, strict=False, object_pairs_hook=without_empty)
     for key, counts in (("ends", Ends()), ("step", StepCounts())):
         if isinstance(content.get(key), dict):
             content[key] = to_builtins(counts) | content[key]

@@ -17,7 +17,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy import platform
 from megatron_fipo.records.problem import Problem, prompt_ids
-from megatron_fipo.records.rows import StoreAddress, TrainBatch, rows_of
+from megatron_fipo.records.rows import StoreAddress, TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 
 platform.install()
@@ -130,7 +130,7 @@ def verdicts(policy: Policy, feed: Feed) -> dict[str, Any]:
             ("dies", VOCABULARY, feed, signal.SIGKILL),
         ):
             rows = rows_of(range(samples), [9] * samples, [1] * samples, [0.0] * samples, [0] * samples, [samples])
-            batch = share(TrainBatch(1, rows, address) if address else None)
+            batch = share(TrainBatch(1, rows, told_stretches([], rows), address) if address else None)
             if process and send:
                 os.kill(process.pid, send)
             torch.distributed.barrier()

@@ -8,7 +8,7 @@ import msgspec
 import numpy
 import pytest
 
-from megatron_fipo.records.rows import ROW, StoreAddress, TrainBatch, rows_of
+from megatron_fipo.records.rows import ROW, StoreAddress, TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.wire import WireError, encode_frame
 
 ADDRESS = StoreAddress("http://127.0.0.1:1", "secret")
@@ -18,12 +18,14 @@ def make_batch(sizes: tuple[int, ...] = (2, 1)) -> TrainBatch:
     count = sum(sizes)
     lengths = range(5, 5 + count)
     rows = rows_of(range(7, 7 + count), lengths, [2] * count, [0.1] * count, [0] * count, sizes)
-    return TrainBatch(3, rows, ADDRESS)
+    told = [(0, 2, 3), (0, 4, 5), (2, 3, 7)] if count == 3 else []
+    return TrainBatch(3, rows, told_stretches(told, rows), ADDRESS)
 
 
-def frame_of(rows: numpy.ndarray, about: object = None) -> bytes:
+def frame_of(rows: numpy.ndarray, told: tuple[tuple[int, ...], ...] = ()) -> bytes:
     raw = rows.view(numpy.uint8).reshape(len(rows), -1)
-    return encode_frame(about or {"step": 1, "store": None}, {"rows": raw})
+    stretches = numpy.array(told, numpy.int32).reshape(len(told), -1 if told else 3)
+    return encode_frame({"step": 1, "store": None}, {"rows": raw, "told": stretches})
 
 
 def test_a_batch_arrives_as_it_was() -> None:
@@ -33,6 +35,7 @@ def test_a_batch_arrives_as_it_was() -> None:
     assert numpy.array_equal(found.rows, batch.rows) and found.rows.dtype == ROW
     assert found.lengths == [5, 6, 7] and found.mini_batch_sizes == [2, 1]
     assert found.rows["advantage"].dtype == numpy.float32
+    assert [found.told_of(row) for row in range(3)] == [[[2, 3], [4, 5]], [], [[3, 7]]]
     with pytest.raises(ValueError, match="read-only"):
         found.rows["tokens"][0] = 1
 
