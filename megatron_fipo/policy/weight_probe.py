@@ -14,12 +14,13 @@ import torch.distributed
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_fipo.policy import platform
+from megatron_fipo.policy.feed import made_alike
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
-from megatron_fipo.policy.micro_batch import MicroBatch, MiniBatch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.policy.micro_batch import MicroBatch
 from megatron_fipo.policy.update import Policy
-from megatron_fipo.records.streams import LABELS, TOKEN_IDS, sampled_streams
+from megatron_fipo.records.sample import sample_from_lists
+from megatron_fipo.records.streams import LABELS
+from megatron_fipo.rollout.plain_batch import plain_batch
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.ranks import answer_of_rank_0
 
@@ -61,17 +62,8 @@ def beyond(differences: Mapping[str, float], limit: float) -> list[str]:
 @torch.no_grad()
 def trainer_scores(policy: Policy, token_ids: Sequence[int]) -> Tensor:
     """The policy's log-probs of the tokens but the first, [tokens - 1] fp32 on the CPU. Collective over all ranks."""
-    tokens = torch.tensor(token_ids, dtype=torch.int32)
-    batch = TrainBatch(
-        streams={
-            name: [tokens if name == TOKEN_IDS else torch.full((len(tokens),), stream.fill)]
-            for name, stream in sampled_streams().items()
-        },
-        prompt_lengths=[1],
-        advantages=torch.zeros(1),
-        weight_lag=torch.zeros(1, dtype=torch.int64),
-        mini_batch_sizes=[1],
-    )
+    text = sample_from_lists(token_ids, [0.0] * len(token_ids), "length", 0)
+    batch, store = plain_batch({name: [values] for name, values in text.streams.items()}, [1], [0.0])
     parallel = policy.config.parallel
     # Every replica scores the text; an interleaved schedule takes micro-batches by the number of stages.
     plan = [[0]] * (parallel.pipeline if parallel.virtual_pipeline else 1)
@@ -80,12 +72,12 @@ def trainer_scores(policy: Policy, token_ids: Sequence[int]) -> Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
         labels = micro_batch.streams[LABELS]
         found, _ = log_probs_and_entropy(logits, labels, policy.model_config.vocab_size, 1.0, group)
-        values = torch.zeros(len(tokens) - 1, device=found.device)
+        values = torch.zeros(len(token_ids) - 1, device=found.device)
         values[micro_batch.position_ids[micro_batch.response_mask]] = found[micro_batch.response_mask]
         return values
 
-    passed = policy.forward(MiniBatch(batch, plan, policy.layout, platform.device()), measure)
-    scores = torch.zeros(len(tokens) - 1)
+    passed = policy.forward(made_alike(policy, batch, store, [plan])[0], measure)
+    scores = torch.zeros(len(token_ids) - 1)
     first_replica = parallel_state.get_data_parallel_rank() == parallel_state.get_tensor_model_parallel_rank() == 0
     if passed and first_replica:
         scores += passed[0].cpu()

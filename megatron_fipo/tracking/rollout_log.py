@@ -1,7 +1,7 @@
 """A few rollouts of each step and validation as files: text for a person, JSONL beside it for a program."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,8 @@ _PER_GROUP = 4
 _RULE = "=" * 100
 
 
-def keep_samples(
-    run_directory: Path, step: int, groups: list[Group], count: int, of: Literal["step", "validation"] = "step"
+def log_rollouts(
+    run_directory: Path, step: int, groups: Sequence[Group], count: int, of: Literal["step", "validation"] = "step"
 ) -> Path | None:
     """Write about `count` of the responses to samples/step-NNNNNN.{txt,jsonl}; return the text file's path.
 
@@ -33,7 +33,7 @@ def keep_samples(
     return path
 
 
-def _choose(groups: list[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
+def _choose(groups: Sequence[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
     """Groups, each with the indices of its responses to keep, worst reward first; `count` indices in all at most."""
     judged = [group for group in groups if group.samples]
     most = min(_PER_GROUP, max((len(group.samples) for group in judged), default=1))
