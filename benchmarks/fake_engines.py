@@ -8,13 +8,21 @@ seconds a token everything is answered at once.
 
 import asyncio
 import functools
+import itertools
 import json
 import sys
 
 import msgspec
 import numpy
 
-from megatron_fipo.engines.generate_messages import EndFrame, GenerateRequest, SampleFrame, VersionSpan, sample_frame
+from megatron_fipo.engines.generate_messages import (
+    EndFrame,
+    GenerateRequest,
+    PartFrame,
+    SampleFrame,
+    VersionSpan,
+    sample_frame,
+)
 from megatron_fipo.records.wire import encode_frame
 
 STOP_TOKEN, VOCABULARY = 2, 152_064
@@ -39,8 +47,17 @@ def tokens(length: int) -> tuple[list[int], list[float]]:
 
 
 @functools.lru_cache(maxsize=64)
-def frame_of(length: int, index: int, finish_reason: str) -> bytes:
-    return sample_frame(SampleFrame(index, finish_reason, [VersionSpan("0", 0, length)]), *tokens(length))
+def frames_of(length: int, index: int, stream_tokens: int) -> list[bytes]:
+    """A response as the real route sends it: the first token is with the next ones."""
+    token_ids, log_probs = tokens(length)
+    cuts = [0, *range(stream_tokens + 1, length, stream_tokens), length]
+    frames = []
+    for start, end in itertools.pairwise(cuts):
+        about: PartFrame | SampleFrame = PartFrame(index, start)
+        if end == length:
+            about = SampleFrame(index, start, "stop", [VersionSpan("0", 0, length)])
+        frames.append(sample_frame(about, token_ids[start:end], log_probs[start:end]))
+    return frames
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,8 +116,9 @@ class Engine:
                     await asyncio.sleep(length * self._seconds_per_token)
             # A timed table counts seconds of places and not bytes: one token stands for all of them.
             kept = 1 if self._seconds_per_token else length
-            _chunk(writer, frame_of(kept, index, "stop"))
-            await writer.drain()
+            for frame in frames_of(kept, index, request.stream_tokens):
+                _chunk(writer, frame)
+                await writer.drain()
 
         await asyncio.gather(*(sample(index, seed) for index, seed in enumerate(request.seeds)))
         _chunk(writer, encode_frame(EndFrame(len(request.seeds))))

@@ -128,7 +128,7 @@ def makespan(
     seeds = [
         seed
         for index, problem in enumerate(asked)
-        for seed in Work(problem, samples, sampling, index).request(range(samples)).seeds
+        for seed in Work(problem, samples, sampling, index).request(range(samples), "", 1).seeds
     ]
     free = [0.0] * (engines * places)
     for seed in seeds:  # in order, each to the place that is free first

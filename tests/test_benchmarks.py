@@ -31,6 +31,19 @@ def test_a_row_that_this_machine_cannot_run_says_why() -> None:
     assert "model.fp8" in str(measure_apart("tiny", 2, "tensorwise", packing=True))
 
 
+@pytest.mark.slow
+def test_the_tables_of_the_rollout_path_are_made() -> None:
+    """Its made-up engines speak the route of the real ones: a change of the route must not leave them behind."""
+    command = [sys.executable, "-m", "benchmarks.rollout_path", "--quick"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| arrays \| 3700 \|", done.stdout, re.M) and re.search(
+        r"^\| 16 \| [\d.]+ \|", done.stdout, re.M
+    )
+
+
 def test_operations_are_six_a_weight_and_token() -> None:
     model_config = SHAPES["1.5b"].model_config
     assert operations(model_config, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)

@@ -21,6 +21,7 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
     ),
+    "what a lost server's responses lose; no other token depends on it": ("rollout.stream_tokens",),
     "how weights travel; they arrive bit for bit": (
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),

@@ -79,6 +79,13 @@ class RolloutConfig:
     request_timeout_s: float = setting(
         3600.0, "Longest generation of one group, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
     )
+    stream_tokens: int = setting(
+        2048,
+        "A long response is sent in parts of so many tokens. If its server is lost, another goes on after the last "
+        "part.",
+        minimum=1,
+        maximum=10**6,
+    )
     update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", minimum=1, maximum=LONGEST_WAIT_S)
     hang_timeout_s: float = setting(
         300.0,

@@ -26,6 +26,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: list[int]
     cache_salt: str
     """Requests share cached prefixes only with others of the same salt: one for each version of the weights."""
+    begun: list[list[int]]
+    """For each seed the tokens that its response has already, from another server. `max_tokens` counts them too."""
+    stream_tokens: int
+    """A response that has so many tokens which were not sent yet sends them before it ends."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -37,13 +41,25 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     end: int
 
 
+class PartFrame(msgspec.Struct, frozen=True, tag="part", forbid_unknown_fields=True):
+    """Tokens of a response that goes on; its frame carries their arrays, by the table of records/streams.py."""
+
+    index: int
+    """Which of the request's seeds samples it."""
+    start: int
+    """How many of its tokens were sent before. Begun ones are not counted, here and in spans."""
+
+
 class SampleFrame(msgspec.Struct, frozen=True, tag="sample", forbid_unknown_fields=True):
-    """One finished response; its frame carries the arrays of records/streams.py whose source is the engine."""
+    """The end of a response; its frame carries the arrays of the tokens that were not sent before."""
 
     index: int
     """Which of the request's seeds sampled it."""
+    start: int
+    """As in PartFrame."""
     finish_reason: str
     spans: list[VersionSpan]
+    """Of all tokens that this server sampled."""
 
 
 class EndFrame(msgspec.Struct, frozen=True, tag="end", forbid_unknown_fields=True):
@@ -60,17 +76,17 @@ class ErrorFrame(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields
     message: str
 
 
-About = SampleFrame | EndFrame | ErrorFrame
+About = PartFrame | SampleFrame | EndFrame | ErrorFrame
 
 
-def sample_frame(about: SampleFrame, token_ids: list[int], log_probs: list[float]) -> bytes:
-    """The bytes of a finished response's frame."""
+def sample_frame(about: PartFrame | SampleFrame, token_ids: list[int], log_probs: list[float]) -> bytes:
+    """The bytes of a frame with tokens."""
     arrays = {TOKEN_IDS: numpy.array(token_ids, numpy.int32), ROLLOUT_LOG_PROBS: numpy.array(log_probs, numpy.float32)}
     return encode_frame(about, arrays)
 
 
 def read_about(about: object) -> About:
-    """The typed part of a frame's header. WireError if it is none of the three."""
+    """The typed part of a frame's header. WireError if it is none of the four."""
     try:
         return msgspec.convert(about, type=About)
     except msgspec.ValidationError as error:

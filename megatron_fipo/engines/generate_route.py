@@ -1,7 +1,8 @@
 """The route of a rollout server that samples: token ids in; token ids, log-probs and weight versions out, as arrays.
 
 vLLM's own route answers in JSON, 85 bytes a token, and for a group as a whole when its longest response has ended. This
-one sends each response when it ends. It asks the same engine, by vLLM's own client object in the server process.
+one sends each response when it ends, and a long one in parts, so that another server can go on with it if this one is
+lost. It asks the same engine, by vLLM's own client object in the server process.
 """
 
 import asyncio
@@ -11,16 +12,18 @@ from typing import Any
 
 import msgspec
 from vllm.exceptions import VLLMClientError
-from vllm.inputs.engine import TokensInput, tokens_input
+from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from megatron_fipo.engines.access import Receive, Scope, Send
 from megatron_fipo.engines.generate_messages import (
     GENERATE_PATH,
+    About,
     EndFrame,
     ErrorFrame,
     GenerateRequest,
+    PartFrame,
     SampleFrame,
     VersionSpan,
     sample_frame,
@@ -40,7 +43,7 @@ class GenerateRoute:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with frames: a SampleFrame for each response as it ends, then an EndFrame or an ErrorFrame."""
+        """Answer with frames: PartFrames and a SampleFrame for each response, then an EndFrame or an ErrorFrame."""
         if scope["type"] != "http" or scope["path"] != GENERATE_PATH or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -48,7 +51,8 @@ class GenerateRoute:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/fipo")]})
         try:
             request = msgspec.json.decode(body, type=GenerateRequest)
-            parameters = [_parameters(request, seed) for seed in request.seeds]
+            pairs = zip(request.seeds, request.begun, strict=True)
+            parameters = [_parameters(request, seed, len(begun)) for seed, begun in pairs]
         except _REFUSALS as error:
             await _end(send, ErrorFrame("refused", _one_line(error)))
             return
@@ -58,25 +62,27 @@ class GenerateRoute:
 async def _answer(
     engine: Any, request: GenerateRequest, parameters: list[SamplingParams], receive: Receive, send: Send
 ) -> None:
-    ended: asyncio.Queue[bytes | ErrorFrame] = asyncio.Queue()
+    frames: asyncio.Queue[tuple[About, bytes]] = asyncio.Queue()
     name = f"fipo-{uuid.uuid4().hex}"
-    prompt = tokens_input(request.token_ids, cache_salt=request.cache_salt)
     samples = [
-        asyncio.ensure_future(_sample(engine, prompt, chosen, f"{name}-{index}", index, ended))
+        asyncio.ensure_future(_sample(engine, request, chosen, f"{name}-{index}", index, frames))
         for index, chosen in enumerate(parameters)
     ]
     gone = asyncio.ensure_future(_until_disconnect(receive))
+    ended = 0
     try:
-        for _ in samples:
-            frame = asyncio.ensure_future(ended.get())
+        while ended < len(samples):
+            frame = asyncio.ensure_future(frames.get())
             await asyncio.wait({frame, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not frame.done():
                 frame.cancel()
                 return
-            if isinstance(result := frame.result(), ErrorFrame):
-                await _end(send, result)
+            about, content = frame.result()
+            if isinstance(about, ErrorFrame):
+                await _end(send, about)
                 return
-            await send({"type": "http.response.body", "body": result, "more_body": True})
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+            ended += isinstance(about, SampleFrame)
         await _end(send, EndFrame(len(samples)))
     finally:
         # Nobody waits for what is still being sampled: a cancelled task has the engine drop its request.
@@ -87,40 +93,49 @@ async def _answer(
 
 async def _sample(
     engine: Any,
-    prompt: TokensInput,
+    request: GenerateRequest,
     parameters: SamplingParams,
     name: str,
     index: int,
-    ended: "asyncio.Queue[bytes | ErrorFrame]",
+    frames: "asyncio.Queue[tuple[About, bytes]]",
 ) -> None:
+    """Put the frames of one response into the queue, or an ErrorFrame as the last."""
+    start, token_ids, log_probs = 0, list[int](), list[float]()
+    prompt = tokens_input(request.token_ids + request.begun[index], cache_salt=request.cache_salt)
     try:
-        output: CompletionOutput | None = None
         async for answer in engine.generate(prompt, parameters, name):
             output = answer.outputs[0]
-        assert output is not None and output.logprobs is not None
-        about = SampleFrame(index, output.finish_reason or "none", _spans(output))
-        log_probs = output.logprobs.logprobs  # type: ignore[union-attr]
-        ended.put_nowait(sample_frame(about, list(output.token_ids), log_probs))
+            token_ids += output.token_ids
+            log_probs += output.logprobs.logprobs
+            about: PartFrame | SampleFrame = PartFrame(index, start)
+            if answer.finished:
+                about = SampleFrame(index, start, output.finish_reason or "none", _spans(output))
+            elif len(token_ids) < request.stream_tokens:
+                continue
+            frames.put_nowait((about, sample_frame(about, token_ids, log_probs)))
+            start, token_ids, log_probs = start + len(token_ids), [], []
     except _REFUSALS as error:
-        ended.put_nowait(ErrorFrame("refused", _one_line(error)))
+        frames.put_nowait((ErrorFrame("refused", _one_line(error)), b""))
     except Exception as error:
         # Whatever an engine raises is the trainer's to know: it asks another one.
-        ended.put_nowait(ErrorFrame("failed", _one_line(error)))
+        frames.put_nowait((ErrorFrame("failed", _one_line(error)), b""))
 
 
-def _parameters(request: GenerateRequest, seed: int) -> SamplingParams:
+def _parameters(request: GenerateRequest, seed: int, begun: int) -> SamplingParams:
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
-        max_tokens=request.max_tokens,
+        max_tokens=request.max_tokens - begun,
         stop_token_ids=request.stop_token_ids,
         seed=seed,
         # The log-prob of the sampled token alone, in lists and not in an object for each token.
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        # The new tokens alone: after the first, and then when there are so many.
+        output_kind=RequestOutputKind.DELTA,
+        stream_interval=request.stream_tokens,
     )
 
 

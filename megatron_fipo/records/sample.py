@@ -68,6 +68,25 @@ class Sample:
         return ours == theirs and all(numpy.array_equal(self.streams[name], other.streams[name]) for name in ours[-1])
 
 
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """The beginning of a sample: what another server can go on from."""
+
+    streams: Mapping[str, numpy.ndarray]
+    """As a sample's."""
+    weight_version: int | None
+    """The oldest version of the weights that may have sampled a token of it; None while servers have their own."""
+
+    def __len__(self) -> int:
+        """Sampled tokens."""
+        return len(self.streams[TOKEN_IDS])
+
+    def followed_by(self, streams: Mapping[str, numpy.ndarray]) -> Mapping[str, numpy.ndarray]:
+        """Its streams with those of the tokens that came next."""
+        joined = {name: numpy.concatenate([self.streams[name], values]) for name, values in streams.items()}
+        return checked(joined, "a sample")
+
+
 def sample_from_lists(
     token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str, weight_version: int
 ) -> Sample:

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy
 
-from megatron_fipo.engines.generate_messages import SampleFrame, VersionSpan
-from megatron_fipo.records.sample import Sample
+from megatron_fipo.engines.generate_messages import PartFrame, SampleFrame, VersionSpan
+from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked
 from megatron_fipo.records.wire import Frame
 
@@ -31,26 +32,63 @@ class Asked:
     """The version in service; None: any."""
 
 
-def read_sample(frame: Frame, about: SampleFrame, asked: Asked, arrived: Collection[int]) -> Sample:
-    """The sample in a frame. `arrived` has the indices of earlier ones. BadAnswer if anything is not as asked."""
-    if not 0 <= about.index < asked.samples:
-        raise BadAnswer(f"there is a response {about.index}, and {asked.samples} were asked for")
-    where = f"response {about.index}"
-    if about.index in arrived:
-        raise BadAnswer(f"{where} came twice")
-    try:
-        streams = checked(frame.arrays, where)
-    except ValueError as error:
-        raise BadAnswer(str(error)) from None
-    token_ids = streams[TOKEN_IDS]
-    if not 0 < len(token_ids) <= asked.max_tokens:
-        raise BadAnswer(f"{where} has {len(token_ids)} tokens; 1 to {asked.max_tokens} were asked for")
-    _check_values(streams, asked, where)
-    _check_end(token_ids, about.finish_reason, asked, where)
-    version = _version(about.spans, len(token_ids), where)
-    if asked.weight_version is not None and version != asked.weight_version:
-        raise BadAnswer(f"{where} was sampled by weights {version}; {asked.weight_version} are in service")
-    return Sample(streams, about.finish_reason, version)
+class Answer:
+    """What has arrived of one request, each frame checked."""
+
+    def __init__(self, asked: Asked, begun: Mapping[int, Partial] = MappingProxyType({})):
+        """`begun`: by index, the responses that the request goes on with."""
+        self.asked = asked
+        self.arrived: set[int] = set()
+        """Indices of the samples that are whole."""
+        self._begun = begun
+        self._partial: dict[int, Partial] = {}
+
+    def read(self, frame: Frame, about: PartFrame | SampleFrame) -> Sample | Partial:
+        """What there is now of a response, from its first token on. BadAnswer if anything is not as asked."""
+        asked, index = self.asked, about.index
+        if not 0 <= index < asked.samples:
+            raise BadAnswer(f"there is a response {index}, and {asked.samples} were asked for")
+        where = f"response {index}"
+        if index in self.arrived:
+            raise BadAnswer(f"{where} came twice")
+        before = self._partial.get(index, self._begun.get(index))
+        begun = len(self._begun.get(index, ()))
+        sent = len(before or ()) - begun
+        if about.start != sent:
+            raise BadAnswer(f"{where} goes on at token {about.start}; {sent} have come")
+        streams = self._streams(frame, before, where)
+        if isinstance(about, PartFrame):
+            if len(streams[TOKEN_IDS]) >= asked.max_tokens:
+                raise BadAnswer(f"{where} goes on after {asked.max_tokens} tokens; no more were asked for")
+            self._partial[index] = Partial(streams, _oldest(asked.weight_version, before))
+            return self._partial[index]
+        token_ids = streams[TOKEN_IDS]
+        _check_end(token_ids, about.finish_reason, asked, where)
+        version = _version(about.spans, len(token_ids) - begun, where)
+        if asked.weight_version is not None and version != asked.weight_version:
+            raise BadAnswer(f"{where} was sampled by weights {version}; {asked.weight_version} are in service")
+        self.arrived.add(index)
+        oldest = _oldest(version, self._begun.get(index))
+        assert oldest is not None
+        return Sample(streams, about.finish_reason, oldest)
+
+    def _streams(self, frame: Frame, before: Partial | None, where: str) -> Mapping[str, numpy.ndarray]:
+        """The response's streams with those of the frame."""
+        try:
+            streams = checked(frame.arrays, where)
+        except ValueError as error:
+            raise BadAnswer(str(error)) from None
+        count, most = len(streams[TOKEN_IDS]), self.asked.max_tokens - len(before or ())
+        if not 0 < count <= most:
+            raise BadAnswer(f"{where} has {count} tokens; 1 to {most} were asked for")
+        _check_values(streams, self.asked, where)
+        return before.followed_by(streams) if before else streams
+
+
+def _oldest(version: int | None, before: Partial | None) -> int | None:
+    """The older of a version and a partial sample's, of those that are known."""
+    known = [each for each in (version, before.weight_version if before else None) if each is not None]
+    return min(known, default=None)
 
 
 def _check_values(streams: Mapping[str, numpy.ndarray], asked: Asked, where: str) -> None:

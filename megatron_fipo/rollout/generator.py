@@ -2,8 +2,9 @@
 
 A request asks for the samples of one prompt, and each sample arrives when it ends. A server has as many samples as it
 can run and some that wait there, so that none of its places is empty while a request travels. The seed of a sample
-fixes its tokens, whichever server answers; so what a lost server leaves undone, the others do. When none is left, the
-caller hears of it (rollout/events.py), and sampling goes on when it is asked to.
+fixes its tokens, whichever server answers; so what a lost server leaves undone, the others do. A response that was long
+enough to be sent in parts they go on with, under another seed. When no server is left, the caller hears of it
+(rollout/events.py), and sampling goes on when it is asked to.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from megatron_fipo.engines.states import Server
 from megatron_fipo.engines.watch import Watch
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem
-from megatron_fipo.records.sample import Group
+from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.rollout.answers import BadAnswer
 from megatron_fipo.rollout.events import Steps, WeightsWanted
@@ -50,13 +51,14 @@ def connections(config: RolloutConfig, fewest_samples: int) -> int:
 class EngineGenerator:
     """Samples groups from all servers of a pool. Its `control` drives their weights.
 
-    `retries` counts requests that were sent again, over its life. Used from the thread that started the servers.
+    Over its life, `retries` counts requests that were sent again, and `continued` the tokens that these did not lose.
+    Used from the thread that started the servers.
     """
 
     def __init__(self, pool: EnginePool, vocab_size: int | None = None):
         """An answer with a token id of `vocab_size` or more is none."""
         self.control = EngineControl(pool)
-        self.retries = 0
+        self.retries = self.continued = 0
         # A run that is resumed may give other weights the same version, on a server that stayed.
         self._salt = secrets.token_hex(8)
         self._pool = pool
@@ -201,7 +203,9 @@ class EngineGenerator:
         """One request for what the work lacks. If it fails, the work waits for another."""
         work, server = asking.work, asking.server
         missing = work.missing()
-        arrived: list[int] = []
+        before = dict(work.arrived), dict(work.begun)
+        self.continued += sum(map(len, work.begun.values()))
+        arrived = 0
         try:
             try:
                 async with aclosing(
@@ -209,7 +213,9 @@ class EngineGenerator:
                 ) as samples:
                     async for index, sample in samples:
                         work.add(index, sample)
-                        arrived.append(index)
+                        if isinstance(sample, Partial):
+                            continue
+                        arrived += 1
                         self._outstanding[server.url] -= 1
                         self._scarcity = None
                         changed.set()
@@ -218,12 +224,12 @@ class EngineGenerator:
                 await self._not_answered(asking, f"{type(error).__name__}: {error}")
             except (BadAnswer, WireError) as error:
                 # Whoever is wrong in one thing is not believed in the others.
-                work.discard(arrived)
+                work.go_back_to(*before)
                 self._answered_wrongly(asking, str(error))
             except NoDescriptors:
                 await self._wait_for_descriptors()
         finally:
-            self._outstanding[server.url] -= len(missing) - len(arrived)
+            self._outstanding[server.url] -= len(missing) - arrived
             asking.pending.give_back(work)
             changed.set()
         if work.is_whole:

@@ -21,9 +21,9 @@ from megatron_fipo.engines.probes import engine_message
 from megatron_fipo.engines.states import Server
 from megatron_fipo.engines.watch import Watch
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.sample import Sample
+from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.records.wire import Frame, FrameReader
-from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
+from megatron_fipo.rollout.answers import Answer, Asked, BadAnswer
 from megatron_fipo.rollout.work import Pending, Work
 
 _T = TypeVar("_T")
@@ -42,8 +42,10 @@ class Requests:
 
     async def samples(
         self, server: Server, life: int, work: Work, missing: list[int], pending: Pending
-    ) -> AsyncGenerator[tuple[int, Sample], None]:
+    ) -> AsyncGenerator[tuple[int, Sample | Partial], None]:
         """The samples `missing` of `work`, as they come, each with its index in the group, of a server in this life.
+
+        Of a long one there is a Partial first, each time that more of it has come.
 
         Raises:
             httpx.TransportError, NotAnswered: the server did not answer, or its engine fell silent.
@@ -55,8 +57,8 @@ class Requests:
         asked = Asked(
             len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._pool.weight_version
         )
-        arrived: set[int] = set()
-        request = work.request(missing, f"{self._salt}-{self._pool.weight_version}")
+        answer = Answer(asked, {place: work.begun[index] for place, index in enumerate(missing) if index in work.begun})
+        request = work.request(missing, f"{self._salt}-{self._pool.weight_version}", config.stream_tokens)
         try:
             async with (
                 asyncio.timeout(config.request_timeout_s),
@@ -69,18 +71,18 @@ class Requests:
                             raise RolloutError(f"{server.url} refused a request: {about.message}")
                         raise NotAnswered(about.message)
                     if isinstance(about, EndFrame):
-                        if not about.samples == len(arrived) == len(missing):
+                        came = len(answer.arrived)
+                        if not about.samples == came == len(missing):
                             raise BadAnswer(
-                                f"{len(arrived)} responses came of the {about.samples} that it says it has sent; "
+                                f"{came} responses came of the {about.samples} that it says it has sent; "
                                 f"{len(missing)} were asked for"
                             )
                         return
-                    sample = read_sample(frame, about, asked, arrived)
-                    arrived.add(about.index)
+                    sample = answer.read(frame, about)
                     yield missing[about.index], sample
         except TimeoutError:
             raise RolloutError(pending.late(work, config.request_timeout_s)) from None
-        raise BadAnswer(f"it ended after {len(arrived)} of {len(missing)} responses")
+        raise BadAnswer(f"it ended after {len(answer.arrived)} of {len(missing)} responses")
 
     async def _frames(self, server: Server, life: int, request: GenerateRequest) -> AsyncGenerator[Frame, None]:
         """The frames that a server answers with, as they come. ReadError when it is lost meanwhile."""

@@ -3,13 +3,14 @@
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fipo.engines.generate_messages import GenerateRequest
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem
-from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.sample import Group, Partial, Sample
+from megatron_fipo.records.streams import TOKEN_IDS
 
 MAX_RETRIES = 3
 """Failed requests for one group, on servers that are well, after which the run gives up."""
@@ -34,6 +35,8 @@ class Work:
         # Greedy samples are all the same, so one is asked for.
         self.samples, self._copies = (1, samples) if sampling.temperature == 0 else (samples, 1)
         self.arrived: dict[int, Sample] = {}
+        self.begun: dict[int, Partial] = {}
+        """What there is of samples that have not ended: the next server goes on with it."""
         self.failed: dict[str, str] = {}
         self._failures = 0
 
@@ -42,14 +45,17 @@ class Work:
         """Whether every sample has arrived."""
         return len(self.arrived) == self.samples
 
-    def add(self, index: int, sample: Sample) -> None:
-        """Take the sample `index`, which has arrived."""
-        self.arrived[index] = sample
+    def add(self, index: int, sample: Sample | Partial) -> None:
+        """Take what has arrived of the sample `index`: all of it, or more of its beginning than before."""
+        if isinstance(sample, Partial):
+            self.begun[index] = sample
+        else:
+            self.arrived[index] = sample
+            self.begun.pop(index, None)
 
-    def discard(self, indices: Sequence[int]) -> None:
-        """Ask for these samples again, although they have arrived."""
-        for index in indices:
-            del self.arrived[index]
+    def go_back_to(self, arrived: Mapping[int, Sample], begun: Mapping[int, Partial]) -> None:
+        """Ask again for what has arrived since there was this."""
+        self.arrived, self.begun = dict(arrived), dict(begun)
 
     def missing(self) -> list[int]:
         """Indices of the samples that have not arrived."""
@@ -60,12 +66,15 @@ class Work:
         """The whole group, its samples in order: one object, by which the caller knows what it was given before."""
         return Group(self.problem, tuple(self.arrived[index] for index in range(self.samples)) * self._copies)
 
-    def request(self, indices: Sequence[int], cache_salt: str) -> GenerateRequest:
+    def request(self, indices: Sequence[int], cache_salt: str, stream_tokens: int) -> GenerateRequest:
         """For the samples of these indices; prefixes are shared with requests of the same salt only."""
-        chosen, first = self.sampling, _spread(self.seed)
+        chosen = self.sampling
+        begun = [self.begun[index].streams[TOKEN_IDS].tolist() if index in self.begun else [] for index in indices]
         return GenerateRequest(
             token_ids=self.problem.token_ids.tolist(),
-            seeds=[first + index for index in indices],
+            seeds=[self._seed(index, len(tokens)) for index, tokens in zip(indices, begun, strict=True)],
+            begun=begun,
+            stream_tokens=stream_tokens,
             temperature=chosen.temperature,
             top_p=chosen.top_p,
             top_k=chosen.top_k,
@@ -73,6 +82,11 @@ class Work:
             stop_token_ids=chosen.stop_token_ids,
             cache_salt=cache_salt,
         )
+
+    def _seed(self, index: int, begun: int) -> int:
+        """Of a sample's tokens after the first `begun`: the seed of all would repeat the first ones' random numbers."""
+        seed = _spread(self.seed) + index
+        return _spread(f"{seed}:{begun}") if begun else seed
 
     def note_failure(self, url: str, problem: str) -> None:
         """RolloutError when it has failed too often, on servers that are well."""
@@ -114,6 +128,6 @@ class Pending:
         )
 
 
-def _spread(seed: int) -> int:
+def _spread(seed: int | str) -> int:
     """A 62-bit seed from `seed`. Sample i of a group has seed + i: seeds in a row would share random numbers."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

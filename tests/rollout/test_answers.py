@@ -4,6 +4,7 @@ A web server speaks the route of the real ones here and lies in one way after an
 against the real engine in test_generator.py.
 """
 
+import dataclasses
 import gc
 import json
 import threading
@@ -25,15 +26,16 @@ from megatron_fipo.engines.generate_messages import (
     EndFrame,
     ErrorFrame,
     GenerateRequest,
+    PartFrame,
     SampleFrame,
     read_about,
 )
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records import streams
-from megatron_fipo.records.sample import Group, Sample
+from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.records.wire import FrameReader, encode_frame
-from megatron_fipo.rollout.answers import Asked, BadAnswer, read_sample
+from megatron_fipo.rollout.answers import Answer, Asked, BadAnswer
 from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import (
     STOP_TOKEN,
@@ -45,7 +47,7 @@ from tests.rollout.engines import (
 )
 
 VERSION = 3
-Answer = Callable[[GenerateRequest], list[bytes]]
+Server = Callable[[GenerateRequest], list[bytes]]
 
 
 def sample(index: int, /, **changes: Any) -> bytes:
@@ -53,6 +55,7 @@ def sample(index: int, /, **changes: Any) -> bytes:
     about = {
         "type": "sample",
         "index": index,
+        "start": 0,
         "finish_reason": "stop",
         "spans": [[str(VERSION), 0, 3]],
     }
@@ -64,11 +67,19 @@ def sample(index: int, /, **changes: Any) -> bytes:
     return encode_frame(about | changes, {name: array for name, array in arrays.items() if array.size != 77})
 
 
+def part(index: int, /, **changes: Any) -> bytes:
+    """Two tokens of a response that goes on, with changes."""
+    about = {"type": "part", "index": index, "start": 0}
+    arrays = {"token_ids": ints(5, 7), "rollout_log_probs": floats(-1, -0.5)}
+    arrays |= {name: changes.pop(name) for name in list(changes) if isinstance(changes[name], numpy.ndarray)}
+    return encode_frame(about | changes, arrays)
+
+
 def good(request: GenerateRequest) -> list[bytes]:
     return [*(sample(index) for index in range(len(request.seeds))), encode_frame(EndFrame(len(request.seeds)))]
 
 
-def with_first(**changes: Any) -> Answer:
+def with_first(**changes: Any) -> Server:
     """All is well but the first response."""
     return lambda request: [sample(0, **changes), *good(request)[1:]]
 
@@ -83,7 +94,7 @@ def ints(*values: int) -> numpy.ndarray:
 
 
 MISSING = numpy.zeros(77, numpy.int32)
-WRONG: dict[str, tuple[Answer, str]] = {
+WRONG: dict[str, tuple[Server, str]] = {
     "an index twice": (lambda r: [sample(0), sample(0), encode_frame(EndFrame(2))], "response 0 came twice"),
     "an index beyond": (with_first(index=2), "there is a response 2, and 2 were asked for"),
     "a negative index": (with_first(index=-1), "there is a response -1"),
@@ -127,6 +138,35 @@ WRONG: dict[str, tuple[Answer, str]] = {
     "versions that end early": (with_first(spans=[["3", 0, 2]]), "not of its tokens 0 to 3"),
     "versions beyond": (with_first(spans=[["3", 0, 4]]), "not of its tokens 0 to 3"),
     "an empty span": (with_first(spans=[["3", 0, 0], ["3", 0, 3]]), "not of its tokens 0 to 3"),
+    "a beginning that is missing": (with_first(start=2), "goes on at token 2; 0 have come"),
+    "a part that is missing": (
+        lambda r: [part(0), part(0, start=3), *good(r)],
+        "response 0 goes on at token 3; 2 have come",
+    ),
+    "a part twice": (lambda r: [part(0), part(0), *good(r)], "goes on at token 0; 2 have come"),
+    "a part after the end": (lambda r: [sample(0), part(0, start=3), *good(r)[1:]], "response 0 came twice"),
+    "a part of another": (lambda r: [part(2), *good(r)], "there is a response 2"),
+    "a part without tokens": (
+        lambda r: [part(0, token_ids=ints(), rollout_log_probs=floats()), *good(r)],
+        "has 0 tokens; 1 to 24",
+    ),
+    "a part with a log-prob of +7": (lambda r: [part(0, rollout_log_probs=floats(-1, 7)), *good(r)], "from -1 to 7"),
+    "parts without an end": (
+        lambda r: [part(0, token_ids=ints(*[5] * 24), rollout_log_probs=floats(*[-1] * 24)), *good(r)],
+        "goes on after 24 tokens; no more were asked for",
+    ),
+    "an end that is too long": (
+        lambda r: [
+            part(0, token_ids=ints(*[5] * 22), rollout_log_probs=floats(*[-1] * 22)),
+            sample(0, start=22, spans=[["3", 0, 25]]),
+            *good(r)[1:],
+        ],
+        "has 3 tokens; 1 to 2 were asked for",
+    ),
+    "versions of the last part alone": (
+        lambda r: [part(0), sample(0, start=2), *good(r)[1:]],
+        "not of its tokens 0 to 5",
+    ),
     "a field that was not agreed": (with_first(text="seven"), "unknown field `text`"),
     "a frame of another kind": (lambda r: [encode_frame({"type": "hello"})], "Invalid value 'hello'"),
     "a frame about nothing": (lambda r: [encode_frame(7)], "Expected `object`, got `int`"),
@@ -141,7 +181,7 @@ WRONG: dict[str, tuple[Answer, str]] = {
 
 @contextmanager
 def client_of(
-    directory: Path, *answers: Answer, silent_for: dict[int, int] | None = None
+    directory: Path, *answers: Server, silent_for: dict[int, int] | None = None
 ) -> Iterator[tuple[EngineGenerator, list[str]]]:
     """A client of web servers that answer like this each time, and what the pool has warned of.
 
@@ -149,7 +189,7 @@ def client_of(
     """
     silent = dict(silent_for or {})
 
-    def handler(index: int, answer: Answer) -> type[BaseHTTPRequestHandler]:
+    def handler(index: int, answer: Server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
@@ -257,6 +297,57 @@ def test_what_has_arrived_is_not_asked_for_again(tmp_path: Path) -> None:
     assert len(group.samples) == 3 and asked == [[first, first + 1, first + 2], [first, first + 2]]
 
 
+def test_what_has_arrived_in_parts_is_gone_on_with(tmp_path: Path) -> None:
+    """The next server is asked for the rest, under another seed; the sample is of both, without a gap."""
+    asked: list[GenerateRequest] = []
+
+    def breaks_off(request: GenerateRequest) -> list[bytes]:
+        asked.append(request)
+        if len(asked) == 1:
+            return [part(1), part(1, start=2), sample(0), encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]
+        return good(request)
+
+    with client_of(tmp_path, breaks_off) as (client, warnings):
+        [group] = generate(client, problems(1), 2, sampling(), [0])
+    first, second = asked
+    assert first.begun == [[], []] and second.begun == [[5, 7, 5, 7]] and warnings == []
+    assert second.token_ids == first.token_ids and second.max_tokens == first.max_tokens
+    assert second.seeds[0] not in first.seeds
+    assert [sample.token_ids.tolist() for sample in group.samples] == [[5, 7, 2], [5, 7, 5, 7, 5, 7, 2]]
+    assert group.samples[1].streams["rollout_log_probs"].tolist() == [-1, -0.5, -1, -0.5, -1, -0.5, -0.25]
+    assert {sample.weight_version for sample in group.samples} == {VERSION}
+
+
+def test_parts_of_a_wrong_answer_are_not_gone_on_with(tmp_path: Path) -> None:
+    """Whoever is wrong in one thing is not believed in the others."""
+    asked: list[list[list[int]]] = []
+
+    def wrong_after_a_part(request: GenerateRequest) -> list[bytes]:
+        asked.append(request.begun)
+        return [part(0), part(0)] if len(asked) == 1 else good(request)
+
+    with client_of(tmp_path, wrong_after_a_part) as (client, _):
+        generate(client, problems(1), 2, sampling(), [0])
+    assert asked == [[[], []], [[], []]]
+
+
+def test_a_part_is_of_the_oldest_weights_that_may_have_sampled_it() -> None:
+    """An engine names a response's versions at its end; one that is lost before has not."""
+
+    def read(content: bytes, begun: dict[int, Partial]) -> Sample | Partial:
+        (frame,) = FrameReader().feed(content)
+        about = read_about(frame.about)
+        assert isinstance(about, SampleFrame | PartFrame)
+        return Answer(Asked(1, 24, [STOP_TOKEN], VOCABULARY, VERSION), begun).read(frame, about)
+
+    begun = read(part(0), {})
+    assert isinstance(begun, Partial) and begun.weight_version == VERSION
+    older = dataclasses.replace(begun, weight_version=VERSION - 1)
+    for before, version in ((begun, VERSION), (older, VERSION - 1)):
+        whole = read(sample(0), {0: before})
+        assert isinstance(whole, Sample) and (len(whole), whole.weight_version) == (5, version)
+
+
 def test_a_failure_in_the_engines_words(tmp_path: Path) -> None:
     with (
         client_of(tmp_path, lambda _: [encode_frame(ErrorFrame("failed", "EngineDeadError: gone"))]) as (client, _),
@@ -283,7 +374,7 @@ def test_work_is_dealt_evenly(tmp_path: Path) -> None:
     """The first server got all of it while nothing had begun, and every other one waited."""
     asked: list[list[int]] = [[], []]
 
-    def server(number: int) -> Answer:
+    def server(number: int) -> Server:
         def answer(request: GenerateRequest) -> list[bytes]:
             asked[number].append(len(request.seeds))
             return good(request)
@@ -337,7 +428,9 @@ def test_the_table_of_streams_says_what_an_answer_has(monkeypatch: pytest.Monkey
         (frame,) = FrameReader().feed(sample(0, **arrays))
         about = read_about(frame.about)
         assert isinstance(about, SampleFrame)
-        return read_sample(frame, about, Asked(1, 24, [STOP_TOKEN], VOCABULARY, VERSION), ())
+        whole = Answer(Asked(1, 24, [STOP_TOKEN], VOCABULARY, VERSION)).read(frame, about)
+        assert isinstance(whole, Sample)
+        return whole
 
     assert read().streams.keys() == {"token_ids", "rollout_log_probs"}
     monkeypatch.setattr(streams, "STREAMS", (*streams.STREAMS, streams.Stream("token_rewards", "float32")))

@@ -13,18 +13,33 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
+import msgspec
+import numpy
 import pytest
 import torch
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.generate_messages import (
+    GENERATE_PATH,
+    EndFrame,
+    GenerateRequest,
+    PartFrame,
+    SampleFrame,
+    read_about,
+)
 from megatron_fipo.engines.states import Server, State
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.sample import Group
+from megatron_fipo.records.sample import Group, Partial, Sample
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
+from megatron_fipo.records.wire import FrameReader
+from megatron_fipo.rollout.answers import Answer, Asked
 from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
     STOP_TOKEN,
+    VOCABULARY,
     forward_log_probs,
     generate,
     log_prob_error,
@@ -77,6 +92,50 @@ def test_greedy_is_the_models_argmax(rollout: Rollout) -> None:
         best = rollout.model(tokens).logits[0, len(group.problem.token_ids) - 1 : -1].argmax(-1)
     assert best.tolist() == first.token_ids.tolist()
     assert forward_log_probs(rollout.model, group.problem.token_ids, first).mean() < 0
+
+
+@pytest.mark.slow
+def test_a_response_in_parts_is_the_same_and_another_server_can_go_on_with_it(rollout: Rollout) -> None:
+    """The parts join to what one frame has; greedy, the rest is what the first server would have sampled."""
+    prompt = problems(1)[0].token_ids
+
+    def ask(stream_tokens: int, begun: list[int], temperature: float) -> list[Sample | Partial]:
+        asked = Asked(1, 24, [STOP_TOKEN], VOCABULARY, None)
+        before = {0: partial_of(begun)} if begun else {}
+        answer, reader, found = Answer(asked, before), FrameReader(), []
+        request = GenerateRequest(
+            prompt.tolist(), [7], temperature, 1.0, -1, 24, [STOP_TOKEN], "parts", [begun], stream_tokens
+        )
+        url, headers = rollout.pool.servers[0].url + GENERATE_PATH, rollout.pool.headers
+        content = msgspec.json.encode(request)
+        response = httpx.post(url, content=content, headers=headers, timeout=60, trust_env=False)
+        for frame in reader.feed(response.raise_for_status().content):
+            about = read_about(frame.about)
+            if isinstance(about, EndFrame):
+                return found
+            assert isinstance(about, PartFrame | SampleFrame), about
+            found.append(answer.read(frame, about))
+        pytest.fail("no end")
+
+    for temperature in (0.0, 1.0):
+        [whole] = ask(10_000, [], temperature)
+        *parts, end = ask(5, [], temperature)
+        assert end == whole and len(whole) > 12, "the control of what follows: it is long enough to have parts"
+        assert [len(part) for part in parts] == [count for count in (6, 11, 16, 21) if count < len(whole)]
+        for part in parts:
+            assert part.streams[TOKEN_IDS].tolist() == whole.streams[TOKEN_IDS][: len(part)].tolist()
+        assert isinstance(end, Sample)
+        assert log_prob_error(rollout.model, prompt, end) < 1e-4
+        [rest] = ask(10_000, whole.streams[TOKEN_IDS][:9].tolist(), temperature)
+        assert isinstance(rest, Sample) and rest.token_ids[:9].tolist() == whole.streams[TOKEN_IDS][:9].tolist()
+        same = rest.token_ids.tolist() == whole.streams[TOKEN_IDS].tolist()
+        assert same == (temperature == 0), "the random numbers of the first tokens are not those of the tenth"
+
+
+def partial_of(token_ids: list[int]) -> Partial:
+    """The beginning of a response, whose log-probs nobody asks for here."""
+    ids = numpy.array(token_ids, numpy.int32)
+    return Partial({TOKEN_IDS: ids, ROLLOUT_LOG_PROBS: numpy.zeros(len(ids), numpy.float32)}, None)
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ class Engine:
 
     def ask(self, salt: str, tokens: int, samples: int = 1) -> list[Answer]:
         """Responses of exactly so many tokens."""
-        request = GenerateRequest(PROMPT, list(range(samples)), 1.0, 1.0, -1, tokens, [], salt)
+        request = GenerateRequest(
+            PROMPT, list(range(samples)), 1.0, 1.0, -1, tokens, [], salt, [[]] * samples, stream_tokens=10_000
+        )
         reader, answers = FrameReader(), []
         with httpx.stream(
             "POST",

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -23,13 +24,15 @@ from megatron_fipo.engines.server_log import ServerLog
 from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.records.sample import Group
+from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.requests import Requests
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
     MAX_RESPONSE,
     generate,
+    log_prob_error,
     problems,
     rollout_config,
     running,
@@ -235,25 +238,41 @@ def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
 def test_servers_of_others_are_left_out_and_taken_back(
     rollout: Rollout, node: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two hangs for a while, and dies and is started again by its node; the other serves all along."""
+    """One of two hangs for a while, and dies and is started again by its node; the other serves all along.
+
+    It goes on with what the first has sent in parts: a token's log-prob is then that of all tokens before it.
+    """
     monkeypatch.setattr(watch_module, "WATCH_EVERY_S", 0.5)
     monkeypatch.setenv(TOKEN_VARIABLE, rollout.pool.headers["Authorization"].removeprefix("Bearer "))
     steady, fragile = rollout.pool.servers[0].url, (tmp_path / "localhost").read_text()
-    config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0)
+    config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0, stream_tokens=4)
     adopted = EnginePool(config, Path("nowhere"), Path("nowhere"), seed=0)
     adopted.wait_ready()
     asked = problems(64)
     family = node.children(recursive=True)
+    samples_of = Requests.samples
 
     def in_service_after(signum: int) -> list[str]:
-        def to_the_fragile_one(_: Group) -> None:
-            for process in filter(running, family):
-                process.send_signal(signum)
+        parts: list[int] = []
 
+        async def with_a_signal(
+            requests: Requests, server: Server, *more: Any
+        ) -> AsyncGenerator[tuple[int, Sample | Partial], None]:
+            async for index, sample in samples_of(requests, server, *more):
+                yield index, sample
+                parts.extend([index] * (isinstance(sample, Partial) and server.url == fragile))
+                if len(parts) == 8:  # in the middle of its first responses
+                    for process in filter(running, family):
+                        process.send_signal(signum)
+
+        monkeypatch.setattr(Requests, "samples", with_a_signal)
         with EngineGenerator(adopted) as client:
-            groups = generate(client, asked, 8, sampling(), range(64), on_group=to_the_fragile_one)
+            groups = generate(client, asked, 8, sampling(), range(64))
             assert [group.problem.id for group in groups] == [problem.id for problem in asked]
-            assert client.retries > 0
+            assert client.retries > 0 and client.continued > 0
+        for group in groups[::4]:
+            for sample in group.samples:
+                assert log_prob_error(rollout.model, group.problem.token_ids, sample) < 1e-4
         return [server.url for server in adopted.serving]
 
     assert in_service_after(signal.SIGSTOP) == [steady]
