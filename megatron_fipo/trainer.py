@@ -13,27 +13,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed
-from megatron.core import parallel_state
 
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
-from megatron_fipo.errors import CheckpointError, RolloutError
+from megatron_fipo.errors import CheckpointError
 from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
+from megatron_fipo.policy.feed import feed_of
 from megatron_fipo.policy.finite_updates import FiniteUpdates
+from megatron_fipo.policy.micro_batch import MiniBatch
 from megatron_fipo.policy.model import describe, start_model_parallel
+from megatron_fipo.policy.publishing import PolicyPublisher
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
-from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
+from megatron_fipo.rollout.offers import Offers
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
@@ -46,9 +48,7 @@ from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.tracking.validation import score
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
-from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.sampling_events import SamplingEvents
-from megatron_fipo.weights.transfer import open_transfer
 
 STOP_FILE = "stop"
 
@@ -82,6 +82,7 @@ class Trainer:
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
         self.rollouts: TrainingRollouts | None = None
+        self.offers: Offers | None = None
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
@@ -93,6 +94,8 @@ class Trainer:
         stack.callback(lambda: self.saving.abandon() if self.saving else None)
         # The version of the present weights is the step that made them.
         self.version = self.saved_step = self.step
+        self.published: dict[str, float] = {}
+        """Metrics of the last weight update."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -108,19 +111,13 @@ class Trainer:
                 only_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, model_config, str(self.model_dir), updates)
+            self.feed = feed_of(self.policy)
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
-            leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            self.transfer = open_transfer(
-                config.rollout,
-                self.rollouts.connect().control if self.rollouts else None,
-                stage=parallel_state.get_pipeline_model_parallel_rank(),
-                num_stages=config.parallel.pipeline,
-                is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
-                run_dir=self.directory,
-            )
-            self.stack.callback(self.transfer.close)
+            control = self.rollouts.connect().control if self.rollouts else None
+            self.publisher = PolicyPublisher(self.policy, control, self.directory, self.console.warn)
+            self.stack.callback(self.publisher.close)
         self.console.take_seconds()
         self.started = time.monotonic()
         self.ctrl_c.begin()
@@ -143,10 +140,10 @@ class Trainer:
             self.rollouts.undo()
         self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def next_batch(self) -> tuple[TrainBatch | None, dict[str, float]]:
-        """This step's sequences, on every rank, and rank 0's metrics of how they came about.
+    def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
+        """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
-        No sequences: a Ctrl-C broke it off.
+        None: a Ctrl-C broke it off.
         """
         batch, metrics = None, {}
         with self.console.phase("sample") as phase:
@@ -154,9 +151,9 @@ class Trainer:
             if not self._is_sampled(sampling):
                 return None, {}
             self._make_room()
-            if sampling is not None:
+            if sampling is not None and self.offers is not None:
                 taken = sampling.result
-                batch = train_batch(taken.groups, self.config.algorithm, self.version)
+                batch = self.offers.offer(taken.groups, self.step, self.version)
                 metrics = sampling_metrics(taken)
                 log_rollouts(self.directory, self.step, taken.sampled, self.config.tracking.samples_per_step)
                 if taken.gave_up:
@@ -164,16 +161,15 @@ class Trainer:
                         f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
                         f"after {taken.counts.rounds} generation batches; training on those"
                     )
-            batch = share(batch)
-        return batch, metrics
+            return self.feed.get(batch, self.offers, self.policy.plan), metrics
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
 
         def warn(text: str) -> None:
             self.console.warn(f"step {self.step}: {text}")
 
-        metrics = train_step(self.policy, batch, self.agreement, self.console.phase, warn)
+        metrics = train_step(self.policy, mini_batches, self.agreement, self.console.phase, warn)
         if warning := self.finite_updates.judge(metrics):
             warn(warning)
         return metrics
@@ -183,7 +179,7 @@ class Trainer:
         if self.metrics is None or self.rollouts is None or self.report is None:
             return
         self._check_lock()
-        metrics |= self.rollouts.end_step()
+        metrics |= self.rollouts.end_step() | self.published
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
@@ -311,22 +307,17 @@ class Trainer:
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
         if self.config.rollout.shared_gpu:
-            if self.rollouts is not None:
-                self.rollouts.make_room()
-            fact_of_rank_0(False)  # the other ranks wait for it
+            only_rank_0(lambda: self.rollouts.make_room() if self.rollouts else None)
 
     def _push(self) -> None:
         """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
-        if self.config.rollout.shared_gpu:
-            platform.release_memory()
         with self.console.phase("weights"):
-            while True:
-                try:
-                    self.transfer.push(export(self.policy.chunks, self.policy.model_config), self.version)
-                    return
-                except RolloutError:
-                    if not fact_of_rank_0(self.rollouts is not None and self.rollouts.replace_failed()):
-                        raise
+            published = self.publisher.publish(self.version, self._replace_failed)
+        with self.console.phase("log-probs"):
+            self.published = published | self.publisher.probe()
+
+    def _replace_failed(self) -> bool:
+        return self.rollouts is not None and self.rollouts.replace_failed()
 
     def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
         """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
@@ -367,6 +358,7 @@ class Trainer:
         self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
         rollouts = TrainingRollouts(self.config, self.model_dir, self.directory, self.console)
         self.rollouts = stack.enter_context(rollouts)
+        self.offers = stack.enter_context(Offers(self.config.algorithm, self.console.warn))
         self.console.note(f"problems: {rollouts.problem_counts}")
 
     def _name_belongings(self, stack: ExitStack) -> None:

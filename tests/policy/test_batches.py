@@ -6,25 +6,29 @@ Why: a response that is masked one token off still trains. Not covered: what the
 import pytest
 import torch
 
-from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, build_micro_batch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.policy.feed import Feed
+from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 CPU = torch.device("cpu")
 
 
-def make_batch() -> TrainBatch:
+def make_batch() -> Made:
     log_probs = [torch.tensor([0, 0, 0, -0.1, -0.2, -0.3, -0.4]), torch.tensor([0, 0, -0.5, -0.6])]
-    return TrainBatch(
+    return plain_batch(
         streams={"token_ids": [torch.arange(10, 17), torch.arange(20, 24)], "rollout_log_probs": log_probs},
         prompt_lengths=[3, 2],
-        advantages=torch.tensor([1.0, -1.0]),
-        weight_lag=torch.tensor([0, 2]),
-        mini_batch_sizes=[2],
+        advantages=[1.0, -1.0],
+        weight_lag=[0, 2],
     )
 
 
 def build(indices: list[int], packed: bool, rank: int = 0, ranks: int = 1, pad_multiple: int = 4) -> MicroBatch:
-    return build_micro_batch(make_batch(), indices, BatchLayout(packed, pad_multiple, rank, ranks), CPU)
+    batch, store = make_batch()
+    found = Feed(BatchLayout(packed, pad_multiple, rank, ranks), 24, CPU).fetch(batch, [[indices]], store)
+    assert isinstance(found, list), found
+    ((micro_batch,),) = found
+    return micro_batch
 
 
 def test_padded_rows_are_shifted_and_masked() -> None:
