@@ -30,6 +30,7 @@ RUNTIME = [
     "rich",
     "safetensors",
     "sentencepiece",
+    "starlette",
     "sympy",
     "tensorboard",
     "tokenizers",
@@ -37,6 +38,8 @@ RUNTIME = [
     # takes 6.6 GB with it, and 2.9 GB where pip finds a CPU build (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL).
     "torch==2.13.0",
     "transformers>=5.16,<5.20",
+    # Serves a step's tokens to the ranks.
+    "uvicorn",
     "xxhash",
 ]
 

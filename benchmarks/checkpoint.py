@@ -37,9 +37,10 @@ platform.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 
 from megatron_fipo.policy import checkpoint, checkpoint_manifest  # noqa: E402
+from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
-from megatron_fipo.policy.train_batch import TrainBatch  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.rollout.plain_batch import plain_batch  # noqa: E402
 
 SMOLLM2_135M: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -117,14 +118,12 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
     def arguments(step: int) -> tuple[Any, ...]:
         return policy, checkpoints, 10 * number + step, {}, 1, model
 
-    batch = TrainBatch(
+    made = plain_batch(
         streams={"token_ids": [torch.randint(3, 1000, (TOKENS,))], "rollout_log_probs": [-torch.rand(TOKENS)]},
         prompt_lengths=[TOKENS // 4],
-        advantages=torch.ones(1),
-        weight_lag=torch.zeros(1, dtype=torch.int64),
-        mini_batch_sizes=[1],
+        advantages=[1.0],
     )
-    (mini_batch,) = policy.plan(batch)
+    (mini_batch,) = made_alike(policy, *made)
     (old,) = policy.log_probs([mini_batch]).streams
     clock("update", lambda: policy.update(mini_batch, old))
     kinds = {

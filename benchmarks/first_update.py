@@ -15,24 +15,23 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 SEQUENCES, PROMPT, VOCABULARY = 128, 6, 38
 PAIRS = 13
 
 
-def make_batch(updates: int) -> TrainBatch:
+def make_batch(updates: int) -> Made:
     """A step of the quick start's size, cut into so many updates."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(PROMPT + 10, PROMPT + 100, (SEQUENCES,), generator=generator).tolist()
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths],
             "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
         },
         prompt_lengths=[PROMPT] * SEQUENCES,
-        advantages=torch.randn(SEQUENCES, generator=generator),
-        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
+        advantages=torch.randn(SEQUENCES, generator=generator).tolist(),
         mini_batch_sizes=[SEQUENCES // updates] * updates,
     )
 
@@ -43,6 +42,7 @@ def main() -> None:
     # Imported here: Megatron-Core has to find the platform installed.
     from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.agreement import AgreementCheck
+    from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
     from megatron_fipo.policy.step import train_step
     from megatron_fipo.policy.update import Policy
@@ -52,11 +52,11 @@ def main() -> None:
     config, model = load_config(["parallel=single"]), resolve_embedded("embedded:tiny")
     start_model_parallel(config.parallel, 0)
 
-    def step(policy: Policy, batch: TrainBatch, apart: bool) -> None:
+    def step(policy: Policy, made: Made, apart: bool) -> None:
         check = AgreementCheck(Limits(warn=1e9, stop=1e9))
         if not apart:
             check.judge({"log_prob_diff_mean": 0.0})  # the first step of a process has a pass for all
-        train_step(policy, batch, check, lambda _: contextlib.nullcontext(), lambda _: None)
+        train_step(policy, made_alike(policy, *made), check, lambda _: contextlib.nullcontext(), lambda _: None)
 
     print(f"{machine()}; {SEQUENCES} sequences, {PAIRS - 1} pairs\n")
     print("| updates in a step | a pass for all, s | the first by its own, s | ratio (quartiles) |\n|---|---|---|---|")

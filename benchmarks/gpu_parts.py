@@ -100,6 +100,7 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
     from megatron_fipo.policy import platform
 
     platform.install()
+    from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
 
     tokens, sequences = (256, 8) if tiny else (16_384, 4 * 16_384 // int(length))
@@ -109,7 +110,8 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
     fipo = configuration(shape, precision, packing=True, layers=layers)
     start_model_parallel(fipo.parallel, 0)
     policy = _policy(fipo, shape)
-    (batch,) = policy.plan(_equal_sequences(64 if tiny else int(length), sequences, shape.model_config.vocab_size))
+    made = _equal_sequences(64 if tiny else int(length), sequences, shape.model_config.vocab_size)
+    (batch,) = made_alike(policy, *made)
     scoring = min(once(lambda: policy.log_probs([batch])) for _ in range(2))
     (old,) = policy.log_probs([batch]).streams
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
@@ -153,18 +155,16 @@ def _policy(fipo: Config, shape: Any) -> Any:
 
 
 def _equal_sequences(length: int, count: int, vocabulary: int) -> Any:
-    from megatron_fipo.policy.train_batch import TrainBatch
+    from megatron_fipo.rollout.plain_batch import plain_batch
 
     prompt, generator = 16, torch.Generator().manual_seed(0)
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": [torch.randint(0, vocabulary, (length + 1,), generator=generator) for _ in range(count)],
             "rollout_log_probs": [-torch.rand(length + 1, generator=generator) for _ in range(count)],
         },
         prompt_lengths=[prompt] * count,
-        advantages=torch.randn(count, generator=generator),
-        weight_lag=torch.zeros(count, dtype=torch.int64),
-        mini_batch_sizes=[count],
+        advantages=torch.randn(count, generator=generator).tolist(),
     )
 
 

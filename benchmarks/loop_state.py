@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import safetensors.numpy
 
 from benchmarks.measure import machine, once
 from megatron_fipo import loop_state
 from megatron_fipo.data.fingerprint import Fingerprint
 from megatron_fipo.data.order import OrderState
-from megatron_fipo.files import write_atomically, write_json_atomically
-from megatron_fipo.loop_state import ExperienceState, LoopState
+from megatron_fipo.files import write_json_atomically
+from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.rollout.collector import CollectorState
+from megatron_fipo.rollout.ledger import Ends, LedgerState, State, StepCounts, Ticket
+from megatron_fipo.rollout.snapshot import RolloutState
 
 SAMPLES, LENGTH, PROMPT, VOCABULARY = 16, 2000, 200, 152_064
 FEW, MANY = 32, 512
@@ -75,20 +77,23 @@ def _plain(group: Group) -> dict[str, Any]:
 def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
     """Arrays and JSON, as checkpoints have it."""
     order = OrderState(epoch=0, position=0, size=1, seed=0, shuffle=True)
-    experience = ExperienceState(order=order, drawn=0, kept=kept, data=Fingerprint(1, "0" * 32, "0" * 32))
-    state = LoopState(step=1, seconds=0.0, results={}, experience=experience)
-    json_file, arrays_file = directory / "trainer.json", directory / "trainer.safetensors"
+    tickets = tuple((Ticket(number, group.problem.id, 0, 0, 1), State.READY) for number, group in enumerate(kept))
+    ledger = LedgerState(len(kept), Ends(), StepCounts(carried_in=len(kept)), tickets)
+    collected = CollectorState(order, ledger, dict(enumerate(kept)))
+    rollout = RolloutState(collected, Fingerprint(1, "0" * 32, "0" * 32))
+    state = LoopState(step=1, seconds=0.0, results={}, rollout=rollout)
 
     def write() -> None:
-        content, values = loop_state.encode(state)
-        write_json_atomically(json_file, content | {"megatron_core": "0.16.1"})
-        write_atomically(arrays_file, safetensors.numpy.save(values))
+        content, write_rollout = loop_state.encode(state)
+        write_json_atomically(directory / "trainer.json", content | {"megatron_core": "0.16.1"})
+        write_rollout(directory)
 
     wrote = once(write)
     found: list[Any] = []
-    read = once(lambda: found.append(loop_state.read(json_file, arrays_file, step=1, vocab_size=VOCABULARY)))
+    read = once(lambda: found.append(loop_state.read(directory, step=1, vocab_size=VOCABULARY)))
     assert found == [state], "a round trip changes nothing"
-    return {"bytes": json_file.stat().st_size + arrays_file.stat().st_size, "write": wrote, "read": read}
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return {"bytes": size, "write": wrote, "read": read}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from megatron_fipo.models.costs import attention_operations, products
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.micro_batch import MicroBatch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 WARM_UP, REPEATS = 2, 5
 PROMPT = 16
@@ -75,21 +75,19 @@ SHAPES = {
 }
 
 
-def make_batch(shape: Shape) -> TrainBatch:
+def make_batch(shape: Shape) -> Made:
     """Random tokens in lengths spread evenly up to the longest: what packing has to do with."""
     generator = torch.Generator().manual_seed(0)
     step = (shape.longest - 2 * PROMPT) / shape.sequences
     lengths = [2 * PROMPT + int(step * (index + 1)) for index in range(shape.sequences)]
     vocabulary = shape.model_config.vocab_size
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
             "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
         },
         prompt_lengths=[PROMPT] * len(lengths),
-        advantages=torch.randn(len(lengths), generator=generator),
-        weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
-        mini_batch_sizes=[len(lengths)],
+        advantages=torch.randn(len(lengths), generator=generator).tolist(),
     )
 
 
@@ -183,6 +181,7 @@ def layers_here() -> str:
 def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     """One row, in this process."""
     platform.install()
+    from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -190,15 +189,15 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     config = configuration(shape, precision, packing, layers_here())
     start_model_parallel(config.parallel, 0)
     policy = timed_policy(config, shape.model_config)
-    batch = make_batch(shape)
-    (mini_batch,) = policy.plan(batch)
+    batch, store = make_batch(shape)
+    (mini_batch,) = made_alike(policy, batch, store)
     (old,) = policy.log_probs([mini_batch]).streams
     for _ in range(WARM_UP):
         policy.update(mini_batch, old)
     policy.watch.parts = {name: [] for name in policy.watch.parts}
     times = [once(lambda: policy.update(mini_batch, old)) for _ in range(REPEATS)]
     slots = sum(micro_batch.position_ids.numel() for micro_batch in mini_batch)
-    lengths = [length - 1 for length in batch.lengths()]  # the last token of a sequence is a label alone
+    lengths = [length - 1 for length in batch.lengths]  # the last token of a sequence is a label alone
     result = {
         "seconds": statistics.median(times),
         "tokens": sum(lengths),

@@ -17,23 +17,21 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, FutureKLConfig
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 SEQUENCES, PROMPT, RESPONSE = 16, 16, 496
 PAIRS = 20
 
 
-def make_batch(vocabulary: int) -> TrainBatch:
+def make_batch(vocabulary: int) -> Made:
     """Random tokens; what they are makes no difference to the time."""
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": [torch.randint(3, vocabulary, (PROMPT + RESPONSE,)) for _ in range(SEQUENCES)],
             "rollout_log_probs": [-torch.rand(PROMPT + RESPONSE) for _ in range(SEQUENCES)],
         },
         prompt_lengths=[PROMPT] * SEQUENCES,
-        advantages=torch.randn(SEQUENCES),
-        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
-        mini_batch_sizes=[SEQUENCES],
+        advantages=torch.randn(SEQUENCES).tolist(),
     )
 
 
@@ -57,6 +55,7 @@ def main() -> None:
     platform.install()
     # Imported here: Megatron-Core has to find the platform installed.
     from megatron_fipo.models.model_config import read_architecture
+    from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
     from megatron_fipo.policy.update import Policy
 
@@ -69,7 +68,7 @@ def main() -> None:
     model_config = read_architecture(model_dir)
     batch = make_batch(model_config.vocab_size)
     policies = {name: Policy(config, model_config, str(model_dir), 1000) for name, config in configs.items()}
-    mini_batches = {name: policy.plan(batch)[0] for name, policy in policies.items()}
+    mini_batches = {name: made_alike(policy, *batch)[0] for name, policy in policies.items()}
     old = {name: policy.log_probs([mini_batches[name]]).streams[0] for name, policy in policies.items()}
     for name, policy in policies.items():
         policy.update(mini_batches[name], old[name])

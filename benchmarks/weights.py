@@ -1,9 +1,9 @@
-"""Weights on this machine: a live update's bytes and seconds by plane, and the memory of a conversion.
+"""Weights on this machine: a live update's bytes and seconds by transport, and the memory of a conversion.
 
     python -m benchmarks.weights              # or one table: bytes, seconds, memory
 
-A synthetic model of the size of Qwen2.5-0.5B in bfloat16 goes to a real vLLM server over each plane, beside a copy of
-the same bytes in memory; then 2 GB of weights are converted both ways. Seconds are also given as CPU time of trainer
+A synthetic model of the size of Qwen2.5-0.5B in bfloat16 goes to a real vLLM server over each transport, beside a copy
+of the same bytes in memory; then 2 GB of weights are converted both ways. Seconds are also given as CPU time of trainer
 and server, which neighbours on the machine stretch less. Results are in benchmarks/README.md.
 """
 
@@ -28,10 +28,11 @@ from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.models.parameters import parameters
+from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
-from megatron_fipo.weights.plan import plan_transfers
-from megatron_fipo.weights.transfer import open_transfer
+from megatron_fipo.weights.publisher import open_publisher
+from megatron_fipo.weights.transfer_plan import cut_by_size, plan_transfers, transfer_plan
 
 HALF_A_BILLION: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -103,17 +104,13 @@ def _bytes_table(directory: Path) -> None:
     """Megabytes of one update by rank. The least: shards go straight from their holders to the workers using them."""
     _print_head(
         "Megabytes of one weight update, 0.5 B parameters in bfloat16; in brackets the least possible.",
-        *("trainer", "server", "a rank gathers", "a leader sends", "a worker receives"),
+        *("trainer", "server", "a rank gathers", "a sender sends", "a worker receives"),
     )
     (directory / "config.json").write_text(json.dumps(HALF_A_BILLION))
     model_config = read_architecture(directory)
     for tensor, pipeline, server in LAYOUTS:
-        transfers = plan_transfers(
-            model_config,
-            tensor_parallel_size=tensor,
-            pipeline_parallel_size=pipeline,
-            server_tensor_parallel_size=server,
-        )
+        plan = transfer_plan(model_config, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        transfers = plan_transfers(plan, server_tensor_parallel_size=server)
         sent: dict[int, int] = {}
         gathered: dict[int, int] = {}
         for transfer in transfers:
@@ -143,30 +140,30 @@ def _seconds_table(model: Path, directory: Path) -> None:
     total = sum(tensor.nbytes for _, tensor in tensors)
     _print_head(
         f"Seconds of one weight update of {total / 1e6:.0f} MB to one server, medians of {UPDATES}.",
-        *("plane", "checksums", "update", "CPU time of the trainer", "of the server"),
+        *("transport", "checksums", "update", "CPU time of the trainer", "of the server"),
         *("copy of the same bytes, CPU time", "CPU time / copy"),
     )
-    for plane in ("process_group", "shared_memory"):
-        plain, checked, copy_s = _costs_of_updates(plane, model, directory, tensors)
+    for transport in ("process_group", "shared_memory"):
+        plain, checked, copy_s = _costs_of_updates(transport, model, directory, tensors)
         for name, cost in (("no", plain), ("yes", checked)):
             row = (cost.wall, cost.trainer, cost.server, copy_s)
             ratio = (cost.trainer + cost.server) / copy_s
-            _print_row(plane, name, *(f"{value:.2f}" for value in row), f"{ratio:.0f}")
+            _print_row(transport, name, *(f"{value:.2f}" for value in row), f"{ratio:.0f}")
 
 
 def _costs_of_updates(
-    plane: str, model: Path, directory: Path, tensors: list[tuple[str, Tensor]]
+    transport: str, model: Path, directory: Path, tensors: list[tuple[str, Tensor]]
 ) -> tuple[_Cost, _Cost, float]:
     """Medians of updates without and with checksums, and of a copy in memory between them, in CPU seconds."""
     config = RolloutConfig(
-        weight_transfer=plane,
+        weight_transfer=transport,
         max_prompt_length=64,
         max_response_length=64,
         max_num_seqs=4,
         enforce_eager=True,
         checksum_every=2,
     )
-    run_dir = directory / plane
+    run_dir = directory / transport
     buffers = [tensor.clone() for _, tensor in tensors]
     costs: dict[int, _Cost] = {}
     copies = []
@@ -174,18 +171,34 @@ def _costs_of_updates(
         pool.start()
         pool.wait_ready()
         server = psutil.Process(pool.servers[0].process.pid)  # type: ignore[union-attr]
-        transfer = open_transfer(config, EngineControl(pool), stage=0, num_stages=1, is_leader=True, run_dir=run_dir)
+        publisher = open_publisher(config, EngineControl(pool), number=0, senders=1, sends=True, run_dir=run_dir)
+        weights = _Whole(tensors, config.bucket_mib << 20)
         try:
-            transfer.push(tensors, version=1)  # the first one touches fresh memory everywhere
+            publisher.publish(weights, version=1)  # the first one touches fresh memory everywhere
             for version in range(2, 2 + 2 * UPDATES):
                 copies.append(once(lambda: _copy(tensors, buffers)))
                 mine, theirs = time.process_time(), _cpu_seconds(server)
-                wall = transfer.push(tensors, version).seconds
+                wall = publisher.publish(weights, version).seconds
                 costs[version] = _Cost(wall, time.process_time() - mine, _cpu_seconds(server) - theirs)
         finally:
-            transfer.close()
+            publisher.close()
     plain, checked = (_median([cost for version, cost in costs.items() if version % 2 == rest]) for rest in (1, 0))
     return plain, checked, statistics.median(copies)
+
+
+class _Whole:
+    """Tensors that are whole in this process, as a sender's weights."""
+
+    def __init__(self, tensors: list[tuple[str, Tensor]], bucket_bytes: int):
+        cuts = cut_by_size([tensor.nbytes for _, tensor in tensors], bucket_bytes)
+        self._buckets = [Bucket(tensors[start:end]) for start, end in cuts]
+
+    @property
+    def buckets(self) -> int:
+        return len(self._buckets)
+
+    def gather(self, index: int) -> Bucket:
+        return self._buckets[index]
 
 
 def _copy(tensors: list[tuple[str, Tensor]], buffers: list[Tensor]) -> None:

@@ -33,13 +33,13 @@ from megatron_fipo.evaluation.served import check_served
 from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
 from megatron_fipo.evaluation.weights import Weights, find_weights, huggingface_directory
 from megatron_fipo.files import write_json_atomically
-from megatron_fipo.judged_rollouts import JudgedRollouts
 from megatron_fipo.launch.first_look import look_first
 from megatron_fipo.processes.ending import terminate_on_sigterm
 from megatron_fipo.processes.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.judged_rollouts import JudgedRollouts
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock

@@ -1,78 +1,63 @@
-"""What a run's loop needs to go on where it stood, beside the weights: records, and their place in a checkpoint.
+"""What a run's loop needs to go on where it stood, beside the weights: a record, and its place in a checkpoint.
 
-A small JSON file, in which what follows from tokens is left out, and a safetensors file with that. Both are held to
-types, ranges and to each other when they are read: whatever is wrong is refused in one line that names file and place.
+trainer.json has the loop's own few values, rollout/ has what is sampled (rollout/snapshot.py). Both are held to types,
+ranges and to each other when they are read: whatever is wrong is refused in one line that names file and place.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from megatron_fipo import carried_groups
-from megatron_fipo.carried_groups import Arrays, GroupRow
-from megatron_fipo.data.fingerprint import Fingerprint
-from megatron_fipo.data.order import OrderState
+from megatron_fipo import old_loop_state
 from megatron_fipo.errors import DataError
-from megatron_fipo.records.problem import Problem, prompt_ids
-from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.rollout import snapshot
+from megatron_fipo.rollout.ledger import Count
+from megatron_fipo.rollout.snapshot import LEDGER_FILE, RolloutState
+from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 
-_G = TypeVar("_G")
-_T = TypeVar("_T")
-_Count = Annotated[int, Meta(ge=0, le=2**62)]
-_FORMAT = 2
+_FORMAT = 3
+_RESULTS = r"^(accuracy|response_length)_(before|after)\Z"
 RESULTS = [f"{what}_{when}" for what in ("accuracy", "response_length") for when in ("before", "after")]
 """What validations so far have told."""
+STATE_FILE = "trainer.json"
 
 
-class ExperienceState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True):
-    """Rank 0's side of a run between two steps. `_G` is Group, and GroupRow in a file."""
-
-    order: OrderState
-    drawn: _Count
-    """Prompts that have been sampled, which seeds follow from."""
-    kept: list[_G]
-    """Groups carried over to the next step."""
-    data: Fingerprint | None
-    """None in checkpoints from before it was kept."""
-
-
-class LoopState(Struct, Generic[_G], frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A run after a step."""
-
-    step: _Count
-    seconds: Annotated[float, Meta(ge=0, le=1e12)]
-    """Of training, without the start of processes and servers."""
-    results: dict[Annotated[str, Meta(pattern=r"^(accuracy|response_length)_(before|after)\Z")], float | None]
-    """Of validations so far; None where nothing could be judged."""
-    experience: ExperienceState[_G]
-
-
-class _Saved(LoopState[_G], Generic[_G], frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Saved(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What stands in the JSON file."""
 
-    format: Literal[2]
+    format: Literal[3]
     megatron_core: str
     """The version that wrote the checkpoint: policy/checkpoint.py notes and judges it."""
+    step: Count
+    seconds: Annotated[float, Meta(ge=0, le=1e12)]
+    results: dict[Annotated[str, Meta(pattern=_RESULTS)], float | None]
 
 
-def encode(state: LoopState[Group]) -> tuple[dict[str, Any], Arrays]:
-    """What to write: JSON-ready state, and arrays.
+class LoopState(Struct, frozen=True, kw_only=True):
+    """A run after a step."""
+
+    step: int
+    seconds: float
+    """Of training, without the start of processes and servers."""
+    results: dict[str, float | None]
+    """Of validations so far; None where nothing could be judged."""
+    rollout: RolloutState
+
+
+def encode(state: LoopState) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """What to write: the JSON-ready content of trainer.json, and a function that writes the rest into a checkpoint.
 
     Raises:
         DataError: a number is not finite, or a group's parts do not belong together.
     """
-    experience = state.experience
-    try:
-        rows, arrays = carried_groups.pack(experience.kept)
-    except (ValueError, OverflowError) as error:
-        raise DataError(f"a group that is carried over cannot be saved: {error}") from None
-    saved = msgspec.structs.replace(state, experience=msgspec.structs.replace(experience, kept=rows))
-    return {"format": _FORMAT} | msgspec.to_builtins(saved), arrays
+    content = {"format": _FORMAT, "step": state.step, "seconds": state.seconds, "results": state.results}
+    return content, snapshot.encode(state.rollout).write
 
 
-def read(json_file: Path, arrays_file: Path, *, step: int, vocab_size: int) -> LoopState[Group]:
+def read(checkpoint: Path, *, step: int, vocab_size: int) -> LoopState:
     """What `encode` gave, from where it was written.
 
     Args:
@@ -82,112 +67,37 @@ def read(json_file: Path, arrays_file: Path, *, step: int, vocab_size: int) -> L
     Raises:
         DataError: a file is damaged, or holds what cannot be. One line, with file and key or tensor.
     """
-    saved: LoopState[Any]
+    path = checkpoint / STATE_FILE
     try:
-        data = json_file.read_bytes()
-        if "format" in msgspec.json.decode(data, type=dict[str, msgspec.Raw]) or arrays_file.exists():
-            saved = _decode(data, _Saved[GroupRow], json_file)
-            if saved.experience.data is None:
-                raise DataError(f"{json_file}: experience.data is null, and should be the fingerprint of the data")
-            rows, path = saved.experience.kept, arrays_file
-            arrays = carried_groups.read(arrays_file, rows, described_by=json_file)
-        else:
-            saved, path = _read_old(data, json_file), json_file
-            rows, arrays = carried_groups.pack(saved.experience.kept)
-    except (OSError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{json_file} cannot be read: {error}") from None
-    carried_groups.check(arrays, path, vocab_size)
-    _check(saved, rows, step, json_file)
-    kept = carried_groups.unpack(rows, arrays, path)
-    experience = msgspec.structs.replace(saved.experience, kept=kept)
-    return LoopState(step=saved.step, seconds=saved.seconds, results=saved.results, experience=experience)
-
-
-def _decode(data: bytes, kind: type[_T], path: Path) -> _T:
-    """JSON of a type. DataError, with the file and the key, for anything else."""
+        data = path.read_bytes()
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
+        number = None if found is None else msgspec.json.decode(found)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if number == old_loop_state.FORMAT or (number is None and not (checkpoint / LEDGER_FILE).exists()):
+        old = old_loop_state.read(path, data, step, vocab_size)
+        return LoopState(step=old.step, seconds=old.seconds, results=old.results, rollout=old.rollout)
     try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.ValidationError as error:
+        saved = msgspec.json.decode(data, type=_Saved)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from None
+    if saved.step != step:
+        raise DataError(f"{path}: step is {saved.step}, and should be {step} in {checkpoint.name}")
+    rollout = snapshot.read(checkpoint, step=step, vocab_size=vocab_size)
+    return LoopState(step=saved.step, seconds=saved.seconds, results=saved.results, rollout=rollout)
 
 
-def _check(state: LoopState[Any], rows: list[GroupRow], step: int, path: Path) -> None:
-    """What types do not say."""
-    experience = state.experience
-    if state.step != step:
-        raise DataError(f"{path}: step is {state.step}, and should be {step} in {path.parent.name}")
-    if experience.data is not None and experience.data.count != experience.order.size:
-        raise DataError(
-            f"{path}: experience.data.count is {experience.data.count}, and should be experience.order.size, "
-            f"{experience.order.size}"
-        )
-    for number, row in enumerate(rows):
-        for place, response in enumerate(row.responses):
-            if response.weight_version > step:
-                raise DataError(
-                    f"{path}: experience.kept[{number}].responses[{place}].weight_version is "
-                    f"{response.weight_version}, and should be at most the step, {step}"
-                )
+def resume(checkpoint: Path, step: int, rollouts: TrainingRollouts) -> LoopState:
+    """Have `rollouts` go on from the state in a checkpoint of `step`; the state.
 
-
-class _OldResponse(Struct):
-    token_ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
-    weight_version: int
-
-
-class _OldProblem(Struct):
-    id: str
-    text: str
-    token_ids: list[int]
-    ground_truth: str
-    data_source: str
-    extra: dict[str, Any] = {}
-    columns: str = "{}"
-
-
-class _OldGroup(Struct):
-    problem: _OldProblem
-    responses: list[_OldResponse]
-    judgements: list[RewardResult]
-    text: list[str]
-
-    def today(self) -> Group:
-        """The same as it is now."""
-        problem = Problem(**{**msgspec.structs.asdict(self.problem), "token_ids": prompt_ids(self.problem.token_ids)})
-        samples = [
-            sample_from_lists(old.token_ids, old.log_probs, old.finish_reason, old.weight_version)
-            for old in self.responses
-        ]
-        return Group(problem, tuple(samples)).with_texts(self.text).with_results(self.judgements)
-
-
-class _OldSampling(Struct):
-    kept: list[_OldGroup]
-
-
-class _OldExperience(Struct):
-    order: OrderState
-    drawn: _Count
-    sampling: _OldSampling
-    data: Fingerprint | None = None
-
-
-class _OldState(Struct):
-    step: _Count
-    seconds: float
-    results: dict[str, float | None]
-    experience: _OldExperience
-
-
-def _read_old(data: bytes, path: Path) -> LoopState[Group]:
-    """The state in checkpoints from before arrays had a file of their own: all of it is JSON."""
-    old = _decode(data, _OldState, path)
-    experience = ExperienceState(
-        order=old.experience.order,
-        drawn=old.experience.drawn,
-        kept=[group.today() for group in old.experience.sampling.kept],
-        data=old.experience.data,
-    )
-    return LoopState(step=old.step, seconds=old.seconds, results=old.results, experience=experience)
+    Raises:
+        DataError: as `read`; or the state is of other data or another order, or has samples too long for this run.
+    """
+    state = read(checkpoint, step=step, vocab_size=rollouts.vocab_size)
+    try:
+        rollouts.restore(state.rollout)
+    except DataError as error:
+        has_ledger = (checkpoint / LEDGER_FILE).exists()
+        where = f"{checkpoint / LEDGER_FILE}: " if has_ledger else f"{checkpoint / STATE_FILE}: experience."
+        raise DataError(f"{where}{error}") from None
+    return state

@@ -62,6 +62,7 @@ def train(run: Any) -> None:
             run.undo_step()
             run.stop()
         updated = run.update(batch)
+        del batch  # the tokens of the next step would lie beside it
         run.push_weights()
         run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)

@@ -7,48 +7,49 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch.distributed
-from megatron.core import parallel_state
 
 from megatron_fipo import loop_state
-from megatron_fipo.carried_groups import Arrays
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
-from megatron_fipo.errors import CheckpointError, RolloutError
-from megatron_fipo.experience import Experience
+from megatron_fipo.errors import CheckpointError
 from megatron_fipo.launch.local import STOPPED
-from megatron_fipo.loop_state import ExperienceState, LoopState
+from megatron_fipo.loop_state import LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
+from megatron_fipo.policy.feed import feed_of
 from megatron_fipo.policy.finite_updates import FiniteUpdates
+from megatron_fipo.policy.micro_batch import MiniBatch
 from megatron_fipo.policy.model import describe, start_model_parallel
+from megatron_fipo.policy.publishing import PolicyPublisher
 from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
-from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
+from megatron_fipo.rollout.offers import Offers
+from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
-from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import Report
+from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
 from megatron_fipo.tracking.sampling import sampling_metrics
+from megatron_fipo.tracking.validation import score
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
-from megatron_fipo.weights.reshard import export
 from megatron_fipo.weights.sampling_events import SamplingEvents
-from megatron_fipo.weights.transfer import open_transfer
 
 STOP_FILE = "stop"
 
@@ -81,7 +82,8 @@ class Trainer:
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
-        self.experience: Experience | None = None
+        self.rollouts: TrainingRollouts | None = None
+        self.offers: Offers | None = None
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
         only_rank_0(lambda: self._open_run_files(stack))
@@ -93,9 +95,8 @@ class Trainer:
         stack.callback(lambda: self.saving.abandon() if self.saving else None)
         # The version of the present weights is the step that made them.
         self.version = self.saved_step = self.step
-        # On rank 0, what a step has begun with, and what one that was undone had.
-        self.step_began_with: ExperienceState[Group] | None = None
-        self.undone_to: ExperienceState[Group] | None = None
+        self.published: dict[str, float] = {}
+        """Metrics of the last weight update."""
         self.results: dict[str, Any] = {}
         self.seconds_before = 0.0
 
@@ -111,81 +112,75 @@ class Trainer:
                 only_rank_0(lambda: self._load_loop(found))
             self._make_room()
             self.policy = Policy(config, model_config, str(self.model_dir), updates)
+            self.feed = feed_of(self.policy)
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
-            leads = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            self.transfer = open_transfer(
-                config.rollout,
-                self.experience.connect().control if self.experience else None,
-                stage=parallel_state.get_pipeline_model_parallel_rank(),
-                num_stages=config.parallel.pipeline,
-                is_leader=leads and parallel_state.get_tensor_model_parallel_rank() == 0,
-                run_dir=self.directory,
-            )
-            self.stack.callback(self.transfer.close)
+            control = self.rollouts.connect().control if self.rollouts else None
+            self.publisher = PolicyPublisher(self.policy, control, self.directory, self.console.warn)
+            self.stack.callback(self.publisher.close)
         self.console.take_seconds()
         self.started = time.monotonic()
         self.ctrl_c.begin()
 
     def push_weights(self) -> None:
-        """Hand the present weights to the servers, as version `step`."""
+        """Hand the present weights to the servers, as version `step`; what that step took has then been trained."""
         self.version = self.step
         self._push()
+        if self.rollouts is not None:
+            self.rollouts.settle(self.version)
 
     def begin_step(self) -> None:
-        """Count one step more, and remember on rank 0 what it begins with."""
+        """Count one step more."""
         self.step += 1
-        if self.experience is not None:
-            self.step_began_with = self.experience.state()
 
     def undo_step(self) -> None:
         """Go back to the end of the step before; nothing of this one has been trained."""
         self.step -= 1
-        self.undone_to = self.step_began_with
+        if self.rollouts is not None:
+            self.rollouts.undo()
         self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def next_batch(self) -> tuple[TrainBatch | None, dict[str, float]]:
-        """This step's sequences, on every rank, and rank 0's metrics of how they came about.
+    def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
+        """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
-        No sequences: a Ctrl-C broke it off.
+        None: a Ctrl-C broke it off.
         """
         batch, metrics = None, {}
         with self.console.phase("sample") as phase:
-            sampling = Ongoing(self.experience.collect(phase)) if self.experience else None
+            sampling = Ongoing(self.rollouts.next_batch(phase.progress)) if self.rollouts else None
             if not self._is_sampled(sampling):
                 return None, {}
             self._make_room()
-            if sampling is not None:
-                selection, sampled = sampling.result
-                batch = train_batch(selection.groups, self.config.algorithm, self.version)
-                metrics = sampling_metrics(selection.counts, sampled)
-                self._keep_samples(sampled, self.config.tracking.samples_per_step, "step")
-                if selection.gave_up:
+            if sampling is not None and self.offers is not None:
+                taken = sampling.result
+                batch = self.offers.offer(taken.groups, self.step, self.version)
+                metrics = sampling_metrics(taken)
+                self._log_rollouts(taken.sampled, self.config.tracking.samples_per_step, "step")
+                if taken.gave_up:
                     self.console.warn(
-                        f"step {self.step}: {len(selection.groups)} of {self.config.algorithm.prompts_per_step} groups "
-                        f"after {selection.counts.num_gen_batches} generation batches; training on those"
+                        f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
+                        f"after {taken.counts.rounds} generation batches; training on those"
                     )
-            batch = share(batch)
-        return batch, metrics
+            return self.feed.get(batch, self.offers, self.policy.plan), metrics
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
 
         def warn(text: str) -> None:
             self.console.warn(f"step {self.step}: {text}")
 
-        metrics = train_step(self.policy, batch, self.agreement, self.console.phase, warn)
+        metrics = train_step(self.policy, mini_batches, self.agreement, self.console.phase, warn)
         if warning := self.finite_updates.judge(metrics):
             warn(warning)
         return metrics
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
-        if self.metrics is None or self.experience is None or self.report is None:
+        if self.metrics is None or self.rollouts is None or self.report is None:
             return
         self._check_lock()
-        metrics |= self.experience.pool.end_step()
+        metrics |= self.rollouts.end_step() | self.published
         metrics |= self.console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
@@ -203,7 +198,7 @@ class Trainer:
             return
         with self.console.phase("validate") as phase:
             started = time.monotonic()
-            sampling = Ongoing(self.experience.validate(phase)) if self.experience else None
+            sampling = Ongoing(self.rollouts.validate(phase.progress)) if self.rollouts else None
             broken_off = not self._is_sampled(sampling)
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
@@ -212,9 +207,10 @@ class Trainer:
             return
         if sampling is None or self.metrics is None or self.report is None:
             return
-        result, groups = sampling.result
+        groups = sampling.result
+        result = score(groups, self.config.validation.samples)
         count = self.config.tracking.samples_per_validation
-        self._keep_samples(groups, count, "validation")
+        self._log_rollouts(groups, count, "validation")
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
@@ -250,12 +246,12 @@ class Trainer:
         """Begin a checkpoint of the policy and of the loop; complete when `settle` says so, or at once."""
         self.settle()
         self._check_lock()
-        state, arrays = only_rank_0(self._loop_state) or ({}, {})
+        state, write_rollout = only_rank_0(self._loop_state) or ({}, None)
         with self.console.phase("checkpoint"):
             directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
             try:
                 write = checkpoint.start_saving
-                self.saving = write(self.policy, directory, self.step, state, keep, self.model_dir, arrays)
+                self.saving = write(self.policy, directory, self.step, state, keep, self.model_dir, write_rollout)
             except CheckpointError as error:
                 self._not_saved(error)
                 return
@@ -309,29 +305,24 @@ class Trainer:
         self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
 
-    def _keep_samples(self, groups: list[Group], count: int, of: Literal["step", "validation"]) -> None:
-        assert self.experience is not None, "rank 0 has one"
-        keep_samples(self.directory, self.step, groups, count, self.experience.tokenizer.decode, of)
+    def _log_rollouts(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
+        assert self.rollouts is not None, "rank 0 has one"
+        log_rollouts(self.directory, self.step, groups, count, self.rollouts.tokenizer.decode, of)
 
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
         if self.config.rollout.shared_gpu:
-            if self.experience is not None:
-                self.experience.make_room()
-            fact_of_rank_0(False)  # the other ranks wait for it
+            only_rank_0(lambda: self.rollouts.make_room() if self.rollouts else None)
 
     def _push(self) -> None:
         """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
-        if self.config.rollout.shared_gpu:
-            platform.release_memory()
         with self.console.phase("weights"):
-            while True:
-                try:
-                    self.transfer.push(export(self.policy.chunks, self.policy.model_config), self.version)
-                    return
-                except RolloutError:
-                    if not fact_of_rank_0(self.experience is not None and self.experience.replace_failed()):
-                        raise
+            published = self.publisher.publish(self.version, self._replace_failed)
+        with self.console.phase("log-probs"):
+            self.published = published | self.publisher.probe()
+
+    def _replace_failed(self) -> bool:
+        return self.rollouts is not None and self.rollouts.replace_failed()
 
     def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
         """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
@@ -370,8 +361,10 @@ class Trainer:
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
         stack.callback(self.metrics.close)
         self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
-        self.experience = stack.enter_context(Experience(self.config, self.model_dir, self.directory, self.console))
-        self.console.note(f"problems: {self.experience.problem_counts}")
+        rollouts = TrainingRollouts(self.config, self.model_dir, self.directory, self.console)
+        self.rollouts = stack.enter_context(rollouts)
+        self.offers = stack.enter_context(Offers(self.config.algorithm, self.console.warn))
+        self.console.note(f"problems: {rollouts.problem_counts}")
 
     def _name_belongings(self, stack: ExitStack) -> None:
         """From here on whatever this rank puts outside the run's directory tells whose it is, and goes at the end."""
@@ -385,15 +378,14 @@ class Trainer:
         if self.place is not None:
             self.place.lock.check()
 
-    def _loop_state(self) -> tuple[dict[str, Any], Arrays]:
-        assert self.experience is not None, "rank 0 has one"
-        experience = self.undone_to or self.experience.state()
-        state = LoopState(step=self.step, seconds=self._seconds(), results=self.results, experience=experience)
-        return loop_state.encode(state)
+    def _loop_state(self) -> tuple[dict[str, Any], Callable[[Path], None]]:
+        assert self.rollouts is not None, "rank 0 has one"
+        rollout, seconds = self.rollouts.snapshot(), self._seconds()
+        return loop_state.encode(LoopState(step=self.step, seconds=seconds, results=self.results, rollout=rollout))
 
     def _load_loop(self, path: Path) -> None:
         """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
         checkpoint.check_version(path)
-        assert self.experience is not None, "rank 0 has one"
-        state = self.experience.resume(path / checkpoint.TRAINER_STATE, path / checkpoint.TRAINER_ARRAYS, self.step)
+        assert self.rollouts is not None, "rank 0 has one"
+        state = loop_state.resume(path, self.step, self.rollouts)
         self.seconds_before, self.results = state.seconds, state.results

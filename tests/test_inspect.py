@@ -53,11 +53,11 @@ def test_a_damaged_checkpoint_is_found(run: Path, capsys: pytest.CaptureFixture[
 def test_what_the_model_wrote(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused = shown(capsys, str(run), "--step", "3", code=2)
     assert refused.count("\n") == 1 and "tracking.samples_per_step" in refused
-    from megatron_fipo.tracking.kept_samples import keep_samples
+    from megatron_fipo.tracking.rollout_log import log_rollouts
 
     group = make_group("19", "9")
     for step in (1, 2, 5):
-        keep_samples(run, step, [group], 2, str)
+        log_rollouts(run, step, [group], 2, str)
     assert group.problem.text in shown(capsys, str(run), "--step", "2")
     assert "there are those of 1–2, 5" in shown(capsys, str(run), "--step", "3", code=2)
     assert "steps 1–2, 5" in shown(capsys, str(run))

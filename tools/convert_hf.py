@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from megatron_fipo.errors import FipoError, WeightError
 from megatron_fipo.exporting.progress import progress_bar
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.weights.plan import format_transfers, plan_transfers
+from megatron_fipo.weights.transfer_plan import format_transfers, plan_transfers, transfer_plan
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +90,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def print_plan(arguments: argparse.Namespace) -> None:
     """Every tensor of a live weight update: bytes, source ranks, destinations; then the sums by rank."""
-    transfers = plan_transfers(
+    bytes_per_value = 4 if arguments.dtype == "float32" else 2
+    plan = transfer_plan(
         read_architecture(arguments.model),
         tensor_parallel_size=arguments.tensor,
         pipeline_parallel_size=arguments.pipeline,
         virtual_pipeline_parallel_size=arguments.virtual_pipeline,
         replicas=arguments.replicas,
+        bytes_per_value=bytes_per_value,
+    )
+    transfers = plan_transfers(
+        plan,
         servers=arguments.servers,
         server_tensor_parallel_size=arguments.server_tensor,
-        bytes_per_value=4 if arguments.dtype == "float32" else 2,
+        bytes_per_value=bytes_per_value,
     )
     for line in format_transfers(transfers):
         print(line)

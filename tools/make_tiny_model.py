@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from megatron_fipo.data.tokenizers import Tokenizer
     from megatron_fipo.policy.micro_batch import MicroBatch
-    from megatron_fipo.policy.train_batch import TrainBatch
     from megatron_fipo.policy.update import Policy
+    from megatron_fipo.rollout.plain_batch import Made
 
 # Weights of guess, worked steps, and steps with a check.
 LEARNING_STYLES = (0.15, 0.60, 0.25)
@@ -151,6 +151,7 @@ def learn(policy: "Policy", stage: Stage, seed: int) -> None:
     from rich.progress import track
 
     from megatron_fipo.data.tokenizers import load_tokenizer
+    from megatron_fipo.policy.feed import made_alike
 
     def cross_entropy(batch: "MicroBatch", logits: "Tensor") -> "tuple[Tensor, Tensor, dict[str, Tensor]]":
         log_probs, _ = policy.label_log_probs(batch, logits)
@@ -164,7 +165,7 @@ def learn(policy: "Policy", stage: Stage, seed: int) -> None:
     first = torch.distributed.get_rank() == 0
     for step in track(range(stage.steps), "supervised training", disable=not first):
         styles = LEARNING_STYLES if step < stage.learning_share * stage.steps else FINAL_STYLES
-        (mini_batch,) = policy.plan(draw(tokenizer, rng, styles, stage, held_out))
+        (mini_batch,) = made_alike(policy, *draw(tokenizer, rng, styles, stage, held_out))
         metrics = policy.update(mini_batch, loss=cross_entropy)
         if first and (step % 100 == 99 or step == 0):
             print(f"step {step + 1:5d}  loss {metrics['loss']:.4f}", flush=True)
@@ -178,12 +179,12 @@ def held_out_prompts() -> set[str]:
 
 def draw(
     tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], stage: Stage, held_out: set[str]
-) -> "TrainBatch":
+) -> "Made":
     """Solved random problems as one mini-batch."""
     import torch
 
     from megatron_fipo.data.column_sums import EOS_ID, problem, prompt, solution
-    from megatron_fipo.policy.train_batch import TrainBatch
+    from megatron_fipo.rollout.plain_batch import plain_batch
 
     prompts, rows = [], []
     while len(rows) < stage.batch:
@@ -194,12 +195,10 @@ def draw(
         worked = tokenizer.encode(prompt(digits) + solution(digits, rng, styles, stage.wrong))
         prompts.append(len(question))
         rows.append(torch.tensor([*worked, EOS_ID]))
-    return TrainBatch(
+    return plain_batch(
         streams={"token_ids": rows, "rollout_log_probs": [torch.zeros(len(row)) for row in rows]},
         prompt_lengths=prompts,
-        advantages=torch.zeros(stage.batch),
-        weight_lag=torch.zeros(stage.batch, dtype=torch.int64),
-        mini_batch_sizes=[stage.batch],
+        advantages=[0.0] * stage.batch,
     )
 
 

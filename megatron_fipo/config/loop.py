@@ -149,6 +149,12 @@ class CheckpointConfig:
         "When a checkpoint cannot be written. stop: end the run with one line. warn: continue without it.",
         choices=("stop", "warn"),
     )
+    in_flight: str = setting(
+        "keep",
+        "At a resume, what was sampled for later steps. keep: they train on it. discard: its prompts come next and are "
+        "sampled anew, such as under a shorter rollout.max_response_length. Both are counted.",
+        choices=("keep", "discard"),
+    )
     huggingface_every: int = setting(
         0,
         "Every so many steps, and after the last, also write a Hugging Face directory, "

@@ -15,7 +15,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "the machines; training does not read them": ("cluster.*", "hardware.*"),
     "the run's directory and name": ("run.name", "run.directory"),
     "the run's length; with a decaying optimizer.schedule it may not change": ("run.steps",),
-    "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change"),
+    "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change", "checkpoint.in_flight"),
     "deadlines: what is late is repeated, left out, or ends the run": (
         "*_timeout_s",
         "rollout.max_restarts",
@@ -32,7 +32,10 @@ FREE: dict[str, tuple[str, ...]] = {
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
     "the processes that judge and answer": ("reward.workers", "environment.workers"),
     "the problems themselves are compared, wherever they are": ("data.train",),
-    "how often, not what is trained": ("validation.every", "checkpoint.*"),
+    "how often, not what is trained": (
+        *("validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.verify"),
+        *("checkpoint.on_error", "checkpoint.huggingface_every"),
+    ),
     "what is written besides the model": ("tracking.*",),
     "how missing files are fetched; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
     "read by another command only": ("evaluation.*",),

@@ -1,6 +1,7 @@
 """The order in which training problems are drawn: epoch after epoch, and the same again after a resume."""
 
 import random
+from collections.abc import Sequence
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -17,12 +18,14 @@ class OrderState(Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, Meta(ge=1, le=2**62)]
     seed: Annotated[int, Meta(ge=0, le=2**62)]
     shuffle: bool
+    returned: tuple[Annotated[int, Meta(ge=0, le=2**62)], ...] = ()
+    """Indices that were drawn for nothing, and come next."""
 
 
-class ProblemOrder:
+class PromptSampler:
     """An endless stream of indices into `size` problems, every index once an epoch.
 
-    Each epoch's order is a function of (seed, epoch) alone, so that the position is the whole state.
+    Each epoch's order is a function of (seed, epoch) alone. So the position is all of the state but what was put back.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool):
@@ -31,10 +34,11 @@ class ProblemOrder:
         self._size, self._seed, self._shuffle = size, seed, shuffle
         self._epoch, self._position = 0, 0
         self._order = self._epoch_order()
+        self._returned: list[int] = []
 
     def take(self, count: int) -> list[int]:
         """The next `count` indices; goes on into the next epoch where one ends."""
-        taken: list[int] = []
+        taken, self._returned = self._returned[:count], self._returned[count:]
         while len(taken) < count:
             if self._position == self._size:
                 self._epoch, self._position = self._epoch + 1, 0
@@ -44,9 +48,13 @@ class ProblemOrder:
             self._position += len(step)
         return taken
 
+    def put_back(self, indices: Sequence[int]) -> None:
+        """Draw these next, in this order: nothing came of drawing them."""
+        self._returned = [*indices, *self._returned]
+
     def state(self) -> OrderState:
         """Where the stream stands."""
-        return OrderState(self._epoch, self._position, self._size, self._seed, self._shuffle)
+        return OrderState(self._epoch, self._position, self._size, self._seed, self._shuffle, tuple(self._returned))
 
     def load(self, state: OrderState) -> None:
         """Go on where `state` stood. DataError if it belongs to other data, another seed or another shuffle."""
@@ -60,7 +68,9 @@ class ProblemOrder:
                 )
         if state.position > self._size:
             raise DataError(f"order.position is {state.position}, and should be at most order.size, {self._size}")
-        self._epoch, self._position = state.epoch, state.position
+        if beyond := [index for index in state.returned if index >= self._size]:
+            raise DataError(f"order.returned has {beyond[0]}, and should have numbers below order.size, {self._size}")
+        self._epoch, self._position, self._returned = state.epoch, state.position, list(state.returned)
         self._order = self._epoch_order()
 
     def is_another(self, state: OrderState) -> bool:
@@ -69,7 +79,7 @@ class ProblemOrder:
 
     def start_over(self, state: OrderState) -> None:
         """Begin the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
-        self._epoch, self._position = state.epoch + 1, 0
+        self._epoch, self._position, self._returned = state.epoch + 1, 0, []
         self._order = self._epoch_order()
 
     def _epoch_order(self) -> list[int]:

@@ -21,8 +21,9 @@ class RequireToken:
     vLLM's own --api-key guards some prefixes only; the routes that change weights are not among them.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]):
-        token = os.environ.get(TOKEN_VARIABLE, "")
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str | None = None):
+        """`token` is in the environment where none is given: vLLM gives the application only."""
+        token = token or os.environ.get(TOKEN_VARIABLE, "")
         if not token:
             raise RuntimeError(f"{TOKEN_VARIABLE} is not set: the server would be open to anyone")
         self._app = app

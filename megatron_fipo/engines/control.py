@@ -9,10 +9,12 @@ from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import NoDescriptors, raise_if_exhausted
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.probes import engine_message
+from megatron_fipo.engines.scoring import score
 from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError, WeightsRefused
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, to_wire
 
 
 class EngineControl:
@@ -71,23 +73,28 @@ class EngineControl:
         self._pool.begin_update()
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
-    async def init_weight_transfer_engine(self, info_of_server: list[dict[str, Any]], deadline: Deadline) -> None:
-        """Tells each server, in the pool's order, how to join a weight plane, whatever state it was left in."""
+    async def join_transport(self, request_of_server: list[JoinRequest], deadline: Deadline) -> None:
+        """Tells each server, in the pool's order, to join a sender's transport, whatever state it was left in."""
         await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
-        await self._call_all("/init_weight_transfer_engine", deadline, [{"init_info": info} for info in info_of_server])
+        bodies = [{"init_info": to_wire(request)} for request in request_of_server]
+        await self._call_all("/init_weight_transfer_engine", deadline, bodies)
 
     async def start_weight_update(self, deadline: Deadline) -> None:
         """Prepares the engines for buckets."""
         await self._call_all("/start_weight_update", deadline)
 
-    async def update_weights(self, update_info: dict[str, Any], deadline: Deadline) -> None:
+    async def update_weights(self, header: BucketHeader, deadline: Deadline) -> None:
         """Makes the engines take one bucket; returns when all have it."""
-        await self._call_all("/update_weights", deadline, {"update_info": update_info})
+        await self._call_all("/update_weights", deadline, {"update_info": to_wire(header)})
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
         """Puts the new weights into service as `version`."""
         await self._call_all("/finish_weight_update", deadline, {"weight_version": str(version)})
         self._pool.note_version(version)
+
+    async def score(self, token_ids: list[int], deadline: Deadline) -> dict[str, list[float | None]]:
+        """See `scoring.score`. It raises nothing: a server that fails is lost and left out."""
+        return await score(self._pool, token_ids, deadline)
 
     async def _call_all(
         self,

@@ -1,30 +1,39 @@
-"""The engine's half of each weight-transfer plane, run in every vLLM worker; `weights/planes.py` is the other half.
+"""The engine's half of each weight transport, run in every vLLM worker; `weights/transports.py` is the other half.
 
-vLLM's control plane calls, in this order: init_transfer_engine once for each pipeline stage of the trainer; then for
-each update start_weight_update, update_weights for each bucket, finish_weight_update. In between vLLM's layerwise
-reload keeps what has arrived, so the tensors of one layer may come in different buckets.
+vLLM's control plane calls, in this order: init_transfer_engine once for each sender of the trainer; then for each
+update start_weight_update, update_weights for each bucket, finish_weight_update. In between vLLM's layerwise reload
+keeps what has arrived, so the tensors of one layer may come in different buckets.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngine
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_fipo.errors import WeightsRefused
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.models.parameters import parameters
-from megatron_fipo.weights.buckets import BucketLayout, checksum, unpack
+from megatron_fipo.weights.buckets import checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
+from megatron_fipo.weights.transport_records import (
+    BroadcastBucket,
+    BucketFile,
+    BucketHeader,
+    JoinRequest,
+    ProcessGroupAddress,
+    SharedMemoryAddress,
+    from_wire,
+)
+
+_T = TypeVar("_T")
 
 
 class CheckpointEngine(WeightTransferEngine):
-    """What all planes share: buckets of Hugging Face tensors, and a check that an update was the whole model."""
+    """What all transports share: buckets of Hugging Face tensors, and a check that an update was the whole model."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -36,6 +45,14 @@ class CheckpointEngine(WeightTransferEngine):
         self._optional = {"lm_head.weight"} if self._tied else set()
         self._received: set[str] = set()
         self._unfinished = False
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> JoinRequest:
+        """What the trainer says of a sender that is to be joined. ValueError for anything else."""
+        return from_wire(JoinRequest, init_dict)
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> BucketHeader:
+        """What the trainer says of a bucket. ValueError for anything else."""
+        return from_wire(BucketHeader, update_dict)
 
     def start_weight_update(self) -> None:
         """Prepares the model for a whole new set of weights."""
@@ -72,13 +89,14 @@ class CheckpointEngine(WeightTransferEngine):
             output_layer.quant_method.process_weights_after_loading(output_layer)
 
     def shutdown(self) -> None:
-        """Nothing to release unless a plane says otherwise."""
+        """Nothing to release unless a transport says otherwise."""
 
-    def _load(self, tensors: list[tuple[str, Tensor]], checksums: dict[str, int] | None) -> None:
+    def _load(self, tensors: list[tuple[str, Tensor]], header: BucketHeader) -> None:
         names = [name for name, _ in tensors]
-        if checksums is not None:
+        if header.checksums is not None:
             # Of what has arrived, under the name it is loaded by: afterwards vLLM has fused, cut and packed it.
-            differing = [name for name, tensor in tensors if checksums.get(name) != checksum(tensor)]
+            sent = dict(zip(header.layout.names, header.checksums, strict=True))
+            differing = [name for name, tensor in tensors if sent[name] != checksum(tensor)]
             if differing:
                 raise WeightsRefused(
                     f"tensors arrived with another checksum than they were sent with: {_some(differing)}"
@@ -92,108 +110,60 @@ class CheckpointEngine(WeightTransferEngine):
         load_weights(tensors)
 
 
-@dataclass
-class ProcessGroupInit(WeightTransferInitInfo):
-    """Where the leader of pipeline stage `stage` waits, and the rank of this server's first worker."""
-
-    stage: int
-    address: str
-    port: int
-    world_size: int
-    backend: str
-    timeout_s: float
-    first_rank: int
-
-
-@dataclass
-class ProcessGroupUpdate(WeightTransferUpdateInfo):
-    """One bucket that the leader of `stage` broadcasts, packed."""
-
-    stage: int
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str]
-    checksums: dict[str, int] | None = None
-
-
 class ProcessGroupEngine(CheckpointEngine):
-    """Receives broadcasts of the trainer's stage leaders."""
-
-    init_info_cls = ProcessGroupInit
-    update_info_cls = ProcessGroupUpdate
+    """Receives broadcasts of the trainer's senders."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._groups: dict[int, TransferGroup] = {}
 
-    def init_transfer_engine(self, init_info: ProcessGroupInit) -> None:
-        """Joins the group of one stage leader; blocks until all workers of all servers have."""
+    def init_transfer_engine(self, init_info: JoinRequest) -> None:
+        """Joins the group of one sender; blocks until all workers of all servers have."""
+        address = expected(ProcessGroupAddress, init_info.address)
         device_of_backend = {"gloo": "cpu", "nccl": "cuda"}
-        if self.device.type != device_of_backend[init_info.backend]:
+        if self.device.type != device_of_backend[address.backend]:
             raise WeightsRefused(
-                f"the trainer sends weights over {init_info.backend}, but this engine runs on {self.device.type}; "
+                f"the trainer sends weights over {address.backend}, but this engine runs on {self.device.type}; "
                 "both have to run on GPUs or both on CPUs"
             )
-        self._leave(init_info.stage)
-        rank = init_info.first_rank + self.parallel_config.rank
-        store = visit_store(init_info.address, init_info.port, init_info.world_size, init_info.timeout_s)
-        self._groups[init_info.stage] = TransferGroup(
-            store,
-            local_address(init_info.address),
-            rank,
-            init_info.world_size,
-            init_info.backend,
-            init_info.timeout_s,
+        self._leave(address.sender)
+        self._groups[address.sender] = TransferGroup(
+            visit_store(address.address, address.port, address.world_size, address.timeout_s),
+            local_address(address.address),
+            init_info.first_rank + self.parallel_config.rank,
+            address.world_size,
+            address.backend,
+            address.timeout_s,
             self.device,
         )
 
-    def receive_weights(self, update_info: ProcessGroupUpdate) -> None:
+    def receive_weights(self, update_info: BucketHeader) -> None:
         """Receives one bucket into a buffer of its own, which lives as long as layers wait for more tensors."""
-        layout = BucketLayout(update_info.names, update_info.shapes, update_info.dtypes)
-        buffer = torch.empty(layout.packed_bytes(), dtype=torch.uint8, device=self.device)
-        self._groups[update_info.stage].broadcast(buffer).wait()
-        self._load(list(unpack(buffer, layout)), update_info.checksums)
+        place = expected(BroadcastBucket, update_info.place)
+        buffer = torch.empty(update_info.layout.packed_bytes(), dtype=torch.uint8, device=self.device)
+        self._groups[place.sender].broadcast(buffer).wait()
+        self._load(list(unpack(buffer, update_info.layout)), update_info)
 
     def shutdown(self) -> None:
         """Leaves all groups."""
-        for stage in list(self._groups):
-            self._leave(stage)
+        for sender in list(self._groups):
+            self._leave(sender)
 
-    def _leave(self, stage: int) -> None:
-        if (group := self._groups.pop(stage, None)) is not None:
+    def _leave(self, sender: int) -> None:
+        if (group := self._groups.pop(sender, None)) is not None:
             group.abort()
 
 
-@dataclass
-class SharedMemoryInit(WeightTransferInitInfo):
-    """The directory in which one stage's leader writes its files."""
-
-    directory: str
-    first_rank: int
-
-
-@dataclass
-class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """One bucket: a safetensors file, and the tensors it must hold in the order to load them."""
-
-    path: str
-    names: list[str]
-    checksums: dict[str, int] | None = None
-
-
 class SharedMemoryEngine(CheckpointEngine):
-    """Reads safetensors files that the trainer's stage leaders write on the same machine."""
-
-    init_info_cls = SharedMemoryInit
-    update_info_cls = SharedMemoryUpdate
+    """Reads safetensors files that the trainer's senders write on the same machine."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._directories: set[Path] = set()
 
-    def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
+    def init_transfer_engine(self, init_info: JoinRequest) -> None:
         """Remembers the directory, which has to be visible from here."""
-        directory = Path(init_info.directory)
+        directory = Path(expected(SharedMemoryAddress, init_info.address).directory)
         if not directory.is_dir():
             raise WeightsRefused(
                 f"{directory} does not exist here: rollout.weight_transfer=shared_memory needs the trainer and its "
@@ -201,13 +171,23 @@ class SharedMemoryEngine(CheckpointEngine):
             )
         self._directories.add(directory)
 
-    def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
+    def receive_weights(self, update_info: BucketHeader) -> None:
         """Maps one file and loads it."""
-        path = Path(update_info.path)
+        path = Path(expected(BucketFile, update_info.place).path)
         if path.parent not in self._directories:
             raise WeightsRefused(f"{path} is in no directory that this engine was told of")
         with safe_open(path, framework="pt", device="cpu") as file:
-            self._load([(name, file.get_tensor(name)) for name in update_info.names], update_info.checksums)
+            self._load([(name, file.get_tensor(name)) for name in update_info.layout.names], update_info)
+
+
+def expected(kind: type[_T], found: object) -> _T:
+    """What the trainer says, if it is of this engine's transport. WeightsRefused if it is of another."""
+    if not isinstance(found, kind):
+        raise WeightsRefused(
+            f"the trainer sends {type(found).__name__} where this engine takes {kind.__name__}: both need the same "
+            "rollout.weight_transfer"
+        )
+    return found
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """One vLLM API server for training: `python -m megatron_fipo.engines.server <options of vLLM's API server>`.
 
 It is vLLM's own server with what a trainer needs always on: every route behind a token (FIPO_ROLLOUT_TOKEN), the
-weight-transfer planes, token ids in and out, and no process left when its parent is gone. Runs start their own; start
+weight transports, token ids in and out, and no process left when its parent is gone. Runs start their own; start
 it by hand, or under srun, for `rollout.addresses`.
 """
 
@@ -23,6 +23,7 @@ ALWAYS = (
     "--skip-tokenizer-init",
     "--tokens-only",
     "--middleware=megatron_fipo.engines.generate_route.GenerateRoute",
+    "--middleware=megatron_fipo.engines.score_route.ScoreRoute",
     # The last is the first to see a call: nothing is behind the token's back.
     "--middleware=megatron_fipo.engines.access.RequireToken",
     "--worker-extension-cls=megatron_fipo.engines.vllm_plugin.WorkerExtension",

@@ -1,6 +1,6 @@
 """What vLLM's worker processes load of ours, by the name in `--worker-extension-cls`.
 
-Importing this module registers the engines' halves of the weight-transfer planes; `access.RequireToken` is what its
+Importing this module registers the engines' halves of the weight transports; `access.RequireToken` is what its
 API server loads.
 """
 
@@ -12,10 +12,10 @@ ENGINES = {
     "cuda_ipc": ("megatron_fipo.engines.cuda_ipc_receiver", "CudaIpcEngine"),
 }
 
-for plane, (module, engine) in ENGINES.items():
+for transport, (module, engine) in ENGINES.items():
     # A worker may be forked from a process that has imported this already.
-    if plane not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(plane, module, engine)
+    if transport not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(transport, module, engine)
 
 
 class WorkerExtension:

@@ -1,19 +1,18 @@
 """Checkpoints of a run: Megatron-Core's distributed format, complete or not there, loadable under another layout.
 
 A checkpoint is a directory step-000010 with the model, the optimizer, the learning-rate schedule, trainer.json and
-trainer.safetensors (the state of the loop: step, data order, carried-over groups; loop_state.py reads them), the
-configuration and tokenizer files that make it a model by itself, and a manifest of all that. It is written under
-another name and renamed when all ranks are done, so a directory of that name is complete by construction and there is
-no tracker file to go stale.
+rollout/ (the state of the loop: step, prompt order, ledger of tickets, samples that wait for their step; loop_state.py
+reads them), the configuration and tokenizer files that make it a model by itself, and a manifest of all that. It is
+written under another name and renamed when all ranks are done, so a directory of that name is complete by construction
+and there is no tracker file to go stale.
 """
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
-import safetensors.numpy
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
@@ -21,7 +20,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 
 from megatron_fipo.errors import FipoError
-from megatron_fipo.files import write_atomically, write_json_atomically
+from megatron_fipo.files import write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
 from megatron_fipo.policy.checkpoint_places import newest, step_of
 from megatron_fipo.policy.optimizer_blocks import SHARDING, in_blocks
@@ -33,10 +32,9 @@ from megatron_fipo.policy.update import Policy
 from megatron_fipo.weights.huggingface_writer import carry_files
 from megatron_fipo.weights.reshard import gather_texts
 
-__all__ = ["TRAINER_ARRAYS", "TRAINER_STATE", "check_version", "load", "newest", "start_saving", "step_of"]
+__all__ = ["check_version", "load", "newest", "start_saving", "step_of"]
 
-TRAINER_STATE = "trainer.json"
-TRAINER_ARRAYS = "trainer.safetensors"
+_TRAINER_STATE = "trainer.json"
 # The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
@@ -50,7 +48,7 @@ def start_saving(
     trainer_state: dict[str, Any],
     keep: int,
     model_dir: Path,
-    trainer_arrays: dict[str, numpy.ndarray] | None = None,
+    write_rollout: Callable[[Path], None] | None = None,
 ) -> Saving:
     """Begin to write a checkpoint of the present state, which may change as soon as this returns.
 
@@ -63,7 +61,7 @@ def start_saving(
         trainer_state: JSON-ready state of the loop; rank 0's is written.
         keep: newest checkpoints to leave there; 0 leaves all.
         model_dir: where configuration and tokenizer are copied from.
-        trainer_arrays: what of that state is no JSON; rank 0's are written.
+        write_rollout: writes the rest of that state into the given directory; called in a process of rank 0, if given.
 
     Raises:
         CheckpointError: on every rank, if there is no space for it, or any rank cannot write.
@@ -72,8 +70,9 @@ def start_saving(
     def write_small_files(partial: Path) -> None:
         carry_files(model_dir, partial, policy.megatron_config.params_dtype)
         written_by = {_WRITTEN_BY: str(megatron_versions.installed())}
-        write_json_atomically(partial / TRAINER_STATE, trainer_state | written_by)
-        write_atomically(partial / TRAINER_ARRAYS, safetensors.numpy.save(trainer_arrays or {}))
+        write_json_atomically(partial / _TRAINER_STATE, trainer_state | written_by)
+        if write_rollout is not None:
+            write_rollout(partial)
 
     saving = Saving(directory, step, keep, policy.config.run.collective_timeout_s)
     with no_garbage_collection():
@@ -131,7 +130,7 @@ def _read(policy: Policy, checkpoint: Path) -> tuple[dict[str, Any], set[str]]:
 def check_version(checkpoint: Path) -> None:
     """Raise FipoError where a newer Megatron-Core than the installed one wrote a checkpoint."""
     with contextlib.suppress(OSError, ValueError, RecursionError):  # whoever reads all of it names these
-        trainer_state = json.loads((checkpoint / TRAINER_STATE).read_text())
+        trainer_state = json.loads((checkpoint / _TRAINER_STATE).read_text())
         noted = trainer_state.get(_WRITTEN_BY) if isinstance(trainer_state, dict) else None
         megatron_versions.check_readable(checkpoint, noted if isinstance(noted, str) else None)
 

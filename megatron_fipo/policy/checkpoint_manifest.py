@@ -19,8 +19,8 @@ from megatron_fipo.policy.together import together
 
 MANIFEST = "manifest.json"
 _ALGORITHM = "xxh3_128"
-_AS_OLD_AS_MANIFESTS = "trainer.safetensors"
-"""A file that no checkpoint from before manifests has."""
+_AS_OLD_AS_MANIFESTS = ("trainer.safetensors", "rollout")
+"""What no checkpoint from before manifests has: the first, the format after them, or the second, today's."""
 
 
 def write(directory: Path, known: Mapping[str, Digest]) -> None:
@@ -68,7 +68,7 @@ def _verify(directory: Path, read: Callable[[Mapping[str, Digest]], Iterator[str
     present.pop(MANIFEST, None)
     files = _read(directory)
     if files is None:
-        if (directory / _AS_OLD_AS_MANIFESTS).exists():
+        if any((directory / name).exists() for name in _AS_OLD_AS_MANIFESTS):
             raise CheckpointError(f"{MANIFEST} is missing; checkpoint.verify=false resumes without it")
         return f"{directory} has no {MANIFEST}, as before checksums were kept: whether it is whole is not checked"
     for name in sorted(files.keys() | present.keys()):

@@ -1,6 +1,6 @@
 """The tensors that one rank's pipeline works on at once, made of some sequences of a step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.algorithm.zigzag import zigzag_positions
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.policy.tokens import StepTokens, streams_read
 from megatron_fipo.records import streams
-from megatron_fipo.records.streams import TOKEN_IDS, Stream
+from megatron_fipo.records.rows import TrainBatch
+from megatron_fipo.records.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class BatchLayout:
             return torch.arange(slot)
         return zigzag_positions(slot // self.context_size, self.context_size, torch.device("cpu"))[self.context_rank]
 
+    def stretches(self, slot: int, tokens: int) -> list[tuple[int, int]]:
+        """Tokens [start, end) of a sequence of so many that this rank reads: those it holds, and the label after each.
+
+        No token is in two of them.
+        """
+        held = self.held(slot)
+        breaks = (held.diff() != 1).nonzero().flatten().tolist()
+        firsts = held[[0, *(place + 1 for place in breaks)]].tolist()
+        lasts = held[[*breaks, len(held) - 1]].tolist()
+        found: list[tuple[int, int]] = []
+        for first, last in zip(firsts, lasts, strict=True):
+            if first < tokens - 1:
+                start = max(first, found[-1][1]) if found else first
+                found.append((start, min(last + 2, tokens)))
+        return found
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -60,7 +77,7 @@ class MicroBatch:
     advantages: Tensor
     """[rows, local tokens] fp32, the sequence's at each of its tokens."""
     weight_lag: Tensor
-    """[rows, local tokens] int64, see TrainBatch."""
+    """[rows, local tokens] int64, see records/rows.py."""
     response_quarter: Tensor
     """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3, by its position, what the
     policy was told included; 0 outside a response."""
@@ -98,6 +115,7 @@ class MiniBatch:
     """This rank's micro-batches of one update. Their tensors are made when they are asked for, one after the other."""
 
     batch: TrainBatch
+    tokens: StepTokens
     plan: Sequence[Sequence[int]]
     """Positions in `batch` of each micro-batch's sequences; none is a filler."""
     layout: BatchLayout
@@ -108,7 +126,7 @@ class MiniBatch:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return (build_micro_batch(self.batch, indices, self.layout, self.device) for indices in self.plan)
+        return (build_micro_batch(self.batch, self.tokens, indices, self.layout, self.device) for indices in self.plan)
 
     def with_streams(self, added: TrainerStreams) -> Iterator[MicroBatch]:
         """The micro-batches with the streams that the trainer made, which may be none at all."""
@@ -119,36 +137,42 @@ class MiniBatch:
 
 
 def build_micro_batch(
-    batch: TrainBatch, indices: Sequence[int], layout: BatchLayout, device: torch.device
+    batch: TrainBatch, tokens: StepTokens, indices: Sequence[int], layout: BatchLayout, device: torch.device
 ) -> MicroBatch:
     """Shift the given sequences, lay them out, and take this rank's part.
 
+    The ranks of `tokens.group` call this together.
+
     Args:
-        indices: positions in `batch`; none gives a filler that counts for nothing.
+        indices: places in `batch`; none gives a filler that counts for nothing.
     """
-    lengths = [len(batch.streams[TOKEN_IDS][index]) for index in indices]
+    rows = batch.rows[list(indices)]
+    lengths, prompts = rows["tokens"].tolist(), rows["prompt"].tolist()
     slots = layout.slots([length - 1 for length in lengths] or [1])
     starts = [0, *accumulate(slots)]
     held = torch.cat([start + layout.held(slot) for start, slot in zip(starts, slots, strict=False)])
     weight_lag, quarter = torch.zeros(2, sum(slots), dtype=torch.int64)
     mask, advantages = torch.zeros(sum(slots), dtype=torch.bool), torch.zeros(sum(slots))
     response_lengths = torch.zeros(len(slots), dtype=torch.int64)
-    for place, index in enumerate(indices):
-        start, end, prompt = starts[place], starts[place + 1], batch.prompt_lengths[index]
-        response = slice(start + prompt - 1, start + lengths[place] - 1)
-        length = lengths[place] - prompt
+    for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
+        start, end = starts[place], starts[place + 1]
+        response = slice(start + prompts[place] - 1, start + lengths[place] - 1)
+        length = lengths[place] - prompts[place]
         mask[response], quarter[response] = True, torch.arange(length) * 4 // length
-        for _, told_start, told_end in batch.told[batch.told[:, 0] == index].tolist():
+        for told_start, told_end in batch.told_of(index):
             mask[start + told_start - 1 : start + told_end - 1] = False
         response_lengths[place] = mask[response].sum()
-        advantages[start:end], weight_lag[start:end] = batch.advantages[index], batch.weight_lag[index]
+        advantages[start:end], weight_lag[start:end] = float(row["advantage"]), int(row["weight_lag"])
+    shape = (1 if layout.packed else len(slots), len(held) if layout.packed else len(held) // len(slots))
 
     def part(column: Tensor) -> Tensor:
-        return _moved(column[held].view(1 if layout.packed else len(slots), -1), device)
+        return _moved(column[held].view(shape), device)
 
-    read = [stream for stream in streams.STREAMS if stream.source != "trainer" and stream.is_read_on(layout.stages)]
+    def values(stream: Stream) -> Tensor:
+        return tokens.column(stream, indices, lengths, starts)[held]
+
     return MicroBatch(
-        streams={stream.name: part(_laid_out(stream, batch, indices, starts)) for stream in read},
+        streams=_streams(tokens, streams_read(layout.stages), values, shape, device),
         position_ids=part(torch.cat([torch.arange(slot) for slot in slots])),
         response_mask=part(mask),
         advantages=part(advantages),
@@ -161,14 +185,31 @@ def build_micro_batch(
     )
 
 
-def _laid_out(stream: Stream, batch: TrainBatch, indices: Sequence[int], starts: Sequence[int]) -> Tensor:
-    """A stream's values of these sequences, [all tokens], shifted by one where it is aligned with labels."""
-    column = torch.full((starts[-1],), stream.fill, dtype=getattr(torch, stream.device_dtype or stream.dtype))
-    for start, index in zip(starts, indices, strict=False):
-        values = batch.streams[stream.host_name][index]
-        values = values[1:] if stream.align == "label" else values[:-1]
-        column[start : start + len(values)] = values
-    return column
+def _streams(
+    tokens: StepTokens,
+    read: Sequence[Stream],
+    values: Callable[[Stream], Tensor],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What this pipeline stage reads, [rows, local tokens] each: one buffer, from the rank that has the tokens.
+
+    Args:
+        values: a stream's on that rank, [rows × local tokens] of its type on the host.
+    """
+    if not read:
+        return {}
+    types = [getattr(torch, stream.dtype) for stream in read]
+    sizes = [shape[0] * shape[1] * kind.itemsize for kind in types]
+    if tokens.is_read_here:
+        packed = _moved(torch.cat([values(stream).view(torch.uint8) for stream in read]), device)
+    else:
+        packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    parts = tokens.spread(packed).split(sizes)
+    return {
+        stream.name: part.view(kind).view(shape).to(getattr(torch, stream.device_dtype or stream.dtype))
+        for stream, kind, part in zip(read, types, parts, strict=True)
+    }
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore
 
 from megatron_fipo.errors import FipoError
+from megatron_fipo.processes.addresses import unlike_elsewhere
 from megatron_fipo.processes.ending import LISTENER_VARIABLE
 
 
@@ -54,7 +55,7 @@ def _listener(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", port) if _unlike_elsewhere(str(address[0])) else address)
+        listener.bind(("", port) if unlike_elsewhere(str(address[0])) else address)
         listener.listen(4096)
     except OSError as error:
         raise FipoError(
@@ -62,12 +63,3 @@ def _listener(host: str, port: int) -> socket.socket:
             "of the first node and a free port"
         ) from error
     return listener
-
-
-def _unlike_elsewhere(address: str) -> bool:
-    """Whether other nodes know the host by another address: some name themselves as 127.0.1.1 in their own hosts file.
-
-    Then only all interfaces will do.
-    """
-    several_nodes = int(os.environ["WORLD_SIZE"]) > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    return several_nodes and ipaddress.ip_address(address).is_loopback

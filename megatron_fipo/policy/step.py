@@ -1,10 +1,10 @@
 """All updates of one step, and the comparison of trainer and engine on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from megatron_fipo.policy.agreement import AgreementCheck
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.policy.micro_batch import MiniBatch
 from megatron_fipo.policy.update import Differences, Policy, gather_parameters
 from megatron_fipo.tracking.updates import over_updates
 
@@ -12,7 +12,11 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 
 def train_step(
-    policy: Policy, batch: TrainBatch, check: AgreementCheck, phase: Phase, warn: Callable[[str], None]
+    policy: Policy,
+    mini_batches: Sequence[MiniBatch],
+    check: AgreementCheck,
+    phase: Phase,
+    warn: Callable[[str], None],
 ) -> dict[str, float]:
     """All updates of a step, none if it has no sequences; their metrics together. Every rank calls this.
 
@@ -34,7 +38,6 @@ def train_step(
             warn(warning)
         return agreement
 
-    mini_batches = policy.plan(batch)
     alone, agreement, updates = check.may_stop, {}, []
     with phase("log-probs"):
         known = policy.log_probs(mini_batches, without_first=not alone)

@@ -40,7 +40,7 @@ from megatron_fipo.policy.plan import plan_micro_batches
 from megatron_fipo.policy.precision import check_exact_values, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.policy.rotary import check_rotary_embedding
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.records.rows import TrainBatch
 from megatron_fipo.records.streams import LABELS, OLD_LOG_PROBS, REFERENCE_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.weights.reshard import check_before_building, load_into
 
@@ -90,10 +90,10 @@ class Policy:
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
 
-    def plan(self, batch: TrainBatch) -> list[MiniBatch]:
-        """This rank's micro-batches of each update of a step."""
+    def plan(self, batch: TrainBatch) -> list[list[list[int]]]:
+        """For each update of a step, this rank's micro-batches: the places of their sequences in the batch."""
         parallel = self.config.parallel
-        tokens = [self.layout.slots([length - 1])[0] for length in batch.lengths()]
+        tokens = [self.layout.slots([length - 1])[0] for length in batch.lengths]
         mini_batches, start = [], 0
         for size in batch.mini_batch_sizes:
             ranks = plan_micro_batches(
@@ -106,8 +106,7 @@ class Policy:
                 attention_cost=attention_cost(self.model_config),
             )
             mine = ranks[parallel_state.get_data_parallel_rank()]
-            places = [[start + index for index in indices] for indices in mine]
-            mini_batches.append(MiniBatch(batch, places, self.layout, platform.device()))
+            mini_batches.append([[start + index for index in indices] for indices in mine])
             start += size
         return mini_batches
 
@@ -134,6 +133,11 @@ class Policy:
                     for streams, (log_probs, _) in zip(found[place], passed, strict=True):
                         streams[REFERENCE_LOG_PROBS] = log_probs
         return StepLogProbs(found, differences)
+
+    @torch.no_grad()
+    def forward(self, mini_batch: MiniBatch, measure: Callable[[MicroBatch, Tensor, bool], Tensor]) -> list[Tensor]:
+        """What `measure` makes of each micro-batch's logits under the present weights; none but on the last stage."""
+        return self._run(mini_batch, measure, forward_only=True, collect_non_loss_data=True)
 
     def agreement(self, differences: Differences) -> dict[str, float]:
         """log_prob_diff_mean and the others of `agreement.log_prob_differences` over a step; every rank calls this.

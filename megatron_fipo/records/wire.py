@@ -57,6 +57,14 @@ def encode_frame(about: Any, arrays: Mapping[str, numpy.ndarray] | None = None) 
     return _LENGTHS.pack(MAGIC, len(header), len(payload)) + header + payload
 
 
+def decode_frame(whole: bytes) -> Frame:
+    """The one frame that these bytes are; its arrays lie over them, without a copy. WireError if they are no frame."""
+    header, arrays = _parts(whole)
+    if len(whole) != (length := _LENGTHS.size + header + arrays):
+        raise WireError(f"has {len(whole)} bytes, and its beginning speaks of {length}")
+    return _decode(whole[_LENGTHS.size : _LENGTHS.size + header], memoryview(whole)[_LENGTHS.size + header :])
+
+
 class FrameReader:
     """Turns chunks of bytes, cut anywhere, into frames."""
 
@@ -67,11 +75,7 @@ class FrameReader:
         """The frames that `chunk` completes. WireError as soon as the bytes can be no frame."""
         self._buffer += chunk
         while len(self._buffer) >= _LENGTHS.size:
-            magic, header, arrays = _LENGTHS.unpack_from(self._buffer)
-            if magic != MAGIC:
-                raise WireError(f"begins with {bytes(magic)!r} instead of {MAGIC!r}")
-            if header > LONGEST_HEADER or arrays > LONGEST_ARRAYS:
-                raise WireError(f"announces a header of {header} bytes and arrays of {arrays}")
+            header, arrays = _parts(self._buffer)
             end = _LENGTHS.size + header + arrays
             if len(self._buffer) < end:
                 return
@@ -83,6 +87,18 @@ class FrameReader:
         """WireError if the bytes ended in the middle of a frame."""
         if self._buffer:
             raise WireError(f"ends {len(self._buffer)} bytes into a frame")
+
+
+def _parts(beginning: bytes | bytearray) -> tuple[int, int]:
+    """Bytes of the header and of the arrays of the frame that begins so."""
+    if len(beginning) < _LENGTHS.size:
+        raise WireError(f"ends {len(beginning)} bytes into a frame")
+    magic, header, arrays = _LENGTHS.unpack_from(beginning)
+    if magic != MAGIC:
+        raise WireError(f"begins with {bytes(magic)!r} instead of {MAGIC!r}")
+    if header > LONGEST_HEADER or arrays > LONGEST_ARRAYS:
+        raise WireError(f"announces a header of {header} bytes and arrays of {arrays}")
+    return header, arrays
 
 
 def _decode(header_bytes: bytes, payload: memoryview) -> Frame:

@@ -19,8 +19,8 @@ from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model
+from megatron_fipo.weights.gather import exported_tensors
 from megatron_fipo.weights.huggingface import TensorInfo
-from megatron_fipo.weights.reshard import exported_tensors
 
 _META = torch.device("meta")
 

@@ -94,7 +94,7 @@ def model_bytes(config: Config, model_config: ModelConfig) -> int:
 
 
 def weight_sync_s(config: Config, model_config: ModelConfig) -> float:
-    """One stage's leader after the other sends all tensors, gathered within its node, to every engine at once."""
+    """One stage's sender after the other sends all tensors, gathered within its node, to every engine at once."""
     size, hardware = model_bytes(config, model_config), config.hardware
     gather = size / (hardware.node_gb_s * 1e9) if config.parallel.tensor > 1 else 0.0
     return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency

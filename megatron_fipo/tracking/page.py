@@ -26,7 +26,7 @@ class Line:
     high: Sequence[float | None] | None = None
     """With `low`: a shaded band around the line."""
     dash: str = "solid"
-    """solid, dot or dash."""
+    """solid, dot, dash or dashdot."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ PANELS = (
             Curve("log_prob_diff_mean", "whole"),
             Curve("log_prob_diff_quarter_1", "first quarter", dash="dot"),
             Curve("log_prob_diff_quarter_4", "last quarter", dash="dash"),
+            Curve("probe_diff_max", "fixed text, the engine that differs most", dash="dashdot"),
         ),
     ),
     Panel(

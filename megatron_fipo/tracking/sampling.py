@@ -1,32 +1,36 @@
 """Metrics of a step's sampling: over all that was sampled in it, trained on or not."""
 
 from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean
 
 import numpy
 
-from megatron_fipo.algorithm.groups import SamplingCounts
 from megatron_fipo.records.sample import FAILED_CHECKS, Group
+from megatron_fipo.rollout.collector import Batch
+from megatron_fipo.rollout.filters import ALL_RIGHT, ALL_WRONG
+from megatron_fipo.rollout.ledger import SURPLUS
 
 
-def sampling_metrics(counts: SamplingCounts, sampled: list[Group]) -> dict[str, float]:
+def sampling_metrics(batch: Batch) -> dict[str, float]:
     """One step's metrics of dynamic sampling, of verdicts and of responses.
 
     Means of reward and accuracy are over the responses that were judged, and are left out where none was.
     """
+    rejected = batch.counts.rejected
     metrics: dict[str, float] = {
-        "num_gen_batches": counts.num_gen_batches,
-        "groups_kept": counts.trained,
-        "groups_dropped": counts.dropped_all_right + counts.dropped_all_wrong + counts.dropped_no_contrast,
-        "groups_dropped_all_right": counts.dropped_all_right,
-        "groups_dropped_all_wrong": counts.dropped_all_wrong,
-        "groups_dropped_surplus": counts.dropped_surplus,
-        "groups_carried": counts.carried_out,
+        "num_gen_batches": batch.counts.rounds,
+        "groups_kept": len(batch.groups),
+        "groups_dropped": sum(count for reason, count in rejected.items() if reason != SURPLUS),
+        "groups_dropped_all_right": rejected.get(ALL_RIGHT, 0),
+        "groups_dropped_all_wrong": rejected.get(ALL_WRONG, 0),
+        "groups_dropped_surplus": rejected.get(SURPLUS, 0),
+        "groups_carried": batch.left,
     }
-    return metrics | _verdicts(sampled) | _responses(sampled)
+    return metrics | _verdicts(batch.sampled) | _responses(batch.sampled)
 
 
-def _verdicts(sampled: list[Group]) -> dict[str, float]:
+def _verdicts(sampled: Sequence[Group]) -> dict[str, float]:
     results = [result for group in sampled for result in group.results]
     judged = [result for result in results if result.was_judged]
     outcomes = Counter(result.outcome for result in results)
@@ -47,7 +51,7 @@ def _verdicts(sampled: list[Group]) -> dict[str, float]:
 _PLURALS = {"timeout": "timeouts", "crash": "crashes"}
 
 
-def _responses(sampled: list[Group]) -> dict[str, float]:
+def _responses(sampled: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in sampled for sample in group.samples]
     if not samples:
         return {}

@@ -5,10 +5,10 @@ shapes and dtypes need to travel beside the bytes.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -16,23 +16,19 @@ ALIGNMENT = 256
 """Bytes that every tensor of a packed bucket starts at a multiple of: enough for a view of any dtype, and for a GPU."""
 
 
-@dataclass(frozen=True)
-class BucketLayout:
-    """What a bucket holds, in order. The three lists have one entry a tensor."""
+class BucketLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bucket holds, in order. The three tuples have one entry per tensor."""
 
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        """ValueError unless the three belong together."""
         if not len(self.names) == len(self.shapes) == len(self.dtypes):
             raise ValueError(
                 f"a bucket of {len(self.names)} names has {len(self.shapes)} shapes and {len(self.dtypes)} dtypes"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; `BucketLayout(**row)` is its inverse."""
-        return {"names": self.names, "shapes": self.shapes, "dtypes": self.dtypes}
 
     def spans(self) -> list[tuple[int, int]]:
         """(start, length) in bytes of each tensor in the packed buffer."""
@@ -40,13 +36,13 @@ class BucketLayout:
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
             length = math.prod(shape) * torch_dtype(dtype).itemsize
             spans.append((offset, length))
-            offset += -(-length // ALIGNMENT) * ALIGNMENT
+            offset += _aligned(length)
         return spans
 
     def packed_bytes(self) -> int:
-        """Size of the packed buffer in bytes, padding included."""
+        """Size of the packed buffer in bytes, padding after the last tensor included."""
         spans = self.spans()
-        return sum(spans[-1]) if spans else 0
+        return spans[-1][0] + _aligned(spans[-1][1]) if spans else 0
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,19 @@ class Bucket:
     def layout(self) -> BucketLayout:
         """Names, shapes and dtypes, in order."""
         return BucketLayout(
-            names=[name for name, _ in self.tensors],
-            shapes=[list(tensor.shape) for _, tensor in self.tensors],
-            dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in self.tensors],
+            names=tuple(name for name, _ in self.tensors),
+            shapes=tuple(tuple(tensor.shape) for _, tensor in self.tensors),
+            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in self.tensors),
         )
 
-    def checksums(self) -> dict[str, int]:
-        """`checksum` of each tensor, by name."""
-        return {name: checksum(tensor) for name, tensor in self.tensors}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without padding."""
+        return sum(tensor.nbytes for _, tensor in self.tensors)
+
+    def checksums(self) -> tuple[int, ...]:
+        """`checksum` of each tensor, in order."""
+        return tuple(checksum(tensor) for _, tensor in self.tensors)
 
     def pack(self) -> Tensor:
         """All tensors in one flat uint8 tensor on their device, each at the offset that `BucketLayout.spans` gives."""
@@ -116,18 +117,5 @@ def unpack(buffer: Tensor, layout: BucketLayout) -> Iterator[tuple[str, Tensor]]
         yield name, buffer[start : start + length].view(torch_dtype(dtype)).view(shape)
 
 
-def cut_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Cuts a stream of named tensors into buckets of at most `bucket_bytes`; a larger tensor is a bucket alone.
-
-    Lazy: a bucket is yielded as soon as the next tensor would not fit, before anything further is gathered.
-    """
-    pending: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > bucket_bytes:
-            yield Bucket(pending)
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += tensor.nbytes
-    if pending:
-        yield Bucket(pending)
+def _aligned(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT

@@ -1,7 +1,7 @@
 """Which parameter lies where under a layout, worked out without building a model or starting a process."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_fipo.errors import ConfigError
@@ -68,68 +68,3 @@ def parameters_per_rank(planned: Iterable[PlannedParameter]) -> dict[int, int]:
     for item in planned:
         count[item.stage] = count.get(item.stage, 0) + math.prod(item.local_shape)
     return count
-
-
-@dataclass(frozen=True)
-class PlannedTransfer:
-    """One tensor of a live weight update."""
-
-    name: str
-    """Hugging Face name."""
-    nbytes: int
-    sources: tuple[int, ...]
-    """Trainer ranks that hold a part each; the first one gathers them and sends the whole."""
-    destinations: tuple[str, ...]
-    """Engine workers that receive it, as server.worker."""
-    needed: int
-    """Bytes of it that one worker puts into its layers; what it receives beyond that it drops."""
-
-
-def plan_transfers(
-    model_config: ModelConfig,
-    *,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1,
-    virtual_pipeline_parallel_size: int | None = None,
-    replicas: int = 1,
-    servers: int = 1,
-    server_tensor_parallel_size: int = 1,
-    bytes_per_value: int = 2,
-) -> list[PlannedTransfer]:
-    """Every tensor of a live weight update, in the order in which they are sent.
-
-    `replicas` is the data-parallel times the context-parallel size. Raises ConfigError for a layout that does not
-    divide the model.
-    """
-    planned = plan(model_config, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size)
-    workers = tuple(f"{server}.{worker}" for server in range(servers) for worker in range(server_tensor_parallel_size))
-    transfers = []
-    for item in planned:
-        if not item.parameter.exported:
-            continue
-        first = item.stage * tensor_parallel_size * replicas
-        shards = tensor_parallel_size if item.parameter.cut is not None else 1
-        for name, shape in zip(item.parameter.names, item.parameter.shapes, strict=True):
-            nbytes = math.prod(shape) * bytes_per_value
-            share = -(-nbytes // server_tensor_parallel_size) if item.parameter.cut is not None else nbytes
-            transfers.append(PlannedTransfer(name, nbytes, tuple(range(first, first + shards)), workers, share))
-    return transfers
-
-
-def format_transfers(transfers: Iterable[PlannedTransfer]) -> Iterator[str]:
-    """A line a tensor, and the sums of bytes by rank."""
-    sent: dict[int, int] = {}
-    gathered: dict[int, int] = {}
-    total, needed = 0, 0
-    for transfer in transfers:
-        sources, destinations = ",".join(map(str, transfer.sources)), ",".join(transfer.destinations)
-        yield f"{transfer.name}  {transfer.nbytes} bytes  ranks {sources}  ->  workers {destinations}"
-        sent[transfer.sources[0]] = sent.get(transfer.sources[0], 0) + transfer.nbytes
-        for rank in transfer.sources:
-            part = transfer.nbytes // len(transfer.sources)
-            gathered[rank] = gathered.get(rank, 0) + transfer.nbytes - part
-        total += transfer.nbytes
-        needed += transfer.needed
-    for rank, nbytes in gathered.items():
-        yield f"rank {rank}: gathers {nbytes} bytes, sends {sent.get(rank, 0)} bytes"
-    yield f"each worker: receives {total} bytes, needs {needed}"

@@ -6,28 +6,32 @@ WeightError.
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
-from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.models.parameters import Parameter, canonical_name, check_tensor_parallel, parameters
-from megatron_fipo.models.rules import LAYER_PREFIX
+from megatron_fipo.models.parameters import Parameter, check_tensor_parallel, parameters
+from megatron_fipo.weights.buckets import Bucket, unpack
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
+from megatron_fipo.weights.gather import HeldWeights, held_parameters
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
-from megatron_fipo.weights.layouts import cut, merge
+from megatron_fipo.weights.layouts import cut
 from megatron_fipo.weights.ranks import only_rank_0
 from megatron_fipo.weights.source import check_source, joined, open_source
 from megatron_fipo.weights.staging import check_space
+from megatron_fipo.weights.transfer_plan import SenderGroup
+
+SAVE_BUCKET_BYTES = 256 << 20
+"""At once in memory while a Hugging Face directory is written, beside the model; a larger parameter is alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, model_co
     """
     check_tensor_parallel(model_config, parallel_state.get_tensor_model_parallel_world_size())
     table = parameters(model_config)
-    held = list(_held(model_chunks))
+    held = list(held_parameters(model_chunks))
     device = held[0][1].device
     problems = _model_problems(held, table)
     reader: HuggingFaceReader | CheckpointReader | None = None
@@ -64,34 +68,6 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, model_co
         _copy(held, table, reader, device)
 
 
-def exported_tensors(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> list[TensorInfo]:
-    """Names, full shapes and types of what `export` yields on this stage, in its order, without any communication."""
-    return [
-        TensorInfo(name, shape, tensor.dtype)
-        for entry, tensor in _exported(model_chunks, model_config)
-        for name, shape in zip(entry.names, entry.shapes, strict=True)
-    ]
-
-
-def export(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """This pipeline stage's tensors by their Hugging Face names, whole, on the parameters' device and in their type.
-
-    Embedding first, then layer by layer; a tied output layer is left out. Every rank of the tensor-parallel group has
-    to consume the iterator: it gathers each parameter once, when its turn comes. A yielded tensor may share memory
-    with the model: use it before the next optimizer update.
-    """
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for entry, held in _exported(model_chunks, model_config):
-        tensor = dequantize_fp8_tensor(held) if is_float8tensor(held) else held
-        shards: Sequence[Tensor] = [tensor]
-        if entry.cut is not None and size > 1:
-            gathered = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:]))
-            group = parallel_state.get_tensor_model_parallel_group()
-            dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
-            shards = gathered.chunk(size)
-        yield from zip(entry.names, merge(entry, shards), strict=True)
-
-
 def save_huggingface(
     model_chunks: Sequence[nn.Module],
     model_config: ModelConfig,
@@ -100,72 +76,66 @@ def save_huggingface(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write the model as a Hugging Face directory, from rank 0; the stages send theirs in order, one tensor at a time.
+    """Write the model as a Hugging Face directory, from rank 0; the stages send theirs in order, bucket by bucket.
 
     Configuration and tokenizer come along from `source_dir`, and `complete` adds what else belongs to them.
     `target_dir` appears complete or not at all. Raises WeightError on every rank.
     """
     device = next(model_chunks[0].parameters()).device
-    stages = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    listings = [
-        json.loads(text) for text in gather_texts(_listing(exported_tensors(model_chunks, model_config)), device)
-    ]
-    listed = {name for rank in stages for name, _, _ in listings[rank]}
-    expected = (name for entry in parameters(model_config).values() for name in entry.names)
-    problems = [f"{name}: on no pipeline stage, so it cannot be saved" for name in expected if name not in listed]
-    writer = None
-    if dist.get_rank() == 0:
-        try:
-            infos = [
-                TensorInfo(name, tuple(shape), getattr(torch, dtype))
-                for rank in stages
-                for name, shape, dtype in listings[rank]
-            ]
+    problems: list[str] = []
+    weights = writer = None
+    try:
+        weights = HeldWeights(model_chunks, model_config, SAVE_BUCKET_BYTES)
+        if dist.get_rank() == 0:
+            infos = [TensorInfo(name, shape, weights.dtype) for name, shape in _planned(weights)]
             writer = HuggingFaceWriter(source_dir, target_dir, infos, max_shard_bytes, complete=complete)
             check_space(writer.target, sum(info.nbytes for info in infos))
-        except (OSError, WeightError) as error:
-            problems.append(str(error))
+    except (OSError, WeightError) as error:
+        problems.append(str(error))
     _raise_together(problems, device)
+    assert weights is not None
     if writer is not None:
-        problems = _write(writer, _all_stages(model_chunks, model_config, stages, listings, device))
-    elif parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        sends = parallel_state.get_tensor_model_parallel_rank() == 0
-        for _, tensor in export(model_chunks, model_config):
-            if sends and dist.get_rank() != stages[0]:
-                dist.send(tensor.contiguous(), dst=stages[0], group=group)
+        problems = _write(writer, weights)
+    elif weights.is_in_group:
+        for index in range(weights.buckets):
+            bucket = weights.gather(index)
+            if weights.sends:
+                dist.send(bucket.pack(), dst=0, group=parallel_state.get_pipeline_model_parallel_group())
     _raise_together(problems, device)
 
 
-def _all_stages(
-    model_chunks: Sequence[nn.Module],
-    model_config: ModelConfig,
-    stages: Sequence[int],
-    listings: Sequence[Sequence[tuple[str, Sequence[int], str]]],
-    device: torch.device,
-) -> Iterator[tuple[str, Tensor]]:
-    """On the first stage: its own tensors, then what each later stage sends, in the order that it listed."""
-    yield from export(model_chunks, model_config)
-    group = parallel_state.get_pipeline_model_parallel_group()
-    for sender in stages[1:]:
-        for name, shape, dtype in listings[sender]:
-            tensor = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device)
-            dist.recv(tensor, src=sender, group=group)
-            yield name, tensor
+def _planned(weights: HeldWeights) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the whole model's tensors, in the order in which they are written."""
+    for group in weights.plan.groups:
+        for bucket in group.buckets:
+            yield from bucket.tensors
 
 
-def _write(writer: HuggingFaceWriter, tensors: Iterator[tuple[str, Tensor]]) -> list[str]:
-    """Write them all; what went wrong, if anything did."""
+def _write(writer: HuggingFaceWriter, weights: HeldWeights) -> list[str]:
+    """On rank 0: write every group's buckets, in order; what went wrong, if anything did."""
+    pending = deque((group, index) for group in weights.plan.groups for index in range(len(group.buckets)))
+    problems = []
     try:
         with writer:
-            for name, tensor in tensors:
-                writer.add(name, tensor)
+            while pending:
+                for name, tensor in _whole(weights, *pending.popleft()).tensors:
+                    writer.add(name, tensor)
             writer.close()
     except (OSError, ValueError, WeightError) as error:
-        for _ in tensors:  # the other stages are still sending, and would wait for ever
-            pass
-        return [f"{writer.target} could not be written: {error}"]
-    return []
+        problems = [f"{writer.target} could not be written: {error}"]
+    while pending:  # the ranks that hold it would wait for ever
+        _whole(weights, *pending.popleft())
+    return problems
+
+
+def _whole(weights: HeldWeights, group: SenderGroup, index: int) -> Bucket:
+    """On rank 0: a bucket of its own group, or what another group's sender sends."""
+    if group is weights.group:
+        return weights.gather(index)
+    expected = weights.empty(group.buckets[index])
+    packed = expected.pack()
+    dist.recv(packed, src=group.ranks[0], group=parallel_state.get_pipeline_model_parallel_group())
+    return Bucket(list(unpack(packed, expected.layout())))
 
 
 def gather_texts(text: str, device: torch.device) -> list[str]:
@@ -179,26 +149,6 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     received = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(received, padded)
     return [bytes(part[: int(size)].tolist()).decode() for part, size in zip(received, lengths, strict=True)]
-
-
-def _held(model_chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters by the names of `parameters`."""
-    for chunk in unwrap_model(list(model_chunks)):
-        for name, parameter in chunk.named_parameters():
-            layer = None
-            if name.startswith(LAYER_PREFIX):
-                index = int(name.removeprefix(LAYER_PREFIX).split(".", 1)[0])
-                layer = chunk.decoder.layers[index].layer_number - 1  # Megatron-Core counts the whole model from 1
-            yield canonical_name(name, layer), parameter
-
-
-def _exported(model_chunks: Sequence[nn.Module], model_config: ModelConfig) -> list[tuple[Parameter, Tensor]]:
-    table = parameters(model_config)
-    held = {name: parameter.detach() for name, parameter in _held(model_chunks)}
-    unknown = held.keys() - table.keys()
-    if unknown:
-        raise WeightError(f"no rule of {model_config.architecture} exports {', '.join(sorted(unknown))}")
-    return [(entry, held[name]) for name, entry in table.items() if name in held and entry.exported]
 
 
 def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: dict[str, Parameter]) -> list[str]:
@@ -294,7 +244,3 @@ def _warn_of_non_finite(counts: dict[str, int], device: torch.device) -> None:
     if total and dist.get_rank() == 0:
         listing = "; ".join(f"{count} in {names}" for names, count in total.items())
         logger.warning("%d NaN or infinite values in the loaded weights: %s", sum(total.values()), listing)
-
-
-def _listing(tensors: Sequence[TensorInfo]) -> str:
-    return json.dumps([(info.name, info.shape, str(info.dtype).removeprefix("torch.")) for info in tensors])

@@ -1,6 +1,6 @@
 """Why: a run that goes on with other data goes on in silence, and its curves compare two things.
 
-What the loop makes of a difference is tests/test_experience.py.
+What the loop makes of a difference is tests/rollout/test_training_rollouts.py.
 """
 
 from pathlib import Path

@@ -6,9 +6,10 @@ from megatron_fipo.policy import platform
 platform.install()
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
+from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
-from megatron_fipo.policy.train_batch import TrainBatch  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.rollout.plain_batch import plain_batch  # noqa: E402
 
 
 def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -26,8 +27,7 @@ def continue_greedily(model_dir: str, prompts: list[list[int]], tokens: int) -> 
         ids = list(prompt)
         for _ in range(tokens):
             streams = {"token_ids": [torch.tensor([*ids, 0])], "rollout_log_probs": [torch.zeros(len(ids) + 1)]}
-            batch = TrainBatch(streams, [len(ids)], torch.zeros(1), torch.zeros(1, dtype=torch.int64), [1])
-            ((micro_batch,),) = policy.plan(batch)
+            ((micro_batch,),) = made_alike(policy, *plain_batch(streams, [len(ids)], [0.0]))
             with torch.no_grad():
                 logits = policy.chunks[0](micro_batch.streams["token_ids"], micro_batch.position_ids, None)
             ids.append(int(logits[0, -1].argmax()))

@@ -61,6 +61,9 @@ def check_rows(rows: list[dict[str, float]], steps: int) -> None:
         assert row["weight_version"] == row["step"] - 1
         assert row["grad_norm"] > 0
         assert row["updates_skipped"] == 0
+        ended = sum(row[f"tickets_{end}"] for end in ("trained", "rejected", "failed", "discarded", "in_flight"))
+        assert row["tickets_opened"] == ended, "a prompt was lost, or counted twice"
+    assert rows[-1]["tickets_trained"] == sum(row["groups_kept"] for row in rows)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +242,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     state = broken / "checkpoints/step-000002/trainer.json"
     saved = state.read_text()
     content = json.loads(saved)
-    assert content["experience"]["kept"], "the control: groups are carried over"
+    ledger = json.loads((state.parent / "rollout/ledger.json").read_text())
+    assert ledger["tickets"], "the control: groups are carried over"
     state.write_text(json.dumps(content | {"seconds": "x"}))
     output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=2)
     assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -34,8 +35,9 @@ ONE_GPU = (
 OPEN_AND_SUM = """
 import json, sys, torch
 from megatron_fipo.weights.cuda_ipc import device_uuid, open_shared
+from megatron_fipo.weights.transport_records import CudaHandle, from_wire
 device = torch.device("cuda", 0)
-shared = open_shared(json.loads(sys.stdin.read()), device)
+shared = open_shared(from_wire(CudaHandle, json.loads(sys.stdin.read())), device)
 print(json.dumps([device_uuid(device), shared.numel(), int(shared.long().sum())]))
 """
 
@@ -47,7 +49,7 @@ def test_another_process_reads_the_memory_behind_a_handle() -> None:
     uuid = device_uuid(values.device)
     result = subprocess.run(
         [sys.executable, "-c", OPEN_AND_SUM],
-        input=json.dumps(share(values.untyped_storage())),
+        input=json.dumps(msgspec.to_builtins(share(values.untyped_storage()))),
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": f"GPU-{uuid.removeprefix('GPU-')}"},
         capture_output=True,
@@ -60,10 +62,10 @@ def test_another_process_reads_the_memory_behind_a_handle() -> None:
 
 
 @pytest.mark.usefixtures("vllm_on_gpu")
-@pytest.mark.parametrize("plane", ["cuda_ipc", "shared_memory"])
-def test_a_run_on_one_gpu(plane: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["cuda_ipc", "shared_memory"])
+def test_a_run_on_one_gpu(transport: str, tmp_path: Path) -> None:
     """Checksums compare every tensor on both sides; log-probs differ by bfloat16's rounding."""
-    runs.run(tmp_path, *ONE_GPU, f"rollout.weight_transfer={plane}")
+    runs.run(tmp_path, *ONE_GPU, f"rollout.weight_transfer={transport}")
     assert all(0 < row["log_prob_diff_mean"] < 0.1 for row in runs.rows(tmp_path))
 
 
@@ -72,8 +74,8 @@ def test_a_run_on_one_gpu(plane: str, tmp_path: Path) -> None:
 def test_a_run_with_an_engine_in_fp8(quantization: str, tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip(f"FP8 needs compute capability 8.9, this GPU has {torch.cuda.get_device_capability()}")
-    plane = "rollout.weight_transfer=shared_memory"
-    runs.run(tmp_path, *ONE_GPU, plane, f"rollout.quantization={quantization}")
+    transport = "rollout.weight_transfer=shared_memory"
+    runs.run(tmp_path, *ONE_GPU, transport, f"rollout.quantization={quantization}")
     assert all(0 < row["log_prob_diff_mean"] < 0.3 for row in runs.rows(tmp_path))
 
 

@@ -17,7 +17,7 @@ from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy import checkpoint, megatron_versions, model  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
-from megatron_fipo.weights.reshard import export  # noqa: E402
+from tests.weights.whole import stage_tensors  # noqa: E402
 
 STATE = {"step": 3}
 EXTRA_STATE = {"scale_fwd": torch.arange(3.0), "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1}}
@@ -73,7 +73,7 @@ def exchange_layers(model_dir: str, directory: str) -> dict[str, list[str]]:
                 value.fill_(torch.nan)
             checkpoint.load(policy, saved)
             found, expected = (
-                dict(export(p.chunks, p.model_config)) for p in (policy, _policy(model_dir, RMSNorm, other))
+                stage_tensors(p.chunks, p.model_config) for p in (policy, _policy(model_dir, RMSNorm, other))
             )
             seen[f"{kind} to {other}"] = [
                 name for name, value in expected.items() if not torch.equal(found[name], value)

@@ -18,7 +18,7 @@ from megatron_fipo.config import (
 )
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.micro_batch import MicroBatch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 platform.install()
 
@@ -26,9 +26,10 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
+from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.reshard import export  # noqa: E402
+from tests.weights.whole import stage_tensors  # noqa: E402
 
 ALGORITHMS = {
     "fipo": AlgorithmConfig(
@@ -63,21 +64,19 @@ def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm:
     )
 
 
-def read_batch(path: str) -> TrainBatch:
+def read_batch(path: str) -> Made:
     data = load_file(path)
     lengths, prompts = data["lengths"].tolist(), data["prompts"].tolist()
     responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
     pairs = zip(prompts, data["old_log_probs"].split(responses), strict=True)
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": data["tokens"].split(lengths),
             "rollout_log_probs": [torch.nn.functional.pad(values, (prompt, 0)) for prompt, values in pairs],
         },
         prompt_lengths=prompts,
-        advantages=data["advantages"],
-        weight_lag=torch.zeros(len(lengths), dtype=torch.int64),
-        mini_batch_sizes=[len(lengths)],
-        told=data["told"],
+        advantages=data["advantages"].tolist(),
+        told=data["told"].tolist(),
     )
 
 
@@ -119,10 +118,10 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
                 module.window = None
             elif isinstance(module, RMSNorm):
                 module.zero_centered = False
-    data = read_batch(batch)
+    data, store = read_batch(batch)
     if sabotage == "told":
         data = dataclasses.replace(data, told=data.told[:0])
-    (mini_batch,) = policy.plan(data)
+    (mini_batch,) = made_alike(policy, data, store)
     (found_streams,) = policy.log_probs([mini_batch]).streams
     on_policy = policy.update(mini_batch, found_streams) if sabotage == "on_policy" else None
     engine = [micro_batch.streams.get("rollout_log_probs") for micro_batch in mini_batch]
@@ -141,7 +140,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
             for chunk in policy.chunks:
                 for parameter in chunk.parameters():
                     parameter.copy_(parameter.main_grad)
-    found = dict(export(policy.chunks, policy.model_config))
+    found = stage_tensors(policy.chunks, policy.model_config)
     errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
     return {
         "metrics": metrics,

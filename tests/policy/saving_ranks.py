@@ -71,7 +71,7 @@ def all_together(model_dir: str, directory: str, parallel: dict[str, Any]) -> di
     place = Path(directory)
 
     def save(step: int) -> Path:
-        return checkpoint.start_saving(policy, place, step, {"step": step}, keep=2, model_dir=Path(model_dir)).finish()
+        return checkpoint.start_saving(policy, place, step, {"step": step}, 2, Path(model_dir), _write_rollout).finish()
 
     checkpoint.load(policy, save(1))  # after which ranks agree on what several of them hold
     saved = save(1)
@@ -99,9 +99,15 @@ def _differing(policy: Policy, saved: Path, other: Path) -> list[str]:
     return [key for key in ours.tensors if not torch.equal(ours.read(key, None), theirs.read(key, None))]
 
 
+def _write_rollout(directory: Path) -> None:
+    """In a folder, as the rollouts' part is."""
+    (directory / "rollout").mkdir()
+    (directory / "rollout" / "ledger.json").write_text("{}")
+
+
 def _damages(saved: Path) -> dict[str, str]:
     """What `verify` says of a checkpoint by what has happened to it: a byte of each file, and other damage."""
-    names = sorted(path.name for path in saved.iterdir())
+    names = sorted(checkpoint_places.files_of(saved))
     harms: dict[str, Callable[[Path], Any]] = {f"changed {name}": lambda path: None for name in names}
     harms |= {"truncated": _cut, "missing": _remove, "extra": _add, "no manifest": _forget, "older": _older}
     harms |= {"link": _link, "pipe": _pipe}
@@ -163,7 +169,7 @@ def _forget(directory: Path) -> None:
 
 def _older(directory: Path) -> None:
     _forget(directory)
-    (directory / "trainer.safetensors").unlink()
+    shutil.rmtree(directory / "rollout")
 
 
 def _failures(save: Callable[[int], Path], saved: Path, place: Path) -> dict[str, Any]:

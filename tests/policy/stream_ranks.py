@@ -10,7 +10,6 @@ import numpy
 import torch
 from safetensors.numpy import save_file
 
-from megatron_fipo import carried_groups
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.errors import FipoError
@@ -19,6 +18,7 @@ from megatron_fipo.records import streams
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, Sample
 from megatron_fipo.records.segments import segments_around
+from megatron_fipo.rollout import saved_groups
 
 platform.install()
 
@@ -26,11 +26,14 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy.agreement import AgreementCheck  # noqa: E402
-from megatron_fipo.policy.micro_batch import MicroBatch  # noqa: E402
+from megatron_fipo.policy.feed import FetchFailed, feed_of  # noqa: E402
+from megatron_fipo.policy.micro_batch import MicroBatch, MiniBatch  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.step import train_step  # noqa: E402
-from megatron_fipo.policy.train_batch import TrainBatch, share, train_batch  # noqa: E402
+from megatron_fipo.policy.train_batch import share  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
+from megatron_fipo.records.rows import TrainBatch  # noqa: E402
+from megatron_fipo.rollout.offers import Offers  # noqa: E402
 from megatron_fipo.tracking.updates import over_updates  # noqa: E402
 from tests.policy.layouts import UNCLIPPED, make_config  # noqa: E402
 
@@ -75,12 +78,12 @@ def make_groups() -> list[Group]:
 
 def from_checkpoint(groups: list[Group], folder: str) -> list[Group]:
     """The groups as a resumed run has them."""
-    rows, arrays = carried_groups.pack(groups)
+    rows, arrays = saved_groups.pack(groups)
     path = Path(folder) / "trainer.safetensors"
     save_file(arrays, path)
-    restored = carried_groups.read(path, rows, described_by=path)
-    carried_groups.check(restored, path, VOCABULARY)
-    return carried_groups.unpack(rows, restored, path)
+    restored = saved_groups.read(path, rows, described_by=path)
+    saved_groups.check(restored, path, VOCABULARY)
+    return saved_groups.unpack(rows, restored, path)
 
 
 def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,17 +99,17 @@ def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
         start_model_parallel(config.parallel, 0)
         first = torch.distributed.get_rank() == 0
         groups = make_groups() if first else []
+        offers = Offers(config.algorithm, warn=print) if first else None
         batches = []
         for each in (groups, from_checkpoint(groups, folder) if first else []):
-            batches.append(share(train_batch(each, config.algorithm, weight_version=0) if first else None))
+            batches.append(share(offers.offer(each, step=1, weight_version=0) if offers else None))
         policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
         stretches = [batch.told.tolist() for batch in batches]
         seen = {name: _seen(policy, batch) for name, batch in zip(("sampled", "resumed"), batches, strict=True)}
         streams.STREAMS = plain
-        plain_batch = dataclasses.replace(
-            batches[0], streams={name: batches[0].streams[name] for name in streams.sampled_streams()}
-        )
-        steps = {way: _step(config, plain_batch, way) for way in ("apart", "own", "own for all", "stopped")}
+        steps = {way: _step(config, batches[0], way) for way in ("apart", "own", "own for all", "stopped")}
+        if offers:
+            offers.close()
         place = {
             "stage": parallel_state.get_pipeline_model_parallel_rank(),
             "tensor": parallel_state.get_tensor_model_parallel_rank(),
@@ -120,7 +123,7 @@ def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
 def _seen(policy: Policy, batch: TrainBatch) -> dict[str, dict[str, list[list[int]]]]:
     """By stream and sample, position and value of each token that this rank's schedule gets, padding included."""
     found: dict[str, dict[str, list[list[int]]]] = {}
-    for mini_batch in policy.plan(batch):
+    for mini_batch in _fetched(policy, batch):
         in_loss: list[MicroBatch] = []
         policy.update(mini_batch, policy.log_probs([mini_batch]).streams[0], _spied(policy, in_loss))
         # The last stage's are what its loss got.
@@ -130,6 +133,12 @@ def _seen(policy: Policy, batch: TrainBatch) -> dict[str, dict[str, list[list[in
                     values = _by_sequence(micro_batch, micro_batch.streams[stream.name])
                     for index, part in zip(indices, values, strict=True):
                         found.setdefault(stream.name, {})[str(index)] = part
+    return found
+
+
+def _fetched(policy: Policy, batch: TrainBatch) -> list[MiniBatch]:
+    found = feed_of(policy).fetch(batch, policy.plan(batch))
+    assert not isinstance(found, FetchFailed), found
     return found
 
 
@@ -159,12 +168,14 @@ def _step(config: Any, batch: TrainBatch, way: str) -> dict[str, Any]:
     said: list[str] = []
     try:
         if way == "own for all":
-            mini_batches = policy.plan(batch)
+            mini_batches = _fetched(policy, batch)
             known = policy.log_probs(mini_batches).streams
             updates = [policy.first_update(*pair)[0] for pair in zip(mini_batches, known, strict=True)]
             metrics = over_updates(updates)
         else:
-            metrics = train_step(policy, batch, check, lambda _: contextlib.nullcontext(), said.append)
+            metrics = train_step(
+                policy, _fetched(policy, batch), check, lambda _: contextlib.nullcontext(), said.append
+            )
     except FipoError:
         metrics = {}
     weights = _weights(policy)

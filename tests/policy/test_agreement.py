@@ -13,25 +13,26 @@ from megatron_fipo.config import Config, PolicySection, RolloutConfig
 from megatron_fipo.config.agreement import Limits, agreement_limits
 from megatron_fipo.errors import ConfigError, FipoError
 from megatron_fipo.policy.agreement import AgreementCheck, log_prob_differences
-from megatron_fipo.policy.micro_batch import BatchLayout, build_micro_batch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.policy.feed import Feed
+from megatron_fipo.policy.micro_batch import BatchLayout
+from megatron_fipo.rollout.plain_batch import plain_batch
 
 
 def measured(gaps: list[list[float]], lags: list[int]) -> dict[str, float]:
     """The metrics of responses whose tokens differ by the given gaps, each with its lag."""
-    batch = TrainBatch(
+    batch, store = plain_batch(
         streams={
             "token_ids": [torch.arange(2 + len(gap)) for gap in gaps],
             "rollout_log_probs": [torch.tensor([0.0, 0.0, *gap]) for gap in gaps],
         },
         prompt_lengths=[2] * len(gaps),
-        advantages=torch.ones(len(gaps)),
-        weight_lag=torch.tensor(lags),
-        mini_batch_sizes=[len(gaps)],
+        advantages=[1.0] * len(gaps),
+        weight_lag=lags,
     )
-    micro_batch = build_micro_batch(
-        batch, range(len(gaps)), BatchLayout(packed=True, pad_multiple=1), torch.device("cpu")
-    )
+    feed = Feed(BatchLayout(packed=True, pad_multiple=1), 100, torch.device("cpu"))
+    found = feed.fetch(batch, [[list(range(len(gaps)))]], store)
+    assert isinstance(found, list), found
+    ((micro_batch,),) = found
     statistics = log_prob_differences(micro_batch, torch.zeros_like(micro_batch.streams["rollout_log_probs"]))
     return {name: value for name, value in metrics(statistics).items() if name.startswith("log_prob_diff")}
 

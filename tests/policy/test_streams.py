@@ -14,11 +14,13 @@ import numpy
 import pytest
 import torch
 
-from megatron_fipo.policy.micro_batch import BatchLayout, build_micro_batch
-from megatron_fipo.policy.train_batch import train_batch
+from megatron_fipo.policy.feed import Feed
+from megatron_fipo.policy.micro_batch import BatchLayout
 from megatron_fipo.records import streams
+from megatron_fipo.rollout.offers import train_batch
+from megatron_fipo.rollout.store import SampleStore
 from tests.distributed import run_ranks
-from tests.policy.stream_ranks import COUNTING, EACH, FILL, GROUPS, SAMPLES, lengths, make_groups, told
+from tests.policy.stream_ranks import COUNTING, EACH, FILL, GROUPS, SAMPLES, VOCABULARY, lengths, make_groups, told
 
 pytestmark = pytest.mark.slow
 
@@ -106,15 +108,19 @@ def test_records_do_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "STREAMS", (*streams.STREAMS, *COUNTING))
     group = make_groups()[0]
     sample = group.samples[0]
-    batch = train_batch([group], dataclasses.replace(_algorithm(), mini_batch_prompts=1), weight_version=0)
-    micro_batch = build_micro_batch(batch, [0, 1], BatchLayout(packed=True, pad_multiple=1), torch.device("cpu"))
-    records = (group.problem, "text"), (group, "samples"), (sample, "result"), (batch, "streams")
+    store, algorithm = SampleStore(), dataclasses.replace(_algorithm(), mini_batch_prompts=1)
+    batch = train_batch([group], algorithm, store, step=1, weight_version=0)
+    feed = Feed(BatchLayout(packed=True, pad_multiple=1), VOCABULARY, torch.device("cpu"))
+    found = feed.fetch(batch, [[[0, 1]]], store)
+    assert isinstance(found, list), found
+    ((micro_batch,),) = found
+    records = (group.problem, "text"), (group, "samples"), (sample, "result"), (batch, "rows")
     for record, name in (*records, (micro_batch, "streams"), (sample.result, "reward")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, None)
     with pytest.raises(TypeError):
         sample.streams["token_ids"] = numpy.zeros(1)  # type: ignore[index]
-    for array in (*sample.streams.values(), group.problem.token_ids):
+    for array in (*sample.streams.values(), group.problem.token_ids, batch.rows["advantage"]):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     old = torch.zeros(micro_batch.position_ids.shape)

@@ -9,7 +9,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config, OptimizerConfig, ParallelConfig, PolicySection
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.micro_batch import MicroBatch
-from megatron_fipo.policy.train_batch import TrainBatch
+from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 platform.install()
 
@@ -17,10 +17,11 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy import checkpoint  # noqa: E402
+from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
-from megatron_fipo.weights.reshard import export  # noqa: E402
 from tests.policy.layouts import ALGORITHMS  # noqa: E402
+from tests.weights.whole import stage_tensors  # noqa: E402
 
 SEQUENCES, PROMPT, LENGTH = 16, 4, 65
 MODEL = resolve_embedded("embedded:tiny")
@@ -30,7 +31,7 @@ def losses(model: dict[str, Any], parallel: dict[str, Any], updates: int) -> lis
     """Mean −log π over the same random sequences at each of so many updates of the embedded model that lower it."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates, lr=3e-5)
-    (mini_batch,) = policy.plan(_batch(policy.model_config.vocab_size))
+    (mini_batch,) = made_alike(policy, *_batch(policy.model_config.vocab_size))
 
     def nll(
         micro_batch: MicroBatch, logits: torch.Tensor
@@ -49,7 +50,7 @@ def first_ratios(model: dict[str, Any], parallel: dict[str, Any]) -> dict[str, f
     """Metrics of the first update after old log-probs were taken over the same micro-batches."""
     platform.start_process_group(60)
     policy = _policy(model, parallel, updates=1)
-    (mini_batch,) = policy.plan(_batch(policy.model_config.vocab_size))
+    (mini_batch,) = made_alike(policy, *_batch(policy.model_config.vocab_size))
     (old,) = policy.log_probs([mini_batch]).streams
     metrics = policy.update(mini_batch, old)
     platform.stop_process_group()
@@ -67,14 +68,15 @@ def resume(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> d
         if saved is not None:
             policy = _policy(model, parallel, updates=2)
             checkpoint.load(policy, saved)
-        (mini_batch,) = policy.plan(batch)
+        (mini_batch,) = made_alike(policy, *batch)
         if saved is None:
             policy.update(mini_batch, *policy.log_probs([mini_batch]).streams)
             gather_parameters(policy.chunks)
             saved = checkpoint.start_saving(policy, Path(directory), 1, {}, keep=0, model_dir=MODEL).finish()
         metrics = policy.update(mini_batch, *policy.log_probs([mini_batch]).streams)
         gather_parameters(policy.chunks)
-        weights = torch.cat([tensor.float().flatten() for _, tensor in export(policy.chunks, policy.model_config)])
+        tensors = stage_tensors(policy.chunks, policy.model_config).values()
+        weights = torch.cat([tensor.float().flatten() for tensor in tensors])
         found[name] = {"grad_norm": metrics["grad_norm"], "weights": weights.norm().item()}
     platform.stop_process_group()
     return found
@@ -102,7 +104,7 @@ def reload(
 
 
 def _exported(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.float().clone() for name, tensor in export(policy.chunks, policy.model_config)}
+    return {name: tensor.float().clone() for name, tensor in stage_tensors(policy.chunks, policy.model_config).items()}
 
 
 def _policy(
@@ -119,16 +121,14 @@ def _policy(
     return Policy(config, read_architecture(MODEL), str(start) if start else None, updates)
 
 
-def _batch(vocabulary: int) -> TrainBatch:
+def _batch(vocabulary: int) -> Made:
     generator = torch.Generator().manual_seed(0)
     lengths = [LENGTH - index for index in range(SEQUENCES)]
-    return TrainBatch(
+    return plain_batch(
         streams={
             "token_ids": [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths],
             "rollout_log_probs": [-torch.rand(length, generator=generator) for length in lengths],
         },
         prompt_lengths=[PROMPT] * SEQUENCES,
-        advantages=torch.randn(SEQUENCES, generator=generator),
-        weight_lag=torch.zeros(SEQUENCES, dtype=torch.int64),
-        mini_batch_sizes=[SEQUENCES],
+        advantages=torch.randn(SEQUENCES, generator=generator).tolist(),
     )

@@ -18,7 +18,7 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.sample import Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.weights.transfer import WeightTransfer, open_transfer
+from megatron_fipo.weights.publisher import WeightPublisher, open_publisher
 from tests.rollout.engines import (
     forward_log_probs,
     generate,
@@ -27,6 +27,7 @@ from tests.rollout.engines import (
     sampling,
     save_tiny_model,
 )
+from tests.weights.whole import WholeWeights
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +75,8 @@ def _error(model: Qwen2ForCausalLM, responses: list[Sample]) -> float:
     return float(torch.cat(gaps).abs().mean())
 
 
-def _push(transfer: WeightTransfer, model: Qwen2ForCausalLM, version: int) -> None:
-    transfer.push(list(model.state_dict().items()), version)
+def _publish(publisher: WeightPublisher, model: Qwen2ForCausalLM, version: int) -> None:
+    publisher.publish(WholeWeights(list(model.state_dict().items())), version)
 
 
 def test_an_update_quantises_as_the_start_does(
@@ -84,13 +85,13 @@ def test_an_update_quantises_as_the_start_does(
     log = pool.servers[0].log
     assert log is not None and "quantization=fp8_per_channel" in log.path.read_text()
     with EngineGenerator(pool) as client:
-        transfer = open_transfer(_config(), client.control, stage=0, num_stages=1, is_leader=True, run_dir=tmp_path)
+        publisher = open_publisher(_config(), client.control, number=0, senders=1, sends=True, run_dir=tmp_path)
         at_start = _responses(client)
-        _push(transfer, models["large"], version=1)
+        _publish(publisher, models["large"], version=1)
         large = _responses(client)
-        _push(transfer, models["small"], version=2)
+        _publish(publisher, models["small"], version=2)
         again = _responses(client)
-        transfer.close()
+        publisher.close()
     for before, after in zip(at_start, again, strict=True):
         assert dataclasses.replace(after, weight_version=before.weight_version) == before
     # FP8 keeps three bits of a weight: these models are random, and so as far off as any. Another model is further.

@@ -32,9 +32,10 @@ from megatron_fipo.engines.generate_messages import (
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import FrameReader
-from megatron_fipo.weights.planes import make_plane
-from megatron_fipo.weights.transfer import WeightTransfer
+from megatron_fipo.weights.publisher import WeightPublisher
+from megatron_fipo.weights.transports import make_transport
 from tests.rollout.engines import CACHED_PROMPT, problems, rollout_config, save_tiny_model
+from tests.weights.whole import WholeWeights
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ class Engine:
     """A real server, and both models that it may hold; version 0 is the first."""
 
     pool: EnginePool
-    transfer: WeightTransfer
+    publisher: WeightPublisher
     models: list[Qwen2ForCausalLM]
 
     def ask(self, salt: str, tokens: int, samples: int = 1) -> list[Answer]:
@@ -84,9 +85,9 @@ class Engine:
         assert [len(answer.token_ids) for answer in answers] == [tokens] * samples
         return answers
 
-    def push(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         """Hand the engine the model of this version: the first if it is even, else the second."""
-        self.transfer.push(iter(self.models[version % 2].state_dict().items()), version)
+        self.publisher.publish(WholeWeights(list(self.models[version % 2].state_dict().items())), version)
 
     def answers_across(self, version: int) -> list[Answer]:
         """Responses in whose middle the weights of `version` came."""
@@ -96,11 +97,11 @@ class Engine:
             asking = threading.Thread(target=lambda: found.extend(self.ask(salt, TOKENS, SAMPLES)))  # noqa: B023
             asking.start()
             time.sleep(wait_s)
-            self.push(version)
+            self.publish(version)
             asking.join(timeout=120)
             if found and all(len(answer.spans) == 2 for answer in found):
                 return found
-            self.push(version - 1)  # all of them came before or after
+            self.publish(version - 1)  # all of them came before or after
         pytest.fail(f"no update came in the middle of all {SAMPLES} responses")
 
 
@@ -114,18 +115,17 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with EnginePool(config, directory / "0", directory / "run", seed=0) as pool:
         pool.start()
         pool.wait_ready()
-        transfer = WeightTransfer(
-            make_plane(config, 0, directory / "run"),
+        publisher = WeightPublisher(
+            make_transport(config, 0, directory / "run"),
             EngineControl(pool),
             TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-            stage=0,
-            num_stages=1,
-            bucket_bytes=1 << 20,
+            number=0,
+            senders=1,
             timeout_s=60.0,
             begin_timeout_s=60.0,
         )
-        yield Engine(pool, transfer, models)
-        transfer.close()
+        yield Engine(pool, publisher, models)
+        publisher.close()
 
 
 def expected(
@@ -156,7 +156,7 @@ def test_an_update_comes_in_the_middle_of_responses(
     keep = kv_on_update == "keep"
     first = 10 if keep else 0
     monkeypatch.setattr(engine.pool.config, "kv_on_update", kv_on_update)
-    engine.push(first)
+    engine.publish(first)
     before, after = engine.models
     for answer in engine.answers_across(first + 1):
         old, new = answer.spans
@@ -178,9 +178,9 @@ def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(
 ) -> None:
     """The negative control: with the salt of the version before the log-probs are those of no model."""
     monkeypatch.setattr(engine.pool.config, "kv_on_update", "keep")
-    engine.push(20)
+    engine.publish(20)
     engine.ask("weights-20", 8)
-    engine.push(21)
+    engine.publish(21)
 
     def error(salt: str) -> float:
         (answer,) = engine.ask(salt, 8)
@@ -192,5 +192,5 @@ def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(
     assert error("weights-20") > 0.1
     # For who asks by vLLM's own routes, without a salt: recompute leaves no prefix behind.
     monkeypatch.setattr(engine.pool.config, "kv_on_update", "recompute")
-    engine.push(21)
+    engine.publish(21)
     assert error("weights-20") < 1e-4

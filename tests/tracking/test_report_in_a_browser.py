@@ -17,8 +17,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.console import Span
-from megatron_fipo.tracking.kept_samples import keep_samples
 from megatron_fipo.tracking.report import Report
+from megatron_fipo.tracking.rollout_log import log_rollouts
 from tests.distributed import ROOT
 from tests.tracking.groups import make_group
 from tools.report_picture import browser, browser_files, show
@@ -97,7 +97,7 @@ def new_report(directory: Path) -> Report:
 def write_run(directory: Path, steps: int) -> None:
     report = new_report(directory)
     with report:
-        keep_samples(directory, 0, [make_group("98", "9")], 2, of="validation")
+        log_rollouts(directory, 0, [make_group("98", "9")], 2, of="validation")
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):

@@ -6,56 +6,70 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_fipo.config import Config
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.model import build_model, start_model_parallel
+from megatron_fipo.policy.model import start_model_parallel
+from megatron_fipo.policy.publishing import PolicyPublisher
+from megatron_fipo.policy.update import Policy
 from megatron_fipo.rollout.generator import EngineGenerator
-from megatron_fipo.weights.reshard import export, load_into
-from megatron_fipo.weights.transfer import open_transfer
+from megatron_fipo.weights.buckets import Bucket
 from tests.rollout.engines import rollout_config
 
+CHANGED = "model.layers.1.mlp.down_proj.weight"
 
-def push(servers: list[dict[str, Any]], run_dir: str) -> list[int]:
-    """Load each server's model in two tensor-parallel halves of two stages, and send it; tensors that were checked."""
+
+def publish(servers: list[dict[str, Any]], run_dir: str) -> list[list[dict[str, Any]]]:
+    """Load each server's model in two tensor-parallel halves of two stages, and publish it; what was found.
+
+    Three updates each: the right one, one with a tensor that is changed before its checksum is taken, the right one.
+    """
     platform.start_process_group(60)
     config = Config()
     config.model.dtype, config.model.layers = "float32", "local"
     config.parallel.tensor = config.parallel.pipeline = 2
+    # The probe is not tempered, whatever samples are.
+    config.rollout.temperature = 0.7
     start_model_parallel(config.parallel, seed=0)
-    checked = []
+    found = []
     for server in servers:
-        model_dir = server["model_dir"]
-        model_config = read_architecture(model_dir)
-        chunks = build_model(config, model_config)
-        load_into(chunks, model_dir, model_config)
         os.environ[TOKEN_VARIABLE] = server["token"]
-        rollout = rollout_config(
+        config.rollout = rollout_config(
             servers=0,
             addresses=[server["url"]],
             tensor_parallel=server["workers"],
             weight_transfer="process_group",
             checksum_every=1,
+            temperature=0.7,
         )
+        model_dir = server["model_dir"]
+        policy = Policy(config, read_architecture(model_dir), model_dir, updates=1)
         with ExitStack() as stack:
             control = None
             if dist.get_rank() == 0:
-                pool = stack.enter_context(EnginePool(rollout, Path(model_dir), Path(run_dir), seed=0))
+                pool = stack.enter_context(EnginePool(config.rollout, Path(model_dir), Path(run_dir), seed=0))
                 pool.wait_ready()
                 control = stack.enter_context(EngineGenerator(pool)).control
-            transfer = open_transfer(
-                rollout,
-                control,
-                stage=parallel_state.get_pipeline_model_parallel_rank(),
-                num_stages=2,
-                is_leader=parallel_state.get_tensor_model_parallel_rank() == 0,
-                run_dir=Path(run_dir),
-            )
-            stack.callback(transfer.close)
-            checked.append(transfer.push(export(chunks, model_config), version=1).checked)
+            warnings: list[str] = []
+            publisher = PolicyPublisher(policy, control, Path(run_dir), warnings.append)
+            stack.callback(publisher.close)
+            found.append([_update(publisher, version, warnings) for version in (1, 2, 3)])
     platform.stop_process_group()
-    return checked
+    return found
+
+
+def _update(publisher: PolicyPublisher, version: int, warnings: list[str]) -> dict[str, Any]:
+    warnings.clear()
+    gather = publisher._weights.gather
+    if version == 2:
+        publisher._weights.gather = lambda index: _changed(gather(index))  # type: ignore[method-assign]
+    metrics = publisher.publish(version, lambda: False) | publisher.probe()
+    publisher._weights.gather = gather  # type: ignore[method-assign]
+    return {"metrics": metrics, "warnings": list(warnings)}
+
+
+def _changed(bucket: Bucket) -> Bucket:
+    return Bucket([(name, tensor * 2 if name == CHANGED else tensor) for name, tensor in bucket.tensors])

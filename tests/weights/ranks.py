@@ -19,6 +19,7 @@ from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model, start_model_parallel
 from megatron_fipo.weights import reshard
+from megatron_fipo.weights.gather import HeldWeights, exported_tensors, held_parameters
 from megatron_fipo.weights.plan import plan
 
 Layout = tuple[int, int, int | None]
@@ -180,14 +181,18 @@ def _as_planned(chunks: list[Any], model_config: ModelConfig, layout: Layout) ->
     expected = {
         item.parameter.megatron: item.local_shape for item in plan(model_config, *layout) if item.stage == stage
     }
-    return expected == {name: tuple(value.shape) for name, value in reshard._held(chunks)}
+    return expected == {name: tuple(value.shape) for name, value in held_parameters(chunks)}
 
 
 def _as_announced(chunks: list[Any], model_config: ModelConfig) -> bool:
-    announced = [(info.name, info.shape, info.dtype) for info in reshard.exported_tensors(chunks, model_config)]
-    return announced == [
-        (name, tuple(value.shape), value.dtype) for name, value in reshard.export(chunks, model_config)
-    ]
+    """What is gathered, bucket by bucket, is what the plan says, and what is built; buckets have several parameters."""
+    weights = HeldWeights(chunks, model_config, bucket_bytes=40_000)
+    gathered = [weights.gather(index) for index in range(weights.buckets)]
+    found = [(name, tuple(value.shape), value.dtype) for bucket in gathered for name, value in bucket.tensors]
+    planned = [(name, shape, weights.dtype) for bucket in weights.group.buckets for name, shape in bucket.tensors]
+    built = [(info.name, info.shape, info.dtype) for info in exported_tensors(chunks, model_config)]
+    several = any(len(bucket.parameters) > 1 for bucket in weights.group.buckets)
+    return found == planned == built and several and weights.buckets > 1
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@ whatever one of them mixes up is a policy that nobody trained.
 
 Megatron-Core in two tensor-parallel halves of two pipeline stages, on four real ranks; vLLM with one worker, which
 serves a Mistral with a window shorter than its prompts, and with two, which serve a Gemma. What fails in an update, and
-shared memory, are in test_transfer.py, with Qwen2; the other layouts in test_reshard.py.
+shared memory, are in test_transfer.py, with Qwen2; the other layouts in test_reshard.py. The probe that ends an update
+is compared on the way; its negative control is a tensor that the trainer itself sends changed.
 """
 
 from collections.abc import Iterator
@@ -91,9 +92,21 @@ def test_engines_hold_what_the_trainer_holds_in_shards(
         }
         for workers, pool in pools.items()
     ]
-    checked = run_ranks("tests.weights.live_ranks:push", 4, {"servers": servers, "run_dir": str(tmp_path)}, timeout=180)
-    tensors = [len(list(new.parameters())) for _, new in pairs.values()]  # a tied one counts once
-    assert checked == [tensors] * 4
+    by_rank = run_ranks(
+        "tests.weights.live_ranks:publish", 4, {"servers": servers, "run_dir": str(tmp_path)}, timeout=180
+    )
+    for rank in by_rank:
+        for server, (_, new), updates in zip(servers, pairs.values(), rank, strict=True):
+            named = dict(new.named_parameters())  # a tied one counts once
+            right, changed, again = (update["metrics"] for update in updates)
+            assert right["weights_checked"] == len(named)
+            assert right["weights_bytes"] == sum(tensor.nbytes for tensor in named.values())
+            # The probe: the trainer's log-probs against each engine's, which no checksum can tell of.
+            assert 0 < right["probe_diff_max"] < 1e-4 and 0 < again["probe_diff_max"] < 1e-4
+            assert changed["weights_checked"] == len(named) and changed["probe_diff_max"] > 0.05
+            assert not updates[0]["warnings"] and not updates[2]["warnings"]
+            (warning,) = updates[1]["warnings"]
+            assert f"the engine at {server['url']} are not the trainer's" in warning
     for workers, client in clients.items():
         old, new = pairs[workers]
         warm, cold = _errors(client, new)

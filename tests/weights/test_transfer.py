@@ -12,11 +12,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -28,11 +27,13 @@ from transformers import Qwen2ForCausalLM
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.server_process import shared_files
-from megatron_fipo.errors import RolloutError
+from megatron_fipo.errors import RolloutError, WeightError
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.buckets import Bucket
-from megatron_fipo.weights.planes import SharedMemoryPlane, make_plane
-from megatron_fipo.weights.transfer import TransferStats, WeightTransfer
+from megatron_fipo.weights.publisher import WeightPublisher
+from megatron_fipo.weights.transport_records import BucketHeader
+from megatron_fipo.weights.transports import SharedMemoryTransport, make_transport
+from megatron_fipo.weights.update_records import Published
 from tests.rollout.engines import (
     CACHED_PROMPT,
     generate,
@@ -42,6 +43,7 @@ from tests.rollout.engines import (
     sampling,
     save_tiny_model,
 )
+from tests.weights.whole import WholeWeights
 
 BUCKET_BYTES = 6 << 10
 """Smaller than one layer, so that its tensors come in several buckets."""
@@ -56,14 +58,14 @@ NamedTensors = list[tuple[str, Tensor]]
 
 @dataclass
 class Trainer:
-    """A trainer of two pipeline stages over one server: ranks 0 and 2 lead them, ranks 1 and 3 only gather."""
+    """A trainer of two pipeline stages over one server: ranks 0 and 2 send, 1 and 3 gather with them, 4 looks on."""
 
     pool: EnginePool
     client: EngineGenerator
     models: list[Qwen2ForCausalLM]
     run_dir: Path
-    ranks: list[WeightTransfer] = field(default_factory=list)
-    consumed: dict[int, int] = field(default_factory=dict)
+    ranks: list[WeightPublisher] = field(default_factory=list)
+    gathered: dict[int, int] = field(default_factory=dict)
 
     def open(self) -> None:
         """Makes every rank's part."""
@@ -71,15 +73,14 @@ class Trainer:
         # As the first process of a run hosts the store and the others visit it.
         host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stores: list[Store] = [host]
-        stores += [TCPStore("127.0.0.1", host.port, timeout=timedelta(seconds=30)) for _ in range(3)]
+        stores += [TCPStore("127.0.0.1", host.port, timeout=timedelta(seconds=30)) for _ in range(4)]
         self.ranks = [
-            WeightTransfer(
-                make_plane(config, rank // 2, self.run_dir) if rank % 2 == 0 else None,
+            WeightPublisher(
+                make_transport(config, rank // 2, self.run_dir) if rank in (0, 2) else None,
                 self.client.control if rank == 0 else None,
                 store,
-                stage=rank // 2,
-                num_stages=2,
-                bucket_bytes=BUCKET_BYTES,
+                number=rank // 2,
+                senders=2,
                 timeout_s=config.update_timeout_s,
                 begin_timeout_s=30.0,
                 checksum_every=CHECKSUM_EVERY,
@@ -87,7 +88,7 @@ class Trainer:
             for rank, store in enumerate(stores)
         ]
 
-    def everywhere(self, work: Callable[[WeightTransfer], object]) -> list[object]:
+    def everywhere(self, work: Callable[[WeightPublisher], object]) -> list[object]:
         """What `work` returned, or raised, on each rank; raises rank 0's error if all ranks raised the same."""
         outcomes: list[object] = [None] * len(self.ranks)
 
@@ -109,27 +110,40 @@ class Trainer:
             raise outcomes[0]
         return outcomes
 
-    def push(
-        self, model: Qwen2ForCausalLM, version: int, change: Callable[[NamedTensors], Iterable] = lambda named: named
-    ) -> TransferStats:
-        """Sends `model`'s tensors, the first half from stage 0; `change` may spoil what stage 1's leader sends."""
+    def publish(
+        self,
+        model: Qwen2ForCausalLM,
+        version: int,
+        change: Callable[[NamedTensors], NamedTensors] = lambda named: named,
+        before: Callable[[int], None] = lambda index: None,
+    ) -> Published:
+        """Sends `model`'s tensors, the first half from stage 0.
+
+        `change` may spoil what stage 1's sender sends, and `before` what happens before it gathers a bucket.
+        """
         named = exported(model)
         middle = len(named) // 2
         parts = [named[:middle], named[:middle], change(named[middle:]), named[middle:]]
-        self.consumed = {}
+        self.gathered = dict.fromkeys(range(4), 0)
 
-        def stream(index: int) -> Iterator[tuple[str, Tensor]]:
-            for pair in parts[index]:
-                self.consumed[index] = self.consumed.get(index, 0) + 1
-                yield pair
+        def weights(rank: int) -> WholeWeights | None:
+            if rank == 4:
+                return None
 
-        stats = self.everywhere(lambda rank: rank.push(stream(self.ranks.index(rank)), version))
-        assert all(stat == stats[0] for stat in stats)
-        assert isinstance(stats[0], TransferStats)
-        return stats[0]
+            def count(index: int) -> None:
+                if rank == 2:
+                    before(index)
+                self.gathered[rank] += 1
+
+            return WholeWeights(parts[rank], BUCKET_BYTES, count)
+
+        published = self.everywhere(lambda rank: rank.publish(weights(self.ranks.index(rank)), version))
+        assert all(each == published[0] for each in published)
+        assert isinstance(published[0], Published)
+        return published[0]
 
     def recover(self, lost: str) -> None:
-        """What the training loop does after an update that failed, but for the next push; `lost` is the reason."""
+        """What the training loop does after an update that failed, but for the next one; `lost` is the reason."""
         assert re.search(lost, self.pool.servers[0].reason)
         assert not self.pool.in_service
         assert self.pool.repair()
@@ -161,8 +175,8 @@ def exported(model: Qwen2ForCausalLM) -> NamedTensors:
     return [(name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")]
 
 
-def _config(plane: str, workers: int) -> RolloutConfig:
-    return rollout_config(weight_transfer=plane, tensor_parallel=workers, update_timeout_s=UPDATE_TIMEOUT_S)
+def _config(transport: str, workers: int) -> RolloutConfig:
+    return rollout_config(weight_transfer=transport, tensor_parallel=workers, update_timeout_s=UPDATE_TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +184,18 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tra
     directory = tmp_path_factory.mktemp("transfer")
     pools, models = {}, {}
     # The output layer of a tied model is the embedding, and yet a layer that has to be told of an update by itself.
-    for plane, workers, tied in (("shared_memory", 1, True), ("process_group", 2, False)):
-        models[plane] = [save_tiny_model(directory / f"{plane}{seed}", seed, tied=tied) for seed in range(2)]
-        pools[plane] = EnginePool(_config(plane, workers), directory / f"{plane}0", directory / plane, seed=0)
-        pools[plane].start()
+    for transport, workers, tied in (("shared_memory", 1, True), ("process_group", 2, False)):
+        models[transport] = [save_tiny_model(directory / f"{transport}{seed}", seed, tied=tied) for seed in range(2)]
+        pools[transport] = EnginePool(
+            _config(transport, workers), directory / f"{transport}0", directory / transport, seed=0
+        )
+        pools[transport].start()
     made: dict[str, Trainer] = {}
     try:
-        for plane, pool in pools.items():
+        for transport, pool in pools.items():
             pool.wait_ready()
-            made[plane] = Trainer(pool, EngineGenerator(pool), models[plane], directory / plane)
-            made[plane].open()
+            made[transport] = Trainer(pool, EngineGenerator(pool), models[transport], directory / transport)
+            made[transport].open()
         yield made
     finally:
         for trainer in made.values():
@@ -188,29 +204,30 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tra
             pool.close()
 
 
-PLANES = pytest.mark.parametrize("plane", ["shared_memory", "process_group"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["shared_memory", "process_group"])
 
 
 @pytest.mark.slow
-@PLANES
-def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer], plane: str) -> None:
-    trainer = trainers[plane]
+@TRANSPORTS
+def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer], transport: str) -> None:
+    trainer = trainers[transport]
     old, new = trainer.models
     assert trainer.error_against(old, version=0) < 1e-4
-    stats = trainer.push(new, version=1)
+    stats = trainer.publish(new, version=1)
     assert trainer.error_against(new, version=1) < 1e-4
     assert trainer.error_against(old, version=1) > 0.5
     named = dict(exported(new))
     assert (stats.tensors, stats.bytes) == (len(named), sum(tensor.nbytes for tensor in named.values()))
     assert stats.buckets > 10 and stats.checked == 0
-    # Every rank of a stage has consumed its whole stream.
-    assert trainer.consumed[0] == trainer.consumed[1] and trainer.consumed[2] == trainer.consumed[3]
+    # Every rank of a stage has taken part in every gather.
+    assert trainer.gathered[0] == trainer.gathered[1] and trainer.gathered[2] == trainer.gathered[3]
+    assert trainer.gathered[0] + trainer.gathered[2] == stats.buckets
     # Back again, in the same session objects, so that the tests below find the model they expect.
-    stats = trainer.push(old, version=0)
+    stats = trainer.publish(old, version=0)
     assert stats.checked == stats.tensors, "version 0 is a multiple of CHECKSUM_EVERY"
     assert trainer.error_against(old, version=0) < 1e-4
-    for leader in (trainer.ranks[0]._plane, trainer.ranks[2]._plane):
-        assert not isinstance(leader, SharedMemoryPlane) or not list(leader._directory.iterdir())
+    for sender in (trainer.ranks[0]._transport, trainer.ranks[2]._transport):
+        assert not isinstance(sender, SharedMemoryTransport) or not list(sender._directory.iterdir())
 
 
 @pytest.mark.slow
@@ -221,10 +238,10 @@ def test_a_tied_output_layer_is_updated_with_its_embedding(trainers: dict[str, T
     # The negative control: what the engine would be if its output layer stayed the old one.
     stale = copy.deepcopy(new)
     stale.lm_head.weight = old.lm_head.weight
-    trainer.push(new, version=1)
+    trainer.publish(new, version=1)
     assert trainer.error_against(new, version=1) < 1e-4
     assert trainer.error_against(stale, version=1) > 0.5
-    trainer.push(old, version=0)
+    trainer.publish(old, version=0)
 
 
 @pytest.mark.slow
@@ -232,29 +249,27 @@ def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
     trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainers["shared_memory"]
-    leader = trainer.ranks[2]._plane
-    assert leader is not None
+    sender = trainer.ranks[2]._transport
+    assert sender is not None
     sends: list[str] = []
-    send = leader.send
+    send = sender.send
 
-    def flip_a_bit(bucket: Bucket) -> dict[str, Any]:
+    def flip_a_bit(bucket: Bucket) -> BucketHeader:
         tensors = [(name, tensor.clone()) for name, tensor in bucket.tensors]
         if not sends:
             tensors[-1][1].view(-1)[3:4].view(torch.int32)[0] ^= 1
         sends.append(tensors[-1][0])
         return send(Bucket(tensors))
 
-    monkeypatch.setattr(leader, "send", flip_a_bit)
-    with pytest.raises(
-        RolloutError, match=r"weight update 20: .*another checksum than they were sent with: "
-    ) as raised:
-        trainer.push(trainer.models[0], version=20)
+    monkeypatch.setattr(sender, "send", flip_a_bit)
+    with pytest.raises(WeightError, match=r"weight update 20: .*another checksum than they were sent with: ") as raised:
+        trainer.publish(trainer.models[0], version=20)
     assert str(raised.value).split("sent with: ")[1].startswith(sends[0])
     # The negative control: without checksums nobody notices.
     sends.clear()
-    assert trainer.push(trainer.models[0], version=21).checked == 0
+    assert trainer.publish(trainer.models[0], version=21).checked == 0
     monkeypatch.undo()
-    assert trainer.push(trainer.models[0], version=0).checked > 0
+    assert trainer.publish(trainer.models[0], version=0).checked > 0
     assert trainer.error_against(trainer.models[0], version=0) < 1e-4
 
 
@@ -274,11 +289,6 @@ def _misshapen(named: NamedTensors) -> NamedTensors:
     return [(name, torch.cat([tensor, tensor])) for name, tensor in named]
 
 
-def _failing_gather(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-    yield from named[:3]
-    raise RuntimeError("the gather broke")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "reason"),
@@ -287,21 +297,37 @@ def _failing_gather(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
         (_misnamed, "tensors that the model has not: model.layers.0.mlp.typo.weight"),
         (_twice, "tensors twice: "),
         (_misshapen, "update_weights answered 500"),
-        (_failing_gather, "pipeline stage 1: RuntimeError: the gather broke"),
     ],
 )
 def test_a_spoilt_update_is_one_error_on_every_rank_and_a_good_one_repairs_it(
-    trainers: dict[str, Trainer], spoil: Callable[[NamedTensors], Iterable], reason: str
+    trainers: dict[str, Trainer], spoil: Callable[[NamedTensors], NamedTensors], reason: str
 ) -> None:
     trainer = trainers["shared_memory"]
-    with pytest.raises(RolloutError, match=r"weight update 6: .*") as raised:
-        trainer.push(trainer.models[0], 6, spoil)
+    kind = RolloutError if "answered 500" in reason else WeightError
+    with pytest.raises(kind, match=r"weight update 6: .*") as raised:
+        trainer.publish(trainer.models[0], 6, spoil)
     assert reason in str(raised.value)
-    assert trainer.consumed[0] == trainer.consumed[1]
+    assert trainer.gathered[0] == trainer.gathered[1]
     if "answered 500" in reason:
         trainer.recover(lost=reason)
     assert not trainer.pool.repair(), "a restart would not help"
-    trainer.push(trainer.models[1], version=7)
+    trainer.publish(trainer.models[1], version=7)
+    assert trainer.error_against(trainer.models[1], version=7) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_gather_that_fails_is_one_error_on_every_rank(trainers: dict[str, Trainer]) -> None:
+    """And no further gather is begun on that rank, since nobody knows where in it the others are."""
+    trainer = trainers["shared_memory"]
+
+    def break_at_3(index: int) -> None:
+        if index == 3:
+            raise RuntimeError("the gather broke")
+
+    with pytest.raises(RolloutError, match="weight update 6: sender 1: RuntimeError: the gather broke"):
+        trainer.publish(trainer.models[0], 6, before=break_at_3)
+    assert trainer.gathered[2] == 3
+    trainer.publish(trainer.models[1], version=7)
     assert trainer.error_against(trainer.models[1], version=7) < 1e-4
 
 
@@ -310,26 +336,24 @@ def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: d
     trainer = trainers["process_group"]
     worker = trainer.processes("Worker")[0]
 
-    def stop_the_worker(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        for index, pair in enumerate(named):
-            # Buckets 0 to 5 of this stage are with the engine.
-            if index == 6:
-                worker.send_signal(signal.SIGSTOP)
-            yield pair
+    def stop_the_worker(index: int) -> None:
+        # The buckets before are with the engine, or on their way.
+        if index == 6:
+            worker.send_signal(signal.SIGSTOP)
 
     started = time.monotonic()
     try:
         with pytest.raises(RolloutError, match=r"no answer to /update_weights from http://127.* within 20 s"):
-            trainer.push(trainer.models[1], 8, stop_the_worker)
+            trainer.publish(trainer.models[1], 8, before=stop_the_worker)
         assert UPDATE_TIMEOUT_S - 1 < time.monotonic() - started < UPDATE_TIMEOUT_S + 10
-        # Leaders drain their streams, so that the ranks that only gather are not left waiting in a gather.
-        assert trainer.consumed[2] == trainer.consumed[3]
+        # Senders gather to the end, so that the ranks that gather with them are not left waiting.
+        assert trainer.gathered[2] == trainer.gathered[3]
         segments = shared_files(trainer.processes())
         assert segments
         trainer.recover(lost=r"no answer|did not answer in time")
         assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
         assert not [path for path in segments if path.exists()]
-        trainer.push(trainer.models[1], version=8)
+        trainer.publish(trainer.models[1], version=8)
         assert trainer.error_against(trainer.models[1], version=8) < 1e-4
     finally:
         if worker.is_running():
@@ -347,17 +371,15 @@ def test_a_server_that_dies_in_mid_update_is_quoted_at_once(trainers: dict[str, 
     server = trainer.pool.servers[0].process
     assert server is not None
 
-    def kill_the_server(named: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-        for index, pair in enumerate(named):
-            if index == 6:
-                server.kill()
-            yield pair
+    def kill_the_server(index: int) -> None:
+        if index == 6:
+            server.kill()
 
     started = time.monotonic()
     with pytest.raises(RolloutError, match=r"(?s)weight update 9: .*was ended by signal 9; .*the end of"):
-        trainer.push(trainer.models[1], 9, kill_the_server)
+        trainer.publish(trainer.models[1], 9, before=kill_the_server)
     assert time.monotonic() - started < 10
     # Nobody starts it again behind the trainer's back, and the trainer does once.
     trainer.recover(lost=r"(?s)was ended by signal 9; .*the end of")
-    trainer.push(trainer.models[1], version=9)
+    trainer.publish(trainer.models[1], version=9)
     assert trainer.error_against(trainer.models[1], version=9) < 1e-4

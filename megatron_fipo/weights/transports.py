@@ -1,7 +1,7 @@
-"""Transfer planes: how the bytes of a bucket get from a trainer rank to all engine workers. A new plane is a
-class here and one in `megatron_fipo/engines/`, listed in `engines/vllm_plugin.py`; CUDA IPC has files of its own.
+"""Weight transports: how the bytes of a bucket get from a trainer rank to all engine workers.
 
-A plane object lives on every rank that leads a pipeline stage (tensor-, data- and context-parallel rank 0 of it).
+A new transport is a class here, one in `megatron_fipo/engines/` that is listed in `engines/vllm_plugin.py`, and their
+records in `transport_records.py`. CUDA IPC has files of its own. Each sender (`transfer_plan.py`) has one transport.
 """
 
 import os
@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -18,17 +18,25 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.processes.leftovers import SHARED_MEMORY, prefix
 from megatron_fipo.weights.buckets import Bucket
-from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
+from megatron_fipo.weights.cuda_ipc import CudaIpcTransport
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
+from megatron_fipo.weights.transport_records import (
+    BroadcastBucket,
+    BucketFile,
+    BucketHeader,
+    ProcessGroupAddress,
+    SharedMemoryAddress,
+    TransportAddress,
+)
 
 CPU = torch.device("cpu")
 
 
-class TransferPlane(Protocol):
-    """One leader's half of a plane. Dictionaries are JSON-ready: rank 0 hands them to the engines."""
+class WeightTransport(Protocol):
+    """The sender's half of a transport. Rank 0 hands what it returns to the engines."""
 
-    def open(self, workers: int) -> dict[str, Any]:
+    def open(self, workers: int) -> TransportAddress:
         """Gets ready for `workers` engine workers in all; returns what an engine needs to know to join.
 
         Called again when servers have come or gone, after a `close` too.
@@ -37,8 +45,8 @@ class TransferPlane(Protocol):
     def join(self) -> None:
         """Blocks until all workers have joined; called in a thread while rank 0 asks the engines to join."""
 
-    def send(self, bucket: Bucket) -> dict[str, Any]:
-        """Starts sending; returns the engines' update information at once. `bucket` may be freed afterwards."""
+    def send(self, bucket: Bucket) -> BucketHeader:
+        """Starts sending; returns at once what engines need to receive it. `bucket` may be freed afterwards."""
 
     def sent(self) -> None:
         """Called when all engines have the last bucket: frees it, and raises if sending failed on this side."""
@@ -47,12 +55,12 @@ class TransferPlane(Protocol):
         """Releases everything without waiting for the engines; may be called twice."""
 
 
-class ProcessGroupPlane:
-    """Broadcast over a process group of this leader (rank 0) and all engine workers: NCCL, or gloo on CPU."""
+class ProcessGroupTransport:
+    """Broadcast over a process group of this sender (rank 0) and all engine workers: NCCL, or gloo on CPU."""
 
-    def __init__(self, rollout: RolloutConfig, stage: int):
-        self._stage, self._timeout_s = stage, rollout.update_timeout_s
-        self._backend = "nccl" if torch.cuda.is_available() else "gloo"
+    def __init__(self, rollout: RolloutConfig, sender: int):
+        self._sender, self._timeout_s = sender, rollout.update_timeout_s
+        self._backend: Literal["gloo", "nccl"] = "nccl" if torch.cuda.is_available() else "gloo"
         # Now: `join` runs in a thread of its own, to which the current device is GPU 0.
         self._device = torch.device("cuda", torch.cuda.current_device()) if self._backend == "nccl" else CPU
         self._address = local_address(_farthest_peer(rollout))
@@ -61,20 +69,13 @@ class ProcessGroupPlane:
         self._group: TransferGroup | None = None
         self._in_flight: Any = None
 
-    def open(self, workers: int) -> dict[str, Any]:
+    def open(self, workers: int) -> ProcessGroupAddress:
         """Names the meeting point of the group, which is listening from here on."""
         self.close()
         self._world_size = workers + 1
         self._listener = listen(self._address)
         address, port = self._listener.getsockname()
-        return {
-            "stage": self._stage,
-            "address": address,
-            "port": port,
-            "world_size": self._world_size,
-            "backend": self._backend,
-            "timeout_s": self._timeout_s,
-        }
+        return ProcessGroupAddress(self._sender, address, port, self._world_size, self._backend, self._timeout_s)
 
     def join(self) -> None:
         """Makes the group; blocks until all workers are in it."""
@@ -88,13 +89,13 @@ class ProcessGroupPlane:
             # Closed meanwhile, and perhaps open again for others.
             group.abort()
 
-    def send(self, bucket: Bucket) -> dict[str, Any]:
+    def send(self, bucket: Bucket) -> BucketHeader:
         """Packs the bucket and starts its broadcast."""
         assert self._group is not None
         buffer = bucket.pack()
         # The buffer must live until the broadcast is over, which only `sent` knows.
         self._in_flight = (self._group.broadcast(buffer), buffer)
-        return {"stage": self._stage, **bucket.layout().to_dict()}
+        return BucketHeader(bucket.layout(), BroadcastBucket(self._sender))
 
     def sent(self) -> None:
         """Ends the broadcast: at once, since every worker has what it sent. RolloutError if it does not end."""
@@ -117,11 +118,11 @@ class ProcessGroupPlane:
         self._listener = self._group = self._in_flight = None
 
 
-class SharedMemoryPlane:
+class SharedMemoryTransport:
     """safetensors files in a private directory under /dev/shm, for trainer and engines on one machine."""
 
-    def __init__(self, stage: int, run_dir: Path):
-        self._directory = SHARED_MEMORY / f"{prefix(run_dir)}stage{stage}"
+    def __init__(self, sender: int, run_dir: Path):
+        self._directory = SHARED_MEMORY / f"{prefix(run_dir)}sender{sender}"
         self._index = 0
         self._file: Path | None = None
 
@@ -136,15 +137,15 @@ class SharedMemoryPlane:
                 f"cannot make {self._directory} for rollout.weight_transfer=shared_memory: {error}"
             ) from error
 
-    def open(self, workers: int) -> dict[str, Any]:
+    def open(self, workers: int) -> SharedMemoryAddress:
         """Names the directory; an engine that cannot see it is on another machine, and says so."""
         self._make_directory()
-        return {"directory": str(self._directory)}
+        return SharedMemoryAddress(str(self._directory))
 
     def join(self) -> None:
         """Nothing to wait for: files need no peer."""
 
-    def send(self, bucket: Bucket) -> dict[str, Any]:
+    def send(self, bucket: Bucket) -> BucketHeader:
         """Writes the bucket's file, complete when this returns."""
         self._file = self._directory / f"{self._index:06d}.safetensors"
         self._index += 1
@@ -153,7 +154,7 @@ class SharedMemoryPlane:
             save_file(tensors, self._file)
         except Exception as error:
             raise RolloutError(f"cannot write a weight bucket to {self._file}: {error}") from error
-        return {"path": str(self._file), "names": [name for name, _ in bucket.tensors]}
+        return BucketHeader(bucket.layout(), BucketFile(str(self._file)))
 
     def sent(self) -> None:
         """Deletes the file; engines that still map it keep its pages."""
@@ -166,13 +167,13 @@ class SharedMemoryPlane:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def make_plane(rollout: RolloutConfig, stage: int, run_dir: Path) -> TransferPlane:
-    """The plane that `rollout.weight_transfer` names, for the leader of pipeline stage `stage`."""
+def make_transport(rollout: RolloutConfig, sender: int, run_dir: Path) -> WeightTransport:
+    """The transport that `rollout.weight_transfer` names, for this sender, by its number in the plan."""
     if rollout.weight_transfer == "shared_memory":
-        return SharedMemoryPlane(stage, run_dir)
+        return SharedMemoryTransport(sender, run_dir)
     if rollout.weight_transfer == "cuda_ipc":
-        return CudaIpcPlane()
-    return ProcessGroupPlane(rollout, stage)
+        return CudaIpcTransport()
+    return ProcessGroupTransport(rollout, sender)
 
 
 def _farthest_peer(rollout: RolloutConfig) -> str:

@@ -5,10 +5,10 @@ Rewards are judged while other groups are still being sampled. Everything random
 drawn), so a run that is repeated, or resumed, asks for the same samples. Imports neither torch nor Megatron-Core.
 """
 
-import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Literal
 
 from megatron_fipo.config import Config
 from megatron_fipo.data.tokenizers import load_tokenizer
@@ -25,10 +25,9 @@ from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.episode import generate_in_turns, surroundings
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.generator import EngineGenerator, connections
+from megatron_fipo.rollout.listener import Progress
+from megatron_fipo.rollout.seeds import request_seed
 from megatron_fipo.rollout.work import Sampling
-
-Progress = Callable[[int, int, str], None]
-"""Told how many of how many are done, and of what."""
 
 
 class JudgedRollouts:
@@ -139,9 +138,9 @@ class JudgedRollouts:
         longest = self.config.rollout.max_response_length
         return Sampling(temperature, top_p, top_k, longest, self.tokenizer.eos_ids)
 
-    def seed_of(self, purpose: str, index: int) -> int:
-        """The seed of the request that draws the `index`-th of something: train, validation."""
-        return random.Random(f"{self.config.run.seed}:{purpose}:{index}").getrandbits(31)
+    def seed_of(self, purpose: Literal["train", "validation"], number: int) -> int:
+        """The seed of a request of this run."""
+        return request_seed(self.config.run.seed, purpose, number)
 
 
 def _after(future: Future[Group], action: Callable[[Group], None]) -> Future[Group]:

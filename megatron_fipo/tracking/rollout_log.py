@@ -1,7 +1,7 @@
 """A few rollouts of each step and validation as files: text for a person, JSONL beside it for a program."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +15,10 @@ _PER_GROUP = 4
 _RULE = "=" * 100
 
 
-def keep_samples(
+def log_rollouts(
     run_directory: Path,
     step: int,
-    groups: list[Group],
+    groups: Sequence[Group],
     count: int,
     decode: Decode,
     of: Literal["step", "validation"] = "step",
@@ -41,7 +41,7 @@ def keep_samples(
     return path
 
 
-def _choose(groups: list[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
+def _choose(groups: Sequence[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
     """Groups, each with the indices of its responses to keep, worst reward first; `count` indices in all at most."""
     judged = [group for group in groups if group.samples]
     most = min(_PER_GROUP, max((len(group.samples) for group in judged), default=1))

@@ -1,0 +1,182 @@
+"""A training run's rollouts, complete: problems, servers and verifiers, and the collector of its batches."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fipo.config import Config
+from megatron_fipo.config.loop import own_rule
+from megatron_fipo.data.fingerprint import compare_for_resume
+from megatron_fipo.data.order import PromptSampler
+from megatron_fipo.data.problems import load_problems
+from megatron_fipo.engines.control import EngineControl
+from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.errors import DataError, RolloutError
+from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.sample import Group
+from megatron_fipo.rollout.admission import rounds
+from megatron_fipo.rollout.collector import Batch, RolloutCollector
+from megatron_fipo.rollout.events import Steps
+from megatron_fipo.rollout.filters import group_filter
+from megatron_fipo.rollout.judged_rollouts import JudgedRollouts
+from megatron_fipo.rollout.listener import Listener, Progress
+from megatron_fipo.rollout.snapshot import RolloutState
+from megatron_fipo.rollout.work import Sampling
+from megatron_fipo.weights.deadline import Deadline
+
+
+class TrainingRollouts(JudgedRollouts):
+    """What rank 0 has for sampling. A context manager, which ends servers and verifiers."""
+
+    def __init__(self, config: Config, model_dir: Path, run_dir: Path, listener: Listener):
+        """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
+        super().__init__(config, model_dir)
+        self._listener = listener
+        length, validates = config.rollout.max_prompt_length, config.validation.every > 0
+        columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
+        for warning in train.warnings:
+            listener.warn(warning)
+        self.problems, self.problem_counts, self._fingerprint = train.problems, train.counts, train.fingerprint
+        self._held_out: list[Problem] = []
+        if validates:
+            validation = load_problems(config.data, "validation", self.tokenizer, length, keep_columns=columns)
+            for warning in validation.warnings:
+                listener.warn(warning)
+            self._held_out = validation.problems
+        self._prompts = PromptSampler(len(self.problems), config.run.seed, config.data.shuffle)
+        self._collector = RolloutCollector(
+            self.problems,
+            self._prompts,
+            rounds(config.algorithm),
+            group_filter(config.algorithm.filter_groups),
+            self._sample_step,
+            lambda number: self.seed_of("train", number),
+        )
+        self._progress: Progress = _nobody_hears
+        self._in_step: list[Group] = []
+        self._failed_checks: str | None = None
+        context = config.model.max_position_embeddings
+        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn)
+        samples = config.algorithm.samples_per_prompt
+        self.start(pool, run_dir, min(samples, self.validation_samples()) if validates else samples)
+
+    def __enter__(self) -> "TrainingRollouts":
+        return self
+
+    def make_room(self) -> None:
+        """Have the servers free the GPUs that they share with the trainer, until the next weight update."""
+        if self.client is None:
+            self.pool.wait_ready()
+        else:
+            # One that is starting again would take its memory in the middle of an update.
+            self.pool.admit()
+        control = EngineControl(self.pool)
+        asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
+
+    def replace_failed(self) -> bool:
+        """Replace the servers that made a weight update fail; False if none did, or if that was tried too often."""
+        try:
+            return self.pool.repair()
+        except RolloutError as error:
+            self._listener.warn(str(error))
+            return False
+
+    def next_batch(self, progress: Progress) -> Steps[Batch]:
+        """Sample until a batch is there.
+
+        Raises:
+            RewardError: too many checks failed; nothing more is sampled then.
+        """
+        self._progress, self._in_step, self._failed_checks = progress, [], None
+        batch = yield from self._collector.next_batch()
+        if self._failed_checks:
+            self._listener.warn(self._failed_checks)
+        return batch
+
+    def settle(self, version: int) -> None:
+        """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
+        self._collector.settle(version)
+
+    def undo(self) -> None:
+        """Drop what was sampled since the last `settle`."""
+        self._collector.undo()
+
+    def end_step(self) -> dict[str, float]:
+        """A step is done: metrics of the servers in it, and of all tickets so far."""
+        return self.pool.end_step() | self._collector.metrics()
+
+    def validate(self, progress: Progress) -> Steps[list[Group]]:
+        """Sample and judge the held-out problems, with the same seeds every time."""
+        seeds = [self.seed_of("validation", index) for index in range(len(self._held_out))]
+        samples, sampling = self.config.validation.samples, self.validation_sampling()
+        groups = yield from self._sample_and_judge(self._held_out, samples, sampling, seeds, progress)
+        if warning := self.failed_checks(groups, "in this validation", self._listener.note):
+            self._listener.warn(warning)
+        return groups
+
+    def snapshot(self) -> RolloutState:
+        """The present state, for a checkpoint."""
+        return RolloutState(self._collector.snapshot(), self._fingerprint)
+
+    def restore(self, state: RolloutState) -> None:
+        """Go on where `state` of a checkpoint stood.
+
+        Raises:
+            DataError: the data is another, unless data.allow_change; its order then begins a new epoch. Or a group is
+                too long for this configuration.
+        """
+        config, collected = self.config, state.collected
+        resumes_changed = config.run.resume_changed
+        allow_change = config.data.allow_change or resumes_changed
+        keeps_order, warning = compare_for_resume(self._fingerprint, state.data, allow_change)
+        if warning:
+            self._listener.warn(warning)
+        discards = config.checkpoint.in_flight == "discard"
+        if not discards:
+            self._check_lengths(list(collected.groups.values()))
+        is_another = resumes_changed and self._prompts.is_another(collected.order)
+        new_order = is_another or not keeps_order
+        if count := self._collector.restore(collected, new_order=new_order, discard=discards):
+            self._listener.note(f"checkpoint.in_flight=discard: {count} prompts that were in flight are sampled anew")
+
+    def _sample_step(self, problems: Sequence[Problem], seeds: Sequence[int]) -> Steps[list[Group]]:
+        """What the collector asks for."""
+        rollout = self.config.rollout
+        sampling = self.sampling_of(rollout.temperature, rollout.top_p, rollout.top_k)
+        samples = self.config.algorithm.samples_per_prompt
+        groups = yield from self._sample_and_judge(list(problems), samples, sampling, list(seeds), self._progress)
+        self._in_step += groups
+        self._failed_checks = self.failed_checks(self._in_step, "in this step", self._listener.note)
+        return groups
+
+    def _sample_and_judge(
+        self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], progress: Progress
+    ) -> Steps[list[Group]]:
+        """Judged groups in the order of their problems."""
+        judged = yield from self.sample(problems, samples, sampling, seeds, progress)
+        groups = []
+        with self._listener.phase("verify") as verifying:
+            for future in judged:
+                groups.append(future.result())
+                verifying.progress(len(groups), len(judged), "groups")
+        return groups
+
+    def _check_lengths(self, groups: list[Group]) -> None:
+        """Raise DataError for a group that micro-batches of this configuration may have no room for."""
+        rollout = self.config.rollout
+        prompt = max((len(group.problem.token_ids) for group in groups), default=0)
+        response = max((len(sample) for group in groups for sample in group.samples), default=0)
+        for name, found, limit in (
+            ("prompt", prompt, rollout.max_prompt_length),
+            ("response", response, rollout.max_response_length),
+        ):
+            if found > limit:
+                raise DataError(
+                    f"tickets has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length="
+                    f"{limit}: resume with at least {found}, or with checkpoint.in_flight=discard"
+                )
+
+
+def _nobody_hears(done: int, total: int, unit: str, /) -> None:
+    """Before a step has begun."""

@@ -1,0 +1,178 @@
+"""Weight updates: from the trainer's ranks, sender after sender, to every vLLM worker.
+
+Every rank of the trainer calls `publish` (SPMD). Who sends what is the plan's to say (transfer_plan.py). Three roles:
+
+* the *conductor*, a thread on rank 0, drives vLLM's control plane over HTTP and gives each sender its turn;
+* a *sender* puts the buckets of its group on a transport, gathering the next while the last one travels;
+* the other ranks of a sender's group take part in its gathers. All other ranks wait for the verdict.
+
+An update begins with joining all engine workers to every sender's transport when servers have come or gone since the
+last one, or when that one failed. Messages go through a `Mailbox`. Whatever fails, the conductor ends the update with a
+verdict within `rollout.update_timeout_s`, the senders' groups gather to the end so that no gather is left hanging,
+transports are closed, which frees engines that wait in them, and every rank raises the same error. Engines that have
+not failed stay paused until another update succeeds: half-loaded weights must not sample.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed import Store
+
+from megatron_fipo.config import RolloutConfig
+from megatron_fipo.errors import FipoError, RolloutError, WeightError
+from megatron_fipo.weights.conductor import FAILED, VERDICT, Conductor, Update, WeightControl
+from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.mailbox import Mailbox, UpdateAborted, trainer_store
+from megatron_fipo.weights.sender import GroupWeights, Sender
+from megatron_fipo.weights.transports import WeightTransport, make_transport
+from megatron_fipo.weights.update_records import Begin, Failure, Published, Verdict
+
+BEGIN = "begin"
+VERDICT_SLACK_S = 5.0
+"""How much longer than rank 0 the other ranks wait, so that its verdict comes before their own deadlines."""
+CANCEL_TIMEOUT_S = 5.0
+
+
+def open_publisher(
+    rollout: RolloutConfig, control: WeightControl | None, *, number: int, senders: int, sends: bool, run_dir: Path
+) -> "WeightPublisher":
+    """This rank's part of all weight updates of a run.
+
+    Args:
+        control: given on global rank 0, None elsewhere.
+        number: of the sender's group that this rank's weights belong to, out of `senders`.
+        sends: whether this rank is its sender.
+        run_dir: the run's directory, by whose name what is left of a killed run is found.
+    """
+    return WeightPublisher(
+        make_transport(rollout, number, run_dir) if sends else None,
+        control,
+        trainer_store(),
+        number=number,
+        senders=senders,
+        timeout_s=rollout.update_timeout_s,
+        begin_timeout_s=rollout.start_timeout_s + rollout.update_timeout_s,
+        checksum_every=rollout.checksum_every,
+    )
+
+
+class WeightPublisher:
+    """See the module's description. Not thread-safe; calls must come in the same order on every rank."""
+
+    def __init__(
+        self,
+        transport: WeightTransport | None,
+        control: WeightControl | None,
+        store: Store,
+        *,
+        number: int,
+        senders: int,
+        timeout_s: float,
+        begin_timeout_s: float,
+        checksum_every: int = 0,
+    ):
+        """`transport` is a sender's. `timeout_s` is for an update from when rank 0 begins it.
+
+        `begin_timeout_s` is for the other ranks until then. Versions that are multiples of `checksum_every` are sent
+        with checksums; 0 is never.
+        """
+        self._transport, self._control, self._store = transport, control, store
+        self._number, self._senders = number, senders
+        self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
+        self._checksum_every = checksum_every
+        self._updates = 0
+        self._joined_roster: int | None = None
+
+    def publish(self, weights: GroupWeights | None, version: int) -> Published:
+        """Hand the weights to all engines as `version`, by which their responses are labelled from then on.
+
+        Args:
+            weights: of this rank's sender's group; None on a rank that is in none.
+
+        Raises, on every rank alike; it may be called again then:
+            RolloutError: engines failed, or the deadline has passed.
+            WeightError: engines refused a tensor, which it names. They would again.
+        """
+        mailbox = Mailbox(self._store, f"update{self._updates}")
+        self._updates += 1
+        try:
+            verdict = self._update(mailbox, weights, version)
+            if verdict.error is not None:
+                raise (WeightError if verdict.refused else RolloutError)(verdict.error)
+        except BaseException:
+            self._joined_roster = None
+            self.close()
+            raise
+        assert verdict.published is not None
+        return verdict.published
+
+    def close(self) -> None:
+        """Releases the transport; the next update would open it again."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _update(self, mailbox: Mailbox, weights: GroupWeights | None, version: int) -> Verdict:
+        """One update on this rank, up to its verdict."""
+        what = f"weight update {version}"
+        begin = self._begin(mailbox, what)
+        if begin.error is not None:
+            return Verdict(error=begin.error)
+        conductor = None
+        if self._control is not None:
+            update = Update(self._control, mailbox, self._senders, Deadline(self._timeout_s))
+            conductor = Conductor(what, mailbox, update.conduct(version, join=begin.join))
+            conductor.start()
+        late = Deadline(self._timeout_s + VERDICT_SLACK_S)
+        check = self._checksum_every > 0 and version % self._checksum_every == 0
+        try:
+            self._take_part(mailbox, late, weights, join=begin.join, check=check)
+            return mailbox.wait(VERDICT, Verdict, late, f"rank 0's verdict on {what}")
+        except BaseException:
+            if conductor is not None:
+                conductor.cancel()
+            raise
+        finally:
+            if conductor is not None:
+                conductor.join(timeout=CANCEL_TIMEOUT_S)
+
+    def _begin(self, mailbox: Mailbox, what: str) -> Begin:
+        """What rank 0 finds before an update, on every rank."""
+        if self._control is None:
+            # Rank 0 may be busy, with servers that are still starting.
+            return mailbox.wait(BEGIN, Begin, Deadline(self._begin_timeout_s), f"rank 0 to begin {what}")
+        try:
+            self._control.admit()
+            begin = Begin(join=self._control.roster != self._joined_roster)
+            self._joined_roster = self._control.roster
+        except FipoError as error:
+            begin = Begin(join=False, error=str(error))
+        mailbox.post(BEGIN, begin)
+        return begin
+
+    def _take_part(
+        self, mailbox: Mailbox, deadline: Deadline, weights: GroupWeights | None, *, join: bool, check: bool
+    ) -> None:
+        if weights is None:
+            return
+        if self._transport is None:
+            self._or_report(mailbox, lambda: _gather_all(weights))
+            return
+        sender = Sender(self._number, self._transport, weights, mailbox, deadline)
+        self._or_report(mailbox, lambda: sender.run(join=join, check=check))
+        self._or_report(mailbox, sender.gather_the_rest)
+
+    def _or_report(self, mailbox: Mailbox, work: Callable[[], None]) -> None:
+        """Runs this rank's part; a failure goes to rank 0, whose verdict raises it on every rank."""
+        try:
+            work()
+        except UpdateAborted:
+            return
+        except Exception as error:
+            text = str(error) if isinstance(error, FipoError) else f"{type(error).__name__}: {error}"
+            mailbox.post(FAILED, Failure(f"sender {self._number}: {text}"))
+
+
+def _gather_all(weights: GroupWeights) -> None:
+    """What the ranks of a sender's group do that send nothing."""
+    for index in range(weights.buckets):
+        weights.gather(index)

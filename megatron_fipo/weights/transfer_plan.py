@@ -1,0 +1,143 @@
+"""Who sends which tensor in a weight update, in which bucket, and in which order. Imports no torch.
+
+The plan is a function of the parameter table and the layout: every rank works it out for itself, and nobody sends it.
+The ranks that hold the same parameters in parts are a *sender's group*: they gather each bucket together, and the first
+of them sends it. Today a group is the tensor-parallel ranks of one pipeline stage, in the first replica. A parameter
+belongs to the group that owns it, so that experts, which other ranks own, will be groups of their own.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import Parameter
+from megatron_fipo.weights.plan import plan
+
+
+@dataclass(frozen=True)
+class PlannedBucket:
+    """Parameters that are gathered by one collective, and whose Hugging Face tensors are sent together."""
+
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and full shapes, in the order in which they are sent."""
+        for parameter in self.parameters:
+            yield from zip(parameter.names, parameter.shapes, strict=True)
+
+
+@dataclass(frozen=True)
+class SenderGroup:
+    """The ranks that hold the same parameters in parts, and what is sent of them."""
+
+    number: int
+    """Its turn in the update; the pipeline stage of its ranks."""
+    ranks: tuple[int, ...]
+    """By tensor-parallel rank. The first one sends."""
+    buckets: tuple[PlannedBucket, ...]
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """A whole weight update: groups take their turns in order."""
+
+    groups: tuple[SenderGroup, ...]
+
+
+def transfer_plan(
+    model_config: ModelConfig,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    virtual_pipeline_parallel_size: int | None = None,
+    replicas: int = 1,
+    bytes_per_value: int = 2,
+    bucket_bytes: int = 512 << 20,
+) -> TransferPlan:
+    """The plan of a layout. `replicas` is the data-parallel times the context-parallel size.
+
+    Buckets have at most `bucket_bytes`; a larger parameter has one of its own. Raises ConfigError for a layout that
+    does not divide the model.
+    """
+    places = plan(model_config, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_parallel_size)
+    owned: list[list[Parameter]] = [[] for _ in range(pipeline_parallel_size)]
+    for place in places:
+        if place.parameter.exported:
+            owned[place.stage].append(place.parameter)
+    groups = []
+    for stage, held in enumerate(owned):
+        first = stage * tensor_parallel_size * replicas
+        sizes = [sum(map(math.prod, parameter.shapes)) * bytes_per_value for parameter in held]
+        buckets = tuple(PlannedBucket(tuple(held[start:end])) for start, end in cut_by_size(sizes, bucket_bytes))
+        groups.append(SenderGroup(stage, tuple(range(first, first + tensor_parallel_size)), buckets))
+    return TransferPlan(tuple(groups))
+
+
+def cut_by_size(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Neighbours together up to `limit`, as (start, end); what is larger is alone."""
+    cuts: list[tuple[int, int]] = []
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > limit:
+            cuts.append((start, index))
+            start, total = index, 0
+        total += size
+    return [*cuts, (start, len(sizes))] if sizes else []
+
+
+@dataclass(frozen=True)
+class PlannedTransfer:
+    """One tensor of a live weight update."""
+
+    name: str
+    """Hugging Face name."""
+    nbytes: int
+    sources: tuple[int, ...]
+    """Trainer ranks that hold a part each; the first one sends the whole."""
+    destinations: tuple[str, ...]
+    """Engine workers that receive it, as server.worker."""
+    needed: int
+    """Bytes of it that one worker puts into its layers; what it receives beyond that it drops."""
+
+
+def plan_transfers(
+    plan: TransferPlan, *, servers: int = 1, server_tensor_parallel_size: int = 1, bytes_per_value: int = 2
+) -> list[PlannedTransfer]:
+    """Every tensor of a plan, in the order in which they are sent, with the workers that it goes to."""
+    workers = tuple(f"{server}.{worker}" for server in range(servers) for worker in range(server_tensor_parallel_size))
+    transfers = []
+    for group, parameter in _in_order(plan):
+        sources = group.ranks if parameter.cut is not None else group.ranks[:1]
+        for name, shape in zip(parameter.names, parameter.shapes, strict=True):
+            nbytes = math.prod(shape) * bytes_per_value
+            share = -(-nbytes // server_tensor_parallel_size) if parameter.cut is not None else nbytes
+            transfers.append(PlannedTransfer(name, nbytes, sources, workers, share))
+    return transfers
+
+
+def format_transfers(transfers: Iterable[PlannedTransfer]) -> Iterator[str]:
+    """A line per tensor, and the sums of bytes by rank."""
+    sent: dict[int, int] = {}
+    gathered: dict[int, int] = {}
+    total, needed = 0, 0
+    for transfer in transfers:
+        sources, destinations = ",".join(map(str, transfer.sources)), ",".join(transfer.destinations)
+        yield f"{transfer.name}  {transfer.nbytes} bytes  ranks {sources}  ->  workers {destinations}"
+        sent[transfer.sources[0]] = sent.get(transfer.sources[0], 0) + transfer.nbytes
+        for rank in transfer.sources:
+            part = transfer.nbytes // len(transfer.sources)
+            gathered[rank] = gathered.get(rank, 0) + transfer.nbytes - part
+        total += transfer.nbytes
+        needed += transfer.needed
+    for rank, nbytes in gathered.items():
+        yield f"rank {rank}: gathers {nbytes} bytes, sends {sent.get(rank, 0)} bytes"
+    yield f"each worker: receives {total} bytes, needs {needed}"
+
+
+def _in_order(plan: TransferPlan) -> Iterator[tuple[SenderGroup, Parameter]]:
+    for group in plan.groups:
+        for bucket in group.buckets:
+            for parameter in bucket.parameters:
+                yield group, parameter
