@@ -40,7 +40,6 @@ REFUSED = {
     "data.train=a.parquet": ("data.train", "data.train=[A]"),
     "algorithm.is_bounds=[0.5]": ("algorithm.is_bounds", "[low, high]"),
     "algorithm.is_bounds=[2,5]": ("algorithm.is_bounds", "low < 1 < high"),
-    "algorithm.is_bounds=[0.5,.inf]": ("algorithm.is_bounds", "[low, high]"),
     "parallel.tensor=1,2": ("parallel.tensor=1,2", "one value"),
     "run.name=a=b": ("run.name=a=b", "quote"),
     "run.name=${nope}": ("run.name", "nope"),
