@@ -53,8 +53,12 @@ def encode(state: LoopState) -> tuple[dict[str, Any], Callable[[Path], None]]:
     Raises:
         DataError: a number is not finite, or a group's parts do not belong together.
     """
-    content = {"format": _FORMAT, "step": state.step, "seconds": state.seconds, "results": state.results}
-    return content, snapshot.encode(state.rollout).write
+    return content(state.step, state.seconds, state.results), snapshot.encode(state.rollout).write
+
+
+def content(step: int, seconds: float, results: dict[str, float | None]) -> dict[str, Any]:
+    """What trainer.json says of a run after `step`."""
+    return {"format": _FORMAT, "step": step, "seconds": seconds, "results": results}
 
 
 def read(checkpoint: Path, *, step: int, vocab_size: int) -> LoopState:

@@ -15,12 +15,12 @@ from typing import Any
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
-from megatron_fipo.engines.early_server import start_early
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
 from megatron_fipo.processes.ending import die_with_library, terminate_on_sigterm
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.reasons import told_at_once
+from megatron_fipo.rollout.process_start import start_rollout_process
 
 
 def main(config: Config) -> None:
@@ -33,14 +33,13 @@ def main(config: Config) -> None:
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()
-    if os.environ.get("RANK") == "0":
-        start_early(config.rollout)
+    rollouts = start_rollout_process(config) if os.environ.get("RANK") == "0" else None
     # Libraries warn about what they would rather have (apex, newer names); errors of ours are never warnings.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     from megatron_fipo.trainer import Trainer
 
     with ExitStack() as stack, told_at_once():
-        train(Trainer(config, stack, ctrl_c))
+        train(Trainer(config, stack, ctrl_c, rollouts))
 
 
 def world_size(parallel: ParallelConfig) -> int:

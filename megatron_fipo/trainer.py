@@ -5,12 +5,13 @@ What only rank 0 has (problems, servers, verifiers, files, terminal) is None or 
 
 import math
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed
 
@@ -20,7 +21,6 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.model_places import model_directory
 from megatron_fipo.errors import CheckpointError
 from megatron_fipo.launch.local import STOPPED
-from megatron_fipo.loop_state import LoopState
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
@@ -34,19 +34,14 @@ from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
-from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
-from megatron_fipo.rollout.offers import Offers
-from megatron_fipo.rollout.training_rollouts import TrainingRollouts
+from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
+from megatron_fipo.rollout.link import Offer
+from megatron_fipo.rollout.remote import RemoteControl, RemoteRollouts
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.metrics import MetricsWriter
-from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.report import Report
-from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
-from megatron_fipo.tracking.sampling import sampling_metrics
-from megatron_fipo.tracking.validation import score
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.sampling_events import SamplingEvents
@@ -57,8 +52,10 @@ STOP_FILE = "stop"
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, stack: ExitStack, ctrl_c: CtrlC):
+    def __init__(self, config: Config, stack: ExitStack, ctrl_c: CtrlC, process: subprocess.Popen[bytes] | None = None):
         """Join the other ranks; everything that has to be ended is entered into `stack`.
+
+        `process` is the rollout process on rank 0, which has been started.
 
         Once `prepare` is done, a Ctrl-C that `ctrl_c` hears of on rank 0 ends the run where nothing is lost.
 
@@ -82,11 +79,10 @@ class Trainer:
         self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
         self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
         self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
-        self.rollouts: TrainingRollouts | None = None
-        self.offers: Offers | None = None
+        self.rollouts: RemoteRollouts | None = None
         self.metrics: MetricsWriter | None = None
         self.report: Report | None = None
-        only_rank_0(lambda: self._open_run_files(stack))
+        only_rank_0(lambda: self._open_run_files(stack, process))
         world_size = torch.distributed.get_world_size()
         self.sampling_events = SamplingEvents(trainer_store(), torch.distributed.get_rank(), world_size)
         self.saving: Saving | None = None
@@ -116,7 +112,9 @@ class Trainer:
             if self.resume_from is not None:
                 checkpoint.load(self.policy, self.resume_from)
                 self.console.note(f"resumed from {self.resume_from}")
-            control = self.rollouts.connect().control if self.rollouts else None
+            if self.rollouts is not None:
+                self.rollouts.connect()
+            control = RemoteControl(self.rollouts) if self.rollouts else None
             self.publisher = PolicyPublisher(self.policy, control, self.directory, self.console.warn)
             self.stack.callback(self.publisher.close)
         self.console.take_seconds()
@@ -146,23 +144,13 @@ class Trainer:
 
         None: a Ctrl-C broke it off.
         """
-        batch, metrics = None, {}
-        with self.console.phase("sample") as phase:
-            sampling = Ongoing(self.rollouts.next_batch(phase.progress)) if self.rollouts else None
-            if not self._is_sampled(sampling):
+        with self.console.phase("sample"):
+            if not self._is_sampled(lambda rollouts: rollouts.begin_batch(self.step, self.version)):
                 return None, {}
             self._make_room()
-            if sampling is not None and self.offers is not None:
-                taken = sampling.result
-                batch = self.offers.offer(taken.groups, self.step, self.version)
-                metrics = sampling_metrics(taken)
-                self._log_rollouts(taken.sampled, self.config.tracking.samples_per_step, "step")
-                if taken.gave_up:
-                    self.console.warn(
-                        f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
-                        f"after {taken.counts.rounds} generation batches; training on those"
-                    )
-            return self.feed.get(batch, self.offers, self.policy.plan), metrics
+            offer: Offer | None = only_rank_0(lambda: self.rollouts.taken() if self.rollouts else None)
+            mini_batches = self.feed.get(offer.batch if offer else None, self.rollouts, self.policy.plan)
+        return mini_batches, offer.metrics if offer else {}
 
     def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
@@ -196,26 +184,21 @@ class Trainer:
         """Accuracy and length on held-out problems."""
         if not self.config.validation.every:
             return
-        with self.console.phase("validate") as phase:
+        with self.console.phase("validate"):
             started = time.monotonic()
-            sampling = Ongoing(self.rollouts.validate(phase.progress)) if self.rollouts else None
-            broken_off = not self._is_sampled(sampling)
+            broken_off = not self._is_sampled(lambda rollouts: rollouts.begin_validation(self.step))
             seconds = time.monotonic() - started
         self.console.take_seconds()  # they are in no step
         if broken_off:
             self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
-        if sampling is None or self.metrics is None or self.report is None:
+        if self.rollouts is None or self.metrics is None or self.report is None:
             return
-        groups = sampling.result
-        result = score(groups, self.config.validation.samples)
-        count = self.config.tracking.samples_per_validation
-        self._log_rollouts(groups, count, "validation")
+        result = self.rollouts.validated()
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
         self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
         self.results[f"response_length_{which}"] = result.overall.response_length_mean
-        write_problems(path_of_step(self.directory, self.step), result.problems)
         row = self.metrics.log_validation(self.step, result.metrics() | {"seconds_validate": seconds})
         self.report.add_validation(row, self.console.take_spans())
         self.console.validation(self.step, result)
@@ -305,10 +288,6 @@ class Trainer:
         self.report.finish(summary["seconds"], self.console.take_spans())
         self.console.finish(summary, self.directory)
 
-    def _log_rollouts(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
-        assert self.rollouts is not None, "rank 0 has one"
-        log_rollouts(self.directory, self.step, groups, count, self.rollouts.tokenizer.decode, of)
-
     def _make_room(self) -> None:
         """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
         if self.config.rollout.shared_gpu:
@@ -324,23 +303,25 @@ class Trainer:
     def _replace_failed(self) -> bool:
         return self.rollouts is not None and self.rollouts.replace_failed()
 
-    def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
-        """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
+    def _is_sampled(self, begin: Callable[[RemoteRollouts], None]) -> bool:
+        """Wait until what rank 0 has begun to sample is there, and give weights to servers that start again meanwhile.
 
         The one place where the trainer waits for sampling. False after a Ctrl-C. FipoError, on every rank: it cannot go
         on.
         """
-        while True:
-            event = self.sampling_events.next(lambda: self._next_event(sampling))
-            if not isinstance(event, WeightsWanted):
-                return not isinstance(event, BrokenOff)
+        event = self.sampling_events.next(lambda: self._next_event(begin))
+        while isinstance(event, WeightsWanted):
             self._push()
+            event = self.sampling_events.next(self._next_event)
+        return not isinstance(event, BrokenOff)
 
-    def _next_event(self, sampling: Ongoing[Any] | None) -> Event:
-        """What sampling says next, on rank 0."""
+    def _next_event(self, begin: Callable[[RemoteRollouts], None] | None = None) -> Event:
+        """What sampling says next, on rank 0; `begin` begins it."""
         try:
             with self.ctrl_c.breaks():
-                return sampling.wait() if sampling else Ready()
+                if begin and self.rollouts:
+                    begin(self.rollouts)
+                return self.rollouts.wait() if self.rollouts else Ready()
         except Interrupted:
             return BrokenOff()
 
@@ -353,18 +334,15 @@ class Trainer:
         found = self.place.start.resume_from
         return self.config.run.directory, str(found) if found else None
 
-    def _open_run_files(self, stack: ExitStack) -> None:
-        assert self.place is not None, "rank 0 has one"
+    def _open_run_files(self, stack: ExitStack, process: subprocess.Popen[bytes] | None) -> None:
+        assert self.place is not None and process is not None, "rank 0 has both"
         for warning in keep_settings(self.config, self.directory, self.step, self.place.start):
             self.console.warn(warning)
         write_environment(self.directory, world_size=torch.distributed.get_world_size())
         self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
         stack.callback(self.metrics.close)
         self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
-        rollouts = TrainingRollouts(self.config, self.model_dir, self.directory, self.console)
-        self.rollouts = stack.enter_context(rollouts)
-        self.offers = stack.enter_context(Offers(self.config.algorithm, self.console.warn))
-        self.console.note(f"problems: {rollouts.problem_counts}")
+        self.rollouts = stack.enter_context(RemoteRollouts(process, self.model_dir, self.directory, self.console))
 
     def _name_belongings(self, stack: ExitStack) -> None:
         """From here on whatever this rank puts outside the run's directory tells whose it is, and goes at the end."""
@@ -380,12 +358,13 @@ class Trainer:
 
     def _loop_state(self) -> tuple[dict[str, Any], Callable[[Path], None]]:
         assert self.rollouts is not None, "rank 0 has one"
-        rollout, seconds = self.rollouts.snapshot(), self._seconds()
-        return loop_state.encode(LoopState(step=self.step, seconds=seconds, results=self.results, rollout=rollout))
+        rollouts, number = self.rollouts, self.rollouts.snapshot()
+        content = loop_state.content(self.step, self._seconds(), self.results)
+        return content, lambda directory: rollouts.write_snapshot(number, str(directory))
 
     def _load_loop(self, path: Path) -> None:
         """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
         checkpoint.check_version(path)
         assert self.rollouts is not None, "rank 0 has one"
-        state = loop_state.resume(path, self.step, self.rollouts)
-        self.seconds_before, self.results = state.seconds, state.results
+        resumed = self.rollouts.resume(str(path), self.step)
+        self.seconds_before, self.results = resumed.seconds, resumed.results

@@ -20,11 +20,14 @@ class Interrupted(KeyboardInterrupt):
 class CtrlC:
     """Rank 0's record of a Ctrl-C. On other ranks, and under other launchers, it never hears of one."""
 
-    def __init__(self) -> None:
-        """To be made at the start, before ranks meet: the variable that tells of the launcher goes then."""
+    def __init__(self, is_led: bool | None = None) -> None:
+        """To be made at the start, before ranks meet: the variable that tells of the launcher goes then.
+
+        `is_led` says what is not to be read from that variable.
+        """
         self.asked = False
-        self.is_led = LISTENER_VARIABLE in os.environ
-        """Whether this is rank 0 of our own launcher."""
+        self.is_led = LISTENER_VARIABLE in os.environ if is_led is None else is_led
+        """Whether this is rank 0 of our own launcher, or a process that gets a SIGINT from another of the run alone."""
         self._breaks = False
 
     def begin(self) -> None:

@@ -95,7 +95,7 @@ def feeds(parallel: dict[str, Any]) -> dict[str, Any]:
         offers.close()
     again = feed.get(offered, offers, policy.plan)
     found |= {"again": held(again), "said": said}
-    found["given up"] = refusal(feed, offered, None if offers is None else Unreachable(), policy)
+    found["given up"] = refusal(feed, offered, policy)
     if offers:
         offers.close()
     platform.stop_process_group()
@@ -130,7 +130,8 @@ def verdicts(policy: Policy, feed: Feed) -> dict[str, Any]:
             ("dies", VOCABULARY, feed, signal.SIGKILL),
         ):
             rows = rows_of(range(samples), [9] * samples, [1] * samples, [0.0] * samples, [0] * samples, [samples])
-            batch = share(TrainBatch(1, rows, told_stretches([], rows), address) if address else None)
+            made = TrainBatch(1, rows, told_stretches([], rows), address)
+            batch = share(made.to_bytes() if address else None)
             if process and send:
                 os.kill(process.pid, send)
             torch.distributed.barrier()
@@ -159,17 +160,20 @@ def store_process(samples: int) -> Iterator[tuple[StoreAddress | None, subproces
 class Unreachable:
     """Offers the same batch whatever becomes of it."""
 
-    def give_back(self, batch: TrainBatch, reason: str) -> TrainBatch:
-        return batch
+    def __init__(self, offered: bytes):
+        self._offered = offered
 
-    def settle(self, batch: TrainBatch) -> None:
+    def give_back(self, reason: str) -> bytes:
+        return self._offered
+
+    def fetched(self) -> None:
         raise AssertionError("it was never fetched")
 
 
-def refusal(feed: Feed, offered: TrainBatch | None, offers: Unreachable | None, policy: Policy) -> str:
+def refusal(feed: Feed, offered: bytes | None, policy: Policy) -> str:
     """What comes of a batch whose store's door has been shut for good."""
     try:
-        feed.get(offered, offers, policy.plan)
+        feed.get(offered, None if offered is None else Unreachable(offered), policy.plan)
     except RolloutError as error:
         return str(error)
     return "it was fetched"
