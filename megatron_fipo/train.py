@@ -36,10 +36,10 @@ def main(config: Config) -> None:
     rollouts = start_rollout_process(config) if os.environ.get("RANK") == "0" else None
     # Libraries warn about what they would rather have (apex, newer names); errors of ours are never warnings.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
-    from megatron_fipo.trainer import Trainer
+    from megatron_fipo.assembly import assemble
 
     with ExitStack() as stack, told_at_once():
-        train(Trainer(config, stack, ctrl_c, rollouts))
+        train(assemble(config, stack, ctrl_c, rollouts))
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -49,7 +49,6 @@ def world_size(parallel: ParallelConfig) -> int:
 
 def train(run: Any) -> None:
     """The loop. `run` is a Trainer, whose methods are called by every rank together."""
-    run.prepare()
     run.push_weights()
     if run.lacks_validation():
         run.validate()

@@ -17,7 +17,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     batch: bytes
     """`TrainBatch.to_bytes`."""
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
     """Of how it came about."""
 
 
@@ -67,7 +67,7 @@ class Rollouts(Protocol):
     def undo(self) -> None:
         """Drop what was sampled since the last `settle`."""
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
 
     def snapshot(self) -> int:

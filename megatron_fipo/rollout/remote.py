@@ -111,7 +111,7 @@ class RemoteRollouts:
     def undo(self) -> None:
         self._ask("undo")
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, int | float]:
         return self._ask("end_step")
 
     def snapshot(self) -> int:

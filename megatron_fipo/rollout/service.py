@@ -102,7 +102,7 @@ class RolloutService:
     def undo(self) -> None:
         self._rollouts.undo()
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, int | float]:
         return self._rollouts.end_step()
 
     def snapshot(self) -> int:
