@@ -133,6 +133,7 @@ def influence_weights(
     settings: FutureKLConfig,
     clip_ratio_c: float,
     layout: SequenceLayout,
+    takes_part: Tensor | None = None,
 ) -> Influence:
     """f_t = clip(exp(F_t), band), held down where a negative advantage meets a high ratio.
 
@@ -144,12 +145,13 @@ def influence_weights(
         settings: decay rate, band, safety rule and participation mask.
         clip_ratio_c: c, the ratio above which a token takes no part in the sum.
         layout: where the sequences lie.
+        takes_part: [rows, tokens] bool, which of the tokens take part in sums; None: all.
     """
-    takes_part = response_mask
+    takes_part = response_mask if takes_part is None else response_mask & takes_part
     if settings.participation_mask:
         # In the log-ratio's own precision; filled there, since a copy from the host would wait for the GPU.
         threshold = torch.full((), clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device).log()
-        takes_part = response_mask & (log_ratio <= threshold)
+        takes_part = takes_part & (log_ratio <= threshold)
     raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()
     weights = raw.clamp(settings.band_low, settings.band_high)
     unsafe = (advantages < 0) & (log_ratio.exp() > settings.safety_thresh)

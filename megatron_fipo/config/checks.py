@@ -159,6 +159,9 @@ def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
             f"is {algorithm.loss_scale_factor}, but loss_agg_mode is {algorithm.loss_agg_mode}",
             "a length in tokens" if by_constant else "null, or algorithm.loss_agg_mode=seq-mean-token-sum-norm",
         )
+    bounds = algorithm.is_bounds
+    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < 1 < bounds[1]):
+        raise ConfigError("algorithm.is_bounds", f"is {bounds}", "[low, high] with low < 1 < high, such as [0.5,5]")
 
 
 def _check_shipped_loss(algorithm: AlgorithmConfig) -> None:

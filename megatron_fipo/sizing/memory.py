@@ -34,8 +34,8 @@ class StageMemory:
     working: int
     """What a layer's backward pass holds beside what was kept for it: gradients, and tokens gathered for it."""
     refit: int
-    """A bucket of a weight update, its packed copy and the tensor being gathered, beside the weights of a server that
-    shares the GPU."""
+    """A bucket of a weight update, the packed copy of the one before and the shards it is gathered from, beside the
+    weights of a server that shares the GPU."""
     server: int = 0
     """Of a server that shares the GPU, while it samples; it sleeps during updates."""
 
@@ -202,4 +202,6 @@ def _working_bytes(config: Config, model_config: ModelConfig, stage: int) -> int
 def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
     largest_bytes = parameter_counts(model_config)[1] * _width(config)
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
-    return 2 * bucket + largest_bytes
+    tensor = config.parallel.tensor
+    shards = bucket + bucket // tensor if tensor > 1 else 0  # all ranks', and this rank's packed
+    return 2 * bucket + shards

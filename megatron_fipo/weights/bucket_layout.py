@@ -1,4 +1,4 @@
-"""What is in a bucket of a weight update, and where: the record that travels beside the bucket's bytes."""
+"""What travels of a bucket beside its bytes; read and written without torch by whoever passes it on."""
 
 import math
 
@@ -24,7 +24,7 @@ class BucketLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def spans(self) -> list[tuple[int, int]]:
         """(start, length) in bytes of each tensor in the packed buffer."""
-        # With torch, which a process that only passes layouts on does without.
+        # Here: a process that only samples never imports torch.
         from megatron_fipo.weights.buckets import torch_dtype
 
         spans, offset = [], 0
