@@ -4,7 +4,6 @@ trainer.json has the loop's own few values, rollout/ has what is sampled (rollou
 ranges and to each other when they are read: whatever is wrong is refused in one line that names file and place.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,15 +44,6 @@ class LoopState(Struct, frozen=True, kw_only=True):
     results: dict[str, float | None]
     """Of validations so far; None where nothing could be judged."""
     rollout: RolloutState
-
-
-def encode(state: LoopState) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """What to write: the JSON-ready content of trainer.json, and a function that writes the rest into a checkpoint.
-
-    Raises:
-        DataError: a number is not finite, or a group's parts do not belong together.
-    """
-    return content(state.step, state.seconds, state.results), snapshot.encode(state.rollout).write
 
 
 def content(step: int, seconds: float, results: dict[str, float | None]) -> dict[str, Any]:

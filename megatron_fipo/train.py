@@ -1,8 +1,8 @@
 """Train a model with FIPO: `python -m megatron_fipo.train experiment=tiny` (--help has more).
 
-One process a GPU runs this same loop (SPMD). Rank 0 also samples, judges and reports; the policy, its updates and the
-weight updates are everybody's. Started alone, it starts the processes that the layout asks for;
-under torchrun or srun it joins them.
+One process a GPU runs this same loop (SPMD). Rank 0 also reports, and has a process beside it that samples and judges;
+the policy, its updates and the weight updates are everybody's. Started alone, it starts the processes that the layout
+asks for; under torchrun or srun it joins them.
 """
 
 import os

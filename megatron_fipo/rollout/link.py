@@ -71,7 +71,10 @@ class Rollouts(Protocol):
         """A step is done: metrics of the servers in it, and of all tickets so far."""
 
     def snapshot(self) -> int:
-        """Keep the present state, for `write_snapshot`; its number."""
+        """Keep the present state, and no other, for `write_snapshot`; its number.
+
+        DataError: a number is not finite, or a group's parts do not belong together.
+        """
 
     def write_snapshot(self, number: int, directory: str) -> None:
         """Write a kept state into a checkpoint's directory, and keep it no longer. May be called beside other calls."""

@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
 from megatron_fipo.engines.control import EngineControl
+from megatron_fipo.errors import CheckpointError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import Batch
@@ -17,7 +18,7 @@ from megatron_fipo.rollout.events import Ongoing, Ready, WeightsWanted
 from megatron_fipo.rollout.link import Offer, Resumed
 from megatron_fipo.rollout.listener import Listener, Progress
 from megatron_fipo.rollout.offers import Offers
-from megatron_fipo.rollout.snapshot import RolloutState
+from megatron_fipo.rollout.snapshot import Encoded
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.rollout_log import log_rollouts
@@ -44,7 +45,7 @@ class RolloutService:
         self._batch: Ongoing[Batch] | None = None
         self._validation: Ongoing[list[Group]] | None = None
         """What is being sampled: one of the two."""
-        self._snapshots: dict[int, RolloutState] = {}
+        self._snapshots: dict[int, Encoded] = {}
         self._numbers = itertools.count()
         listener.note(f"problems: {self._rollouts.problem_counts}")
 
@@ -106,12 +107,16 @@ class RolloutService:
         return self._rollouts.end_step()
 
     def snapshot(self) -> int:
-        number = next(self._numbers)
-        self._snapshots[number] = self._rollouts.snapshot()
+        number, encoded = next(self._numbers), snapshot.encode(self._rollouts.snapshot())
+        self._snapshots.clear()  # of one whose checkpoint came to nothing
+        self._snapshots[number] = encoded
         return number
 
     def write_snapshot(self, number: int, directory: str) -> None:
-        snapshot.encode(self._snapshots.pop(number)).write(Path(directory))
+        try:
+            self._snapshots.pop(number).write(Path(directory))
+        except OSError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
 
     def resume(self, checkpoint: str, step: int) -> Resumed:
         state = loop_state.resume(Path(checkpoint), step, self._rollouts)

@@ -15,6 +15,7 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 from megatron_fipo.records.segments import segments_around
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 
 STEP, VOCABULARY = 3, 38
@@ -39,9 +40,9 @@ def group(run: TrainingRollouts, number: int) -> Group:
 
 def write(directory: Path, state: LoopState) -> None:
     directory.mkdir(parents=True)
-    content, write_rollout = loop_state.encode(state)
+    content = loop_state.content(state.step, state.seconds, state.results)
     (directory / "trainer.json").write_text(json.dumps(content | {"megatron_core": "0.16.1"}))
-    write_rollout(directory)
+    snapshot.encode(state.rollout).write(directory)
 
 
 def resume(run: TrainingRollouts, directory: Path) -> LoopState:

@@ -77,7 +77,7 @@ def test_whatever_happens_to_the_files_is_refused_in_one_line_or_loaded_as_it_st
             assert "\n" not in str(error) and str(directory) in str(error), seed
             continue
         outcomes["loaded"] += 1
-        content_again, _ = loop_state.encode(state)
+        content_again = loop_state.content(state.step, state.seconds, state.results)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snapshot, "_BYTES_PER_FILE", 150)
             again = snapshot.encode(state.rollout)

@@ -17,9 +17,9 @@ import pytest
 from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
-from megatron_fipo import loop_state
 from megatron_fipo.errors import DataError
 from megatron_fipo.loop_state import LoopState
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Ends, StepCounts
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
@@ -208,4 +208,4 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(run: Trainin
         broken = whole.with_results([dataclasses.replace(first, **{attribute: value}), *others])
         collected = replace(before.rollout.collected, groups={**before.rollout.collected.groups, 4: broken})
         with pytest.raises(DataError, match=f"{broken.problem.id} has accuracy .*; finite numbers can be saved"):
-            loop_state.encode(replace(before, rollout=replace(before.rollout, collected=collected)))
+            snapshot.encode(replace(before.rollout, collected=collected))
