@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_fipo.config import Config
-from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.engines.descriptors import provide
 from megatron_fipo.engines.pool import EnginePool
@@ -30,39 +30,54 @@ from megatron_fipo.rollout.seeds import request_seed
 from megatron_fipo.rollout.work import Sampling
 
 
+def tokenizer_of(config: Config, model_dir: Path) -> Tokenizer:
+    """The model's tokenizer, held against its vocabulary. DataError or ConfigError: it is not the model's."""
+    tokenizer = load_tokenizer(model_dir, config.data)
+    check_vocabulary(model_dir, tokenizer.size, tokenizer.ends, read_architecture(model_dir).vocab_size)
+    return tokenizer
+
+
+def validation_samples(config: Config) -> int:
+    """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
+    return config.validation.samples if config.validation.temperature else 1
+
+
 class JudgedRollouts:
     """The servers and the verifiers of a run or an evaluation. A context manager, which ends them."""
 
-    def __init__(self, config: Config, model_dir: Path):
-        """Read the tokenizer; nothing starts yet."""
-        self.config = config
-        self.vocab_size = read_architecture(model_dir).vocab_size
-        self.tokenizer = load_tokenizer(model_dir, config.data)
-        check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
-        self.client: EngineGenerator | None = None
-        self.environments: EnvironmentPool | None = None
-        self._model_dir = model_dir
+    def __init__(
+        self,
+        config: Config,
+        model_dir: Path,
+        tokenizer: Tokenizer,
+        pool: EnginePool,
+        directory: Path,
+        fewest_samples: int,
+    ):
+        """See that rewards can be had, and start servers without waiting for them.
 
-    def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
-        """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
-
-        No problem will have fewer samples than `fewest_samples`.
+        Args:
+            tokenizer: `tokenizer_of` the model.
+            directory: for the run's files.
+            fewest_samples: no problem will have fewer samples.
 
         Raises:
             ConfigError, RewardError: as RewardPool.wait_started; as EnvironmentPool.wait_started.
             RolloutError: so many connections to servers may not be opened.
         """
-        self.pool = pool
-        rollout = self.config.rollout
+        self.config, self.tokenizer, self.pool = config, tokenizer, pool
+        self.vocab_size = read_architecture(model_dir).vocab_size
+        self.client: EngineGenerator | None = None
+        self.environments: EnvironmentPool | None = None
+        rollout = config.rollout
         servers = len(rollout.addresses) or rollout.servers
         what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
         # A turn is a request for one sample.
-        provide(connections(rollout, 1 if self.config.environment.is_own else fewest_samples), what)
-        limit = self.config.rollout.max_response_length
-        self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
+        provide(connections(rollout, 1 if config.environment.is_own else fewest_samples), what)
+        self.verifiers = RewardPool(config.reward, rollout.max_response_length, FailureLog(directory))
         self.verifiers.wait_started()
-        if self.config.environment.is_own:
-            self.environments = EnvironmentPool(self.config.environment, self._model_dir, self.vocab_size)
+        if config.environment.is_own:
+            self.environments = EnvironmentPool(config.environment, model_dir, self.vocab_size)
             self.environments.wait_started()
         pool.start()
 
@@ -124,10 +139,6 @@ class JudgedRollouts:
         if traceback := failures.traceback_to_show():
             note(f"the first check that raised an exception:\n{traceback}")
         return judge_failed_checks(groups, self.config.reward, where, failures.summary())
-
-    def validation_samples(self) -> int:
-        """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
-        return self.config.validation.samples if self.config.validation.temperature else 1
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""
