@@ -13,7 +13,8 @@ from megatron_fipo.engines.early_server import PARENT_VARIABLE
 def start_rollout_process(config: Config) -> "subprocess.Popen[bytes]":
     """Start the rollout process of a run, which begins to import what it needs; in the main thread."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_fipo.rollout.process"],
+        # The run's directory is for whoever lists processes.
+        [sys.executable, "-m", "megatron_fipo.rollout.process", config.run.directory],
         env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
