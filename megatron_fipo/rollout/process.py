@@ -49,8 +49,9 @@ def main() -> None:
 
 
 def _end_with_rank_0() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdin.buffer.read()
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the interpreter ends
+            pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LEAVE_S)
     os._exit(1)
