@@ -59,6 +59,7 @@ class EngineGenerator:
         """An answer with a token id of `vocab_size` or more is none."""
         self.control = EngineControl(pool)
         self.retries = self.continued = 0
+        self._told = 0, 0
         # A run that is resumed may give other weights the same version, on a server that stayed.
         self._salt = secrets.token_hex(8)
         self._pool = pool
@@ -123,6 +124,12 @@ class EngineGenerator:
         if not (servers := [*self._pool.returning, *self._pool.in_service]):
             raise RolloutError(f"no vLLM server is left: {self._pool.losses_in_words()}")
         return WeightsWanted(tuple(server.url for server in servers))
+
+    def end_step(self) -> dict[str, int | float]:
+        """A step is done: requests that were sent again in it, and tokens that these did not lose."""
+        retries, continued = self.retries - self._told[0], self.continued - self._told[1]
+        self._told = self.retries, self.continued
+        return {"requests_repeated": retries, "tokens_continued": continued}
 
     def close(self) -> None:
         """Closes the connections; the servers stay. May be called twice."""

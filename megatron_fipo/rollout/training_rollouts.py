@@ -102,9 +102,10 @@ class TrainingRollouts(JudgedRollouts):
         """Drop what was sampled since the last `settle`."""
         self._collector.undo()
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
-        return self.pool.end_step() | self._collector.metrics()
+        requests = self.client.end_step() if self.client else {}
+        return {**self.pool.end_step(), **requests, **self._collector.metrics()}
 
     def validate(self, progress: Progress) -> Steps[list[Group]]:
         """Sample and judge the held-out problems, with the same seeds every time."""
