@@ -15,6 +15,10 @@ COMMANDS = {
     "inspect": ("megatron_fipo.inspect", "what a run's directory holds, and what the model wrote in a step"),
     "preflight": ("megatron_fipo.preflight", "memory, time and weights of a configuration, before it costs an hour"),
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
+    "simulate": (
+        "megatron_fipo.simulate",
+        "who waits for whom: synchronous, overlapped and colocated, in made-up time",
+    ),
     "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),
     "export": ("megatron_fipo.export", "a run's model as a Hugging Face directory, to serve, evaluate or share"),
     "serve": ("megatron_fipo.engines.server", "a rollout server for runs elsewhere (vLLM's own options)"),

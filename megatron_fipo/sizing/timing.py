@@ -25,9 +25,9 @@ from megatron_fipo.sizing.memory import (
     micro_batches,
 )
 
-_MEAN_SHARE = 0.5
+MEAN_SHARE = 0.5
 """Mean length as a share of the longest."""
-_KEPT_SHARE = 0.5
+KEPT_SHARE = 0.5
 """Groups that dynamic sampling keeps: those whose samples differ in accuracy."""
 _TRAFFIC = 1.9
 """How often, for each third of an update, the bytes that a layer keeps for backward go through memory."""
@@ -67,24 +67,72 @@ class StepTime:
         return self.whole_sample + self.log_probs + self.update + self.weights
 
 
+@dataclass(frozen=True)
+class TrainerTime:
+    """Seconds of the trainer for one step's tokens."""
+
+    log_probs: float
+    update: float
+    bubble: float
+    """As StepTime has it."""
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class EngineCosts:
+    """What one rollout server reads and computes for each decoding step, and what its cache holds."""
+
+    weights: float
+    """Bytes on each of its GPUs."""
+    token_bytes: float
+    """Keys and values of one token, on each of its GPUs."""
+    cache_tokens: float
+    bandwidth: float
+    """Bytes per second that are reached."""
+    token_flops_s: float
+    """Seconds of products for one token."""
+
+    def decode_s(self, batch: float, held: float) -> float:
+        """Seconds of a decoding step of `batch` sequences, whose caches hold `held` tokens in all."""
+        read = self.weights + held * self.token_bytes
+        return max(read / self.bandwidth, self.token_flops_s * batch) + _ENGINE_OVERHEAD_S
+
+    def prefill_s(self, tokens: float) -> float:
+        """Seconds of products for a context of so many tokens."""
+        return self.token_flops_s * tokens
+
+
 def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int) -> StepTime:
     """Estimate a step of the run on `config.hardware` and `config.cluster`."""
+    algorithm, mean = config.algorithm, MEAN_SHARE * longest_sequence(config)
+    tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * mean
+    trainer = trainer_time(config, model_config, data_parallel_size, tokens, mean)
+    return StepTime(
+        sample=_sample_s(config, model_config, _sampled_prompts(config)),
+        log_probs=trainer.log_probs,
+        update=trainer.update,
+        weights=weight_sync_s(config, model_config),
+        bubble=trainer.bubble,
+        micro_batches=trainer.micro_batches,
+        whole_sample=_sample_s(config, model_config, _whole_batches_prompts(config)),
+    )
+
+
+def trainer_time(
+    config: Config, model_config: ModelConfig, data_parallel_size: int, tokens: float, mean: float
+) -> TrainerTime:
+    """Log-probs and updates of a step over `tokens` tokens, in sequences of `mean` tokens."""
     algorithm, parallel = config.algorithm, config.parallel
-    mean = _MEAN_SHARE * longest_sequence(config)
     count = micro_batches(config, data_parallel_size, mean)
     bubble_share = (parallel.pipeline - 1) / (count * (parallel.virtual_pipeline or 1))
-    tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * mean
     forward = forward_s(config, model_config, tokens, data_parallel_size, mean)
     passes = 4 if config.model.recompute == "full" else 3
     updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
-    return StepTime(
-        sample=_sample_s(config, model_config, _sampled_prompts(config)),
+    return TrainerTime(
         log_probs=forward * (1 + bubble_share),
         update=passes * forward * (1 + bubble_share) + updates * _reduce_s(config, model_config, data_parallel_size),
-        weights=weight_sync_s(config, model_config),
         bubble=bubble_share / (1 + bubble_share),
         micro_batches=count,
-        whole_sample=_sample_s(config, model_config, _whole_batches_prompts(config)),
     )
 
 
@@ -171,7 +219,7 @@ def _sampled_prompts(config: Config) -> float:
     """Prompts sampled a step, on average. A surplus that is carried over is not sampled again."""
     filtered = config.algorithm.filter_groups
     if filtered.enable and filtered.surplus == "carry":
-        return config.algorithm.prompts_per_step / _KEPT_SHARE
+        return config.algorithm.prompts_per_step / KEPT_SHARE
     return _whole_batches_prompts(config)
 
 
@@ -181,29 +229,35 @@ def _whole_batches_prompts(config: Config) -> int:
     if not algorithm.filter_groups.enable:
         return algorithm.prompts_per_step
     batch = algorithm.generation_batch_prompts or algorithm.prompts_per_step
-    return math.ceil(algorithm.prompts_per_step / _KEPT_SHARE / batch) * batch
+    return math.ceil(algorithm.prompts_per_step / KEPT_SHARE / batch) * batch
 
 
-def _sample_s(config: Config, model_config: ModelConfig, prompts: float) -> float:
-    """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
-    algorithm, rollout, hardware = config.algorithm, config.rollout, config.hardware
-    longest = longest_sequence(config)
-    mean_response = _MEAN_SHARE * rollout.max_response_length
-    sequences = prompts * algorithm.samples_per_prompt / rollout_servers(config)
+def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
+    """One rollout server's, on `config.hardware`."""
+    rollout, hardware = config.rollout, config.hardware
     width = 2 if rollout.dtype == "bfloat16" else 4
     token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
     weights = model_bytes(config, model_config) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
-    in_memory = free / (token_bytes * attended_tokens(model_config, longest))
+    return EngineCosts(
+        weights=weights,
+        token_bytes=token_bytes,
+        cache_tokens=free / token_bytes,
+        bandwidth=hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency,
+        token_flops_s=2 * weights / width / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency),
+    )
+
+
+def _sample_s(config: Config, model_config: ModelConfig, prompts: float) -> float:
+    """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
+    rollout, costs = config.rollout, engine_costs(config, model_config)
+    mean_response = MEAN_SHARE * rollout.max_response_length
+    sequences = prompts * config.algorithm.samples_per_prompt / rollout_servers(config)
+    in_memory = costs.cache_tokens / attended_tokens(model_config, longest_sequence(config))
     at_once = max(1.0, min(rollout.max_num_seqs, sequences, in_memory))
-    bandwidth = hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency
-
-    def decode_s(batch: float) -> float:
-        flops = 2 * weights / width * batch / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency)
-        read = weights + batch * token_bytes * attended_tokens(model_config, mean_response)
-        return max(read / bandwidth, flops) + _ENGINE_OVERHEAD_S
-
-    full = sequences * mean_response / at_once * decode_s(at_once)
+    held = attended_tokens(model_config, mean_response)
+    full = sequences * mean_response / at_once * costs.decode_s(at_once, at_once * held)
     # At the end a few of the longest responses are left, alone in their batch.
-    tail = (rollout.max_response_length - mean_response) * decode_s(max(1.0, at_once / 16))
+    alone = max(1.0, at_once / 16)
+    tail = (rollout.max_response_length - mean_response) * costs.decode_s(alone, alone * held)
     return full + tail

@@ -1,0 +1,187 @@
+"""Modes of a run, and how each may spread over the nodes: what is played, and on which engines and trainers."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.rollout.admission import Rounds, Window, rounds
+from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
+from megatron_fipo.simulation.engine import Engine
+from megatron_fipo.simulation.run import Parts
+from megatron_fipo.simulation.settings import Settings
+from megatron_fipo.sizing.estimate import Estimate, estimate
+from megatron_fipo.sizing.timing import rollout_servers
+
+_GRID = 100
+"""Parts of a mean length to which ends of samples are rounded up where a step has many."""
+_MANY_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How sampling and training go together."""
+
+    name: str
+    title: str
+    steps_ahead: int | None
+    """Window's k. None: rounds."""
+    in_turns: bool = False
+    """Trainer and engines on the same GPUs."""
+
+
+MODES = (
+    Mode("rounds", "rounds (today)", None),
+    Mode("k0", "window, k = 0", 0),
+    Mode("k1", "window, k = 1", 1),
+    Mode("k2", "window, k = 2", 2),
+    Mode("k4", "window, k = 4", 4),
+    Mode("colocated-rounds", "colocated, rounds", None, in_turns=True),
+    Mode("colocated-k0", "colocated, k = 0", 0, in_turns=True),
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Nodes, or GPUs where the run has none of its own, and what is on them."""
+
+    config: Config
+    estimate: Estimate
+    engines: int
+    gpus: int
+    """Of the whole run."""
+    in_turns: bool
+
+    @property
+    def text(self) -> str:
+        """Nodes that train + nodes that sample."""
+        cluster = self.config.cluster
+        if self.in_turns:
+            return f"{cluster.trainer_nodes}, in turns" if self.config.parallel.data is None else "in turns"
+        if cluster.rollout_nodes:
+            return f"{cluster.trainer_nodes} + {cluster.rollout_nodes}"
+        return f"{self.estimate.world_size} + {self.engines * self.config.rollout.tensor_parallel} GPUs"
+
+
+def configured(config: Config, model_config: ModelConfig, mode: Mode) -> Placement:
+    """Where the configuration has the mode. ConfigError if it cannot be there."""
+    if mode.in_turns:
+        return _all_in_turns(config, model_config)
+    found, tensor = estimate(config, model_config), config.rollout.tensor_parallel
+    engines = rollout_servers(config)
+    if engines < 1:
+        raise ConfigError(
+            "rollout.tensor_parallel",
+            f"a server of {tensor} GPUs is larger than a node of {config.cluster.gpus_per_node}",
+            f"rollout.tensor_parallel={config.cluster.gpus_per_node} or smaller",
+        )
+    shared = config.rollout.shared_gpu
+    return Placement(config, found, engines, found.world_size + (0 if shared else engines * tensor), shared)
+
+
+def trainer_nodes(config: Config) -> list[int]:
+    """How many nodes may train, of those that the run has: whole replicas. None where no nodes are to be split."""
+    cluster, parallel = config.cluster, config.parallel
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    nodes = range(1, cluster.trainer_nodes + cluster.rollout_nodes) if cluster.rollout_nodes else range(0)
+    return [count for count in nodes if count * cluster.gpus_per_node % replica == 0]
+
+
+def split(config: Config, model_config: ModelConfig, trainer: int) -> Placement | None:
+    """The run with so many nodes that train, and the others sample; None if the memory is too small."""
+    changed = copy.deepcopy(config)
+    nodes = config.cluster.trainer_nodes + config.cluster.rollout_nodes
+    changed.cluster.trainer_nodes, changed.cluster.rollout_nodes = trainer, nodes - trainer
+    changed.parallel.data = None
+    placement = configured(changed, model_config, MODES[0])
+    return placement if placement.estimate.fits else None
+
+
+def _all_in_turns(config: Config, model_config: ModelConfig) -> Placement:
+    """Trainer and engines on all GPUs. The trainer's memory is on its hosts while engines sample."""
+    changed = copy.deepcopy(config)
+    cluster, tensor = changed.cluster, config.rollout.tensor_parallel
+    cluster.trainer_nodes, cluster.rollout_nodes = cluster.trainer_nodes + cluster.rollout_nodes, 0
+    changed.rollout.shared_gpu = False
+    if config.cluster.rollout_nodes:
+        changed.parallel.data = None
+    found = estimate(changed, model_config)
+    engines = found.world_size // tensor
+    if not engines:
+        raise ConfigError(
+            "rollout.tensor_parallel", f"{found.world_size} GPUs have no room for a server of {tensor}", "a smaller one"
+        )
+    return Placement(changed, found, engines, found.world_size, True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a run is played: large ones are alike all over."""
+
+    prompts: int
+    engines: int
+    whole: float
+    """Of how many such parts the run consists."""
+
+
+def part_of(config: Config, engines: int, settings: Settings) -> Part:
+    """So many prompts and engines that a step has `settings.samples_at_once` samples at most, at least one engine."""
+    algorithm = config.algorithm
+    prompts, at_once = algorithm.prompts_per_step, settings.samples_at_once
+    times = prompts * algorithm.samples_per_prompt / at_once if at_once else 1.0
+    if times <= 1 or engines == 1:
+        return Part(prompts, engines, 1.0)
+    fewer = math.ceil(engines / times)
+    return Part(max(1, round(prompts * fewer / engines)), fewer, engines / fewer)
+
+
+def admission(mode: Mode, config: Config, part: Part) -> Rounds | Window:
+    """The mode's admission, over the part's prompts."""
+    if mode.steps_ahead is not None:
+        return Window(part.prompts, mode.steps_ahead)
+    whole = rounds(config.algorithm)
+    batch = max(1, round(whole.batch * part.prompts / whole.prompts_per_step))
+    return Rounds(part.prompts, batch, whole.most_rounds, whole.carries_surplus)
+
+
+def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings: Settings) -> Parts:
+    """All that a simulation of the mode needs."""
+    config = placement.config
+    part = part_of(config, placement.engines, settings)
+    costs = TrainerCosts(config, model_config, placement.estimate.data_parallel_size, settings.measured)
+    samples = config.algorithm.samples_per_prompt
+
+    def trainer(tokens: float, sequences: int) -> tuple[float, float]:
+        return costs.phases(tokens * part.whole, round(sequences * part.whole))
+
+    return Parts(
+        admission=admission(mode, config, part),
+        engines=_engines(placement, model_config, settings, part),
+        places=engine_size(config, model_config, settings).places,
+        samples=samples,
+        trainer=trainer,
+        weights_s=costs.weights_s() + (_switch_s(placement, settings) if mode.in_turns else 0.0),
+        recompute=config.rollout.kv_on_update == "recompute",
+        stream_tokens=config.rollout.stream_tokens,
+    )
+
+
+def _engines(placement: Placement, model_config: ModelConfig, settings: Settings, part: Part) -> list[Engine]:
+    config, troubles = placement.config, settings.troubles
+    samples = config.algorithm.samples_per_prompt
+    costs, size = decoding(config, model_config, settings), engine_size(config, model_config, settings)
+    many = part.prompts * samples > _MANY_SAMPLES
+    quantum = max(1, round(settings.lengths.mean / _GRID)) if many else 1
+    slow = math.ceil(troubles.slow_share * part.engines)
+    return [
+        Engine(costs, size, settings.prompt, 1 / samples, quantum, troubles.slow_factor if index < slow else 1.0)
+        for index in range(part.engines)
+    ]
+
+
+def _switch_s(placement: Placement, settings: Settings) -> float:
+    """Seconds to put a trainer's memory away and to take it back, once each per step."""
+    kept = max(stage.always for stage in placement.estimate.stages)
+    return 2 * kept / (settings.host_gb_s * 1e9)
