@@ -18,7 +18,7 @@ from megatron_fipo.launch.sweep import plan
 from tests.documents.commands import PAGES, ROOT, Command, commands_of
 
 SHOWN = [command for page in PAGES for command in commands_of(page)]
-CONFIGURED = ("train", "evaluate", "preflight", "planner")
+CONFIGURED = ("train", "evaluate", "preflight", "planner", "simulate")
 """Commands that take a whole configuration as key=value."""
 ELSEWHERE = {
     r"make test-gpu": "needs CUDA",
