@@ -67,7 +67,7 @@ def compare_runs(options: argparse.Namespace) -> None:
     from megatron_fipo.comparison.runs import find_runs
 
     if options.target is not None and not 0 <= options.target <= 1:
-        raise ConfigError("--target", f"{options.target:g} is no score", "a share from 0 to 1")
+        raise ConfigError("--target", f"{options.target:g} is not a score", "a share from 0 to 1")
     grouping = group_runs(find_runs(options.runs), options.ignore)
     comparison = report.build(grouping, options.baseline, options.metric, options.target)
     report.show(comparison)

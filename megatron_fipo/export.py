@@ -98,11 +98,11 @@ def parse(arguments: Sequence[str]) -> Request:
         raise ExportError(f"{len(places)} directories are named: a run or a checkpoint, and perhaps where to write")
     step, dtype, push = (options.get(name) for name in OPTIONS)
     if step is not None and not step.isdecimal():
-        raise ExportError(f"step={step}: is no number of steps")
+        raise ExportError(f"step={step}: is not a number of steps")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype}: is none of {', '.join(DTYPES)}")
     if push is not None and (push.count("/") != 1 or not all(push.split("/"))):
-        raise ExportError(f"push={push}: is no repository's name; owner/name is one")
+        raise ExportError(f"push={push}: is not the name of a repository; owner/name is one")
     target = places[1] if len(places) == 2 else None
     return Request(places[0], target, None if step is None else int(step), dtype, push)
 

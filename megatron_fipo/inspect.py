@@ -66,7 +66,7 @@ def overview(options: argparse.Namespace) -> Iterator[str]:
     if not options.run.is_dir():
         raise DataError(f"{options.run}: no such directory")
     if not (options.run / "config.yaml").is_file():
-        raise DataError(f"{options.run}: this is no run's directory: it has no config.yaml")
+        raise DataError(f"{options.run}: this is not the directory of a run: it has no config.yaml")
     run = read_run(options.run)
     steps = int(run.settings["run.steps"])
     state = "finished" if run.is_finished else "not finished"

@@ -26,7 +26,7 @@ def check_form(text: str, key: str) -> None:
     place, _, name = text.rpartition(":")
     is_module = all(part.isidentifier() for part in place.split("."))
     if not name.isidentifier() or not (place.endswith(".py") or is_module):
-        raise ConfigError(key, f"{text[:200]!r} names no function", FORMS)
+        raise ConfigError(key, f"{text[:200]!r} does not name a function", FORMS)
 
 
 @functools.cache

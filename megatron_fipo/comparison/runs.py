@@ -135,7 +135,7 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
-        raise DataError(f"{path} is no configuration of a run: it has no section run")
+        raise DataError(f"{path} is not a configuration of a run: it has no section run")
     found = default_settings() | dict(_flat(tree))
     for key in ("run.seed", "run.steps"):
         if not isinstance(found[key], int):

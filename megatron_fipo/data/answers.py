@@ -143,7 +143,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"is no valid Unicode text ({error.reason})") from None
+        raise ValueError(f"is not valid Unicode text ({error.reason})") from None
     if not any(char.isprintable() and not char.isspace() for char in text):
         raise ValueError(f"the answer is missing: {text[:20]!a} has no visible character")
     if text in _MISSING_VALUES:

@@ -49,7 +49,7 @@ def fetch_split(entry: str, split: str) -> HubFiles:
         try:
             found = sorted(str(path) for path in folder.rglob(pattern) if format_of(path))
         except (ValueError, OSError) as error:
-            raise DataError(f"{entry}: is no pattern of files that can be read ({one_line(error)})") from error
+            raise DataError(f"{entry}: is not a pattern of files that can be read ({one_line(error)})") from error
         if not found:
             raise DataError(f"{entry}: the dataset has no file of that name that ends in {', '.join(FILE_SUFFIXES)}")
         return HubFiles(found, data_source)
@@ -80,7 +80,7 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
 
     parts = name.split("/")
     if not all(parts) or len(parts) > 3:
-        raise DataError(f"{name}: is no dataset; owner/name or owner/name/config is one, a split follows a colon")
+        raise DataError(f"{name}: is not a dataset; owner/name or owner/name/config is one, a split follows a colon")
     files = [pattern] if pattern else [f"*{suffix}{end}" for suffix in FILE_SUFFIXES for end in ("", COMPRESSED)]
     try:
         folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])

@@ -32,7 +32,7 @@ class SentencePieceModel:
             # All of them, since a damaged one would else stop a run in the middle, when the model samples it.
             texts = [self._model.id_to_piece(i) for i in range(pieces)]
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"{path}: is no sentencepiece model ({one_line(error)})") from error
+            raise DataError(f"{path}: is not a sentencepiece model ({one_line(error)})") from error
         if not pieces:
             raise DataError(f"{path}: is an empty sentencepiece model")
         self._pieces = pieces
@@ -99,7 +99,7 @@ class SentencePieceModel:
         is_text = not any("\ud800" <= char <= "\udfff" for char in text)  # sentencepiece takes no lone surrogates
         if not is_text or self._model.piece_to_id(text) == self._model.unk_id():
             where = f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r}"
-            raise DataError(f"{where} is no token of tokenizer.model, nor added to it")
+            raise DataError(f"{where} is not a token of tokenizer.model, nor added to it")
 
     def _id_of(self, name: str) -> int:
         """The id of a special token as configured, or the model's own; −1 if it has none."""
@@ -125,7 +125,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any], pieces: int) -> dic
         for token, entry in settings.get("added_tokens_decoder", {}).items():
             added[int(token)] = (str(entry["content"]), bool(entry.get("special")))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{directory}: its added tokens are no table of ids and texts ({error})") from error
+        raise DataError(f"{directory}: its added tokens are not a table of ids and texts ({error})") from error
     if any(not text for text, _ in added.values()):
         raise DataError(f"{directory}: one of its added tokens has an empty text")
     return {token: entry for token, entry in added.items() if token >= pieces}

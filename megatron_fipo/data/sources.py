@@ -211,4 +211,4 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: is no valid Unicode text ({error.reason})") from error
+        raise DataError(f"{where}: is not valid Unicode text ({error.reason})") from error

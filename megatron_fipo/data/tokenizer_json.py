@@ -59,7 +59,7 @@ def from_characters(path: Path, settings: dict[str, Any], bos: str | None) -> To
         text = piece.piece.replace(_SPACE, " ")
         if piece.type in (piece.NORMAL, piece.USER_DEFINED):
             if len(text) != 1 or not text.isascii():
-                raise ValueError(f"piece {text[:20]!r} is no ASCII character")
+                raise ValueError(f"piece {text[:20]!r} is not an ASCII character")
             ((text, _),) = byte_level.pre_tokenize_str(text)
         ids[text] = index
     tokenizer = Tokenizer(models.BPE(ids, []))

@@ -26,7 +26,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
             if token is None:
                 continue
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise DataError(f"{directory / name}: eos_token_id is {reprlib.repr(token)}, which is no token id")
+                raise DataError(f"{directory / name}: eos_token_id is {reprlib.repr(token)}, which is not a token id")
             found.setdefault(token, name)
     if tokenizer_eos is not None and tokenizer_eos >= 0:
         found.setdefault(tokenizer_eos, "the tokenizer")
@@ -72,5 +72,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
-        raise DataError(f"{path}: is no JSON object")
+        raise DataError(f"{path}: is not a JSON object")
     return settings

@@ -86,7 +86,7 @@ def _names(values: Mapping[str, str]) -> Iterator[_Problem]:
 def _numbers(values: Mapping[str, str]) -> Iterator[_Problem]:
     gpus, offline = values.get("FIPO_GPUS_PER_NODE", "1"), values.get("FIPO_OFFLINE", "1")
     if not re.fullmatch(r"[1-9]\d{0,2}", gpus):
-        yield "FIPO_GPUS_PER_NODE", f"{gpus} is no number of GPUs", "4 or 8, say"
+        yield "FIPO_GPUS_PER_NODE", f"{gpus} is not a number of GPUs", "4 or 8, say"
     if offline not in ("0", "1"):
         yield "FIPO_OFFLINE", f"is {offline}", "1: offline, or 0"
 
@@ -121,7 +121,7 @@ def _software(values: Mapping[str, str]) -> Iterator[_Problem]:
     if activate and not os.path.isfile(activate.split()[0]):
         yield "FIPO_ACTIVATE", f"there is no file {activate.split()[0]}", "the bin/activate of an environment"
     if python and not inside and not activate and shutil.which(python) is None:
-        yield "FIPO_PYTHON", f"{python} is no program", "the bin/python of an environment"
+        yield "FIPO_PYTHON", f"{python} is not a program", "the bin/python of an environment"
 
 
 def _container(values: Mapping[str, str]) -> Iterator[_Problem]:

@@ -82,7 +82,7 @@ def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any])
     allowed = ("rope_type", _THETA, *KEYS_OF_TYPE[kind])
     for key, value in rope.items():
         if key not in allowed:
-            raise RopeProblem(f"{place}.{key}", f"is no key of rope_type {kind}", f"it has {', '.join(allowed)}")
+            raise RopeProblem(f"{place}.{key}", f"is not a key of rope_type {kind}", f"it has {', '.join(allowed)}")
         if key != "rope_type" and not (right := UNDERSTOOD.get(key, _FACTOR)).accepts(value):
             raise RopeProblem(f"{place}.{key}", f"= {shown(value)} is not supported", f"it must be {right.expected}")
     rope.setdefault(_THETA, config.get(_THETA, DEFAULT_THETA))

@@ -24,7 +24,7 @@ def unlike_elsewhere(address: str) -> bool:
 def listen_for_ranks() -> tuple[socket.socket, str]:
     """A listening socket on a free port of the interface at which the ranks meet, and its host:port for all of them.
 
-    OSError: MASTER_ADDR, where they meet, is no address of this machine.
+    OSError: MASTER_ADDR, where they meet, is not an address of this machine.
     """
     if not several_nodes():
         listener = socket.create_server((LOOPBACK, 0), backlog=1024)

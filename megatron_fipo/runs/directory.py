@@ -92,7 +92,7 @@ def _judge(config: Config, path: Path) -> Start:
     for place in (path / name for name in _DIRECTORIES):
         if place.exists() and not place.is_dir():
             raise ConfigError(
-                "run.directory", f"{place} is no directory", "move it away, or give another run.directory"
+                "run.directory", f"{place} is not a directory", "move it away, or give another run.directory"
             )
     found = newest(path / "checkpoints")
     if config.run.resume == "never" and (found or (path / METRICS_FILE).exists()):

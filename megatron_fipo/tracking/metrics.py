@@ -72,7 +72,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     if not path.is_file():
-        raise DataError(f"{path} is no file; remove it")
+        raise DataError(f"{path} is not a file; remove it")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,7 +105,7 @@ def cut_after_step(path: Path, step: int) -> None:
 def _plain(key: str, value: Any) -> float | int | None:
     number = value.item() if hasattr(value, "item") else value
     if number is not None and not isinstance(number, int | float):
-        raise TypeError(f"metric {key} is no number but {type(value).__name__}")
+        raise TypeError(f"metric {key} is of type {type(value).__name__}, not a number")
     if isinstance(number, float) and not math.isfinite(number):
         return None
     return number

@@ -147,8 +147,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         ),
         ('[{"role": "user", "content": "a"}]', "is the text of a list of chat messages"),
         ("[{'content': 'a', 'role': 'user'}]", "is the text of a list of chat messages"),
-        ("\ud800", "no valid Unicode text"),
-        ([{"role": "user", "content": "\ud800"}], "no valid Unicode text"),
+        ("\ud800", "not valid Unicode text"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode text"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_row_and_column(tmp_path, prompt, message):
@@ -338,8 +338,8 @@ def test_names_that_no_file_has_are_named(tmp_path):
         (f"{tmp_path}/{'x' * 300}.jsonl", "is not found"),
         ("~no_such_user/a.jsonl", "~no_such_user/a.jsonl is not found"),
         (f"{tmp_path}/a\x00b.jsonl", r"a\\x00b\.jsonl is not found"),
-        (f"{tmp_path}/loop.jsonl", "is no regular file"),
-        (f"{tmp_path}/pipe.jsonl", "is no regular file"),
+        (f"{tmp_path}/loop.jsonl", "is not a regular file"),
+        (f"{tmp_path}/pipe.jsonl", "is not a regular file"),
     ):
         with pytest.raises(DataError, match=message):
             read(name)

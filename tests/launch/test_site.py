@@ -85,7 +85,7 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
         (["FIPO_MODELS=models"], "FIPO_MODELS: models is relative", "a path from /"),
         (["FIPO_DATA=/nowhere/at/all"], "FIPO_DATA: there is no directory /nowhere/at/all", "that is there"),
         (["FIPO_RUNS=/nowhere/runs"], "FIPO_RUNS: there is no directory", "mkdir -p /nowhere/runs"),
-        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is no program", "bin/python"),
+        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is not a program", "bin/python"),
         (["FIPO_ACTIVATE='/nowhere/activate fipo'"], "FIPO_ACTIVATE: there is no file /nowhere/activate", "activate"),
         (["FIPO_MODULES=cuda/13"], "FIPO_MODULES: module load cuda/13: ", "module avail"),
         (["FIPO_CONTAINER_RUNTIME=aptainer"], "FIPO_CONTAINER_RUNTIME: aptainer is not known", "apptainer"),

@@ -68,7 +68,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
 @pytest.mark.parametrize("name", ["samples", "tensorboard"])
 def test_what_is_in_the_way_of_later_files_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(FipoError, match=rf"run\.directory: .*{name} is no directory \(move it away"):
+    with pytest.raises(FipoError, match=rf"run\.directory: .*{name} is not a directory \(move it away"):
         resumed_from(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()

@@ -31,7 +31,7 @@ def test_one_row_a_step_on_disk_at_once(tmp_path):
     row = writer.log_step(2, {"grad_norm": math.inf, "ppo_kl": math.nan})
     assert row == read_rows(tmp_path / "metrics.jsonl")[1]
     assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "grad_norm": None, "ppo_kl": None}
-    with pytest.raises(TypeError, match="finish_reason is no number but str"):
+    with pytest.raises(TypeError, match="finish_reason is of type str, not a number"):
         writer.log_step(3, {"finish_reason": "stop"})
     assert steps_of(tmp_path) == [1, 2]
 
@@ -106,5 +106,5 @@ def test_what_is_no_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")  # whose reader would wait for ever
     (tmp_path / "validation.jsonl").mkdir()
     for name in ("metrics.jsonl", "validation.jsonl"):
-        with pytest.raises(DataError, match=f"{name} is no file"):
+        with pytest.raises(DataError, match=f"{name} is not a file"):
             cut_after_step(tmp_path / name, 3)
