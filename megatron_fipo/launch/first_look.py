@@ -1,7 +1,7 @@
-"""What can be found out before a run's processes start: the data's first rows, and whether a reward can be imported.
+"""Check what can be checked before a run's processes start: the data's first rows, and the import of a reward.
 
-In a process of its own: the libraries that read tables and ask the hub would stay in the launcher's memory for the
-whole run, and their threads would take the signals that it waits for.
+This runs in its own process. Otherwise the libraries that read tables and call the hub would stay in the launcher's
+memory for the whole run, and their threads would receive the signals that the launcher waits for.
 
     python -m megatron_fipo.launch.first_look CONFIGURATION SPLIT...
 """
@@ -25,19 +25,19 @@ from megatron_fipo.processes.reasons import Listener
 from megatron_fipo.rewards.process import VerifierHung, VerifierProcess
 
 LONGEST_IMPORT_S = 5.0
-"""How long a reward's module may take to import here. A longer one is judged when the verifiers have started."""
+"""Time limit for importing a reward's module here. If the import takes longer, the verifiers check it later."""
 
 
 def splits_read(config: Config) -> tuple[str, ...]:
-    """The splits of the problems that a training run reads."""
+    """Return the splits of the problems that a training run reads."""
     return ("train", "validation") if config.validation.every else ("train",)
 
 
 def look_first(config: Config, splits: tuple[str, ...]) -> None:
-    """Refuse data and a reward that a run could not use, and fetch what is on the hub, before there are processes.
+    """Refuse data and a reward that a run could not use, and download data from the hub, before processes start.
 
     Raises:
-        FipoError: what the run would end with; names the file, the row and the column, or the function.
+        FipoError: the error with which the run would end; names the file, the row and the column, or the function.
     """
     with tempfile.TemporaryDirectory(prefix="megatron_fipo-look-") as place, Listener() as listener:
         file = Path(place) / "config.yaml"
@@ -56,20 +56,20 @@ def look_first(config: Config, splits: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """The process that looks."""
+    """Run as the process that checks."""
     with refusals_in_one_line():
         look_here(resolved.read(Path(sys.argv[1])), tuple(sys.argv[2:]))
 
 
 def look_here(config: Config, splits: tuple[str, ...]) -> None:
-    """`look_first`, in this process."""
+    """Do the checks of `look_first` in this process."""
     with _imported(config.reward):
         look_at_first_rows(config.data, splits)
 
 
 @contextmanager
 def _imported(config: RewardConfig) -> Iterator[None]:
-    """Import a reward of the user's own beside what is done in here, as a verifier does. ConfigError, RewardError."""
+    """Import the user's own reward, as a verifier does, while the block runs. Raises ConfigError or RewardError."""
     if own_rule(config.rule) is None:
         yield
         return

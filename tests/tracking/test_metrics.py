@@ -86,9 +86,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"reward_mean": 1}\n', "line 1: no row of a step"),
-        (b'{"step": "2"}\n', "line 1: no row of a step"),
-        (b"[1]\n", "line 1: no row of a step"),
+        (b'{"reward_mean": 1}\n', "line 1: not the row of a step"),
+        (b'{"step": "2"}\n', "line 1: not the row of a step"),
+        (b"[1]\n", "line 1: not the row of a step"),
         (b"[" * 100_000 + b"\n" + b"{}", "line 1: not JSON"),
         (b'{"step": 1}\n\xff\n', "cannot be read: .*utf-8"),
     ],
