@@ -296,7 +296,7 @@ class _Watch:
             return 0
         if failure is None:
             if signum in (None, signal.SIGINT):
-                _say(f"stopped; this goes on from there:\n  {going_on(self.directory)}")
+                _say(f"stopped; this command resumes the run:\n  {going_on(self.directory)}")
             return STOPPED if signum is None else 128 + signum
         if sys.stderr.isatty():
             # A rank that was killed could not remove its progress bar: show the cursor again.

@@ -97,7 +97,7 @@ def sweep(arguments: Sequence[str]) -> NoReturn:
             outcomes.append(_run(member))
             print(outcomes[-1].status, flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted\nthe same runs go on with\n  {going_on(directory)}", flush=True)
+        print(f"interrupted; to resume the sweep:\n  {going_on(directory)}", flush=True)
         sys.exit(130)
     width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
     Console(highlight=False, markup=False, width=width).print(_table(outcomes))

@@ -194,7 +194,7 @@ def text_of(rows: list[dict]) -> str:
             "row 1: cannot be read",
         ),
         ("a.jsonl", b'{"prompt": "a", "x": 1e99999999999999999999}', "row 1: cannot be read .*exponent"),
-        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "row 1: cannot be read .*'prompt' stands twice"),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "row 1: cannot be read .*'prompt' occurs twice"),
         ("a.jsonl", b"3\n", "row 1: not a JSON object"),
         ("a.json", b'[{"prompt": 1}, 3]', "row 1, column prompt"),
         ("a.json", b'[{"prompt": 1}', "not JSON"),
@@ -276,7 +276,7 @@ def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"prompt": 1}, {"prompt": 1, "prompt": 2}]', "row 2: cannot be read .*'prompt' stands twice"),
+        (b'[{"prompt": 1}, {"prompt": 1, "prompt": 2}]', "row 2: cannot be read .*'prompt' occurs twice"),
         (b'[{"prompt": 1}, {"prompt": ' + b"9" * 5000 + b"}]", "row 2: cannot be read .*digits"),
         (b'[{"prompt": 1}, ' + b"[" * 100_000, "row 2: nested too deeply"),
         (b'[{"prompt": 1}, {"prompt"', "row 2: not JSON"),

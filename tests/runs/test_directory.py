@@ -123,7 +123,7 @@ def test_other_settings_are_refused_or_kept_beside_the_first(tmp_path: Path) -> 
     with pytest.raises(FipoError, match=r"was trained with other settings: optimizer\.lr: 1e-05 → 1e-06 \("):
         judged(tmp_path, lr)
     start = judged(tmp_path, lr, taken)
-    assert start.warnings == ("goes on with other settings from step 2: optimizer.lr: 1e-05 → 1e-06",)
+    assert start.warnings == ("resumes with other settings from step 2: optimizer.lr: 1e-05 → 1e-06",)
     keep_settings(load_config([lr]), tmp_path, 2, start)
     assert "lr: 1.0e-05" in (tmp_path / "config.yaml").read_text()
     assert "lr: 1.0e-06" in (tmp_path / "config-000002.yaml").read_text()
