@@ -119,7 +119,7 @@ def _write_template(directory: Path) -> None:
 
 
 def _write_ends(directory: Path, tokenizer: Tokenizer) -> None:
-    """Write every token that ends a response in a run to generation_config.json. Otherwise vLLM would continue after it."""
+    """Write every token that ends a response in a run to generation_config.json, so that generation stops there."""
     path = directory / "generation_config.json"
     settings = read_settings(path)
     named = settings.get("eos_token_id")
