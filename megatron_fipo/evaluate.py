@@ -23,6 +23,7 @@ from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.problems import load_problems
+from megatron_fipo.data.tokenizers import Tokenizer
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.evaluation.files import ALL, PROBLEMS_FILE, RESULTS_FILE, SAMPLES_FILE
@@ -40,7 +41,7 @@ from megatron_fipo.processes.leftovers import own_place, remove_outside, remove_
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.events import Ongoing
-from megatron_fipo.rollout.judged_rollouts import JudgedRollouts
+from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
@@ -79,9 +80,10 @@ def main(config: Config, said: Sequence[str]) -> None:
     check_here_to_sample(config, weights.directory)
     _check_can_be_served(config, weights)
     look_first(config, ("validation",))
-    rollouts = JudgedRollouts(config, weights.directory)
-    columns, longest = own_rule(config.reward.rule) is not None, config.rollout.max_prompt_length
-    loaded = load_problems(config.data, "validation", rollouts.tokenizer, longest, keep_columns=columns)
+    tokenizer = tokenizer_of(config, weights.directory)
+    columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+    longest = config.rollout.max_prompt_length
+    loaded = load_problems(config.data, "validation", tokenizer, longest, keep_columns=columns)
     settings = settings_of(config, weights, loaded.problems)
     directory = directory_of(config, weights, settings)
     with ExitStack() as stack:
@@ -101,7 +103,7 @@ def main(config: Config, said: Sequence[str]) -> None:
                 terminal.note(f"{total - len(missing)} problems were finished by an earlier start")
             write_config(directory, config)
             write_environment(directory)
-            evaluation = Evaluation(config, weights, directory, rollouts, terminal)
+            evaluation = Evaluation(config, weights, directory, tokenizer, terminal)
             try:
                 evaluation.sample(loaded.problems, missing, samples)
             except BaseException:  # Ctrl-C too
@@ -115,10 +117,10 @@ class Evaluation:
     """The part that needs servers: sampling the missing problems."""
 
     def __init__(
-        self, config: Config, weights: Weights, directory: Path, rollouts: JudgedRollouts, terminal: EvaluationProgress
+        self, config: Config, weights: Weights, directory: Path, tokenizer: Tokenizer, terminal: EvaluationProgress
     ):
         self._config, self._weights, self._directory = config, weights, directory
-        self._rollouts, self._terminal = rollouts, terminal
+        self._tokenizer, self._terminal = tokenizer, terminal
 
     def sample(self, problems: list[Problem], missing: list[int], samples: SampleFile) -> None:
         """Sample and judge the problems with these indices. Each is written to the file as soon as it is judged.
@@ -127,7 +129,7 @@ class Evaluation:
             FipoError: a server, a verifier or the weights failed, or too many checks failed. In the last case all
                 problems are in the file.
         """
-        config, rollouts = self._config, self._rollouts
+        config = self._config
         model_dir = huggingface_directory(self._weights, self._directory / "model")
         context, started = config.model.max_position_embeddings, time.monotonic()
         pool = EnginePool(
@@ -139,15 +141,15 @@ class Evaluation:
             self._terminal.warn,
             beside_trainer=False,
         )
-        # By the index among all problems, as in a run's validation.
-        seeds = [rollouts.seed_of("validation", index) for index in missing]
-        rollouts.start(pool, self._directory, rollouts.validation_samples())
-        with rollouts:
+        fewest = validation_samples(config)
+        with JudgedRollouts(config, model_dir, self._tokenizer, pool, self._directory, fewest) as rollouts:
             if config.rollout.addresses:
                 check_served(pool, model_dir)
             rollouts.connect()
             self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
             started = time.monotonic()
+            # By the place among all problems, as a run's validation has it.
+            seeds = [rollouts.seed_of("validation", index) for index in missing]
             sampling = rollouts.sample(
                 [problems[index] for index in missing],
                 config.validation.samples,
@@ -164,7 +166,7 @@ class Evaluation:
 
     def _say_speed(self, groups: list[Group], seconds: float) -> None:
         samples = [sample for group in groups for sample in group.samples]
-        tokens = sum(len(sample) for sample in samples)
+        tokens = sum(sample.actions for sample in samples)
         speed = f"{seconds:.1f} s, {tokens / seconds:.0f} tokens per second"
         self._terminal.note(f"{len(samples)} responses of {tokens} tokens in all: {speed}")
 

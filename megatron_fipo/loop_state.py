@@ -4,7 +4,6 @@ trainer.json has the loop's own few values, rollout/ has what is sampled (rollou
 ranges and to each other when they are read: whatever is wrong is refused in one line that names file and place.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,14 +46,9 @@ class LoopState(Struct, frozen=True, kw_only=True):
     rollout: RolloutState
 
 
-def encode(state: LoopState) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """What to write: the JSON-ready content of trainer.json, and a function that writes the rest into a checkpoint.
-
-    Raises:
-        DataError: a number is not finite, or a group's parts do not belong together.
-    """
-    content = {"format": _FORMAT, "step": state.step, "seconds": state.seconds, "results": state.results}
-    return content, snapshot.encode(state.rollout).write
+def content(step: int, seconds: float, results: dict[str, float | None]) -> dict[str, Any]:
+    """What trainer.json says of a run after `step`."""
+    return {"format": _FORMAT, "step": step, "seconds": seconds, "results": results}
 
 
 def read(checkpoint: Path, *, step: int, vocab_size: int) -> LoopState:

@@ -1,8 +1,8 @@
 """Train a model with FIPO: `python -m megatron_fipo.train experiment=tiny` (--help has more).
 
-One process per GPU runs this same loop (SPMD). Rank 0 also samples, judges and reports. All ranks hold the policy and
-take part in its updates and in the weight updates. A process that you start by hand starts all processes of the layout.
-A process that torchrun or srun starts becomes one of the ranks.
+One process per GPU runs this same loop (SPMD). Rank 0 also reports, and has a second process that samples and judges.
+All ranks hold the policy and take part in its updates and in the weight updates. A process that you start by hand
+starts all processes of the layout. A process that torchrun or srun starts becomes one of the ranks.
 """
 
 import os
@@ -15,12 +15,12 @@ from typing import Any
 from megatron_fipo.config import Config, ParallelConfig
 from megatron_fipo.config.configure import refusals_in_one_line, run_with_config
 from megatron_fipo.config.model_places import fetch_model
-from megatron_fipo.engines.early_server import start_early
 from megatron_fipo.launch.first_look import look_first, splits_read
 from megatron_fipo.launch.local import adopt_environment, already_launched, launch_training
 from megatron_fipo.processes.ending import die_with_library, terminate_on_sigterm
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.reasons import told_at_once
+from megatron_fipo.rollout.process_start import start_rollout_process
 
 
 def main(config: Config) -> None:
@@ -33,15 +33,14 @@ def main(config: Config) -> None:
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()
-    if os.environ.get("RANK") == "0":
-        start_early(config.rollout)
+    rollouts = start_rollout_process(config) if os.environ.get("RANK") == "0" else None
     # Libraries warn about packages that they would prefer (apex) and about renamed functions. Our errors are
     # exceptions.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
-    from megatron_fipo.trainer import Trainer
+    from megatron_fipo.assembly import assemble
 
     with ExitStack() as stack, told_at_once():
-        train(Trainer(config, stack, ctrl_c))
+        train(assemble(config, stack, ctrl_c, rollouts))
 
 
 def world_size(parallel: ParallelConfig) -> int:
@@ -51,7 +50,6 @@ def world_size(parallel: ParallelConfig) -> int:
 
 def train(run: Any) -> None:
     """Run the training loop. `run` is a Trainer; every rank calls each of its methods at the same point."""
-    run.prepare()
     run.push_weights()
     if run.lacks_validation():
         run.validate()

@@ -1,223 +1,171 @@
-"""The state of a run and the parts of a step. Every method is called by every rank together.
+"""The parts of a step, over the parts of a run. Every method is called by every rank together.
 
-What only rank 0 has (problems, servers, verifiers, files, terminal) is None or silent elsewhere.
+assembly.py makes a Trainer, train.py has the loop. What only rank 0 has (runs/leader.py) is None elsewhere.
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch.distributed
-
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
-from megatron_fipo.config.agreement import agreement_limits
-from megatron_fipo.config.model_places import model_directory
-from megatron_fipo.errors import CheckpointError
 from megatron_fipo.launch.local import STOPPED
-from megatron_fipo.loop_state import LoopState
-from megatron_fipo.models.model_config import read_architecture
-from megatron_fipo.policy import checkpoint, checkpoint_manifest, huggingface_directories, platform
 from megatron_fipo.policy.agreement import AgreementCheck
-from megatron_fipo.policy.feed import feed_of
+from megatron_fipo.policy.feed import Feed
 from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.micro_batch import MiniBatch
-from megatron_fipo.policy.model import describe, start_model_parallel
 from megatron_fipo.policy.publishing import PolicyPublisher
-from megatron_fipo.policy.saving import Saving
 from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
-from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
-from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, WeightsWanted
-from megatron_fipo.rollout.offers import Offers
-from megatron_fipo.rollout.training_rollouts import TrainingRollouts
-from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
+from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
+from megatron_fipo.rollout.link import Offer, RolloutCalls
+from megatron_fipo.runs.checkpoints import RunCheckpoints
+from megatron_fipo.runs.leader import Leader
 from megatron_fipo.tracking.console import Console
-from megatron_fipo.tracking.metrics import MetricsWriter
-from megatron_fipo.tracking.problem_files import path_of_step, write_problems
-from megatron_fipo.tracking.report import Report
-from megatron_fipo.tracking.rollout_log import log_rollouts
-from megatron_fipo.tracking.run_files import distinguishing, write_environment, write_summary
-from megatron_fipo.tracking.sampling import sampling_metrics
-from megatron_fipo.tracking.validation import score
-from megatron_fipo.weights.mailbox import trainer_store
-from megatron_fipo.weights.ranks import answer_of_rank_0, fact_of_rank_0, only_rank_0
+from megatron_fipo.tracking.run_files import distinguishing, write_summary
+from megatron_fipo.weights.ranks import fact_of_rank_0, only_rank_0
 from megatron_fipo.weights.sampling_events import SamplingEvents
 
 STOP_FILE = "stop"
 
 
+@dataclass
+class RunProgress:
+    """How far a run has come. Changes with each step."""
+
+    step: int
+    """Training steps done, and the one that is being done."""
+    began: float
+    """By time.monotonic: when training began, had it gone on without a break."""
+    results: dict[str, float | None]
+    """What validations so far have told, by loop_state.RESULTS; on rank 0."""
+
+
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, stack: ExitStack, ctrl_c: CtrlC):
-        """Join the other ranks; everything that has to be ended is entered into `stack`.
-
-        Once `prepare` is done, a Ctrl-C that `ctrl_c` hears of on rank 0 ends the run where nothing is lost.
-
-        Raises FipoError: the checkpoint, the model or the data cannot be used.
-        """
-        self.config, self.stack, self.ctrl_c = config, stack, ctrl_c
-        self.model_dir = model_directory(config.model.path)
-        stack.callback(platform.stop_process_group)
-        platform.start_process_group(config.run.collective_timeout_s)
-        self.agreement, self.finite_updates = AgreementCheck(agreement_limits(config)), FiniteUpdates()
-        implementation = describe(config.model)
-        start_model_parallel(config.parallel, config.run.seed)
-        # Rank 0's view for all: under torchrun and srun each rank has read its own clock for the directory's name, and
-        # on shared storage one node may see a checkpoint later than another.
-        self.first = torch.distributed.get_rank() == 0
-        self.place: RunDirectory | None = None
-        directory, found = answer_of_rank_0(lambda: self._take_directory(stack))
-        self.directory = Path(directory)
-        self.resume_from = Path(found) if found else None
-        self._name_belongings(stack)
-        self.step = checkpoint.step_of(self.resume_from) if self.resume_from else 0
-        self.console = stack.enter_context(Console(config.run.steps, self.step, enabled=self.first))
-        self.console.note(implementation if ctrl_c.is_led else f"run directory: {self.directory}; {implementation}")
-        self.rollouts: TrainingRollouts | None = None
-        self.offers: Offers | None = None
-        self.metrics: MetricsWriter | None = None
-        self.report: Report | None = None
-        only_rank_0(lambda: self._open_run_files(stack))
-        world_size = torch.distributed.get_world_size()
-        self.sampling_events = SamplingEvents(trainer_store(), torch.distributed.get_rank(), world_size)
-        self.saving: Saving | None = None
-        """The checkpoint that is being written."""
-        # On the way out of a run that failed or is stopped by a signal the last complete checkpoint stays.
-        stack.callback(lambda: self.saving.abandon() if self.saving else None)
+    def __init__(
+        self,
+        *,
+        config: Config,
+        ctrl_c: CtrlC,
+        directory: Path,
+        console: Console,
+        leader: Leader | None,
+        policy: Policy,
+        feed: Feed,
+        publisher: PolicyPublisher,
+        checkpoints: RunCheckpoints,
+        sampling_events: SamplingEvents,
+        agreement: AgreementCheck,
+        finite_updates: FiniteUpdates,
+        progress: RunProgress,
+    ):
+        """Every part is ready; the engines have no weights yet."""
+        self.config, self.progress = config, progress
+        self._ctrl_c, self._directory, self._console, self._leader = ctrl_c, directory, console, leader
+        self._policy, self._feed, self._publisher, self._checkpoints = policy, feed, publisher, checkpoints
+        self._sampling_events = sampling_events
+        self._agreement, self._finite_updates = agreement, finite_updates
         # The version of the present weights is the step that made them.
-        self.version = self.saved_step = self.step
-        self.published: dict[str, float] = {}
+        self._version = progress.step
+        self._published: dict[str, float] = {}
         """Metrics of the last weight update."""
-        self.results: dict[str, Any] = {}
-        self.seconds_before = 0.0
 
-    def prepare(self) -> None:
-        """Build the policy while the servers start, resume, and connect the two."""
-        config = self.config
-        with self.console.phase("start"):
-            updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
-            model_config = read_architecture(self.model_dir)
-            if (found := self.resume_from) is not None:
-                if config.checkpoint.verify and (warning := checkpoint_manifest.verify(found)):
-                    self.console.warn(warning)
-                only_rank_0(lambda: self._load_loop(found))
-            self._make_room()
-            self.policy = Policy(config, model_config, str(self.model_dir), updates)
-            self.feed = feed_of(self.policy)
-            if self.resume_from is not None:
-                checkpoint.load(self.policy, self.resume_from)
-                self.console.note(f"resumed from {self.resume_from}")
-            control = self.rollouts.connect().control if self.rollouts else None
-            self.publisher = PolicyPublisher(self.policy, control, self.directory, self.console.warn)
-            self.stack.callback(self.publisher.close)
-        self.console.take_seconds()
-        self.started = time.monotonic()
-        self.ctrl_c.begin()
+    @property
+    def step(self) -> int:
+        """Training steps done, or the one that is being done."""
+        return self.progress.step
 
     def push_weights(self) -> None:
         """Hand the present weights to the servers, as version `step`; what that step took has then been trained."""
-        self.version = self.step
-        self._push()
-        if self.rollouts is not None:
-            self.rollouts.settle(self.version)
+        self._version = self.step
+        self._publish()
+        if self._leader is not None:
+            self._leader.rollouts.settle(self._version)
 
     def begin_step(self) -> None:
         """Count one step more."""
-        self.step += 1
+        self.progress.step += 1
 
     def undo_step(self) -> None:
         """Go back to the end of the step before; nothing of this one has been trained."""
-        self.step -= 1
-        if self.rollouts is not None:
-            self.rollouts.undo()
-        self.console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
+        self.progress.step -= 1
+        if self._leader is not None:
+            self._leader.rollouts.undo()
+        self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
     def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
         """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
         None: a Ctrl-C broke it off.
         """
-        batch, metrics = None, {}
-        with self.console.phase("sample") as phase:
-            sampling = Ongoing(self.rollouts.next_batch(phase.progress)) if self.rollouts else None
-            if not self._is_sampled(sampling):
+        leader = self._leader
+        with self._console.phase("sample"):
+            if not self._is_sampled(lambda rollouts: rollouts.begin_batch(self.step, self._version)):
                 return None, {}
-            self._make_room()
-            if sampling is not None and self.offers is not None:
-                taken = sampling.result
-                batch = self.offers.offer(taken.groups, self.step, self.version)
-                metrics = sampling_metrics(taken)
-                log_rollouts(self.directory, self.step, taken.sampled, self.config.tracking.samples_per_step)
-                if taken.gave_up:
-                    self.console.warn(
-                        f"step {self.step}: {len(taken.groups)} of {self.config.algorithm.prompts_per_step} groups "
-                        f"after {taken.counts.rounds} generation batches; training on those"
-                    )
-            return self.feed.get(batch, self.offers, self.policy.plan), metrics
+            if self.config.rollout.shared_gpu:  # the servers sleep from here to the next weight update
+                only_rank_0(lambda: leader.rollouts.make_room() if leader else None)
+            offer: Offer | None = only_rank_0(lambda: leader.rollouts.taken() if leader else None)
+            offers = leader.rollouts if leader else None
+            mini_batches = self._feed.get(offer.batch if offer else None, offers, self._policy.plan)
+        return mini_batches, dict(offer.metrics) if offer else {}
 
     def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
 
         def warn(text: str) -> None:
-            self.console.warn(f"step {self.step}: {text}")
+            self._console.warn(f"step {self.step}: {text}")
 
-        metrics = train_step(self.policy, mini_batches, self.agreement, self.console.phase, warn)
-        if warning := self.finite_updates.judge(metrics):
+        metrics = train_step(self._policy, mini_batches, self._agreement, self._console.phase, warn)
+        if warning := self._finite_updates.judge(metrics):
             warn(warning)
         return metrics
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
-        if self.metrics is None or self.rollouts is None or self.report is None:
+        if (leader := self._leader) is None:
             return
-        self._check_lock()
-        metrics |= self.rollouts.end_step() | self.published
-        metrics |= self.console.take_seconds() | {"seconds_step": seconds}
+        leader.check_lock()
+        metrics |= leader.rollouts.end_step() | self._published
+        metrics |= self._console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
-        self.report.add_step(self.metrics.log_step(self.step, metrics), self.console.take_spans())
-        self.console.step_line(metrics | {"step": self.step})
+        leader.report.add_step(leader.metrics.log_step(self.step, metrics), self._console.take_spans())
+        self._console.step_line(metrics | {"step": self.step})
 
     def lacks_validation(self) -> bool:
         """Whether held-out accuracy is due now, at the start: before the first step, or where a stop broke it off."""
-        every = self.config.validation.every
+        every, leader = self.config.validation.every, self._leader
         due = every > 0 and (self.step == 0 or self.is_due(every))
-        return fact_of_rank_0(due and self.metrics is not None and not self.metrics.has_validation(self.step))
+        return fact_of_rank_0(due and leader is not None and not leader.metrics.has_validation(self.step))
 
     def validate(self) -> None:
         """Accuracy and length on held-out problems."""
         if not self.config.validation.every:
             return
-        with self.console.phase("validate") as phase:
+        with self._console.phase("validate"):
             started = time.monotonic()
-            sampling = Ongoing(self.rollouts.validate(phase.progress)) if self.rollouts else None
-            broken_off = not self._is_sampled(sampling)
+            broken_off = not self._is_sampled(lambda rollouts: rollouts.begin_validation(self.step))
             seconds = time.monotonic() - started
-        self.console.take_seconds()  # they are in no step
+        self._console.take_seconds()  # they are in no step
         if broken_off:
-            self.console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
+            self._console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
             return
-        if sampling is None or self.metrics is None or self.report is None:
+        if (leader := self._leader) is None:
             return
-        groups = sampling.result
-        result = score(groups, self.config.validation.samples)
-        count = self.config.tracking.samples_per_validation
-        log_rollouts(self.directory, self.step, groups, count, of="validation")
+        result = leader.rollouts.validated()
         which = "after" if self.step else "before"
         # Without any verdict there is no accuracy to remember.
-        self.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
-        self.results[f"response_length_{which}"] = result.overall.response_length_mean
-        write_problems(path_of_step(self.directory, self.step), result.problems)
-        row = self.metrics.log_validation(self.step, result.metrics() | {"seconds_validate": seconds})
-        self.report.add_validation(row, self.console.take_spans())
-        self.console.validation(self.step, result)
+        self.progress.results[f"accuracy_{which}"] = None if math.isnan(result.overall.avg) else result.overall.avg
+        self.progress.results[f"response_length_{which}"] = result.overall.response_length_mean
+        row = leader.metrics.log_validation(self.step, result.metrics() | {"seconds_validate": seconds})
+        leader.report.add_validation(row, self._console.take_spans())
+        self._console.validation(self.step, result)
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps is due after this one; after the last step it always is."""
@@ -227,162 +175,73 @@ class Trainer:
         """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed."""
         if self.step == self.config.run.steps and not self.lacks_validation():
             return False
-        file = self.directory / STOP_FILE
-        if by_file := self.first and file.exists():
+        file = self._directory / STOP_FILE
+        if by_file := self._leader is not None and file.exists():
             file.unlink()
-            self.console.note(f"stopping after step {self.step}, as {file} asks for")
-        return fact_of_rank_0(by_file or self.ctrl_c.asked)
+            self._console.note(f"stopping after step {self.step}, as {file} asks for")
+        return fact_of_rank_0(by_file or self._ctrl_c.asked)
 
     def stop(self) -> NoReturn:
         """Save what no checkpoint has yet, and end this process in peace."""
         self.settle()
-        if self.step > 0 and self.saved_step != self.step:
+        if self.step > 0 and self._checkpoints.saved_step != self.step:
             self.save()
             self.settle()
         sys.exit(STOPPED)
 
     def save(self) -> None:
         """Begin a checkpoint of the policy and of the loop; complete when `settle` says so, or at once."""
-        self.settle()
-        self._check_lock()
-        state, write_rollout = only_rank_0(self._loop_state) or ({}, None)
-        with self.console.phase("checkpoint"):
-            directory, keep = self.directory / "checkpoints", self.config.checkpoint.keep
-            try:
-                write = checkpoint.start_saving
-                self.saving = write(self.policy, directory, self.step, state, keep, self.model_dir, write_rollout)
-            except CheckpointError as error:
-                self._not_saved(error)
-                return
-            if self.config.checkpoint.huggingface_every:
-                self._save_huggingface(self.saving.target)
-        if not self.config.checkpoint.asynchronous:
-            self.settle()
+        with_huggingface = self.is_due(self.config.checkpoint.huggingface_every)
+        self._checkpoints.save(self.step, self._seconds(), self.progress.results, with_huggingface=with_huggingface)
 
-    def settle(self, wait: bool = True) -> None:
+    def settle(self, *, wait: bool = True) -> None:
         """Put the checkpoint that is being written in its place, if there is one: now, or if that is no wait."""
-        saving = self.saving
-        if saving is None:
-            return
-        with self.console.phase("checkpoint"):
-            if not wait and not saving.is_written():
-                return
-            self.saving = None
-            self._check_lock()
-            try:
-                saved = saving.finish()
-            except CheckpointError as error:
-                self._not_saved(error)
-                return
-            self.saved_step = checkpoint.step_of(saved)
-            if self.first and self.config.checkpoint.keep and self.config.checkpoint.huggingface_every:
-                huggingface_directories.prune(self.directory / "huggingface", saved)
-
-    def _not_saved(self, error: CheckpointError) -> None:
-        """What `checkpoint.on_error` says of a checkpoint that could not be written."""
-        if self.config.checkpoint.on_error == "stop":
-            raise error
-        self.console.warn(f"{error}; the run goes on without it, as checkpoint.on_error=warn says")
-
-    def _save_huggingface(self, saved: Path) -> None:
-        """Write the policy beside its checkpoint as a Hugging Face directory, if that is due."""
-        directory = self.directory / "huggingface"
-        if self.is_due(self.config.checkpoint.huggingface_every) and (
-            failure := huggingface_directories.save(self.policy, saved, directory, self.model_dir)
-        ):
-            # The run has lost nothing: the same weights are in the checkpoint.
-            remedy = f"megatron-fipo export {saved} DIRECTORY makes it of the checkpoint"
-            self.console.warn(f"step {self.step}: no Hugging Face directory: {failure} ({remedy})")
+        self._checkpoints.settle(wait=wait)
 
     def finish(self) -> None:
         """Write what came of the run, and show it."""
-        if self.report is None:
+        if (leader := self._leader) is None:
             return
-        summary: dict[str, Any] = {name: self.results.get(name) for name in loop_state.RESULTS}
+        summary: dict[str, Any] = {name: self.progress.results.get(name) for name in loop_state.RESULTS}
         summary |= {"steps": self.step, "seconds": self._seconds(), **distinguishing(self.config)}
-        write_summary(self.directory, summary)
-        self.report.finish(summary["seconds"], self.console.take_spans())
-        self.console.finish(summary, self.directory)
+        write_summary(self._directory, summary)
+        leader.report.finish(summary["seconds"], self._console.take_spans())
+        self._console.finish(summary, self._directory)
 
-    def _make_room(self) -> None:
-        """Where servers share the trainer's GPUs, they sleep from here to the next weight update."""
-        if self.config.rollout.shared_gpu:
-            only_rank_0(lambda: self.rollouts.make_room() if self.rollouts else None)
+    def _publish(self) -> None:
+        """Hand the present weights, which are `_version`, to all servers; to their replacements where some fail."""
+        leader = self._leader
+        with self._console.phase("weights"):
+            published = self._publisher.publish(
+                self._version, lambda: leader is not None and leader.rollouts.replace_failed()
+            )
+        with self._console.phase("log-probs"):
+            self._published = published | self._publisher.probe()
 
-    def _push(self) -> None:
-        """Hand the present weights, which are `version`, to all servers; to their replacements where some fail."""
-        with self.console.phase("weights"):
-            published = self.publisher.publish(self.version, self._replace_failed)
-        with self.console.phase("log-probs"):
-            self.published = published | self.publisher.probe()
-
-    def _replace_failed(self) -> bool:
-        return self.rollouts is not None and self.rollouts.replace_failed()
-
-    def _is_sampled(self, sampling: Ongoing[Any] | None) -> bool:
-        """Wait until rank 0's `sampling` is done, and give weights to servers that start again meanwhile.
+    def _is_sampled(self, begin: Callable[[RolloutCalls], None]) -> bool:
+        """Wait until what rank 0 has begun to sample is there, and give weights to servers that start again meanwhile.
 
         The one place where the trainer waits for sampling. False after a Ctrl-C. FipoError, on every rank: it cannot go
         on.
         """
-        while True:
-            event = self.sampling_events.next(lambda: self._next_event(sampling))
-            if not isinstance(event, WeightsWanted):
-                return not isinstance(event, BrokenOff)
-            self._push()
+        event = self._sampling_events.next(lambda: self._next_event(begin))
+        while isinstance(event, WeightsWanted):
+            self._publish()
+            event = self._sampling_events.next(self._next_event)
+        return not isinstance(event, BrokenOff)
 
-    def _next_event(self, sampling: Ongoing[Any] | None) -> Event:
-        """What sampling says next, on rank 0."""
+    def _next_event(self, begin: Callable[[RolloutCalls], None] | None = None) -> Event:
+        """What sampling says next, on rank 0; `begin` begins it."""
+        if self._leader is None:
+            return Ready()
         try:
-            with self.ctrl_c.breaks():
-                return sampling.wait() if sampling else Ready()
+            with self._ctrl_c.breaks():
+                if begin is not None:
+                    begin(self._leader.rollouts)
+                return self._leader.rollouts.wait()
         except Interrupted:
             return BrokenOff()
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included, without the start of processes and servers."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _take_directory(self, stack: ExitStack) -> tuple[str, str | None]:
-        self.place = take_directory(self.config, stack)
-        found = self.place.start.resume_from
-        return self.config.run.directory, str(found) if found else None
-
-    def _open_run_files(self, stack: ExitStack) -> None:
-        assert self.place is not None, "rank 0 has one"
-        for warning in keep_settings(self.config, self.directory, self.step, self.place.start):
-            self.console.warn(warning)
-        write_environment(self.directory, world_size=torch.distributed.get_world_size())
-        self.metrics = MetricsWriter(self.directory, self.config.tracking, self.step)
-        stack.callback(self.metrics.close)
-        self.report = stack.enter_context(Report(self.directory, self.config, self.console.warn))
-        rollouts = TrainingRollouts(self.config, self.model_dir, self.directory, self.console)
-        self.rollouts = stack.enter_context(rollouts)
-        self.offers = stack.enter_context(Offers(self.config.algorithm, self.console.warn))
-        self.console.note(f"problems: {rollouts.problem_counts}")
-
-    def _name_belongings(self, stack: ExitStack) -> None:
-        """From here on whatever this rank puts outside the run's directory tells whose it is, and goes at the end."""
-        if not self.first and os.environ.get("LOCAL_RANK") == "0":  # `take_directory` did the first machine
-            say_removed(self.directory, remove_outside(self.directory))
-        stack.callback(remove_outside, self.directory)
-        stack.enter_context(own_place(self.directory))
-
-    def _check_lock(self) -> None:
-        """Before anything is written: nobody else has taken the directory."""
-        if self.place is not None:
-            self.place.lock.check()
-
-    def _loop_state(self) -> tuple[dict[str, Any], Callable[[Path], None]]:
-        assert self.rollouts is not None, "rank 0 has one"
-        rollout = self.rollouts.snapshot()
-        return loop_state.encode(
-            LoopState(step=self.step, seconds=self._seconds(), results=self.results, rollout=rollout)
-        )
-
-    def _load_loop(self, path: Path) -> None:
-        """Have the loop go on from a checkpoint. DataError with file and key if it cannot; on rank 0."""
-        checkpoint.check_version(path)
-        assert self.rollouts is not None, "rank 0 has one"
-        state = loop_state.resume(path, self.step, self.rollouts)
-        self.seconds_before, self.results = state.seconds, state.results
+        return time.monotonic() - self.progress.began

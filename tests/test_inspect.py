@@ -57,7 +57,7 @@ def test_what_the_model_wrote(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     group = make_group("19", "9")
     for step in (1, 2, 5):
-        log_rollouts(run, step, [group], 2)
+        log_rollouts(run, step, [group], 2, str)
     assert group.problem.text in shown(capsys, str(run), "--step", "2")
     assert "there are those of 1–2, 5" in shown(capsys, str(run), "--step", "3", code=2)
     assert "steps 1–2, 5" in shown(capsys, str(run))

@@ -135,22 +135,25 @@ def influence_weights(
     settings: FutureKLConfig,
     clip_ratio_c: float,
     layout: SequenceLayout,
+    takes_part: Tensor | None = None,
 ) -> Influence:
     """Return f_t = clip(exp(F_t), band), limited further where the advantage is negative and the ratio high.
 
     Args:
         log_ratio: [rows, tokens] Δ, already clamped.
-        response_mask: [rows, tokens] bool, true on response tokens.
+        response_mask: [rows, tokens] bool, true on tokens that the policy produced. Other tokens are left out of all
+            sums, but count as distance.
         advantages: [rows, tokens], or a shape that broadcasts to it.
         settings: decay rate, band, safety rule and participation mask.
         clip_ratio_c: c, the ratio above which a token is left out of the sum.
         layout: the positions of the sequences.
+        takes_part: [rows, tokens] bool, the tokens that sums include; None: all.
     """
-    takes_part = response_mask
+    takes_part = response_mask if takes_part is None else response_mask & takes_part
     if settings.participation_mask:
         # In the log-ratio's own precision, and created on its device: a copy from the host would wait for the GPU.
         threshold = torch.full((), clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device).log()
-        takes_part = response_mask & (log_ratio <= threshold)
+        takes_part = takes_part & (log_ratio <= threshold)
     raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()
     weights = raw.clamp(settings.band_low, settings.band_high)
     unsafe = (advantages < 0) & (log_ratio.exp() > settings.safety_thresh)

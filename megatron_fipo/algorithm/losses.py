@@ -1,8 +1,8 @@
 """Policy losses with one signature: tensors of one micro-batch in, one loss per token out.
 
 A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses`, in `LOSSES` or in a file of the user's
-(docs/adding_a_loss.md). `policy_loss` does what all losses have in common: truncated importance sampling, aggregation
-and statistics. The code here does not depend on the layout. Sequences may be padded or packed, and cut over
+(docs/adding_a_loss.md). `policy_loss` does what all losses have in common: importance weights, aggregation and
+statistics. The code here does not depend on the layout. Sequences may be padded or packed, and cut over
 context-parallel ranks. The few sums over a whole sequence use `LossInputs.layout`.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
 from megatron_fipo.algorithm.sequences import SequenceLayout
+from megatron_fipo.algorithm.staleness import staleness
 from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.errors import FipoError
@@ -35,9 +36,9 @@ class LossInputs:
     advantages: Tensor
     """[rows, tokens], or a shape that broadcasts to it; one value per sequence."""
     response_mask: Tensor
-    """[rows, tokens] bool: the token belongs to the response."""
+    """[rows, tokens] bool: the policy produced the token. What it was told within a response is not of it."""
     response_lengths: Tensor
-    """[sequences] int64, tokens of the whole response, over all context-parallel ranks; 0 for a padding sequence."""
+    """[sequences] int64, the mask's tokens of each, over all context-parallel ranks; 0 for a padding sequence."""
     layout: SequenceLayout = field(default_factory=SequenceLayout)
     """The positions of the sequences; by default each row is one sequence."""
 
@@ -113,6 +114,7 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
     settings = config.future_kl
     assert settings is not None and config.clip_ratio_c is not None, _CHECKED
     log_ratio = _log_ratio(inputs)
+    stale = staleness(inputs.old_log_probs, inputs.rollout_log_probs, config) if settings.mask_stale else None
     influence = influence_weights(
         log_ratio.detach(),
         inputs.response_mask,
@@ -120,6 +122,7 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
         settings,
         config.clip_ratio_c,
         inputs.layout,
+        takes_part=stale.is_kept if stale else None,
     )
     advantages = inputs.advantages * influence.weights
     losses, clipped = clipped_surrogate(log_ratio.exp(), advantages, config)
@@ -200,18 +203,18 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
         named statistics, which `statistics.py` turns into metrics.
     """
     token = _token_losses(inputs, config)
-    losses, means = token.losses, dict(token.means)
-    if config.tis_cap is not None:
-        mismatch = inputs.old_log_probs - inputs.rollout_log_probs
-        # Corrects for the engine's numerics. It is not part of F, which would amplify a constant bias 47 times.
-        losses = losses * mismatch.exp().clamp(max=config.tis_cap)
+    losses, means, extremes = token.losses, dict(token.means), dict(token.extremes)
+    if (stale := staleness(inputs.old_log_probs, inputs.rollout_log_probs, config)) is not None:
+        losses = torch.where(stale.is_kept, losses * stale.weights, 0.0)
+        means |= stale.means
+        extremes |= stale.extremes
     if config.reference_kl_coef > 0:
         divergence = reference_kl(inputs, config.reference_kl_estimator)
         losses = losses + config.reference_kl_coef * divergence
         means["reference_kl"] = divergence.detach()
     loss_sum, normaliser = _aggregate(torch.where(token.mask, losses, 0.0), token.mask, inputs, config)
     log_ratio = (inputs.log_probs - inputs.old_log_probs).detach()
-    statistics = token_statistics(inputs.response_mask, means | {"ppo_kl": -log_ratio}, token.extremes)
+    statistics = token_statistics(inputs.response_mask, means | {"ppo_kl": -log_ratio}, extremes)
     statistics |= ratio_histograms(log_ratio, inputs.advantages, inputs.response_mask)
     statistics |= {
         f"count/{name}": values.sum().float() * _counts_sequences(inputs)

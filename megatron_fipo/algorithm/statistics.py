@@ -121,6 +121,10 @@ def metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
     if square is not None:
         variance = square - reported["influence_weights_mean"] ** 2
         reported["influence_weights_std"] = math.sqrt(max(variance, 0.0))
+    square = reported.pop("is_weight_square", None)
+    if square:
+        # Kish's effective sample size, as a share of the tokens.
+        reported["is_ess"] = reported["is_weight_mean"] ** 2 / square
     return reported
 
 

@@ -17,6 +17,7 @@ from megatron_fipo.config.algorithm import (
 )
 from megatron_fipo.config.cluster import ClusterConfig, HardwareConfig
 from megatron_fipo.config.data import ColumnsConfig, DataConfig, ValidationColumnsConfig
+from megatron_fipo.config.environment import EnvironmentConfig
 from megatron_fipo.config.loop import (
     CheckpointConfig,
     EvaluationConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "FilterGroupsConfig",
     "FutureKLConfig",
@@ -68,6 +70,7 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     data: DataConfig = section(DataConfig)
+    environment: EnvironmentConfig = section(EnvironmentConfig)
     reward: RewardConfig = section(RewardConfig)
     validation: ValidationConfig = section(ValidationConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)

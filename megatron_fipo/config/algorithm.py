@@ -31,6 +31,9 @@ class FutureKLConfig:
     participation_mask: bool = setting(
         True, "Exclude tokens with a ratio above clip_ratio_c from the sum (false: ablation)."
     )
+    mask_stale: bool = setting(
+        True, "Exclude tokens outside of algorithm.is_bounds from the sum (false: ablation). Without bounds: no effect."
+    )
     drop_dual_clipped: bool = setting(
         True, "Exclude a response with more than one dual-clipped token, as the released code does."
     )
@@ -143,6 +146,11 @@ class AlgorithmConfig:
         "Truncated importance sampling: multiply each token's loss by min(π_trainer_old / π_engine, cap). null: off.",
         minimum=0.001,
         maximum=10**6,
+    )
+    is_bounds: list[float] | None = setting(
+        None,
+        "[low, high]: a token whose π_trainer_old / π_engine is outside adds nothing to the loss; the mean still "
+        "counts it. null: off.",
     )
     reference_kl_coef: float = setting(
         0.0,

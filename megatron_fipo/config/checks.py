@@ -14,6 +14,7 @@ from megatron_fipo.config import LOSS_SETTINGS, AlgorithmConfig, Config
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.algorithm_names import label
 from megatron_fipo.config.checks_data import data
+from megatron_fipo.config.checks_environment import environment
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
@@ -30,7 +31,7 @@ _LAST_PORT = 65535
 def check_evaluation(config: Config) -> list[str]:
     """Do the part of `check` that concerns sampling and judging validation problems, without this machine's files."""
     check_values(config)
-    warnings = [*_service(config), *data(config, trains=False), *reward(config)]
+    warnings = [*_service(config), *data(config, trains=False), *environment(config), *reward(config)]
     _check_servers(config)
     return warnings
 
@@ -42,7 +43,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     directory, the problem files, servers to sample from and their token.
     """
     check_values(config)
-    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, reward, _schedule)
+    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, environment, reward, _schedule)
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
@@ -159,6 +160,9 @@ def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
             f"is {algorithm.loss_scale_factor}, but loss_agg_mode is {algorithm.loss_agg_mode}",
             "a length in tokens" if by_constant else "null, or algorithm.loss_agg_mode=seq-mean-token-sum-norm",
         )
+    bounds = algorithm.is_bounds
+    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < 1 < bounds[1]):
+        raise ConfigError("algorithm.is_bounds", f"is {bounds}", "[low, high] with low < 1 < high, such as [0.5,5]")
 
 
 def _check_shipped_loss(algorithm: AlgorithmConfig) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.checks_environment import check_environment_here
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
@@ -25,6 +26,7 @@ def check_here(config: Config) -> list[str]:
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
     check_reward_here(config.reward)
+    check_environment_here(config.environment)
     _check_token(config)
     _check_gpu(config)
     _check_model(config)
@@ -40,6 +42,7 @@ def check_here_to_sample(config: Config, model_dir: Path) -> None:
     with _command_that_gets(config.data.fetch_command):
         _check_files({"data.validation": config.data.validation}, config.data.source)
     check_reward_here(config.reward)
+    check_environment_here(config.environment)
     _check_token(config)
     _check_gpu(config)
     _check_servers_layout(config, read_architecture(model_dir))

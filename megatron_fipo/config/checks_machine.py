@@ -112,8 +112,10 @@ def _check_memory(config: Config) -> None:
     # Under another launcher, the ranks may be on several machines.
     local_ranks = 0 if "RANK" in os.environ else _ranks(parallel)
     caches = 0 if has_cuda_driver() else rollout.servers
+    environments = config.environment.workers if config.environment.is_own else 0
     for key, count, each_gib, name in (
         ("reward.workers", config.reward.workers, VERIFIER_MEMORY_GIB, "verifier processes"),
+        ("environment.workers", environments, VERIFIER_MEMORY_GIB, "environment processes"),
         ("rollout.cpu_kv_cache_gib", caches, rollout.cpu_kv_cache_gib, "KV caches of servers"),
         ("parallel", local_ranks, _RANK_GIB, f"trainer processes ({_layout(parallel)})"),
     ):

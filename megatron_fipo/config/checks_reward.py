@@ -73,7 +73,7 @@ def check_reward_here(settings: RewardConfig) -> None:
         return
     own = own_rule(settings.rule)
     if own is not None and own[0].endswith(".py"):
-        _check_function(settings.rule, *own)
+        check_function("reward.rule", *own)
     for name in settings.environment:
         if name not in os.environ:
             raise ConfigError("reward.environment", f"{name} is not set", f"export {name}=…, or leave it out")
@@ -85,7 +85,7 @@ def _check_form(rule: str, place: str, function: str) -> None:
             return
         raise ConfigError("reward.rule", f"{place} is neither a module nor a file that ends in .py", _FORMS)
     if rule.endswith(".py"):
-        names = _functions(rule) if os.path.isfile(rule) else []
+        names = _functions("reward.rule", rule) if os.path.isfile(rule) else []
         remedy = " or ".join(f"{rule}:{name}" for name in names[:5]) or f"{rule}:FUNCTION"
         raise ConfigError("reward.rule", f"{rule} does not name a function of that file", remedy)
     near = get_close_matches(rule, SHIPPED_RULES, n=1)
@@ -94,10 +94,11 @@ def _check_form(rule: str, place: str, function: str) -> None:
     raise ConfigError("reward.rule", f"{rule[:200]!r} is not a rule", known)
 
 
-def _check_function(rule: str, place: str, function: str) -> None:
+def check_function(key: str, place: str, function: str) -> None:
+    """Raise ConfigError unless the file `place` may have the function; it is read, and not run."""
     if not os.path.isfile(os.path.expanduser(place)):
-        raise ConfigError("reward.rule", f"{place} is not found from {os.getcwd()}", f"the file's path: {_FORMS}")
-    tree = _parsed(place)
+        raise ConfigError(key, f"{place} is not found from {os.getcwd()}", f"the file's path: {_FORMS}")
+    tree = _parsed(key, place)
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -107,19 +108,19 @@ def _check_function(rule: str, place: str, function: str) -> None:
         elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).partition(".")[0])
     if function not in names and "*" not in names:
-        known = ", ".join(_functions(place)) or "none"
-        raise ConfigError("reward.rule", f"{place} has no function {function}", f"its functions: {known}")
+        known = ", ".join(_functions(key, place)) or "none"
+        raise ConfigError(key, f"{place} has no function {function}", f"its functions: {known}")
 
 
-def _functions(place: str) -> list[str]:
+def _functions(key: str, place: str) -> list[str]:
     """Return the names of the functions at the top level of a file."""
-    return [node.name for node in _parsed(place).body if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in _parsed(key, place).body if isinstance(node, ast.FunctionDef)]
 
 
-def _parsed(place: str) -> ast.Module:
+def _parsed(key: str, place: str) -> ast.Module:
     try:
         return ast.parse(Path(os.path.expanduser(place)).read_bytes())
     except SyntaxError as error:
-        raise ConfigError("reward.rule", f"{place}, line {error.lineno}: {error.msg}", "a file of Python") from None
+        raise ConfigError(key, f"{place}, line {error.lineno}: {error.msg}", "a file of Python") from None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError("reward.rule", f"{place} cannot be read: {one_line(error)}", "a file of Python") from None
+        raise ConfigError(key, f"{place} cannot be read: {one_line(error)}", "a file of Python") from None

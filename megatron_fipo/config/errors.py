@@ -13,7 +13,7 @@ from megatron_fipo.config import every_setting
 from megatron_fipo.errors import ConfigError
 
 _DOCS = "docs/configuration.md lists every key"
-_OPEN_SECTIONS = ("data.task_options", "data.chat_template_variables", "algorithm.loss_options")
+_OPEN_SECTIONS = ("data.task_options", "data.chat_template_variables", "algorithm.loss_options", "environment.options")
 _LONGEST = 300
 _OPTIONAL_SECTION = "algorithm.future_kl"
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -16,7 +16,11 @@ FREE: dict[str, tuple[str, ...]] = {
     "the run's directory and name": ("run.name", "run.directory"),
     "the run's length; it may change only with optimizer.schedule=constant": ("run.steps",),
     "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change", "checkpoint.in_flight"),
-    "deadlines: late work is repeated or left out, or the run ends": ("*_timeout_s", "rollout.max_restarts"),
+    "deadlines: late work is repeated or left out, or the run ends": (
+        "*_timeout_s",
+        "rollout.max_restarts",
+        "environment.attempts",
+    ),
     "servers: the seed of a request determines its tokens, whichever server answers": (
         *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
@@ -28,7 +32,7 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
-    "the processes that judge": ("reward.workers", "reward.timeout_s"),
+    "the processes that judge and answer": ("reward.workers", "environment.workers"),
     "the problems themselves are compared, not where they are": ("data.train",),
     "how often and how the run validates and saves": (
         *("validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.verify"),

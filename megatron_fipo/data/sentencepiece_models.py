@@ -52,15 +52,15 @@ class SentencePieceModel:
         """Return the ids of a text without special tokens."""
         return list(self._model.encode(text))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text in which the names of special tokens mean these tokens."""
+    def encode(self, text: str, *, is_first: bool = True) -> list[int]:
+        """Return the ids of a text in which the names of special tokens mean these. `is_first`: no text is before."""
         ids: list[int] = []
         end = 0
         for match in self._cut.finditer(text) if self._cut else ():
-            ids += self._between(text[end : match.start()], is_first=end == 0)
+            ids += self._between(text[end : match.start()], is_first=is_first and end == 0)
             ids.append(self._ids[match.group()])
             end = match.end()
-        return ids + self._between(text[end:], is_first=end == 0)
+        return ids + self._between(text[end:], is_first=is_first and end == 0)
 
     def decode(self, ids: list[int]) -> str:
         """Return the text, without special tokens and without ids that the tokenizer does not have."""

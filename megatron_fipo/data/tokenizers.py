@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered prompt. A bos token is added only without a chat template, if expected."""
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from other tokens: no bos token. Special tokens go by their names."""
+
     def decode(self, ids: list[int]) -> str:
         """Return the exact text, without special tokens. Several threads call this at the same time."""
 
@@ -102,6 +105,9 @@ class SentencePieceTokenizer(_ModelTokenizer):
         # Only a template writes special tokens. In a plain text their names are ordinary text.
         return self._model.encode(text) if self.template else self._prefix + self._model.encode_plain(text)
 
+    def encode_inside(self, text: str) -> list[int]:
+        return self._model.encode(text, is_first=False)
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
@@ -136,7 +142,11 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         self._prefix = [] if self.template else [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]
 
     def encode(self, text: str) -> list[int]:
-        return self._prefix + self._tokenizer.encode(text, add_special_tokens=False)
+        return self._prefix + self.encode_inside(text)
+
+    def encode_inside(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         if self._decode_batch is not None:

@@ -1,6 +1,6 @@
 """A server process that imports vLLM, which takes most of its start, before it is known what it will serve.
 
-Rank 0 starts it before it imports torch and Megatron-Core itself: on two cores both are then done in the time of one.
+The rollout process starts it while rank 0 imports torch and Megatron-Core: both are then done in the time of one.
 Until it is told what to serve it makes no file, takes no port, and ends with the process that started it.
 """
 

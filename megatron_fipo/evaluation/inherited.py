@@ -10,11 +10,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, EnvironmentConfig
 from megatron_fipo.errors import DataError, one_line
 
 INHERITED = (
-    *("data", "reward", "validation", "run.seed", "model.max_position_embeddings"),
+    *("data", "reward", "environment", "validation", "run.seed", "model.max_position_embeddings"),
     *("rollout.max_prompt_length", "rollout.max_response_length"),
 )
 """The settings that an evaluation takes from a run. Servers and machines are the evaluation's own."""
@@ -35,7 +35,9 @@ def with_settings_of(run: Path, config: Config, said: Sequence[str]) -> Config:
     composed, path = dataclasses.asdict(config), run / "config.yaml"
     merged = copy.deepcopy(composed)
     try:
-        trained = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Runs from before there were environments had samples of one turn.
+        without = {"environment": dataclasses.asdict(EnvironmentConfig())}
+        trained = without | yaml.safe_load(path.read_text(encoding="utf-8"))
         for key in INHERITED:
             if key.partition(".")[0] not in names:
                 _put(merged, key, _get(trained, key))

@@ -118,6 +118,6 @@ def _judged(sample: Sample, result: RewardResult) -> JudgedSample:
         answer=result.answer,
         accuracy=result.accuracy if result.was_judged else None,
         outcome=result.outcome,
-        tokens=len(sample),
+        tokens=sample.actions,
         finish_reason=sample.finish_reason,
     )

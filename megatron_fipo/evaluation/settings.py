@@ -36,6 +36,19 @@ def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -
         "rollout.dtype": rollout.dtype,
         "rollout.quantization": rollout.quantization,
         **{f"reward.{name}": value for name, value in reward.items()},
+        **_environment(config),
+    }
+
+
+def _environment(config: Config) -> dict[str, Any]:
+    """What of it changes samples; nothing for those of one turn, as in evaluations from before there were others."""
+    found = config.environment
+    if not found.is_own:
+        return {}
+    return {
+        "environment.name": found.name,
+        "environment.options": found.options,
+        "environment.max_turns": found.max_turns,
     }
 
 

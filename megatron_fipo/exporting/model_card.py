@@ -60,6 +60,7 @@ def _facts(config: dict[str, Any], run: Path, step: int | None) -> dict[str, str
         for name, key in (
             ("algorithm", "algorithm.name"),
             ("loss", "algorithm.loss_mode"),
+            ("environment", "environment.name"),
             ("reward", "reward.rule"),
             ("prompts per step", "algorithm.prompts_per_step"),
             ("responses per prompt", "algorithm.samples_per_prompt"),

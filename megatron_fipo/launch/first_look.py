@@ -1,4 +1,4 @@
-"""Check what can be checked before a run's processes start: the data's first rows, and the import of a reward.
+"""Check what can be checked before a run's processes start: the data's first rows, and the import of the user's code.
 
 This runs in its own process. Otherwise the libraries that read tables and call the hub would stay in the launcher's
 memory for the whole run, and their threads would receive the signals that the launcher waits for.
@@ -12,20 +12,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_fipo.config import Config, RewardConfig, resolved
+from megatron_fipo.config import Config, resolved
 from megatron_fipo.config.configure import refusals_in_one_line
 from megatron_fipo.config.loop import own_rule
 from megatron_fipo.data.rows import look_at_first_rows
-from megatron_fipo.errors import RewardError, RunFailed
+from megatron_fipo.environments.pool import environment_process
+from megatron_fipo.errors import RunFailed
 from megatron_fipo.processes.ending import die_with_parent
 from megatron_fipo.processes.reasons import Listener
-from megatron_fipo.rewards.process import VerifierHung, VerifierProcess
+from megatron_fipo.processes.worker_process import WorkerHung, WorkerProcess
+from megatron_fipo.rewards.process import verifier_process
 
 LONGEST_IMPORT_S = 5.0
-"""Time limit for importing a reward's module here. If the import takes longer, the verifiers check it later."""
+"""Time limit for importing a module of the user's here. If it takes longer, the run's processes check it later."""
 
 
 def splits_read(config: Config) -> tuple[str, ...]:
@@ -34,7 +36,7 @@ def splits_read(config: Config) -> tuple[str, ...]:
 
 
 def look_first(config: Config, splits: tuple[str, ...]) -> None:
-    """Refuse data and a reward that a run could not use, and download data from the hub, before processes start.
+    """Refuse data and user code that a run could not use, and download data from the hub, before processes start.
 
     Raises:
         FipoError: the error with which the run would end; names the file, the row and the column, or the function.
@@ -63,27 +65,27 @@ def main() -> None:
 
 def look_here(config: Config, splits: tuple[str, ...]) -> None:
     """Do the checks of `look_first` in this process."""
-    with _imported(config.reward):
+    with ExitStack() as beside:
+        if own_rule(config.reward.rule) is not None:
+            beside.enter_context(_imported(verifier_process(config.reward)))
+        if config.environment.is_own:
+            beside.enter_context(_imported(environment_process(config.environment, None, 0)))
         look_at_first_rows(config.data, splits)
 
 
 @contextmanager
-def _imported(config: RewardConfig) -> Iterator[None]:
-    """Import the user's own reward, as a verifier does, while the block runs. Raises ConfigError or RewardError."""
-    if own_rule(config.rule) is None:
-        yield
-        return
-    verifier = VerifierProcess(config)
+def _imported(worker: WorkerProcess) -> Iterator[None]:
+    """Import the user's own code, as a run's worker does, while the block runs. Raises FipoError, as a run would."""
     with ThreadPoolExecutor(1) as threads:
-        started = threads.submit(verifier.ensure_started, LONGEST_IMPORT_S)
+        started = threads.submit(worker.ensure_started, LONGEST_IMPORT_S)
         try:
             yield
             started.result()
-        except RewardError as error:
-            if not isinstance(error.__cause__, VerifierHung):
+        except worker.job.error as error:
+            if not isinstance(error.__cause__, WorkerHung):
                 raise
         finally:
-            verifier.retire()
+            worker.retire()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ network once for each stage that reads it, however many ranks share it. Their te
 by a broadcast when the schedule asks for it (tokens.py). The other stages fetch nothing.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy
@@ -26,6 +28,7 @@ from megatron_fipo.policy.update import Policy
 from megatron_fipo.records.rows import PIECE, TrainBatch
 from megatron_fipo.records.streams import TOKEN_IDS
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.ranks import only_rank_0
 from megatron_fipo.weights.reshard import gather_texts
 
 FETCH_TIMEOUT_S = 600.0
@@ -48,11 +51,11 @@ class Source(Protocol):
 class BatchOffers(Protocol):
     """Who offers batches, on rank 0."""
 
-    def give_back(self, batch: TrainBatch, reason: str) -> TrainBatch:
-        """The batch anew, whose tokens could not be fetched."""
+    def give_back(self, reason: str) -> bytes:
+        """The batch anew, whose tokens could not be fetched: its frame."""
         ...
 
-    def settle(self, batch: TrainBatch) -> None:
+    def fetched(self) -> None:
         """Every rank has what it reads of the batch."""
         ...
 
@@ -89,12 +92,12 @@ class Feed:
         self._names = list(dict.fromkeys(stream.host_name for stream in streams_read(layout.stages)))
 
     def get(
-        self, offered: TrainBatch | None, offers: BatchOffers | None, plan: Callable[[TrainBatch], Plan]
+        self, offered: bytes | None, offers: BatchOffers | None, plan: Callable[[TrainBatch], Plan]
     ) -> list[MiniBatch]:
         """This rank's mini-batches of the batch that rank 0 was offered.
 
         Args:
-            offered, offers: the batch and who offers it on rank 0, None elsewhere.
+            offered, offers: the batch's frame and who offers it on rank 0, None elsewhere.
             plan: `Policy.plan`.
 
         Raises:
@@ -107,10 +110,9 @@ class Feed:
                     f"step {batch.step}: its tokens could not be fetched in {ATTEMPTS} attempts: {found.reason}"
                 )
             attempt += 1
-            if offers is not None:
-                offered = offers.give_back(batch, found.reason)
+            offered = only_rank_0(partial(offers.give_back, found.reason) if offers is not None else _nothing)
         if offers is not None:
-            offers.settle(batch)
+            offers.fetched()
         return found
 
     def fetch(self, batch: TrainBatch, plan: Plan, source: Source | None = None) -> list[MiniBatch] | FetchFailed:
@@ -191,6 +193,10 @@ def made_alike(policy: Policy, batch: TrainBatch, store: Source, plan: Plan | No
     return found
 
 
+def _nothing() -> None:
+    """What ranks but the first do while that has something to do."""
+
+
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
@@ -203,4 +209,5 @@ def _first_reason(reason: str) -> str:
     torch.distributed.all_reduce(failed)
     if not failed.item():
         return ""
-    return next(text for text in gather_texts(reason, torch.device("cpu")) if text)
+    reasons = [json.loads(text) for text in gather_texts(json.dumps(reason), torch.device("cpu"))]
+    return next(text for text in reasons if text)

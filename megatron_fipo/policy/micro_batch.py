@@ -73,15 +73,16 @@ class MicroBatch:
     position_ids: Tensor
     """[rows, local tokens] int64, from 0 in each sequence."""
     response_mask: Tensor
-    """[rows, local tokens] bool: the label is a response token."""
+    """[rows, local tokens] bool: the label is a response token that the policy produced."""
     advantages: Tensor
     """[rows, local tokens] fp32, the sequence's at each of its tokens."""
     weight_lag: Tensor
     """[rows, local tokens] int64, see records/rows.py."""
     response_quarter: Tensor
-    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3; 0 outside the mask."""
+    """[rows, local tokens] int64: in which quarter of its response the label lies, 0 to 3, by its position, what the
+    policy was told included; 0 outside a response."""
     response_lengths: Tensor
-    """[sequences] int64, of whole responses; 0 for a filler."""
+    """[sequences] int64: tokens that the policy produced, of whole responses; 0 for a filler."""
     offsets: Tensor | None
     """[sequences + 1] int32 on the CPU: packed, where each sequence begins and the last ends, in tokens of all
     context-parallel ranks together. None: padded."""
@@ -153,11 +154,14 @@ def build_micro_batch(
     weight_lag, quarter = torch.zeros(2, sum(slots), dtype=torch.int64)
     mask, advantages = torch.zeros(sum(slots), dtype=torch.bool), torch.zeros(sum(slots))
     response_lengths = torch.zeros(len(slots), dtype=torch.int64)
-    for place, row in enumerate(rows):
+    for place, (index, row) in enumerate(zip(indices, rows, strict=True)):
         start, end = starts[place], starts[place + 1]
         response = slice(start + prompts[place] - 1, start + lengths[place] - 1)
-        response_lengths[place] = length = lengths[place] - prompts[place]
+        length = lengths[place] - prompts[place]
         mask[response], quarter[response] = True, torch.arange(length) * 4 // length
+        for told_start, told_end in batch.told_of(index):
+            mask[start + told_start - 1 : start + told_end - 1] = False
+        response_lengths[place] = mask[response].sum()
         advantages[start:end], weight_lag[start:end] = float(row["advantage"]), int(row["weight_lag"])
     shape = (1 if layout.packed else len(slots), len(held) if layout.packed else len(held) // len(slots))
 

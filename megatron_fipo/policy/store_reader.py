@@ -1,5 +1,6 @@
 """Reads tokens from the store of samples that a batch names, over HTTP; every wait has a deadline."""
 
+import ssl
 from collections.abc import Iterator, Sequence
 
 import httpx
@@ -12,7 +13,7 @@ from megatron_fipo.records.streams import sampled_streams
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.weights.deadline import Deadline
 
-ANSWER_BYTES = 8 << 20
+ANSWER_BYTES = 4 << 20
 """Most bytes of one answer, unless one piece has more: what store and reader hold beside the tokens themselves."""
 SILENCE_S, CONNECT_S = 60.0, 10.0
 """Longest time without a byte from the store, and to connect to it."""
@@ -28,6 +29,8 @@ class StoreReader:
             headers={"Authorization": f"Bearer {address.token}"},
             timeout=httpx.Timeout(min(SILENCE_S, deadline.seconds), connect=min(CONNECT_S, deadline.seconds)),
             trust_env=False,
+            # It speaks plain HTTP, and reading certificates takes longer than a small step's tokens.
+            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         )
 
     def __enter__(self) -> "StoreReader":

@@ -6,13 +6,13 @@ import torch.distributed
 from megatron_fipo.records.rows import TrainBatch
 
 
-def share(batch: TrainBatch | None) -> TrainBatch:
+def share(offered: bytes | None) -> TrainBatch:
     """Hand rank 0's batch to every rank.
 
     Args:
-        batch: the batch on rank 0, None elsewhere.
+        offered: the batch's frame on rank 0, None elsewhere.
     """
-    frame = torch.frombuffer(bytearray(batch.to_bytes()), dtype=torch.uint8) if batch is not None else None
+    frame = torch.frombuffer(bytearray(offered), dtype=torch.uint8) if offered is not None else None
     length = torch.tensor([frame.numel() if frame is not None else 0])
     torch.distributed.broadcast(length, src=0)
     if frame is None:

@@ -20,11 +20,14 @@ class Interrupted(KeyboardInterrupt):
 class CtrlC:
     """Rank 0's record of a Ctrl-C. On other ranks, and under other launchers, it never receives one."""
 
-    def __init__(self) -> None:
-        """Create it at the start, before ranks meet: the variable that names the launcher is removed then."""
+    def __init__(self, is_led: bool | None = None) -> None:
+        """Create it at the start, before ranks meet: the variable that names the launcher is removed then.
+
+        `is_led` is used instead of that variable if it is given.
+        """
         self.asked = False
-        self.is_led = LISTENER_VARIABLE in os.environ
-        """Whether this is rank 0 under our own launcher."""
+        self.is_led = LISTENER_VARIABLE in os.environ if is_led is None else is_led
+        """Whether this is rank 0 under our own launcher, or a process to which only another one sends SIGINT."""
         self._breaks = False
 
     def begin(self) -> None:

@@ -4,8 +4,8 @@ Ranks plan from rows, and ask for the tokens of what they read. Rows travel as o
 plain Python only.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -55,7 +55,10 @@ class TrainBatch:
     """The step that trains on them."""
     rows: numpy.ndarray
     """[n] of ROW, read-only, in the order of their updates."""
-    store: StoreAddress | None = field(default=None)
+    told: numpy.ndarray
+    """[m, 3] int32, read-only: row, start and end, counted from the sequence's begin, of each stretch within a response
+    that the policy did not produce, in the order of the rows. No loss and no credit is theirs."""
+    store: StoreAddress | None = None
     """Where their tokens are. None: every rank has made them itself."""
 
     def __len__(self) -> int:
@@ -72,10 +75,15 @@ class TrainBatch:
         """Sequences of each update, in order; they add up to n."""
         return numpy.bincount(self.rows["mini_batch"]).tolist() if len(self.rows) else []
 
+    def told_of(self, row: int) -> list[list[int]]:
+        """Start and end of the stretches of one row that the policy did not produce."""
+        first, last = numpy.searchsorted(self.told[:, 0], [row, row + 1])
+        return self.told[first:last, 1:].tolist()
+
     def to_bytes(self) -> bytes:
         """The batch as one frame."""
         rows = numpy.ascontiguousarray(self.rows).view(numpy.uint8).reshape(len(self.rows), ROW.itemsize)
-        return encode_frame(_About(self.step, self.store), {"rows": rows})
+        return encode_frame(_About(self.step, self.store), {"rows": rows, "told": self.told})
 
     @staticmethod
     def from_bytes(frame: bytes) -> "TrainBatch":
@@ -88,9 +96,13 @@ class TrainBatch:
         raw = found.arrays.get("rows")
         if raw is None or raw.dtype != numpy.uint8 or raw.ndim != 2 or raw.shape[1] != ROW.itemsize:
             raise WireError(f"has no rows of {ROW.itemsize} bytes each")
+        told = found.arrays.get("told")
+        if told is None or told.dtype != numpy.int32 or told.ndim != 2 or told.shape[1] != 3:
+            raise WireError("has no stretches that the policy was told, which may be none")
         rows = raw.reshape(-1).view(ROW)
         _check(rows)
-        return TrainBatch(about.step, read_only(rows), about.store)
+        _check_told(told, rows)
+        return TrainBatch(about.step, read_only(rows), read_only(told), about.store)
 
 
 def rows_of(
@@ -108,6 +120,22 @@ def rows_of(
     rows["mini_batch"] = numpy.repeat(numpy.arange(len(mini_batch_sizes)), mini_batch_sizes)
     _check(rows)
     return read_only(rows)
+
+
+def told_stretches(told: Iterable[Sequence[int]], rows: numpy.ndarray) -> numpy.ndarray:
+    """Row, start and end of each stretch that the policy was told, [m, 3] int32. ValueError: see `TrainBatch`."""
+    found = numpy.array(list(told), numpy.int32).reshape(-1, 3)
+    _check_told(found, rows)
+    return read_only(found)
+
+
+def _check_told(told: numpy.ndarray, rows: numpy.ndarray) -> None:
+    """WireError for stretches that are not of the responses in `rows`."""
+    row, start, end = told.T
+    if len(told) and (row[0] < 0 or row[-1] >= len(rows) or (numpy.diff(row) < 0).any()):
+        raise WireError("has stretches that the policy was told of no row, or not in the order of the rows")
+    if not ((rows["prompt"][row] <= start) & (start < end) & (end <= rows["tokens"][row])).all():
+        raise WireError("has a stretch that the policy was told outside of a response")
 
 
 def _check(rows: numpy.ndarray) -> None:

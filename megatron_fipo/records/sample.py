@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy
 
 from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.segments import Segment
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
 
 FAILED_CHECKS = ("timeout", "crash")
@@ -35,34 +36,52 @@ class RewardResult:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sampled continuation of a prompt."""
+    """One sampled continuation of a prompt: what the policy wrote, and what it was told on the way."""
 
     streams: Mapping[str, numpy.ndarray]
-    """What `streams.checked` returns: a value for each sampled token, an end-of-sequence token included. The prompt is
-    the group's."""
+    """What `streams.checked` returns: a value for each token after the prompt, an end-of-sequence token included. The
+    prompt is the group's."""
     finish_reason: str
-    """stop, or length when max_response_length cut it off."""
+    """stop; length when max_response_length cut it off; turns when environment.max_turns did; environment where that
+    failed."""
     weight_version: int
     """The version of the weights that sampled it."""
     text: str = ""
     """The sampled tokens decoded, for rewards and for readers; empty before that."""
     result: RewardResult | None = None
     """None before it is judged."""
+    segments: tuple[Segment, ...] = ()
+    """What `segments.checked_segments` returns. Empty: all of it is one action, as in every sample of one turn."""
 
     def __len__(self) -> int:
-        """Sampled tokens."""
+        """Tokens after the prompt: actions, and the context between them."""
         return len(self.token_ids)
 
     @property
     def token_ids(self) -> numpy.ndarray:
-        """[n] int32: the sampled tokens."""
+        """[n] int32: the tokens after the prompt."""
         return self.streams[TOKEN_IDS]
+
+    @property
+    def told(self) -> tuple[Segment, ...]:
+        """The segments that the policy did not produce."""
+        return tuple(segment for segment in self.segments if not segment.action)
+
+    @property
+    def actions(self) -> int:
+        """Tokens that the policy produced."""
+        return len(self) - sum(segment.end - segment.start for segment in self.told)
+
+    @property
+    def turns(self) -> int:
+        """How often the policy spoke."""
+        return sum(segment.action for segment in self.segments) if self.segments else min(len(self), 1)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sample):
             return NotImplemented
         ours, theirs = (
-            (each.finish_reason, each.weight_version, each.text, each.result, set(each.streams))
+            (each.finish_reason, each.weight_version, each.text, each.result, each.segments, set(each.streams))
             for each in (self, other)
         )
         return ours == theirs and all(numpy.array_equal(self.streams[name], other.streams[name]) for name in ours[-1])

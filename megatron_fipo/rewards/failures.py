@@ -8,6 +8,8 @@ from pathlib import Path
 
 FAILURES_FILE = "reward_failures.jsonl"
 _MOST_ROWS = 100
+LONGEST_NOTED = 2000
+"""Characters of a response that are kept: its end."""
 _MOST_BYTES = 1 << 20
 
 

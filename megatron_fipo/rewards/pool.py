@@ -9,20 +9,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_fipo.algorithm.advantages import overlong_penalty
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.errors import RewardError
+from megatron_fipo.processes.worker_process import WorkerDied, WorkerHung, WorkerProcess
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, RewardResult, Sample
-from megatron_fipo.rewards.failures import Failure, FailureLog
-from megatron_fipo.rewards.process import VerifierDied, VerifierHung, VerifierProcess
+from megatron_fipo.rewards.failures import LONGEST_NOTED, Failure, FailureLog
+from megatron_fipo.rewards.process import verifier_process
 
 # Large enough that one message serves several short checks, small enough that a group with slow checks spreads out.
 _BATCH = 8
-_LONGEST_NOTED = 2000
 
 Decode = Callable[[list[int]], str]
 """Token ids to text. Called in several threads at the same time."""
@@ -77,7 +77,7 @@ class RewardPool:
         self._max_response_length = max_response_length
         self._queue: queue.SimpleQueue[tuple[_Ticket, range] | None] = queue.SimpleQueue()
         self._closed = False
-        self._processes = [VerifierProcess(config) for _ in range(config.workers)]
+        self._processes = [verifier_process(config) for _ in range(config.workers)]
         self._first_start: Future[None] = Future()
         self._threads = [
             threading.Thread(target=self._supervise, args=(process,), name=f"verifier-{index}", daemon=True)
@@ -108,6 +108,7 @@ class RewardPool:
     def submit(self, group: Group, decode: Decode | None = None) -> Future[Group]:
         """Judges a group in the background; the future gives the same group with a result in each sample.
 
+        A sample that has a result keeps its environment's verdict, to which the overlong penalty is added.
         The samples get their texts by `decode`, in a verifier's thread, or have them already. From asyncio: `await
         asyncio.wrap_future(pool.submit(group))`.
         The future raises RewardError if no verifier can be started, or the pool is closed first, and ConfigError if
@@ -131,7 +132,7 @@ class RewardPool:
         for thread in self._threads:
             thread.join()
 
-    def _supervise(self, process: VerifierProcess) -> None:
+    def _supervise(self, process: WorkerProcess) -> None:
         """One thread's life: feeds one process until the pool closes."""
         # Start-up runs ahead of the first response; if it fails, whoever submits one is told.
         failure = None
@@ -150,21 +151,28 @@ class RewardPool:
                 ticket.fail(error)
         process.kill()
 
-    def _judge_batch(self, process: VerifierProcess, ticket: _Ticket, indices: range) -> None:
-        pending = deque(indices)
+    def _judge_batch(self, process: WorkerProcess, ticket: _Ticket, indices: range) -> None:
+        pending: deque[int] = deque()
+        for index in indices:
+            if (given := ticket.group.samples[index].result) is not None:
+                self._settle(ticket, index, asdict(given))
+            else:
+                pending.append(index)
         while pending:
             process.ensure_started()
             try:
-                items = [_item(ticket.group.problem, ticket.samples[index], process.inputs) for index in pending]
+                items = [
+                    _item(ticket.group.problem, ticket.samples[index], process.greeting["inputs"]) for index in pending
+                ]
                 process.send(items, self._config.timeout_s)
                 while pending:
                     for result in process.receive(self._config.timeout_s):
                         self._settle(ticket, pending.popleft(), result)
-            except VerifierHung:
+            except WorkerHung:
                 process.kill()
                 error = f"no verdict within reward.timeout_s={self._config.timeout_s:g}"
                 self._settle(ticket, pending.popleft(), {"outcome": "timeout", "error": error})
-            except VerifierDied:
+            except WorkerDied:
                 process.kill()
                 if self._closed:
                     raise RewardError("the verifier pool was closed while it judged a response") from None
@@ -175,7 +183,7 @@ class RewardPool:
         accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
         if "error" in result:
             self.failures.add(_failure(ticket.group.problem, ticket.samples[index], outcome, result))
-        reward = self._reward(accuracy, result.get("reward"), len(ticket.group.samples[index]))
+        reward = self._reward(accuracy, result.get("reward"), ticket.group.samples[index].actions)
         ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, result.get("extra", {})))
 
     def _reward(self, accuracy: float, reward: float | None, length: int) -> float:
@@ -213,8 +221,8 @@ def _failure(problem: Problem, sample: Sample, outcome: str, result: dict[str, A
     return Failure(
         problem=problem.id,
         data_source=problem.data_source,
-        ground_truth=problem.ground_truth[-_LONGEST_NOTED:],
-        response=sample.text[-_LONGEST_NOTED:],
+        ground_truth=problem.ground_truth[-LONGEST_NOTED:],
+        response=sample.text[-LONGEST_NOTED:],
         outcome=outcome,
         error=result["error"],
         traceback=result.get("traceback", ""),

@@ -1,156 +1,24 @@
-"""The parent's end of one verifier process: start, send, receive under a deadline, kill."""
-
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from contextlib import suppress
-from pathlib import Path
-from typing import IO, Any
+"""A verifier process: processes/worker_process.py with a rule in it."""
 
 from megatron_fipo.config import RewardConfig
-from megatron_fipo.errors import ConfigError, RewardError
-
-_START_TIMEOUT_S = 120.0
-_KILL_TIMEOUT_S = 10.0
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
-# The worker handles text that a model wrote: it gets what Python needs to start, and no tokens or keys but those that
-# reward.environment names.
-_INHERITED_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
+from megatron_fipo.errors import RewardError
+from megatron_fipo.processes.worker_process import Job, WorkerProcess
 
 
-class VerifierHung(Exception):
-    """No verdict within the deadline."""
+def verifier_process(config: RewardConfig) -> WorkerProcess:
+    """One `megatron_fipo.rewards.worker`; its greeting has `inputs`, what the rule wants to know of a response.
 
-
-class VerifierDied(Exception):
-    """The process ended while it owed a verdict."""
-
-
-class VerifierProcess:
-    """One `megatron_fipo.rewards.worker`, restarted on demand. Used by one thread, except for `retire`."""
-
-    def __init__(self, config: RewardConfig):
-        self._config = config
-        self.inputs: tuple[str, ...] = ()
-        """What the rule wants to know of a response, once it has started."""
-        self._lock = threading.Lock()
-        self._retired = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] | None = None
-        self._connection: socket.socket | None = None
-        self._received = b""
-
-    def ensure_started(self, timeout_s: float = _START_TIMEOUT_S) -> None:
-        """Starts the process unless it runs, and waits until it is warm.
-
-        Raises:
-            ConfigError: reward.rule is a function that cannot be used.
-            RewardError: the process does not come up, because of a VerifierHung or a VerifierDied.
-        """
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.kill()
-        with self._lock:
-            if self._retired:
-                raise RewardError("the verifier pool was closed while responses were waiting for their verdict")
-            self._spawn()
-        try:
-            (started,) = self.receive(timeout_s)
-        except (VerifierHung, VerifierDied) as error:
-            output = self._last_stderr_line()
-            self.kill()
-            raise RewardError(
-                f"the verifier process for reward.rule={self._config.rule} did not start in {timeout_s:.0f} s: {output}"
-            ) from error
-        if "refused" in started:
-            self.kill()
-            raise ConfigError("reward.rule", started["refused"], started["remedy"])
-        self.inputs = tuple(started["inputs"])
-
-    def _spawn(self) -> None:
-        self._connection, theirs = socket.socketpair()
-        self._received = b""
-        # A file, since nobody reads a pipe while the process runs; closed in kill().
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        passed_on = (*_INHERITED_VARIABLES, *self._config.environment)
-        environment = {name: os.environ[name] for name in passed_on if name in os.environ}
-        search_path = [_PACKAGE_PARENT, os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
-        environment["OMP_NUM_THREADS"] = environment["OPENBLAS_NUM_THREADS"] = "1"
-        with theirs:
-            arguments = [str(theirs.fileno()), self._config.rule, repr(self._config.math_tolerance)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_fipo.rewards.worker", *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                pass_fds=[theirs.fileno()],
-                # A group of its own, so that what a rule of the user's has started ends with it.
-                process_group=0,
-            )
-
-    def send(self, items: list[dict[str, Any]], timeout_s: float) -> None:
-        """Hands over a batch; the worker reads it whole before it judges, so this never waits for a verdict."""
-        assert self._connection is not None
-        self._connection.settimeout(timeout_s)
-        try:
-            self._connection.sendall(json.dumps(items).encode() + b"\n")
-        except TimeoutError as error:
-            raise VerifierHung from error
-        except OSError as error:
-            raise VerifierDied from error
-
-    def receive(self, timeout_s: float) -> list[dict[str, Any]]:
-        """The result lines that have arrived, in order; waits for at least one, at most `timeout_s` seconds."""
-        assert self._connection is not None
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self._received:
-            self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-            try:
-                data = self._connection.recv(1 << 16)
-            except TimeoutError as error:
-                raise VerifierHung from error
-            except OSError as error:
-                raise VerifierDied from error
-            if not data:
-                raise VerifierDied
-            self._received += data
-        *lines, self._received = self._received.split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def kill(self) -> None:
-        """Ends the process if there is one, whatever it is doing; it may be started again."""
-        with self._lock:
-            if self._process is not None:
-                _kill_group(self._process.pid)
-                self._process.wait(_KILL_TIMEOUT_S)
-            for resource in (self._connection, self._stderr):
-                if resource is not None:
-                    resource.close()
-            self._process = self._connection = self._stderr = None
-
-    def retire(self) -> None:
-        """From any thread: ends the process for good. A `receive` under way raises VerifierDied."""
-        with self._lock:
-            self._retired = True
-            if self._process is not None:
-                _kill_group(self._process.pid)
-
-    def _last_stderr_line(self) -> str:
-        assert self._stderr is not None
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
-
-
-def _kill_group(leader: int) -> None:
-    """SIGKILL to a process and to what it has started, whether it still lives or not."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+    Starting it raises ConfigError where reward.rule is a function that cannot be used, and else RewardError.
+    """
+    return WorkerProcess(
+        Job(
+            name="verifier",
+            key="reward.rule",
+            code=config.rule,
+            module="megatron_fipo.rewards.worker",
+            arguments=(config.rule, repr(config.math_tolerance)),
+            variables=config.environment,
+            error=RewardError,
+            closed="the verifier pool was closed while responses were waiting for their verdict",
+        )
+    )

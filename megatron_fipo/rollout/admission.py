@@ -75,8 +75,8 @@ class Window:
     max_off_policy_steps: int
 
     def admit(self, ledger: Ledger) -> int:
-        """As many as there are free slots."""
-        return (self.max_off_policy_steps + 1) * self.prompts_per_step - len(ledger)
+        """As many as there are free slots; none where a resume has fewer slots than there are tickets."""
+        return max(0, (self.max_off_policy_steps + 1) * self.prompts_per_step - len(ledger))
 
     def take(self, ledger: Ledger) -> Take | None:
         """The oldest tickets, once they are a full batch and all READY."""

@@ -59,6 +59,7 @@ class EngineGenerator:
         """An answer with a token id of `vocab_size` or more is none."""
         self.control = EngineControl(pool)
         self.retries = self.continued = 0
+        self._told = 0, 0
         # A run that is resumed may give other weights the same version, on a server that stayed.
         self._salt = secrets.token_hex(8)
         self._pool = pool
@@ -95,6 +96,22 @@ class EngineGenerator:
         when one takes longer than rollout.request_timeout_s, when a server may not be lost (EnginePool.repair), and
         when none will return.
         """
+        self.check_prompts(problems)
+        work = [
+            Work(problem, samples_per_prompt, sampling, seed) for problem, seed in zip(problems, seeds, strict=True)
+        ]
+        yield from self.complete(_Groups(deque(work), on_group))
+        return [item.group for item in work]
+
+    def complete(self, pending: Pending) -> Steps[None]:
+        """Sample until nothing is pending; raises what `generate` does."""
+        while pending:
+            self._run(self._generate(pending))
+            if pending:
+                yield self._wanted()
+
+    def check_prompts(self, problems: Sequence[Problem]) -> None:
+        """RolloutError for a prompt that servers do not take."""
         longest = self._pool.config.max_prompt_length
         for problem in problems:
             if not 0 < len(problem.token_ids) <= longest:
@@ -102,19 +119,17 @@ class EngineGenerator:
                     f"problem {problem.id} has a prompt of {len(problem.token_ids)} tokens; "
                     f"the servers take 1 to rollout.max_prompt_length={longest}"
                 )
-        work = [
-            Work(problem, samples_per_prompt, sampling, seed) for problem, seed in zip(problems, seeds, strict=True)
-        ]
-        while missing := deque(item for item in work if not item.is_whole):
-            self._run(self._generate(missing, on_group or (lambda _: None)))
-            if not all(item.is_whole for item in work):
-                yield self._wanted()
-        return [item.group for item in work]
 
     def _wanted(self) -> WeightsWanted:
         if not (servers := [*self._pool.returning, *self._pool.in_service]):
             raise RolloutError(f"no vLLM server is left: {self._pool.losses_in_words()}")
         return WeightsWanted(tuple(server.url for server in servers))
+
+    def end_step(self) -> dict[str, int | float]:
+        """A step is done: requests that were sent again in it, and tokens that these did not lose."""
+        retries, continued = self.retries - self._told[0], self.continued - self._told[1]
+        self._told = self.retries, self.continued
+        return {"requests_repeated": retries, "tokens_continued": continued}
 
     def close(self) -> None:
         """Closes the connections; the servers stay. May be called twice."""
@@ -143,19 +158,20 @@ class EngineGenerator:
         if ended is not None:
             raise ended
 
-    async def _generate(self, missing: deque[Work], on_group: Callable[[Group], None]) -> BaseException | None:
-        """Complete what is in `missing`: all of it, unless no server is left. Returns what has ended a task's process.
+    async def _generate(self, pending: Pending) -> BaseException | None:
+        """Complete what is pending: all of it, unless no server is left. Returns what has ended a task's process.
 
         Raised from a task, that would end the loop once more.
         """
         self._outstanding = {server.url: 0 for server in self._pool.servers}
-        changed, pending = asyncio.Event(), Pending(missing)
+        changed = pending.changed
         watch = Watch(self._pool, self._http, changed.set)
         requests = Requests(self._pool, self._http, watch, self._vocab_size, self._salt)
         try:
             async with asyncio.TaskGroup() as running:
                 while pending:
                     changed.clear()
+                    pending.go_on()
                     self._pool.repair()
                     if not self._pool.serving and not pending.asked:
                         break
@@ -164,7 +180,7 @@ class EngineGenerator:
                         # Counted here: the task begins later, and the next work would find the server free.
                         self._outstanding[server.url] += len(work.missing())
                         asking = _Asking(work, server, server.life, pending, requests, watch)
-                        running.create_task(self._ask_in_a_task(asking, changed, on_group))
+                        running.create_task(self._ask_in_a_task(asking))
                     else:
                         await changed.wait()
         # No `except*`: what is raised in one is a group again in Python 3.11.0 to 3.11.3.
@@ -191,17 +207,15 @@ class EngineGenerator:
         places = self._pool.config.max_num_seqs + _WAITING_GROUPS * work.samples
         return server if self._outstanding[server.url] + len(work.missing()) <= places else None
 
-    async def _ask_in_a_task(
-        self, asking: "_Asking", changed: asyncio.Event, on_group: Callable[[Group], None]
-    ) -> None:
+    async def _ask_in_a_task(self, asking: "_Asking") -> None:
         try:
-            await self._ask(asking, changed, on_group)
+            await self._ask(asking)
         except (KeyboardInterrupt, SystemExit) as error:
             raise _Ended(error) from None
 
-    async def _ask(self, asking: "_Asking", changed: asyncio.Event, on_group: Callable[[Group], None]) -> None:
+    async def _ask(self, asking: "_Asking") -> None:
         """One request for what the work lacks. If it fails, the work waits for another."""
-        work, server = asking.work, asking.server
+        work, server, changed = asking.work, asking.server, asking.pending.changed
         missing = work.missing()
         before = dict(work.arrived), dict(work.begun)
         self.continued += sum(map(len, work.begun.values()))
@@ -233,7 +247,7 @@ class EngineGenerator:
             asking.pending.give_back(work)
             changed.set()
         if work.is_whole:
-            on_group(work.group)
+            asking.pending.ended(work)
 
     async def _not_answered(self, asking: "_Asking", problem: str) -> None:
         """A request that was not answered. The server is lost if its engine gives no sign of life."""
@@ -258,6 +272,18 @@ class EngineGenerator:
         if self._scarcity.passed():
             raise NoDescriptors
         await asyncio.sleep(RETRY_PAUSE_S)
+
+
+class _Groups(Pending):
+    """Whole groups, each handed on when it has arrived."""
+
+    def __init__(self, waiting: deque[Work], on_group: Callable[[Group], None] | None):
+        super().__init__(waiting)
+        self._on_group = on_group
+
+    def ended(self, work: Work) -> None:
+        if self._on_group is not None:
+            self._on_group(work.group)
 
 
 @dataclass(frozen=True)

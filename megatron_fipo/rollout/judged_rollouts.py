@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_fipo.config import Config
-from megatron_fipo.data.tokenizers import load_tokenizer
+from megatron_fipo.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_fipo.data.vocabulary import check_vocabulary
 from megatron_fipo.engines.descriptors import provide
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.environments.pool import EnvironmentPool
 from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import RewardPool
+from megatron_fipo.rollout.episode import generate_in_turns, surroundings
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.generator import EngineGenerator, connections
 from megatron_fipo.rollout.listener import Progress
@@ -28,34 +30,55 @@ from megatron_fipo.rollout.seeds import request_seed
 from megatron_fipo.rollout.work import Sampling
 
 
+def tokenizer_of(config: Config, model_dir: Path) -> Tokenizer:
+    """The model's tokenizer, held against its vocabulary. DataError or ConfigError: it is not the model's."""
+    tokenizer = load_tokenizer(model_dir, config.data)
+    check_vocabulary(model_dir, tokenizer.size, tokenizer.ends, read_architecture(model_dir).vocab_size)
+    return tokenizer
+
+
+def validation_samples(config: Config) -> int:
+    """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
+    return config.validation.samples if config.validation.temperature else 1
+
+
 class JudgedRollouts:
     """The servers and the verifiers of a run or an evaluation. A context manager, which ends them."""
 
-    def __init__(self, config: Config, model_dir: Path):
-        """Read the tokenizer; nothing starts yet."""
-        self.config = config
-        self.vocab_size = read_architecture(model_dir).vocab_size
-        self.tokenizer = load_tokenizer(model_dir, config.data)
-        check_vocabulary(model_dir, self.tokenizer.size, self.tokenizer.ends, self.vocab_size)
-        self.client: EngineGenerator | None = None
+    def __init__(
+        self,
+        config: Config,
+        model_dir: Path,
+        tokenizer: Tokenizer,
+        pool: EnginePool,
+        directory: Path,
+        fewest_samples: int,
+    ):
+        """See that rewards can be had, and start servers without waiting for them.
 
-    def start(self, pool: EnginePool, directory: Path, fewest_samples: int) -> None:
-        """See that rewards can be had, and start servers without waiting for them; `directory` is for the run's files.
-
-        No problem will have fewer samples than `fewest_samples`.
+        Args:
+            tokenizer: `tokenizer_of` the model.
+            directory: for the run's files.
+            fewest_samples: no problem will have fewer samples.
 
         Raises:
-            ConfigError, RewardError: as RewardPool.wait_started.
+            ConfigError, RewardError: as RewardPool.wait_started; as EnvironmentPool.wait_started.
             RolloutError: so many connections to servers may not be opened.
         """
-        self.pool = pool
-        rollout = self.config.rollout
+        self.config, self.tokenizer, self.pool = config, tokenizer, pool
+        self.vocab_size = read_architecture(model_dir).vocab_size
+        self.client: EngineGenerator | None = None
+        self.environments: EnvironmentPool | None = None
+        rollout = config.rollout
         servers = len(rollout.addresses) or rollout.servers
         what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
-        provide(connections(rollout, fewest_samples), what)
-        limit = self.config.rollout.max_response_length
-        self.verifiers = RewardPool(self.config.reward, limit, FailureLog(directory))
+        # A turn is a request for one sample.
+        provide(connections(rollout, 1 if config.environment.is_own else fewest_samples), what)
+        self.verifiers = RewardPool(config.reward, rollout.max_response_length, FailureLog(directory))
         self.verifiers.wait_started()
+        if config.environment.is_own:
+            self.environments = EnvironmentPool(config.environment, model_dir, self.vocab_size)
+            self.environments.wait_started()
         pool.start()
 
     def __enter__(self) -> "JudgedRollouts":
@@ -64,6 +87,8 @@ class JudgedRollouts:
     def __exit__(self, *exception: object) -> None:
         if self.client is not None:
             self.client.close()
+        if self.environments is not None:
+            self.environments.close()
         self.verifiers.close()
         self.pool.close()
 
@@ -97,7 +122,12 @@ class JudgedRollouts:
 
         # Nobody may have asked for a long time.
         self.pool.lose_unfit()
-        groups = yield from self.client.generate(problems, samples, sampling, seeds, judge)
+        asked = (problems, samples, sampling, seeds, judge)
+        if self.environments is None:
+            groups = yield from self.client.generate(*asked)
+        else:
+            around = surroundings(self.config, self.environments, self.tokenizer.decode, self.verifiers.failures)
+            groups = yield from generate_in_turns(self.client, around, *asked)
         return [judged[id(group)] for group in groups]
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
@@ -109,10 +139,6 @@ class JudgedRollouts:
         if traceback := failures.traceback_to_show():
             note(f"the first check that raised an exception:\n{traceback}")
         return judge_failed_checks(groups, self.config.reward, where, failures.summary())
-
-    def validation_samples(self) -> int:
-        """How many samples of a held-out problem are asked for; greedy ones are all the same, and asked for once."""
-        return self.config.validation.samples if self.config.validation.temperature else 1
 
     def validation_sampling(self) -> Sampling:
         """How responses to held-out problems are sampled."""

@@ -1,12 +1,12 @@
 """Batches that sampling offers to the trainer: rows for every rank, tokens in a store for who reads them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
 from megatron_fipo.algorithm.advantages import group_advantages
 from megatron_fipo.config import AlgorithmConfig
-from megatron_fipo.records.rows import StoreAddress, TrainBatch, rows_of
+from megatron_fipo.records.rows import TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.store import SampleStore
 from megatron_fipo.rollout.store_server import StoreServer
@@ -18,6 +18,7 @@ class Offers:
     def __init__(self, algorithm: AlgorithmConfig, warn: Callable[[str], None]):
         self._algorithm, self._warn = algorithm, warn
         self._store = SampleStore()
+        self._offered: TrainBatch | None = None
         self._servers = [StoreServer(self._store)]
 
     def __enter__(self) -> "Offers":
@@ -32,51 +33,58 @@ class Offers:
         """Serve no more."""
         self._servers[-1].close()
 
-    def offer(self, groups: Sequence[Group], step: int, weight_version: int) -> TrainBatch:
-        """Judged groups as a batch of `step`, which starts from the weights of `weight_version`."""
-        return replace(train_batch(groups, self._algorithm, self._store, step, weight_version), store=self._address())
+    def offer(self, groups: Sequence[Group], step: int, weight_version: int) -> bytes:
+        """Judged groups as a batch of `step`, which starts from the weights of `weight_version`: its frame."""
+        self._offered = train_batch(groups, self._algorithm, self._store, step, weight_version)
+        return self._frame()
 
-    def give_back(self, batch: TrainBatch, reason: str) -> TrainBatch:
+    def give_back(self, reason: str) -> bytes:
         """The batch anew, served by another server: ranks could not fetch it from the one before, for this reason."""
-        self._warn(f"step {batch.step}: the batch's tokens are served anew: {reason}")
+        assert self._offered is not None, "a batch is offered first"
+        self._warn(f"step {self._offered.step}: the batch's tokens are served anew: {reason}")
         self._servers[-1].close()
         self._servers.append(StoreServer(self._store))
-        return replace(batch, store=self._address())
+        return self._frame()
 
-    def settle(self, batch: TrainBatch) -> None:
+    def fetched(self) -> None:
         """Every rank has what it reads of the batch: its tokens need not be here any more."""
-        self._store.drop(batch.rows["sample"].tolist())
+        assert self._offered is not None, "a batch is offered first"
+        self._store.drop(self._offered.rows["sample"].tolist())
 
-    def _address(self) -> StoreAddress:
-        return self._servers[-1].address
+    def _frame(self) -> bytes:
+        assert self._offered is not None, "a batch is offered first"
+        return replace(self._offered, store=self._servers[-1].address).to_bytes()
 
 
 def train_batch(
-    groups: Iterable[Group], algorithm: AlgorithmConfig, store: SampleStore, step: int, weight_version: int
+    groups: Sequence[Group], algorithm: AlgorithmConfig, store: SampleStore, step: int, weight_version: int
 ) -> TrainBatch:
     """Judged groups as rows, cut into mini-batches of whole groups, each sample with its advantage; tokens to `store`.
 
     A sample whose check failed is no wrong answer: it is left out, of the group's mean too.
     """
-    groups = list(groups)
     samples: list[int] = []
     tokens: list[int] = []
     prompts: list[int] = []
     advantages: list[float] = []
     weight_lag: list[int] = []
     sizes: list[int] = []
+    told: list[tuple[int, int, int]] = []
     for start in range(0, len(groups), algorithm.mini_batch_prompts):
         before = len(samples)
         for group in groups[start : start + algorithm.mini_batch_prompts]:
             pairs = zip(group.samples, group.results, strict=True)
             judged = [(sample, result) for sample, result in pairs if result.was_judged]
-            prompt = group.problem.token_ids
-            samples += [store.put(prompt, sample.streams) for sample, _ in judged]
-            tokens += [len(prompt) + len(sample) for sample, _ in judged]
-            prompts += [len(prompt)] * len(judged)
+            prompt = len(group.problem.token_ids)
+            for row, (sample, _) in enumerate(judged, start=len(samples)):
+                told += [(row, prompt + segment.start, prompt + segment.end) for segment in sample.told]
+            samples += [store.put(group.problem.token_ids, sample.streams) for sample, _ in judged]
+            tokens += [prompt + len(sample) for sample, _ in judged]
+            prompts += [prompt] * len(judged)
             weight_lag += [weight_version - sample.weight_version for sample, _ in judged]
             rewards = [result.reward for _, result in judged]
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(samples) > before:
             sizes.append(len(samples) - before)
-    return TrainBatch(step, rows_of(samples, tokens, prompts, advantages, weight_lag, sizes))
+    rows = rows_of(samples, tokens, prompts, advantages, weight_lag, sizes)
+    return TrainBatch(step, rows, told_stretches(told, rows))

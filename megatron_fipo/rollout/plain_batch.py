@@ -1,10 +1,10 @@
 """A batch of sequences that come from no engine: what a tool trains on, or a measurement is of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy
 
-from megatron_fipo.records.rows import TrainBatch, rows_of
+from megatron_fipo.records.rows import TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.streams import TOKEN_IDS, sampled_streams
 from megatron_fipo.rollout.store import SampleStore
 
@@ -18,6 +18,7 @@ def plain_batch(
     advantages: Sequence[float],
     weight_lag: Sequence[int] | None = None,
     mini_batch_sizes: Sequence[int] | None = None,
+    told: Iterable[Sequence[int]] = (),
 ) -> Made:
     """A batch of step 0.
 
@@ -25,6 +26,7 @@ def plain_batch(
         streams: by the table of records/streams.py, those that samples come with: n × [prompt + response] each.
         weight_lag: 0 if none is given.
         mini_batch_sizes: sequences of each update; all in one if none are given.
+        told: row, start and end of each stretch that the policy did not produce.
     """
     count, store = len(prompt_lengths), SampleStore()
     whole = {
@@ -37,4 +39,4 @@ def plain_batch(
     ]
     tokens = [len(values) for values in whole[TOKEN_IDS]]
     rows = rows_of(samples, tokens, prompt_lengths, advantages, weight_lag or [0] * count, mini_batch_sizes or [count])
-    return TrainBatch(0, rows), store
+    return TrainBatch(0, rows, told_stretches(told, rows)), store

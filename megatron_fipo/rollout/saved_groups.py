@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_fipo.errors import DataError, one_line
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
 from megatron_fipo.rewards.rules import LARGEST_REWARD
 
@@ -57,15 +58,18 @@ class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
 class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A response and its judgement, without token ids, log-probs and text."""
 
-    tokens: _OneOrMore
+    tokens: _Count
+    """None where an environment failed before the first action."""
     text_bytes: _Count
-    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length)\Z")]
+    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length|turns|environment)\Z")]
     weight_version: _Count
     accuracy: _Verdict
     reward: _Verdict
     answer: str
     outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
     extra: dict[str, _Verdict | str] = {}
+    told: list[Annotated[list[_Count], Meta(min_length=2, max_length=2)]] = []
+    """Start and end of each stretch that the policy did not produce; none in checkpoints from before there were."""
 
 
 class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,7 +112,8 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: {_TEXT} is not UTF-8 at {start + error.start}") from None
         result = RewardResult(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
-        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result)
+        segments = segments_around(saved.told, saved.tokens, "a sample")
+        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result, segments)
 
     groups = []
     for row in rows:
@@ -120,7 +125,17 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
 
 
 def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
-    """The arrays of `rows`. DataError, naming file and tensor, unless types and lengths are what the rows say."""
+    """The arrays of `rows`. DataError, naming file and tensor, unless types and lengths are what the rows say.
+
+    And naming `described_by`, where the rows are, for stretches of context that cannot be.
+    """
+    for row in rows:
+        for place, response in enumerate(row.responses):
+            where = f"{described_by}: responses[{place}].told of problem {row.problem.id[:80]!r}"
+            try:
+                segments_around(response.told, response.tokens, where)
+            except ValueError as error:
+                raise DataError(str(error)) from None
     lengths = _lengths(rows)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -175,6 +190,7 @@ def _row(group: Group, text_bytes: Sequence[int]) -> GroupRow:
                 answer=result.answer,
                 outcome=result.outcome,
                 extra=result.extra,
+                told=[[segment.start, segment.end] for segment in sample.told],
             )
         )
     row = ProblemRow(

@@ -5,7 +5,9 @@ A thread with an event loop of its own. Whatever the caller does, no more than a
 
 import asyncio
 import secrets
+import socket
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -23,6 +25,7 @@ ANSWERS_AT_ONCE = 4
 SEND_TIMEOUT_S = 60.0
 """Longest time that one answer takes to be sent; a caller that takes none of it holds up others for so long."""
 _SLICE = 1 << 20
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 _STOP_TIMEOUT_S = 5.0
 
 
@@ -31,10 +34,22 @@ class StoreServer:
 
     def __init__(self, store: SampleStore):
         """Listen where the trainer's ranks meet, and begin to serve. OSError: that is no address of this machine."""
-        listener, reached_at = listen_for_ranks()
+        self._server = TokenServer(_Route(store), *listen_for_ranks(), name="sample-store")
+        self.address = self._server.address
+
+    def close(self) -> None:
+        """Serve no more."""
+        self._server.close()
+
+
+class TokenServer:
+    """Serves an ASGI application, in a thread of its own, to whoever has the token in `address`."""
+
+    def __init__(self, application: Application, listener: socket.socket, reached_at: str, name: str):
+        """Begin to serve. `reached_at` is host:port of the listener, `name` is the thread's."""
         self.address = StoreAddress(f"http://{reached_at}", secrets.token_urlsafe(32))
         settings = uvicorn.Config(
-            RequireToken(_Route(store), self.address.token),
+            RequireToken(application, self.address.token),
             log_config=None,
             log_level="critical",  # whoever asked is told, and says so
             access_log=False,
@@ -44,7 +59,7 @@ class StoreServer:
         )
         self._server = uvicorn.Server(settings)
         serve = {"sockets": [listener]}
-        self._thread = threading.Thread(target=self._server.run, kwargs=serve, name="sample-store", daemon=True)
+        self._thread = threading.Thread(target=self._server.run, kwargs=serve, name=name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -62,26 +77,26 @@ class _Route:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != FETCH_PATH or scope["method"] != "POST":
-            await _say(send, 404, "no such route")
+            await say(send, 404, "no such route")
             return
-        body = await _body(receive)
+        body = await body_of(receive)
         if body is None:
-            await _say(send, 413, f"a request has at most {LONGEST_REQUEST} bytes")
+            await say(send, 413, f"a request has at most {LONGEST_REQUEST} bytes")
             return
         async with self._turns:
             try:
                 pieces, names = decode_request(body)
                 answer = encode_frame({}, self._store.read(pieces, names))
             except WireError as error:
-                await _say(send, 400, f"the request {error}")
+                await say(send, 400, f"the request {error}")
             except NotHere as error:
-                await _say(send, 410, str(error))
+                await say(send, 410, str(error))
             else:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await _send(send, answer)
 
 
-async def _body(receive: Receive) -> bytes | None:
+async def body_of(receive: Receive) -> bytes | None:
     """The request's body; None if it is too long."""
     body = bytearray()
     while True:
@@ -101,7 +116,7 @@ async def _send(send: Send, answer: bytes) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _say(send: Send, status: int, text: str) -> None:
+async def say(send: Send, status: int, text: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     message: dict[str, Any] = {"type": "http.response.body", "body": text.encode()}

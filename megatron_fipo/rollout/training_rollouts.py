@@ -18,7 +18,7 @@ from megatron_fipo.rollout.admission import rounds
 from megatron_fipo.rollout.collector import Batch, RolloutCollector
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.filters import group_filter
-from megatron_fipo.rollout.judged_rollouts import JudgedRollouts
+from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.rollout.listener import Listener, Progress
 from megatron_fipo.rollout.snapshot import RolloutState
 from megatron_fipo.rollout.work import Sampling
@@ -30,20 +30,24 @@ class TrainingRollouts(JudgedRollouts):
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path, listener: Listener):
         """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
-        super().__init__(config, model_dir)
-        self._listener = listener
+        tokenizer = tokenizer_of(config, model_dir)
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        columns = own_rule(config.reward.rule) is not None
-        train = load_problems(config.data, "train", self.tokenizer, length, validates=validates, keep_columns=columns)
+        columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+        train = load_problems(config.data, "train", tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             listener.warn(warning)
-        self.problems, self.problem_counts, self._fingerprint = train.problems, train.counts, train.fingerprint
-        self._held_out: list[Problem] = []
+        held_out: list[Problem] = []
         if validates:
-            validation = load_problems(config.data, "validation", self.tokenizer, length, keep_columns=columns)
+            validation = load_problems(config.data, "validation", tokenizer, length, keep_columns=columns)
             for warning in validation.warnings:
                 listener.warn(warning)
-            self._held_out = validation.problems
+            held_out = validation.problems
+        context, samples = config.model.max_position_embeddings, config.algorithm.samples_per_prompt
+        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn)
+        fewest = min(samples, validation_samples(config)) if validates else samples
+        super().__init__(config, model_dir, tokenizer, pool, run_dir, fewest)
+        self._listener, self._held_out = listener, held_out
+        self.problems, self.problem_counts, self._fingerprint = train.problems, train.counts, train.fingerprint
         self._prompts = PromptSampler(len(self.problems), config.run.seed, config.data.shuffle)
         self._collector = RolloutCollector(
             self.problems,
@@ -56,10 +60,6 @@ class TrainingRollouts(JudgedRollouts):
         self._progress: Progress = _nobody_hears
         self._in_step: list[Group] = []
         self._failed_checks: str | None = None
-        context = config.model.max_position_embeddings
-        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn)
-        samples = config.algorithm.samples_per_prompt
-        self.start(pool, run_dir, min(samples, self.validation_samples()) if validates else samples)
 
     def __enter__(self) -> "TrainingRollouts":
         return self
@@ -102,9 +102,10 @@ class TrainingRollouts(JudgedRollouts):
         """Drop what was sampled since the last `settle`."""
         self._collector.undo()
 
-    def end_step(self) -> dict[str, float]:
+    def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
-        return self.pool.end_step() | self._collector.metrics()
+        requests = self.client.end_step() if self.client else {}
+        return {**self.pool.end_step(), **requests, **self._collector.metrics()}
 
     def validate(self, progress: Progress) -> Steps[list[Group]]:
         """Sample and judge the held-out problems, with the same seeds every time."""

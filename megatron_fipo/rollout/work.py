@@ -1,5 +1,6 @@
 """What a `generate` call has to do: groups on their way, and which of them wait for a server."""
 
+import asyncio
 import functools
 import hashlib
 from collections import deque
@@ -57,6 +58,11 @@ class Work:
         """Ask again for what has arrived since there was this."""
         self.arrived, self.begun = dict(arrived), dict(begun)
 
+    @property
+    def first_seed(self) -> int:
+        """The engine's seed of sample 0; the others have the next ones."""
+        return spread(self.seed)
+
     def missing(self) -> list[int]:
         """Indices of the samples that have not arrived."""
         return [index for index in range(self.samples) if index not in self.arrived]
@@ -85,8 +91,8 @@ class Work:
 
     def _seed(self, index: int, begun: int) -> int:
         """Of a sample's tokens after the first `begun`: the seed of all would repeat the first ones' random numbers."""
-        seed = _spread(self.seed) + index
-        return _spread(f"{seed}:{begun}") if begun else seed
+        seed = self.first_seed + index
+        return spread(f"{seed}:{begun}") if begun else seed
 
     def note_failure(self, url: str, problem: str) -> None:
         """RolloutError when it has failed too often, on servers that are well."""
@@ -103,9 +109,17 @@ class Pending:
     def __init__(self, waiting: deque[Work]):
         self.waiting = waiting
         self.asked: set[Work] = set()
+        self.changed = asyncio.Event()
+        """Set when there may be something to do."""
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.asked)
+
+    def go_on(self) -> None:
+        """Called in the event loop before each look at what waits. May raise what has ended the work."""
+
+    def ended(self, work: Work) -> None:
+        """Take work whose samples have all arrived."""
 
     def take(self) -> Work:
         """The next that waits, which a server is asked for now."""
@@ -128,6 +142,6 @@ class Pending:
         )
 
 
-def _spread(seed: int | str) -> int:
+def spread(seed: int | str) -> int:
     """A 62-bit seed from `seed`. Sample i of a group has seed + i: seeds in a row would share random numbers."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest()) >> 2

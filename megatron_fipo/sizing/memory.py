@@ -34,8 +34,8 @@ class StageMemory:
     working: int
     """Additional memory of a layer's backward pass: gradients, and gathered tokens."""
     refit: int
-    """A bucket of a weight update, its packed copy and the tensor being gathered, and the weights of a server on the
-    same GPU."""
+    """A bucket of a weight update, the packed copy of the previous one, the shards from which it is gathered, and the
+    weights of a server on the same GPU."""
     server: int = 0
     """A server that shares the GPU, while it samples. It sleeps during updates."""
 
@@ -203,4 +203,6 @@ def _working_bytes(config: Config, model_config: ModelConfig, stage: int) -> int
 def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
     largest_bytes = parameter_counts(model_config)[1] * _width(config)
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
-    return 2 * bucket + largest_bytes
+    tensor = config.parallel.tensor
+    shards = bucket + bucket // tensor if tensor > 1 else 0  # all ranks', and this rank's packed
+    return 2 * bucket + shards

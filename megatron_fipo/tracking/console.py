@@ -141,6 +141,11 @@ class Console:
                 self._phases[-1].nested_s += elapsed_s
             self._progress.update(self._task, phase=self._phases[-1].name if self._phases else "", since=None)
 
+    def progress(self, done: int, total: int, unit: str = "") -> None:
+        """Show how far the innermost phase is, if there is one."""
+        if self._phases:
+            self._phases[-1].progress(done, total, unit)
+
     def take_seconds(self) -> dict[str, float]:
         """Return the seconds spent in each phase since the last call, as metrics: `seconds_log_probs` …"""
         taken = {f"seconds_{name.replace('-', '_').replace(' ', '_')}": value for name, value in self._seconds.items()}

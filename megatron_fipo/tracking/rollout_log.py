@@ -1,25 +1,33 @@
 """Write a few rollouts of each step and validation to files: as text for people, and as JSONL for programs."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from megatron_fipo.files import write_atomically
-from megatron_fipo.records.sample import Group
+from megatron_fipo.records.sample import Group, Sample
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text."""
 
 _PER_GROUP = 4
 _RULE = "=" * 100
 
 
 def log_rollouts(
-    run_directory: Path, step: int, groups: Sequence[Group], count: int, of: Literal["step", "validation"] = "step"
+    run_directory: Path,
+    step: int,
+    groups: Sequence[Group],
+    count: int,
+    decode: Decode,
+    of: Literal["step", "validation"] = "step",
 ) -> Path | None:
     """Write about `count` of the responses to samples/step-NNNNNN.{txt,jsonl}, and return the text file's path.
 
     Responses to held-out problems are written to validation-NNNNNN. The groups are spread evenly over the batch. Each
     has up to four responses, from the worst reward to the best, so that a reader sees what is rewarded. If there is
-    nothing to write, no file is written, and the result is None.
+    nothing to write, no file is written, and the result is None. `decode` gives the text of each turn.
     """
     chosen = list(_choose(groups, count))
     if not chosen:
@@ -27,9 +35,9 @@ def log_rollouts(
     directory = run_directory / "samples"
     directory.mkdir(exist_ok=True)
     path = directory / f"{of}-{step:06d}.txt"
-    rows = [_row(step, group, index) for group, indices in chosen for index in indices]
+    rows = [_row(step, group, index, decode) for group, indices in chosen for index in indices]
     write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_atomically(path, "\n".join(_readable(step, group, indices) for group, indices in chosen))
+    write_atomically(path, "\n".join(_readable(step, group, indices, decode) for group, indices in chosen))
     return path
 
 
@@ -53,7 +61,15 @@ def _spread(size: int, count: int) -> list[int]:
     return [round(index * (size - 1) / (count - 1)) for index in range(count)]
 
 
-def _row(step: int, group: Group, index: int) -> dict[str, object]:
+def _turns(sample: Sample, decode: Decode) -> list[tuple[str, str]]:
+    """Who produced each segment, policy or environment, and its text; none of a sample of one turn."""
+    return [
+        ("policy" if part.action else "environment", decode(sample.token_ids[part.start : part.end].tolist()))
+        for part in sample.segments
+    ]
+
+
+def _row(step: int, group: Group, index: int, decode: Decode) -> dict[str, object]:
     sample, result = group.samples[index], group.results[index]
     return {
         "step": step,
@@ -62,18 +78,20 @@ def _row(step: int, group: Group, index: int) -> dict[str, object]:
         "prompt": group.problem.text,
         "ground_truth": group.problem.ground_truth,
         "response": sample.text,
+        **({"turns": [{"by": by, "text": text} for by, text in _turns(sample, decode)]} if sample.told else {}),
         "answer": result.answer,
         "reward": result.reward if result.was_judged else None,
         "accuracy": result.accuracy if result.was_judged else None,
         "outcome": result.outcome,
         **({"extra": result.extra} if result.extra else {}),
-        "length": len(sample),
+        "length": sample.actions,
+        **({"context_length": len(sample) - sample.actions} if sample.told else {}),
         "finish_reason": sample.finish_reason,
         "weight_version": sample.weight_version,
     }
 
 
-def _readable(step: int, group: Group, indices: list[int]) -> str:
+def _readable(step: int, group: Group, indices: list[int], decode: Decode) -> str:
     problem = group.problem
     accuracies = [result.accuracy for result in group.results if result.was_judged]
     parts = [
@@ -89,12 +107,18 @@ def _readable(step: int, group: Group, indices: list[int]) -> str:
         verdict = f"reward {result.reward:+.3g} · accuracy {result.accuracy:.3g} · {result.outcome}"
         parts += [
             f"---- {number}/{len(indices)} · {verdict if result.was_judged else result.outcome}"
-            f" · answer {result.answer or '(none)'} · {len(sample)} tokens"
+            f" · answer {result.answer or '(none)'} · {_size(sample)}"
             f" · ended by {sample.finish_reason} · weights v{sample.weight_version} ----",
-            sample.text.rstrip("\n"),
-            "",
         ]
+        for by, text in _turns(sample, decode) or [("policy", sample.text)]:
+            parts += [text.rstrip("\n")] if by == "policy" else ["-- told:", text.strip("\n"), "--"]
+        parts.append("")
     return _without_control_characters("\n".join(parts)) + "\n"
+
+
+def _size(sample: Sample) -> str:
+    told = len(sample) - sample.actions
+    return f"{sample.actions} tokens" + (f" in {sample.turns} turns · told {told} tokens" if sample.told else "")
 
 
 def _without_control_characters(text: str) -> str:

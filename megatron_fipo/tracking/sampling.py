@@ -55,12 +55,16 @@ def _responses(sampled: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in sampled for sample in group.samples]
     if not samples:
         return {}
-    lengths = numpy.array([len(sample) for sample in samples])
+    lengths = numpy.array([sample.actions for sample in samples])
+    tokens = sum(len(sample) for sample in samples)
     metrics = {f"response_length_q{q}": float(numpy.percentile(lengths, q)) for q in (25, 50, 75)}
     return metrics | {
         "response_length_mean": float(lengths.mean()),
         "response_length_max": float(lengths.max()),
         "responses_truncated": sum(sample.finish_reason == "length" for sample in samples),
         "response_tokens": float(lengths.sum()),
+        "turns_mean": fmean(sample.turns for sample in samples),
+        "environment_failures": sum(sample.finish_reason == "environment" for sample in samples),
+        "context_share": 1 - float(lengths.sum()) / tokens if tokens else 0.0,
         "weight_version": max(sample.weight_version for sample in samples),
     }

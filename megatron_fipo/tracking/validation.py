@@ -102,7 +102,7 @@ def score(groups: list[Group], k: int) -> ValidationResult:
 def score_group(group: Group, k: int) -> ProblemScores:
     """Return the scores of one problem's judged samples."""
     truncated = sum(sample.finish_reason == "length" for sample in group.samples)
-    tokens = sum(len(sample) for sample in group.samples)
+    tokens = sum(sample.actions for sample in group.samples)
     return score_problem(group.problem.id, group.problem.data_source, group.results, tokens, truncated, k)
 
 

@@ -74,6 +74,7 @@ class Sender:
             count = len(bucket.tensors)
             totals += Totals(count, bucket.nbytes, 1, count if check else 0)
             cue, what = f"received/{self._number}/{index}", f"the engines to take bucket {index}"
+            del bucket  # before the next one is gathered
         self._await(cue, what, first=self._weights.buckets == 0)
         self._mailbox.post(f"bucket/{self._number}/{self._weights.buckets}", totals)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from megatron_fipo.weights.buckets import BucketLayout
+from megatron_fipo.weights.bucket_layout import BucketLayout
 
 _T = TypeVar("_T")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fipo.algorithm.losses import LossInputs
 from megatron_fipo.config import AlgorithmConfig
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor, float, AlgorithmConfig], list[Tensor]]
+TokenLoss = Callable[..., list[Tensor]]
 """(log-probs, log π/π_old, ratio, advantage, configuration), one response's, → a loss a token."""
 
 
@@ -26,16 +26,30 @@ def plain_loss(inputs: LossInputs, config: AlgorithmConfig) -> Tensor:
             continue
         moved = log_probs - inputs.old_log_probs[row][mask]
         ratio = moved.clamp(-20, 20).exp()
-        losses = PLAIN[config.loss_mode](log_probs, moved, ratio, float(inputs.advantages[row]), config)
-        if config.tis_cap is not None and losses:
-            mismatch = (inputs.old_log_probs[row][mask] - inputs.rollout_log_probs[row][mask]).tolist()
-            cap = config.tis_cap
-            losses = [loss * min(math.exp(m), cap) for loss, m in zip(losses, mismatch, strict=True)]
+        # Only F looks at where tokens are: by their distance in the sequence, context between them included.
+        weights = _importance_weights(inputs.old_log_probs[row][mask], inputs.rollout_log_probs[row][mask], config)
+        where = {}
+        if config.loss_mode == "future_kl":
+            where = {"places": mask.nonzero()[:, 0].tolist(), "stale": [weight == 0 for weight in weights]}
+        losses = PLAIN[config.loss_mode](log_probs, moved, ratio, float(inputs.advantages[row]), config, **where)
+        if losses:
+            losses = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
         if config.reference_kl_coef > 0 and losses:
             estimates = _reference_kl(log_probs, inputs.reference_log_probs[row][mask], config.reference_kl_estimator)
             losses = [loss + config.reference_kl_coef * kl for loss, kl in zip(losses, estimates, strict=True)]
         responses.append((losses, len(log_probs)))
     return _aggregate(responses, config)
+
+
+def _importance_weights(old: Tensor, rollout: Tensor, config: AlgorithmConfig) -> list[float]:
+    """One response's, a token after the other; 0: outside of the bounds."""
+    weights = []
+    for mismatch in (old - rollout).tolist():
+        ratio = math.exp(mismatch)
+        weight = 1.0 if config.tis_cap is None else min(ratio, config.tis_cap)
+        is_outside = config.is_bounds is not None and not config.is_bounds[0] <= ratio <= config.is_bounds[1]
+        weights.append(0.0 if is_outside else weight)
+    return weights
 
 
 def _reference_kl(log_probs: Tensor, reference: Tensor, estimator: str) -> list[Tensor]:
@@ -77,14 +91,28 @@ def _vanilla(
     return losses
 
 
-def plain_influence(delta: list[float], advantage: float, config: AlgorithmConfig) -> list[float]:
-    """f_t of one response, each F_t a sum of its own."""
+def plain_influence(
+    delta: list[float],
+    advantage: float,
+    config: AlgorithmConfig,
+    places: list[int] | None = None,
+    stale: list[bool] | None = None,
+) -> list[float]:
+    """f_t of one response, each F_t a sum of its own.
+
+    `places`: where its tokens are; None: one after the other. `stale`: which are outside of the bounds; None: none.
+    """
+    places = places or list(range(len(delta)))
+    stale = stale or [False] * len(delta)
     kl = config.future_kl
     gamma = 2 ** (-1 / kl.decay_rate)
     weights = []
-    takes_part = [not kl.participation_mask or d <= math.log(config.clip_ratio_c) for d in delta]
+    takes_part = [
+        (not kl.participation_mask or d <= math.log(config.clip_ratio_c)) and not (kl.mask_stale and is_stale)
+        for d, is_stale in zip(delta, stale, strict=True)
+    ]
     for t in range(len(delta)):
-        future = sum(gamma ** (k - t) * delta[k] for k in range(t, len(delta)) if takes_part[k])
+        future = sum(gamma ** (places[k] - places[t]) * delta[k] for k in range(t, len(delta)) if takes_part[k])
         weight = min(max(math.exp(future), kl.band_low), kl.band_high)
         if advantage < 0 and math.exp(delta[t]) > kl.safety_thresh:
             weight = 1.0 if kl.safety_rule == "one" else min(max(weight, 0.8), 1.0)
@@ -93,10 +121,16 @@ def plain_influence(delta: list[float], advantage: float, config: AlgorithmConfi
 
 
 def _future_kl(
-    log_probs: Tensor, moved: Tensor, ratio: Tensor, advantage: float, config: AlgorithmConfig
+    log_probs: Tensor,
+    moved: Tensor,
+    ratio: Tensor,
+    advantage: float,
+    config: AlgorithmConfig,
+    places: list[int],
+    stale: list[bool],
 ) -> list[Tensor]:
     losses, dual_clipped = [], 0
-    for t, weight in enumerate(plain_influence(moved.clamp(-20, 20).tolist(), advantage, config)):
+    for t, weight in enumerate(plain_influence(moved.clamp(-20, 20).tolist(), advantage, config, places, stale)):
         weighted = advantage * weight
         loss = _clipped(ratio[t], weighted, config)
         bound = torch.tensor(-weighted * config.clip_ratio_c, dtype=ratio.dtype)

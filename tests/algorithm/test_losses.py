@@ -82,6 +82,7 @@ def switches(draw: st.DrawFn) -> AlgorithmConfig:
             safety_thresh=st.sampled_from([1.1, 3.0, 10.0]),
             safety_rule=st.sampled_from(["clamp", "one"]),
             participation_mask=st.booleans(),
+            mask_stale=st.booleans(),
             drop_dual_clipped=st.booleans(),
         ),
     }
@@ -95,6 +96,7 @@ def switches(draw: st.DrawFn) -> AlgorithmConfig:
         loss_scale_factor=24.0 if aggregation == "seq-mean-token-sum-norm" else None,
         # A correction a token of a ratio a sequence is defined for the token form alone, not for the form as printed.
         tis_cap=draw(st.sampled_from([None, 0.9, 2.0])) if mode != "gspo" else None,
+        is_bounds=draw(st.sampled_from([None, [0.99, 1.01], [0.5, 2.0]])) if mode != "gspo" else None,
         reference_kl_coef=draw(st.sampled_from([0.0, 0.1])),
         reference_kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
         **chosen,
@@ -208,6 +210,39 @@ def test_truncated_importance_sampling_scales_each_token() -> None:
     plain = policy_loss(inputs, DAPO)[0]
     capped = policy_loss(inputs, dataclasses.replace(DAPO, tis_cap=1e-3))[0]
     torch.testing.assert_close(capped, plain * 1e-3, rtol=1e-9, atol=1e-12)
+
+
+def test_a_token_outside_of_the_bounds_leaves_the_numerator_and_not_the_mean() -> None:
+    """And it credits no token before it, unless mask_stale says otherwise."""
+    inputs = random_inputs(4, scale=0.5)
+    stale = torch.zeros_like(inputs.response_mask)
+    stale[0, inputs.response_mask[0].nonzero()[-1]] = True
+    streams = dict(inputs.streams) | {
+        "rollout_log_probs": torch.where(stale, inputs.old_log_probs - 3, inputs.old_log_probs)
+    }
+    inputs = dataclasses.replace(inputs, streams=streams)
+    bounded = dataclasses.replace(FIPO, is_bounds=[0.5, 5.0])
+    loss, normaliser, statistics = policy_loss(inputs, bounded)
+    (gradient,) = torch.autograd.grad(loss, inputs.log_probs)
+    assert (gradient[stale] == 0).all() and normaliser == policy_loss(inputs, FIPO)[1]
+    reported = metrics(statistics)
+    tokens = int(inputs.response_mask.sum())
+    assert reported["is_masked"] == pytest.approx(1 / tokens)
+    assert reported["is_weight_max"] == pytest.approx(math.exp(3)) and reported["is_weight_min"] == pytest.approx(1)
+    total, squares = tokens - 1 + math.exp(3), tokens - 1 + math.exp(6)
+    assert reported["is_ess"] == pytest.approx(total**2 / (tokens * squares), rel=1e-5)
+
+    def raw_influence(config: AlgorithmConfig) -> float:
+        return metrics(policy_loss(inputs, config)[2])["influence_weights_raw_mean"]
+
+    assert config_without(bounded, "mask_stale") != bounded
+    assert raw_influence(config_without(bounded, "mask_stale")) == raw_influence(FIPO) != raw_influence(bounded)
+
+
+def config_without(config: AlgorithmConfig, name: str) -> AlgorithmConfig:
+    """The same with a switch of future_kl off."""
+    assert config.future_kl is not None
+    return dataclasses.replace(config, future_kl=dataclasses.replace(config.future_kl, **{name: False}))
 
 
 def test_parts_add_up_to_the_whole() -> None:

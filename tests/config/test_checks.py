@@ -38,6 +38,8 @@ REFUSED = {
     "run.steps=1.5": ("run.steps", "a whole number"),
     "run.steps=null": ("run.steps", "a whole number"),
     "data.train=a.parquet": ("data.train", "data.train=[A]"),
+    "algorithm.is_bounds=[0.5]": ("algorithm.is_bounds", "[low, high]"),
+    "algorithm.is_bounds=[2,5]": ("algorithm.is_bounds", "low < 1 < high"),
     "parallel.tensor=1,2": ("parallel.tensor=1,2", "one value"),
     "run.name=a=b": ("run.name=a=b", "quote"),
     "run.name=${nope}": ("run.name", "nope"),

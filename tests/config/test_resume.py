@@ -18,6 +18,7 @@ DECIDES_WHAT_IS_TRAINED = (
     "algorithm.",
     "optimizer.",
     "data.",
+    "environment.",
     "reward.",
     "rollout.",
     "validation.",

@@ -318,6 +318,18 @@ def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> Non
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
 
 
+def test_a_killed_rollout_process_ends_the_run(tmp_path: Path) -> None:
+    """In bounded time, with one line for all ranks; its servers and verifiers go with it."""
+    with runs.started(tmp_path, *SMALL, "run.steps=1000", "parallel.data=2") as process:
+        runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
+        (rollouts,) = (p for p in runs.processes_of(tmp_path) if "megatron_fipo.rollout.process" in p.cmdline())
+        assert len(rollouts.children(recursive=True)) > 1, "a server and verifiers"
+        rollouts.kill()
+        assert process.wait(timeout=60) == 1
+    assert runs.output(tmp_path).count("the rollout process was ended by signal 9") == 1
+    runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
+
+
 @pytest.mark.matrix
 def test_without_restarts_a_dead_server_ends_the_run(tmp_path: Path) -> None:
     """The run stops within a bounded time, names the server and shows its log; no process stays."""

@@ -16,6 +16,7 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch import first_look
 from megatron_fipo.launch.first_look import look_first, look_here, splits_read
+from megatron_fipo.rewards.process import verifier_process
 
 GOOD = ("data.train=[good.jsonl]", "data.validation=[]", "validation.every=0", "reward.rule=mine.py:score")
 
@@ -32,12 +33,16 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "imports.py": "import there_is_no_such_module\ndef score(response):\n    return 1.0\n",
         "asks.py": "def score(answer_of_the_model):\n    return 1.0\n",
         "dies.py": "import os\nos._exit(3)\ndef score(response):\n    return 1.0\n",
+        "no_parameters.py": "def make():\n    return 1.0\n",
         "slow.py": "import time\ntime.sleep(60)\ndef score(response):\n    return 1.0\n",
     }.items():
         Path(name).write_text(text)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+
+OWN = ("environment.name=mine.py:score",)
 
 
 def config_of(*overrides: str) -> Config:
@@ -58,6 +63,9 @@ def config_of(*overrides: str) -> Config:
             "reward.rule: mine has no function scores (its functions: score)",
         ),
         ("reward.rule=asks.py:score", 2, "reward.rule: asks.py:score asks for answer_of_the_model"),
+        ("environment.name=imports.py:score", 2, "environment.name: imports.py:score cannot be imported: ModuleNotF"),
+        ("environment.name=no_parameters.py:make", 2, "environment.name: no_parameters.py:make cannot be called"),
+        ("environment.name=dies.py:score", 1, "the environment process for environment.name=dies.py:score did not st"),
         ("reward.rule=dies.py:score", 1, "the verifier process for reward.rule=dies.py:score did not start"),
     ],
 )
@@ -71,7 +79,7 @@ def test_what_a_run_would_end_with_is_said_first(override: str, exit_code: int, 
 
 def test_what_can_run_passes() -> None:
     """The control of the refusals: without it a look that always fails would do. Bad answers may be left out."""
-    for overrides in ((), ("data.train=[gap.jsonl]", "data.bad_answers=drop"), ("data=chain_sum",)):
+    for overrides in ((), ("data.train=[gap.jsonl]", "data.bad_answers=drop"), ("data=chain_sum",), OWN):
         config = config_of(*overrides)
         look_here(config, splits_read(config))
 
@@ -84,7 +92,7 @@ def test_only_what_is_read_is_looked_at() -> None:
 def test_a_module_that_is_long_in_coming_is_left_to_the_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_look, "LONGEST_IMPORT_S", 1.0)
     started = time.monotonic()
-    with first_look._imported(RewardConfig(rule="slow.py:score")):
+    with first_look._imported(verifier_process(RewardConfig(rule="slow.py:score"))):
         pass
     assert 1.0 <= time.monotonic() - started < 20
 

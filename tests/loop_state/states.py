@@ -14,6 +14,8 @@ from megatron_fipo import loop_state
 from megatron_fipo.errors import FipoError
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.records.segments import segments_around
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 
 STEP, VOCABULARY = 3, 38
@@ -28,7 +30,9 @@ def group(run: TrainingRollouts, number: int) -> Group:
         token_ids = [drawn.randrange(VOCABULARY) for _ in range(length)]
         log_probs = numpy.float32([-drawn.random() for _ in range(length)]).tolist()
         sample = sample_from_lists(token_ids, log_probs, "stop", STEP - 1)
-        samples.append(dataclasses.replace(sample, text=run.tokenizer.decode(token_ids) + "é"))
+        segments = segments_around([(1, length - 1)] if length > 3 else [], length, "made")
+        text = run.tokenizer.decode(token_ids) + "é"
+        samples.append(dataclasses.replace(sample, text=text, segments=segments))
         extra: dict[str, float | str] = {"steps": 2.0, "why": "é"} if length > 1 else {}
         results.append(RewardResult(float(length > 1), drawn.random(), "é7", "judged", extra))
     return Group(run.problems[number], tuple(samples)).with_results(results)
@@ -36,9 +40,9 @@ def group(run: TrainingRollouts, number: int) -> Group:
 
 def write(directory: Path, state: LoopState) -> None:
     directory.mkdir(parents=True)
-    content, write_rollout = loop_state.encode(state)
+    content = loop_state.content(state.step, state.seconds, state.results)
     (directory / "trainer.json").write_text(json.dumps(content | {"megatron_core": "0.16.1"}))
-    write_rollout(directory)
+    snapshot.encode(state.rollout).write(directory)
 
 
 def resume(run: TrainingRollouts, directory: Path) -> LoopState:
@@ -62,3 +66,9 @@ def changed(content: Any, key: str, value: Any) -> Any:
         place = place[int(name) if name.isdigit() else name]
     place[last] = value
     return content
+
+
+def of_one_turn(group: Group) -> Group:
+    """The same tokens, all of them the policy's."""
+    samples = tuple(dataclasses.replace(sample, segments=()) for sample in group.samples)
+    return dataclasses.replace(group, samples=samples)

@@ -17,13 +17,13 @@ import pytest
 from msgspec.structs import replace
 from safetensors.numpy import load_file, save_file
 
-from megatron_fipo import loop_state
 from megatron_fipo.errors import DataError
 from megatron_fipo.loop_state import LoopState
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Ends, StepCounts
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
-from tests.loop_state.states import SAMPLES, VOCABULARY, changed, group, refusal, resume, write
+from tests.loop_state.states import SAMPLES, VOCABULARY, changed, group, of_one_turn, refusal, resume, write
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +35,20 @@ def test_a_state_comes_back_bit_for_bit(run: TrainingRollouts, saved: Path, befo
     tokens = sum(len(each) for group in before.rollout.collected.groups.values() for each in group.samples)
     for name in ("response_token_ids", "response_log_probs"):
         assert sum(arrays[name].nbytes for arrays in kept) == 4 * tokens
+
+
+def test_a_row_from_before_there_were_segments_is_one_action(
+    run: TrainingRollouts, saved: Path, before: LoopState, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(saved, tmp_path / saved.name)
+    path = directory / "rollout/ledger.json"
+    content = json.loads(path.read_text())
+    rows = [row["group"] for row in content["tickets"] if row["group"]]
+    told = [response.pop("told", []) for row in rows for response in row["responses"]]
+    assert any(told), "the control"
+    path.write_text(json.dumps(content))
+    found, expected = (state.rollout.collected.groups for state in (resume(run, directory), before))
+    assert found == {number: of_one_turn(each) for number, each in expected.items()}
 
 
 def test_without_groups_there_is_no_file_of_samples(run: TrainingRollouts, before: LoopState, tmp_path: Path) -> None:
@@ -99,6 +113,7 @@ LEDGER_FAULTS: dict[str, tuple[str, Any, str]] = {
         1e300,
         "$.tickets[0].group.responses[0].reward`",
     ),
+    "context at the end": ("tickets.0.group.responses.0.told", [[0, 1]], "responses[0].told of problem "),
     "an outcome that is none": (
         "tickets.1.group.responses.1.outcome",
         "ok",
@@ -193,4 +208,4 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(run: Trainin
         broken = whole.with_results([dataclasses.replace(first, **{attribute: value}), *others])
         collected = replace(before.rollout.collected, groups={**before.rollout.collected.groups, 4: broken})
         with pytest.raises(DataError, match=f"{broken.problem.id} has accuracy .*; finite numbers can be saved"):
-            loop_state.encode(replace(before, rollout=replace(before.rollout, collected=collected)))
+            snapshot.encode(replace(before.rollout, collected=collected))

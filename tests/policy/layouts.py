@@ -76,6 +76,7 @@ def read_batch(path: str) -> Made:
         },
         prompt_lengths=prompts,
         advantages=data["advantages"].tolist(),
+        told=data["told"].tolist(),
     )
 
 
@@ -117,7 +118,10 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
                 module.window = None
             elif isinstance(module, RMSNorm):
                 module.zero_centered = False
-    (mini_batch,) = made_alike(policy, *read_batch(batch))
+    data, store = read_batch(batch)
+    if sabotage == "told":
+        data = dataclasses.replace(data, told=data.told[:0])
+    (mini_batch,) = made_alike(policy, data, store)
     (found_streams,) = policy.log_probs([mini_batch]).streams
     on_policy = policy.update(mini_batch, found_streams) if sabotage == "on_policy" else None
     engine = [micro_batch.streams.get("rollout_log_probs") for micro_batch in mini_batch]

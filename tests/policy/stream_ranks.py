@@ -17,6 +17,7 @@ from megatron_fipo.policy import platform
 from megatron_fipo.records import streams
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.rollout import saved_groups
 
 platform.install()
@@ -51,6 +52,11 @@ def lengths(place: int) -> tuple[int, int]:
     return 3 + place // SAMPLES, 2 + 5 * place % 23
 
 
+def told(place: int) -> list[tuple[int, int]]:
+    """What the policy did not produce of the response at a place in the batch: of every second one, if it is long."""
+    return [(1, 3), (5, 6)] if place % 2 and lengths(place)[1] > 6 else []
+
+
 def make_groups() -> list[Group]:
     """Judged groups whose samples come with the counting streams."""
     drawn, groups = numpy.random.default_rng(0), []
@@ -63,7 +69,8 @@ def make_groups() -> list[Group]:
             given["token_ids"] = drawn.integers(VOCABULARY, size=response, dtype=numpy.int32)
             given["rollout_log_probs"] = -drawn.exponential(size=response).astype(numpy.float32)
             result = RewardResult(float(place % 2), drawn.standard_normal(), "7", "judged")
-            samples.append(Sample(streams.checked(given, "made"), "stop", 0, "text", result))
+            segments = segments_around(told(place), response, "made")
+            samples.append(Sample(streams.checked(given, "made"), "stop", 0, "text", result, segments))
         ids = prompt_ids(drawn.integers(VOCABULARY, size=lengths(number * SAMPLES)[0]))
         groups.append(Group(Problem(str(number), "", ids, "7", "test"), tuple(samples)))
     return groups
@@ -97,6 +104,7 @@ def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
         for each in (groups, from_checkpoint(groups, folder) if first else []):
             batches.append(share(offers.offer(each, step=1, weight_version=0) if offers else None))
         policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
+        stretches = [batch.told.tolist() for batch in batches]
         seen = {name: _seen(policy, batch) for name, batch in zip(("sampled", "resumed"), batches, strict=True)}
         streams.STREAMS = plain
         steps = {way: _step(config, batches[0], way) for way in ("apart", "own", "own for all", "stopped")}
@@ -106,7 +114,7 @@ def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
             "stage": parallel_state.get_pipeline_model_parallel_rank(),
             "tensor": parallel_state.get_tensor_model_parallel_rank(),
         }
-        found.append(place | {"packing": packing, "seen": seen, "steps": steps})
+        found.append(place | {"packing": packing, "seen": seen, "steps": steps, "told": stretches})
         parallel_state.destroy_model_parallel()
     platform.stop_process_group()
     return found

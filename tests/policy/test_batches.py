@@ -3,6 +3,8 @@
 Why: a response that is masked one token off still trains. Not covered: what the model makes of them (test_layouts.py).
 """
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -13,18 +15,26 @@ from megatron_fipo.rollout.plain_batch import Made, plain_batch
 CPU = torch.device("cpu")
 
 
-def make_batch() -> Made:
+def make_batch(told: Sequence[Sequence[int]] = ()) -> Made:
     log_probs = [torch.tensor([0, 0, 0, -0.1, -0.2, -0.3, -0.4]), torch.tensor([0, 0, -0.5, -0.6])]
     return plain_batch(
         streams={"token_ids": [torch.arange(10, 17), torch.arange(20, 24)], "rollout_log_probs": log_probs},
         prompt_lengths=[3, 2],
         advantages=[1.0, -1.0],
         weight_lag=[0, 2],
+        told=told,
     )
 
 
-def build(indices: list[int], packed: bool, rank: int = 0, ranks: int = 1, pad_multiple: int = 4) -> MicroBatch:
-    batch, store = make_batch()
+def build(
+    indices: list[int],
+    packed: bool,
+    rank: int = 0,
+    ranks: int = 1,
+    pad_multiple: int = 4,
+    told: Sequence[Sequence[int]] = (),
+) -> MicroBatch:
+    batch, store = make_batch(told)
     found = Feed(BatchLayout(packed, pad_multiple, rank, ranks), 24, CPU).fetch(batch, [[indices]], store)
     assert isinstance(found, list), found
     ((micro_batch,),) = found
@@ -58,6 +68,17 @@ def test_what_belongs_to_the_responses(packed: bool) -> None:
     assert batch.weight_lag[batch.response_mask].tolist() == [0] * 4 + [2] * 2
     assert batch.response_quarter[batch.response_mask].tolist() == [0, 1, 2, 3, 0, 2]
     assert batch.response_lengths.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_what_the_policy_was_told_counts_for_nothing(packed: bool) -> None:
+    """By the label: the first action after context is predicted at context's last token, and is the policy's."""
+    for ranks in (1, 2):
+        parts = [build([1, 0], packed, rank, ranks, told=[[0, 4, 6]]) for rank in range(ranks)]
+        labels = torch.cat([part.streams["labels"][part.response_mask] for part in parts])
+        assert sorted(labels.tolist()) == [13, 16, 22, 23]
+        assert all(part.response_lengths.tolist() == [2, 2] for part in parts), "of whole responses, on every rank"
+        assert all(part.streams["labels"].shape == part.response_mask.shape for part in parts)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -64,6 +64,13 @@ FOUR = [
     {"packing": True, "pipeline": 2, "context": 2, "virtual_pipeline": 2},
     *({"packing": True, "tensor": 2, "context": 2, "sequence": True, "algorithm": name} for name in ALGORITHMS),
 ]
+ALL_AT_ONCE = {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}
+IN_TURNS = [
+    *({**ALL_AT_ONCE, "packing": packing, "algorithm": name} for packing in (False, True) for name in ("fipo", "gspo")),
+    *({**ALL_AT_ONCE, "packing": packing, "sabotage": "told"} for packing in (False, True)),
+]
+TOLD = [(1, 12, 15), (1, 20, 21), (3, 6, 8), (3, 15, 30), (6, 10, 12)]
+"""Stretches of responses: in the middle, right behind a prompt, of one token, longer than a context-parallel chunk."""
 FAMILIES = [
     {"tensor": 2, "context": 2, "sequence": True},
     {"packing": True, "tensor": 2, "context": 2, "sequence": True},
@@ -87,11 +94,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A random model with non-trivial norms and biases, a batch of uneven sequences, and the reference gradients."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_case(folder, request.param, told=[])
+
+
+def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """As `case`; the stretches `told` (sequence, start, end) were not produced by the policy."""
     import transformers
 
-    folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    kind, settings = MODELS[request.param]
+    kind, settings = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=75,  # not a multiple of two, so tensor parallelism pads it
         hidden_size=64,
@@ -111,7 +123,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts = torch.tensor([3, 5, 2, 6, 9, 1, 4, 7, 11])
     tokens = [torch.randint(0, 75, (int(length),)) for length in lengths]
     advantages = torch.randn(len(tokens))
-    inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages)
+    inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages, told)
     losses = {name: plain_loss(inputs, algorithm) for name, algorithm in ALGORITHMS.items()}
     norms = {}
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -122,13 +134,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             parameter.grad = gradient.contiguous()
         save_file({key: p.grad for key, p in zip(names, parameters, strict=True)}, folder / f"{name}.safetensors")
         norms[name] = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
-    old = torch.cat([row[mask] for row, mask in zip(inputs.old_log_probs, inputs.response_mask, strict=True)])
+    responses = (lengths - prompts).tolist()
+    old = torch.cat([row[:count] for row, count in zip(inputs.old_log_probs, responses, strict=True)])
     batch = {
         "tokens": torch.cat(tokens),
         "lengths": lengths,
         "prompts": prompts,
         "advantages": advantages,
         "old_log_probs": old.float(),
+        "told": torch.tensor(told, dtype=torch.int64).view(-1, 3),
     }
     save_file(batch, folder / "batch.safetensors")
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad)
@@ -148,7 +162,11 @@ def _adam(model: Any) -> torch.optim.AdamW:
 
 
 def _reference_inputs(
-    model: Any, tokens: list[torch.Tensor], prompts: list[int], advantages: torch.Tensor
+    model: Any,
+    tokens: list[torch.Tensor],
+    prompts: list[int],
+    advantages: torch.Tensor,
+    told: list[tuple[int, int, int]],
 ) -> LossInputs:
     width = max(len(row) - prompt for row, prompt in zip(tokens, prompts, strict=True))
     log_probs, mask = [], torch.zeros(len(tokens), width, dtype=torch.bool)
@@ -156,6 +174,8 @@ def _reference_inputs(
         found = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(-1, ids[1:, None])[prompt - 1 :, 0]
         log_probs.append(torch.nn.functional.pad(found, (0, width - len(found))))
         mask[row, : len(found)] = True
+    for row, start, end in told:
+        mask[row, start - prompts[row] : end - prompts[row]] = False
     stacked = torch.stack(log_probs)
     old = (stacked.detach() + torch.randn_like(stacked) * 0.3) * mask
     streams = {"old_log_probs": old, "rollout_log_probs": old, "reference_log_probs": old * REFERENCE_SCALE}
@@ -205,6 +225,15 @@ def check_gradients(case: dict[str, Any], layouts: list[dict[str, Any]], ranks: 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (2, TWO), (4, FOUR)], ids=["one", "two", "four"])
 def test_gradients_equal_the_reference(case: dict[str, Any], world_size: int, layouts: list[dict[str, Any]]) -> None:
     check_gradients(case, layouts, updates_under(case, world_size, layouts))
+
+
+def test_gradients_of_samples_in_turns_equal_the_reference(tmp_path: Path) -> None:
+    """What a policy was told is in no loss, no count and no F. The control trains on it, and has to show.
+
+    GSPO reads lengths of responses, which are cut over ranks here.
+    """
+    case = make_case(tmp_path, "tied", TOLD)
+    check_gradients(case, IN_TURNS, updates_under(case, 8, IN_TURNS, timeout=300))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_fipo.records import streams
 from megatron_fipo.rollout.offers import train_batch
 from megatron_fipo.rollout.store import SampleStore
 from tests.distributed import run_ranks
-from tests.policy.stream_ranks import COUNTING, EACH, FILL, GROUPS, SAMPLES, VOCABULARY, lengths, make_groups
+from tests.policy.stream_ranks import COUNTING, EACH, FILL, GROUPS, SAMPLES, VOCABULARY, lengths, make_groups, told
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +68,17 @@ def test_a_stream_arrives_whole_on_every_stage_that_reads_it(
                     assert len(found) >= sum(lengths(place)) - 1
                     other = {"token": "label", "label": "token"}[stream.align]
                     assert found != expected(place, other, len(found)), "the control: one off would be seen"
+
+
+def test_every_rank_knows_what_the_policy_was_told(ranks: list[list[dict[str, Any]]]) -> None:
+    """As it was sampled, and from a checkpoint's groups."""
+    right = [
+        [place, lengths(place)[0] + start, lengths(place)[0] + end]
+        for place in range(GROUPS * SAMPLES)
+        for start, end in told(place)
+    ]
+    assert len(right) > 6
+    assert all(found["told"] == [right, right] for rank in ranks for found in rank)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

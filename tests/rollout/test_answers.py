@@ -313,6 +313,8 @@ def test_what_has_arrived_in_parts_is_gone_on_with(tmp_path: Path) -> None:
     assert first.begun == [[], []] and second.begun == [[5, 7, 5, 7]] and warnings == []
     assert second.token_ids == first.token_ids and second.max_tokens == first.max_tokens
     assert second.seeds[0] not in first.seeds
+    assert client.end_step() == {"requests_repeated": 1, "tokens_continued": 4}
+    assert client.end_step() == {"requests_repeated": 0, "tokens_continued": 0}
     assert [sample.token_ids.tolist() for sample in group.samples] == [[5, 7, 2], [5, 7, 5, 7, 5, 7, 2]]
     assert group.samples[1].streams["rollout_log_probs"].tolist() == [-1, -0.5, -1, -0.5, -1, -0.5, -0.25]
     assert {sample.weight_version for sample in group.samples} == {VERSION}

@@ -109,6 +109,15 @@ def test_a_state_that_cannot_be_is_refused_and_changes_nothing() -> None:
     assert ledger.tickets(State.OPEN)[0] == ticket, "the control"
 
 
+def test_a_smaller_window_opens_nothing_before_what_is_there_is_trained() -> None:
+    ledger, tickets = opened(5)
+    assert [Window(2, k).admit(ledger) for k in (0, 1, 2)] == [0, 0, 1]
+    for ticket in tickets:
+        ready(ledger, ticket)
+    taken = Window(2, 0).take(ledger)
+    assert taken is not None and taken.tickets == tickets[:2]
+
+
 class Schedule:
     """A run in which everything happens in random order: verdicts, rejections, updates, kills and resumes."""
 
@@ -211,7 +220,7 @@ def test_the_bound_of_a_window_is_reached_and_one_slot_more_would_break_it() -> 
 
     class OneMore(Window):
         def admit(self, ledger: Ledger) -> int:
-            return super().admit(ledger) + 1
+            return (self.max_off_policy_steps + 1) * self.prompts_per_step + 1 - len(ledger)
 
     def largest_lag(admission: Admission) -> int:
         lags = []

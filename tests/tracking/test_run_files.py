@@ -1,5 +1,6 @@
 """The run's own files: configuration without passwords, environment, summary, readable samples."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import yaml
 
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.run_files import distinguishing, write_config, write_environment
 from tests.tracking.groups import make_group
@@ -31,7 +33,7 @@ def test_environment_names_the_versions(tmp_path):
 
 def test_logged_rollouts_show_worst_and_best(tmp_path):
     groups = [make_group("7777778" + "9", "9", name=f"p{index}") for index in range(10)]
-    path = log_rollouts(tmp_path, 12, groups, count=6)
+    path = log_rollouts(tmp_path, 12, groups, count=6, decode=str)
     assert path == tmp_path / "samples" / "step-000012.txt"
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert [row["problem"] for row in rows] == ["p0"] * 4 + ["p9"] * 2
@@ -47,23 +49,39 @@ def test_logged_rollouts_show_worst_and_best(tmp_path):
 def test_logged_rollouts_run_no_escape_sequence(tmp_path):
     group = make_group("9", "9")
     group = group.with_texts(["\x1b[2Jgone\x9b31m\r"])
-    text = log_rollouts(tmp_path, 1, [group], count=1).read_text()
+    text = log_rollouts(tmp_path, 1, [group], count=1, decode=str).read_text()
     assert "\\x1b[2Jgone\\x9b31m\\r" in text and "\x1b" not in text
 
 
+def test_turns_are_shown_one_by_one(tmp_path):
+    """What the policy was told is not shown as if it had said it; the text and its length for rewards stay whole."""
+    group = make_group("9", "9", lengths=[6])
+    (sample,) = group.samples
+    told = dataclasses.replace(sample, segments=segments_around([(2, 5)], 6, "made"))
+    path = log_rollouts(tmp_path, 1, [dataclasses.replace(group, samples=(told,))], count=1, decode=str)
+    row = json.loads(path.with_suffix(".jsonl").read_text())
+    assert [turn["by"] for turn in row["turns"]] == ["policy", "environment", "policy"]
+    assert [turn["text"] for turn in row["turns"]] == ["[7, 7]", "[7, 7, 7]", "[7]"]
+    assert (row["length"], row["context_length"], row["response"]) == (3, 3, "I say 9")
+    text = path.read_text()
+    assert "3 tokens in 2 turns · told 3 tokens" in text and "[7, 7]\n-- told:\n[7, 7, 7]\n--\n[7]\n" in text
+    path = log_rollouts(tmp_path, 2, [group], count=1, decode=str)
+    assert "turns" not in path.read_text() and "turns" not in json.loads(path.with_suffix(".jsonl").read_text())
+
+
 def test_nothing_to_keep(tmp_path):
-    assert log_rollouts(tmp_path, 1, [make_group("9", "9")], count=0) is None
-    assert log_rollouts(tmp_path, 1, [], count=8) is None
+    assert log_rollouts(tmp_path, 1, [make_group("9", "9")], count=0, decode=str) is None
+    assert log_rollouts(tmp_path, 1, [], count=8, decode=str) is None
     assert not (tmp_path / "samples").exists()
 
 
 def test_logged_rollouts_of_held_out_problems_have_a_file_of_their_own(tmp_path):
     """With one response per problem as many problems are kept as rollouts are asked for."""
     groups = [make_group("9", "9", name=f"p{index}") for index in range(10)]
-    path = log_rollouts(tmp_path, 0, groups, count=5, of="validation")
+    path = log_rollouts(tmp_path, 0, groups, count=5, decode=str, of="validation")
     assert path == tmp_path / "samples" / "validation-000000.txt"
     assert len(path.with_suffix(".jsonl").read_text().splitlines()) == 5
-    assert log_rollouts(tmp_path, 0, groups, count=99) == tmp_path / "samples" / "step-000000.txt"
+    assert log_rollouts(tmp_path, 0, groups, count=99, decode=str) == tmp_path / "samples" / "step-000000.txt"
 
 
 def test_a_summary_tells_recipes_apart():

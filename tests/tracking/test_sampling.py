@@ -4,9 +4,12 @@ Why: a verifier that times out on long answers must not look like a model that g
 groups that are counted here (tests/rollout/test_filters.py).
 """
 
+import dataclasses
+
 import pytest
 
 from megatron_fipo.records.sample import Group
+from megatron_fipo.records.segments import segments_around
 from megatron_fipo.rollout.collector import Batch
 from megatron_fipo.rollout.ledger import StepCounts
 from megatron_fipo.tracking.sampling import sampling_metrics
@@ -55,6 +58,14 @@ def test_without_a_verdict_there_is_no_mean():
     metrics = metrics_of([make_group("TT", "9")])
     assert "reward_mean" not in metrics and "accuracy" not in metrics
     assert metrics["verifier_timeout_rate"] == 1.0
+
+
+def test_what_a_policy_was_told_is_in_no_length():
+    group = make_group("9999", "9", lengths=[1, 2, 4, 9])
+    told = dataclasses.replace(group.samples[3], segments=segments_around([(2, 5)], 9, "made"))
+    metrics = metrics_of([dataclasses.replace(group, samples=(*group.samples[:3], told))])
+    assert metrics["response_length_max"] == 6 and metrics["response_tokens"] == 13
+    assert metrics["turns_mean"] == pytest.approx(5 / 4) and metrics["context_share"] == pytest.approx(3 / 16)
 
 
 def test_lengths_and_an_empty_step():

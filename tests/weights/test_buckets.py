@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.processes.leftovers import SHARED_MEMORY, remove_outside
-from megatron_fipo.weights.buckets import Bucket, BucketLayout, checksum, unpack
+from megatron_fipo.weights.bucket_layout import BucketLayout
+from megatron_fipo.weights.buckets import Bucket, checksum, unpack
 from megatron_fipo.weights.transfer_plan import cut_by_size
 from megatron_fipo.weights.transport_records import BucketFile, BucketHeader, SharedMemoryAddress, from_wire, to_wire
 from megatron_fipo.weights.transports import WeightTransport, make_transport
