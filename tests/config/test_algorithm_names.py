@@ -20,7 +20,9 @@ def test_the_names_are_those_of_the_group() -> None:
 
 
 def test_the_name_of_another_algorithm_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^algorithm\.name: says dapo, .*algorithm=dapo without \.name chooses it"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.name: says dapo, .*algorithm=dapo, without \.name, to choose it"
+    ):
         judge("algorithm.name=dapo")
     assert judge("algorithm=dapo") == []
 

@@ -48,9 +48,9 @@ def test_the_same_problems_have_the_same_fingerprint_in_every_format(load) -> No
     ("rows", "words"),
     [
         (ROWS[:2], "2 training problems, the checkpoint was trained on 3"),
-        (ROWS[::-1], "3 training problems as the checkpoint, but others, in another order or with other answers"),
-        ([*ROWS[:2], row("3+3=?", "7")], "with other answers"),
-        ([*ROWS[:2], row("3+4=?", "6")], "but others"),
+        (ROWS[::-1], "3 training problems as in the checkpoint, but they, their order, their answers or"),
+        ([*ROWS[:2], row("3+3=?", "7")], "their answers or data.prompt_template"),
+        ([*ROWS[:2], row("3+4=?", "6")], "in the checkpoint, but they"),
     ],
 )
 def test_other_problems_answers_and_orders_differ(load, rows: list[dict], words: str) -> None:

@@ -151,7 +151,7 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(tmp_path: Path, with_card: Pa
         r"`hf download owner/other --repo-type dataset --local-dir other` fetches",
     ):
         fetch_split("owner/other", "train")
-    with pytest.raises(DataError, match="is no dataset"):
+    with pytest.raises(DataError, match="is not a dataset"):
         fetch_split("a/b/c/d", "train")
 
 

@@ -132,4 +132,4 @@ def test_a_directory_without_a_tokenizer_stays_as_it_is(tmp_path: Path, caplog: 
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"] and not caplog.records
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     complete_text_files(tmp_path)
-    assert "is no sentencepiece model" in caplog.text
+    assert "is not a sentencepiece model" in caplog.text

@@ -279,7 +279,7 @@ def test_interrupted_run_is_saved_leaves_nothing_and_goes_on_honestly(tmp_path: 
     output = runs.output(tmp_path)
     assert "Traceback" not in output and f"run directory: {tmp_path}\n" in output
     assert "Ctrl-C: step 2, half sampled, is dropped" in output
-    assert "this goes on from there:\n" in output and output.endswith(f"run.directory={tmp_path}\n")
+    assert "this command resumes the run:\n" in output and output.endswith(f"run.directory={tmp_path}\n")
     assert runs.report(tmp_path)["state"]["kind"] == "stopped"
     beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
     places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))

@@ -159,7 +159,7 @@ sys.exit(75)
 """
     status, _, errors = start(2, script).finish()
     assert status == 75
-    assert errors.startswith("launch: stopped; this goes on from there:\n  ")
+    assert errors.startswith("launch: stopped; this command resumes the run:\n  ")
     assert errors.endswith(f"run.directory={tmp_path}\n") and errors.count("\n") == 2
     assert (tmp_path / "clean").exists()
 
@@ -250,7 +250,7 @@ sys.exit(75)
     launched.process.send_signal(signal.SIGINT)
     status, _, errors = launched.finish()
     assert status == 130 and not (tmp_path / "asked-1").exists()
-    assert "this goes on from there:\n  " in errors and "still running" not in errors
+    assert "this command resumes the run:\n  " in errors and "still running" not in errors
 
 
 @starts_processes

@@ -82,10 +82,10 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
     [
         (["FIPO_PARTITON=gpu"], "FIPO_PARTITON: is read by nothing", "FIPO_PARTITION"),
         (["FIPO_OFFLINE=yes"], "FIPO_OFFLINE: is yes", "1: offline, or 0"),
-        (["FIPO_MODELS=models"], "FIPO_MODELS: models is relative", "a path from /"),
+        (["FIPO_MODELS=models"], "FIPO_MODELS: models is relative", "an absolute path"),
         (["FIPO_DATA=/nowhere/at/all"], "FIPO_DATA: there is no directory /nowhere/at/all", "that is there"),
         (["FIPO_RUNS=/nowhere/runs"], "FIPO_RUNS: there is no directory", "mkdir -p /nowhere/runs"),
-        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is no program", "bin/python"),
+        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is not a program", "bin/python"),
         (["FIPO_ACTIVATE='/nowhere/activate fipo'"], "FIPO_ACTIVATE: there is no file /nowhere/activate", "activate"),
         (["FIPO_MODULES=cuda/13"], "FIPO_MODULES: module load cuda/13: ", "module avail"),
         (["FIPO_CONTAINER_RUNTIME=aptainer"], "FIPO_CONTAINER_RUNTIME: aptainer is not known", "apptainer"),
@@ -107,7 +107,11 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
             "FIPO_CONTAINER_MOUNTS: there is no /nowhere",
             "SOURCE:TARGET",
         ),
-        (["FIPO_CONTAINER_IMAGE=nvcr.io#x", "FIPO_MODULES=cuda"], "FIPO_MODULES: is the host's", "one of them"),
+        (
+            ["FIPO_CONTAINER_IMAGE=nvcr.io#x", "FIPO_MODULES=cuda"],
+            "FIPO_MODULES: is for software of the host",
+            "unset FIPO_MODULES",
+        ),
         (["FIPO_RUNS=$(nonsense)"], "bash says line 1: nonsense: command not found", "NAME=VALUE"),
     ],
 )

@@ -105,7 +105,7 @@ def test_idle_gpus_and_servers_without_gpus_are_told() -> None:
     (idle,) = notes_of("experiment=fipo_7b", *SHARED, "rollout.servers=1")
     assert "1 of 8 trainer GPUs sample" in idle and "rollout.servers=8 samples on 8" in idle
     (far,) = notes_of("experiment=fipo_7b", *SHARED, "cluster.trainer_nodes=2")
-    assert "8 of 16 trainer GPUs sample" in far and "first node alone" in far
+    assert "8 of 16 trainer GPUs sample" in far and "only on the first node" in far
     (none,) = notes_of("experiment=fipo_7b", *ONE_NODE, "rollout.servers=2")
     assert "beside the trainer's 8, but a node has 8" in none
     assert notes_of("experiment=fipo_7b", *SHARED) == [], "the control"
