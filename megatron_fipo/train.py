@@ -20,7 +20,7 @@ from megatron_fipo.launch.local import adopt_environment, already_launched, laun
 from megatron_fipo.processes.ending import die_with_library, terminate_on_sigterm
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.reasons import told_at_once
-from megatron_fipo.rollout.process_start import start_rollout_process
+from megatron_fipo.rollout_process.process_start import start_rollout_process
 
 
 def main(config: Config) -> None:

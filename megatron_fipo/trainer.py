@@ -23,13 +23,13 @@ from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
-from megatron_fipo.rollout.link import Offer, RolloutCalls
+from megatron_fipo.rollout_process.link import Offer, RolloutCalls
 from megatron_fipo.runs.checkpoints import RunCheckpoints
 from megatron_fipo.runs.leader import Leader
+from megatron_fipo.runs.sampling_events import SamplingEvents
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.run_files import distinguishing, write_summary
 from megatron_fipo.weights.ranks import fact_of_rank_0, only_rank_0
-from megatron_fipo.weights.sampling_events import SamplingEvents
 
 STOP_FILE = "stop"
 _T = TypeVar("_T")
