@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import sys
+from typing import Any
 
 import msgspec
 import numpy
@@ -65,7 +66,7 @@ def json_of(length: int, samples: int) -> bytes:
     """What vLLM's own route answers: a group at once, in JSON."""
     token_ids, log_probs = tokens(length)
     pairs = zip(token_ids, log_probs, strict=True)
-    content = [
+    content: list[dict[str, Any]] = [
         {"token": f"token_id:{token}", "logprob": log_prob, "bytes": None, "top_logprobs": [], "token_id": token}
         for token, log_prob in pairs
     ]

@@ -59,7 +59,7 @@ def what_is_here() -> Row:
     """GPU and versions, a missing package by name: what every figure of the file was measured on."""
     import torch
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for name in ("megatron-core", "transformer-engine", "vllm", "triton"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def credit(tiny: bool) -> Iterator[Row]:
         values = torch.randn(stretches * tokens, device=device()) * 0.02
         lengths = torch.full((stretches,), tokens, device=device())
         suffix_scan(values, gamma, lengths)  # compiles
-        spent = seconds(lambda values=values, lengths=lengths: suffix_scan(values, gamma, lengths), least=0.3)
+        spent = seconds(functools.partial(suffix_scan, values, gamma, lengths), least=0.3)
         part, one = values[:tokens].double().cpu(), torch.tensor([tokens])
         error = (suffix_scan(values, gamma, lengths)[:tokens].cpu().double() - suffix_scan(part, gamma, one)).abs()
         yield {
@@ -78,7 +79,7 @@ def log_probs(tiny: bool) -> Iterator[Row]:
             peak, spent = None, None
         size = logits.numel() * 2
         # Ours writes over its logits, so that it gets a copy, which neither time nor memory should count.
-        copied = seconds(lambda logits=logits: logits * 1) if form == "ours" and spent else 0.0
+        copied = seconds(functools.partial(torch.mul, logits, 1)) if form == "ours" and spent else 0.0
         yield {
             "form": form,
             "positions": positions,
@@ -194,11 +195,12 @@ def _profile(function: Callable[[], object], spent: float) -> Row | None:
 
 
 RECEIVER = """
-import json, sys, time, torch
+import msgspec, sys, torch
 from megatron_fipo.weights.cuda_ipc import open_shared
+from megatron_fipo.weights.transport_records import CudaHandle
 held = None
 for line in sys.stdin:
-    shared = open_shared(json.loads(line), torch.device("cuda", 0))
+    shared = open_shared(msgspec.json.decode(line, type=CudaHandle), torch.device("cuda", 0))
     held = torch.empty_like(shared) if held is None or held.numel() != shared.numel() else held
     held.copy_(shared)
     torch.cuda.synchronize()
@@ -210,26 +212,30 @@ for line in sys.stdin:
 def ipc(tiny: bool) -> Iterator[Row]:
     """A bucket of weights by CUDA IPC: packed here, opened and copied by another process."""
     from megatron_fipo.weights.buckets import Bucket
-    from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
+    from megatron_fipo.weights.cuda_ipc import CudaIpcTransport
+    from megatron_fipo.weights.transport_records import BucketMemory
 
     if not torch.cuda.is_available():
         return
     tensors = [(f"layer.{index}", torch.randn(8192, 4096, device="cuda").bfloat16()) for index in range(4)]
-    plane = CudaIpcPlane()
-    plane.open(1)
+    transport = CudaIpcTransport()
+    transport.open(1)
     with subprocess.Popen(
         [sys.executable, "-c", RECEIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as receiver:
-        assert receiver.stdin is not None and receiver.stdout is not None
+        asked, answered = receiver.stdin, receiver.stdout
+        assert asked is not None and answered is not None
 
         def send() -> None:
-            print(json.dumps(plane.send(Bucket(tensors))["handles"][0]), file=receiver.stdin, flush=True)
-            receiver.stdout.readline()
-            plane.sent()
+            place = transport.send(Bucket(tensors)).place
+            assert isinstance(place, BucketMemory)
+            print(msgspec.json.encode(place.handles[0]).decode(), file=asked, flush=True)
+            answered.readline()
+            transport.sent()
 
         send()
         spent = statistics.median(once(send) for _ in range(20))
-        receiver.stdin.close()
+        asked.close()
     size = sum(tensor.numel() * 2 for _, tensor in tensors)
     yield {"mib": size / 2**20, "seconds": spent, "gb_s": size / spent / 1e9}
 

@@ -20,6 +20,7 @@ from megatron_fipo.files import write_json_atomically
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Ends, LedgerState, State, StepCounts, Ticket
 from megatron_fipo.rollout.snapshot import RolloutState
@@ -84,9 +85,9 @@ def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
     state = LoopState(step=1, seconds=0.0, results={}, rollout=rollout)
 
     def write() -> None:
-        content, write_rollout = loop_state.encode(state)
+        content = loop_state.content(state.step, state.seconds, state.results)
         write_json_atomically(directory / "trainer.json", content | {"megatron_core": "0.16.1"})
-        write_rollout(directory)
+        snapshot.encode(state.rollout).write(directory)
 
     wrote = once(write)
     found: list[Any] = []

@@ -115,7 +115,7 @@ def in_process(config: Config, problems: list[Problem], sampling: Sampling) -> I
         prompts, parameters = [], []
         for index, problem in enumerate(problems):
             work = Work(problem, config.algorithm.samples_per_prompt, sampling, seed + index)
-            for own_seed in work.request(work.missing(), cache_salt="").seeds:
+            for own_seed in work.request(work.missing(), cache_salt="", stream_tokens=10**6).seeds:
                 prompts.append({"prompt_token_ids": problem.token_ids.tolist()})
                 parameters.append(
                     SamplingParams(

@@ -6,6 +6,7 @@ Both policies live in one process and take turns (A B B A …), so that a change
 small model is the hard case: the larger the model, the smaller the loss's share.
 """
 
+import functools
 import os
 import statistics
 
@@ -75,7 +76,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
     for pair in range(PAIRS):
         for name in ("fipo", "dapo") if pair % 2 else ("dapo", "fipo"):
-            times[name].append(once(lambda name=name: policies[name].update(mini_batches[name], old[name])))
+            times[name].append(once(functools.partial(policies[name].update, mini_batches[name], old[name])))
     ratios = [fipo / dapo for fipo, dapo in zip(times["fipo"], times["dapo"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     dapo = statistics.median(times["dapo"])

@@ -222,7 +222,7 @@ def _memory_table(model: Path, directory: Path) -> None:
     _print_head(f"Converting {size / 1e9:.2f} GB.", "direction", "peak memory, MB", "seconds")
     for command, source, target in (("to-megatron", model, "megatron"), ("to-hf", directory / "megatron", "back")):
         started = time.perf_counter()
-        conversion = [sys.executable, "tools/convert_hf.py", command, source, directory / target]
+        conversion: list[str | Path] = [sys.executable, "tools/convert_hf.py", command, source, directory / target]
         ended = run_measured(conversion, CONVERSION_TIMEOUT_S)
         if ended.returncode != 0:
             sys.exit(f"{command} failed: {ended.stderr}")
