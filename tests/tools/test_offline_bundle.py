@@ -1,4 +1,4 @@
-"""Why: a bundle that lacks one wheel is found out on the machine without a network, where nothing can be done about it.
+"""Why: a missing wheel of a bundle shows only on the machine without a network, where it cannot be fixed.
 
 Real pip on both sides, over wheels that are made here, since tests have no network. Not covered: wheels for another
 platform than this one's, and compiling.
@@ -44,7 +44,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def machine() -> dict[str, Any]:
-    """This one, by the half that runs there, with two packages that it has not."""
+    """Describe this machine, as the other machine would, with two packages that it does not have."""
     described = run(ROOT / "tools/offline_install.py", "describe")
     assert described.returncode == 0, described.stderr
     found: dict[str, Any] = json.loads(described.stdout)
