@@ -110,7 +110,7 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_installed(collected: tu
     finally:
         part.write_bytes(content)
     assert missing.returncode == damaged.returncode == 1 and not (tmp_path / "site").exists()
-    assert f"{part.relative_to(bundle)} is missing: carry the folder {part.parent.name} to {bundle}" in missing.stderr
+    assert f"{part.relative_to(bundle)} is missing: copy the folder {part.parent.name} to {bundle}" in missing.stderr
     assert "second-2.5-py3-none-any.whl is damaged" in damaged.stderr
     assert run(bundle / "install.py", "check").returncode == 0, "the control"
 
