@@ -1,6 +1,6 @@
-"""What benchmarks/gpu.py measures, a part a process: `python -m benchmarks.gpu_parts NAME [ARGUMENT ...] [--tiny]`.
+"""The parts of benchmarks/gpu.py, one per process: `python -m benchmarks.gpu_parts NAME [ARGUMENT ...] [--tiny]`.
 
-Every part prints its rows as JSON lines behind `result: `. With --tiny the sizes are for a CPU, to show that all runs.
+Every part prints its rows as JSON lines after `result: `. With --tiny the sizes are for a CPU, to test the code.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VOCABULARY = 151_936
 
 
 def ceilings(tiny: bool) -> Iterator[Row]:
-    """What this device does at best: a copy (bytes read and written), a bf16 matrix product of random values."""
+    """Measure this device's limits: a copy (bytes read and written), and a bf16 matrix product of random values."""
     elements, width = (1 << 22, 512) if tiny else (1 << 30, 8192)
     source = torch.randn(elements, device=device())
     target = torch.empty_like(source)
@@ -38,7 +38,7 @@ def ceilings(tiny: bool) -> Iterator[Row]:
 
 
 def credit(tiny: bool) -> Iterator[Row]:
-    """The suffix scan's GB/s, 8 bytes a token, and its error against fp64."""
+    """Measure the suffix scan's GB/s, at 8 bytes per token, and its error compared with fp64."""
     from megatron_fipo.algorithm.credit import suffix_scan
 
     gamma = 2 ** (-1 / 32)
@@ -60,7 +60,7 @@ def credit(tiny: bool) -> Iterator[Row]:
 
 
 def log_probs(tiny: bool) -> Iterator[Row]:
-    """Log-prob and entropy, forward and backward: the policy's form, and log_softmax of fp32 logits."""
+    """Measure log-prob and entropy, forward and backward: the policy's code, and log_softmax of fp32 logits."""
     from benchmarks.logprobs import plain
     from megatron_fipo.policy.logprobs import log_probs_and_entropy
 
@@ -78,7 +78,7 @@ def log_probs(tiny: bool) -> Iterator[Row]:
         except torch.cuda.OutOfMemoryError:
             peak, spent = None, None
         size = logits.numel() * 2
-        # Ours writes over its logits, so that it gets a copy, which neither time nor memory should count.
+        # Ours overwrites its logits, so it gets a copy, which counts neither in time nor in memory.
         copied = seconds(functools.partial(torch.mul, logits, 1)) if form == "ours" and spent else 0.0
         yield {
             "form": form,
@@ -96,7 +96,7 @@ def _without_gradient(way: Callable[[Tensor, Tensor], None], logits: Tensor, lab
 
 
 def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str) -> Iterator[Row]:
-    """A whole update of packed sequences of one length, FIPO's and DAPO's in turns, and what the device does in it."""
+    """Measure a whole update of packed sequences of one length, FIPO and DAPO alternating, and its kinds of kernels."""
     from benchmarks.policy import SHAPES, configuration, operations
     from megatron_fipo.policy import platform
 
@@ -179,7 +179,7 @@ KERNELS = {
 
 
 def _profile(function: Callable[[], object], spent: float) -> Row | None:
-    """Shares of `spent` by kind of kernel; `idle` is what the device waited for the processor."""
+    """Return shares of `spent` by kind of kernel. `idle` is the time in which the device waited for the CPU."""
     if not torch.cuda.is_available():
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -210,7 +210,7 @@ for line in sys.stdin:
 
 
 def ipc(tiny: bool) -> Iterator[Row]:
-    """A bucket of weights by CUDA IPC: packed here, opened and copied by another process."""
+    """Measure a bucket of weights by CUDA IPC: packed here, opened and copied by another process."""
     from megatron_fipo.weights.buckets import Bucket
     from megatron_fipo.weights.cuda_ipc import CudaIpcTransport
     from megatron_fipo.weights.transport_records import BucketMemory

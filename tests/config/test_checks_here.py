@@ -1,6 +1,7 @@
 """What a configuration needs on this machine: the model's files and its config.json, problems, a token, CUDA.
 
-Why: a path that is wrong or a layout that the model does not divide by would otherwise show after all processes start.
+Why: a wrong path, or a layout that does not divide the model, would otherwise show only after all processes have
+started.
 """
 
 from pathlib import Path

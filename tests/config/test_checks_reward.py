@@ -1,7 +1,6 @@
 """The section `reward` of a configuration: names of rules, files of the user's own, variables.
 
-Why: a wrong name has to be answered before processes start. What importing a function says is in
-tests/rewards/test_own.py.
+Why: a wrong name has to be reported before processes start. tests/rewards/test_own.py tests the import of functions.
 """
 
 from pathlib import Path
@@ -89,7 +88,7 @@ def test_an_answer_pattern_has_one_group(pattern: str, message: str) -> None:
 
 
 def test_an_answer_pattern_that_nothing_reads_is_refused() -> None:
-    """Without its format the whole answer would be the truth, and every response wrong."""
+    """Without its format the whole text would be the right answer, and every response would be wrong."""
     with pytest.raises(ConfigError, match=r"data.answer_pattern: is not read with data.answer_format=plain"):
         judge("data.answer_pattern='(c)'")
     own = ["data.validation_columns.answer_format=pattern", "data.answer_pattern='(c)'"]

@@ -1,4 +1,4 @@
-"""Why: a value that is no answer, turned into text in silence, makes every response to its problem wrong for weeks."""
+"""Why: if a value that is not an answer is silently turned into text, every response to its problem is wrong."""
 
 import datetime
 from decimal import Decimal

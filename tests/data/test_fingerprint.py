@@ -1,6 +1,6 @@
-"""Why: a run that goes on with other data goes on in silence, and its curves compare two things.
+"""Why: a run that resumes with other data would show no error, and its curves would mix two data sets.
 
-What the loop makes of a difference is tests/rollout/test_training_rollouts.py.
+tests/rollout/test_training_rollouts.py tests what the loop does if the data differ.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Why: data sets name their columns as they like, and files break in many ways; each has to load as it is, or be named.
+"""Why: data sets have different column names, and files can be damaged in many ways. Each loads correctly or is named.
 
-What counts as an answer is test_answers.py; random damage is tests/fuzz.
+test_answers.py tests which values are answers, and tests/fuzz tests random damage.
 """
 
 import gzip
@@ -228,7 +228,7 @@ def test_a_truncated_table_is_named_at_every_length(tmp_path, suffix):
 
 
 def test_an_arrow_stream_that_ends_between_two_batches_is_refused(tmp_path):
-    """Arrow itself takes that for its end."""
+    """Arrow itself would treat that as the end of the file."""
     table = pa.Table.from_pylist([row("1"), row("2")])
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as sink:
         sink.write_table(table, max_chunksize=1)

@@ -180,7 +180,7 @@ def test_added_tokens_are_decoded_unless_they_are_special(tmp_path):
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token"])
 def test_a_special_token_that_does_not_exist_is_refused(tmp_path, name):
-    """sentencepiece's own </s> stood for it in silence, and no chat turn ended."""
+    """sentencepiece's own </s> was silently used instead, and no chat turn ended."""
     save_sentencepiece(tmp_path, CHAT, **{name: "<|nope|>"})
     with pytest.raises(DataError, match=rf"tokenizer_config\.json: {name} '<\|nope\|>' is not a token"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Metrics on disk, above all over a crash and a resume: no step lost, none twice. TensorBoard's own reader reads it."""
+"""Metrics on disk after a crash and a resume: no step is missing or repeated. TensorBoard's own reader reads them."""
 
 import json
 import math
@@ -94,7 +94,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     ],
 )
 def test_what_is_no_row_is_an_error_and_stays(tmp_path, content, words):
-    """A resume cuts the file, and must not cut what it does not understand."""
+    """A resume removes rows from the file, and must not remove rows that it cannot read."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=words):
