@@ -112,7 +112,7 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "environment", "said"),
     [
-        ("owner/none", {}, "the hub has no such model, or shows it after `hf auth login` alone"),
+        ("owner/none", {}, "the hub has no such model, or shows it only after `hf auth login`"),
         ("owner/old", {}, "owner/old has no complete safetensors"),
         ("owner/small", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set (`hf download owner/small` where there is a"),
         ("owner/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached ("),
