@@ -1,11 +1,11 @@
-"""How long training waits for a checkpoint, and what its checksums and a resume cost.
+"""Measure how long training waits for a checkpoint, and what its checksums and a resume cost.
 
     python -m benchmarks.checkpoint              # SmolLM2-135M's shape with random weights, in fp32, on one rank
-    python -m benchmarks.checkpoint DIRECTORY    # write there: a disk's or a file system's own figures
+    python -m benchmarks.checkpoint DIRECTORY    # write there, to measure this disk or file system
 
-Synchronous and asynchronous saves, and Megatron-Core's own save as it was used before, take turns over the same policy,
-in seconds of the clock. While an asynchronous one is written the policy is trained on, and the update's time is held
-against that of an update with nothing beside it. Results are in benchmarks/README.md.
+Synchronous saves, asynchronous saves and Megatron-Core's own save, which older versions used, alternate over the same
+policy. Seconds are wall-clock time. While an asynchronous save is written, the policy is trained, and the time of this
+update is compared with that of an update alone. Results are in benchmarks/README.md.
 """
 
 import argparse
@@ -60,25 +60,25 @@ SMOLLM2_135M: dict[str, Any] = {
 }
 ROUNDS = 4
 TOKENS = 128
-"""Few, so that an update is over before a save is."""
+"""Few tokens, so that an update ends before a save."""
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 class Clock:
-    """Seconds of whatever is called, by name."""
+    """Records the seconds of calls, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns."""
+        """Call `work`, record its time, and return its result."""
         start = time.perf_counter()
         result = work()
         self.seconds[name].append(time.perf_counter() - start)
         return result
 
     def median(self, *names: str) -> float:
-        """The sum of the medians."""
+        """Return the sum of the medians."""
         return sum(statistics.median(self.seconds[name]) for name in names)
 
 
@@ -112,7 +112,7 @@ def _policy(model: Path) -> Policy:
 
 
 def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
-    """One save of each kind, and an update beside nothing and beside writing."""
+    """Do one save of each kind, an update alone, and an update during writing."""
     model, checkpoints = place / "model", place / "checkpoints"
 
     def arguments(step: int) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
         "synchronous": lambda: checkpoint.start_saving(*arguments(1)).finish(),
         "unchecked": lambda: checkpoint.start_saving(*arguments(2)).finish(),
     }
-    # In another order each round: a disk is busy for a while with what was written and removed before.
+    # In another order in each round: a disk is busy for a while with files that were written and removed before.
     for kind in sorted(kinds, key=lambda kind: (list(kinds).index(kind) + number) % len(kinds)):
         _settle()
         before = _processor_seconds()
@@ -148,14 +148,14 @@ def _round(policy: Policy, place: Path, number: int, clock: Clock) -> None:
 
 
 def _processor_seconds() -> float:
-    """CPU time of the processes that this one has started and that have ended."""
-    multiprocessing.active_children()  # takes leave of those
+    """Return the CPU time of the child processes that have ended."""
+    multiprocessing.active_children()  # reaps those
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def _settle() -> None:
-    """Have the disk done with what was written and removed, so that the next one does not wait for it."""
+    """Wait until the disk has finished earlier writes and removals, so that the next save does not wait for them."""
     time.sleep(1)
     os.sync()
 
@@ -191,15 +191,19 @@ def _print(clock: Clock, size: int) -> None:
         ("Megatron-Core's own save", clock.median("before"), clock.median("before") / synchronous),
         ("synchronous save", synchronous, 1.0),
         ("without checksums", clock.median("unchecked"), clock.median("unchecked") / synchronous),
-        ("asynchronous save: training waits at its begin", clock.median("begin"), clock.median("begin") / synchronous),
-        ("and at its end", clock.median("finish"), clock.median("finish") / synchronous),
+        (
+            "asynchronous save: training waits at its beginning",
+            clock.median("begin"),
+            clock.median("begin") / synchronous,
+        ),
+        ("training waits at its end", clock.median("finish"), clock.median("finish") / synchronous),
         ("both", stall, stall / synchronous),
     )
     for what, seconds, ratio in rows:
         print(f"| {what} | {seconds:.2f} | {ratio:.3f} |")
     checked, unchecked = (clock.median(f"{kind}, of processors") for kind in ("synchronous", "unchecked"))
     print(
-        f"| CPU time of the processes that write, and its ratio to that without checksums | {checked:.2f} "
+        f"| CPU time of the writing processes, and its ratio to the time without checksums | {checked:.2f} "
         f"| {checked / unchecked:.3f} |"
     )
     alone, beside = clock.median("update"), clock.median("update beside")
@@ -207,7 +211,7 @@ def _print(clock: Clock, size: int) -> None:
     print(f"| an update alone | {alone:.2f} | |")
     print(f"| an update while a save is written | {beside:.2f} | |")
     print(f"| resume: read the checkpoint | {load:.2f} | |")
-    print(f"| and hold it against its checksums | {verify:.2f} | |")
+    print(f"| resume: compare it with its checksums | {verify:.2f} | |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The future-KL credit: our suffix scan against a chunked matrix product, the way of the released code.
+"""Compare two ways to compute future-KL credit: our suffix scan, and a chunked matrix product as in the released code.
 
     python -m benchmarks.credit
 
-The chunked product is written here after the description of the released code: for each chunk of 128 later tokens, the
-powers of γ between every token and the chunk, times the chunk. O(T²) work, O(T · 128) memory.
+The chunked product is written here following the description of the released code: for each chunk of 128 later tokens,
+the matrix of powers of γ between every token and the chunk, times the chunk. It takes O(T²) work and O(T · 128) memory.
 """
 
 import torch
@@ -17,14 +17,14 @@ DECAY_RATE = 32.0
 CHUNK = 128
 SHAPES = [(1, 2048), (1, 8192), (8, 20_480), (1, 32_768), (1, 131_072)]
 SAMPLED = 16
-"""At 131072 tokens the chunked product is timed over one chunk in 16, times 16: it would take minutes."""
+"""At 131072 tokens only one chunk in 16 is timed, and the time multiplied by 16: the whole would take minutes."""
 
 
 def chunked_matmul(values: Tensor, decay_rate: float, parts: int = 1) -> Tensor:
-    """F_t of [rows, tokens] values, by products of [rows, 128] with [128, tokens] matrices of powers.
+    """Compute F_t of [rows, tokens] values, by products of [rows, 128] with [128, tokens] matrices of powers.
 
-    `parts` > 1 works through one chunk in so many only: that share of the time, since every chunk costs the same, and
-    a meaningless result.
+    With `parts` > 1 only one of `parts` chunks is computed. This takes that share of the time, since every chunk costs
+    the same. The result is then meaningless.
     """
     gamma = torch.tensor(2.0 ** (-1.0 / decay_rate), dtype=values.dtype, device=values.device)
     tokens = values.shape[1]

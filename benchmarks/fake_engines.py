@@ -1,9 +1,9 @@
-"""Rollout servers without a model: they speak the route of the real ones, and take the time that a table asks for.
+"""Rollout servers without a model. They answer on the route of the real servers, and take a given time per token.
 
 python -m benchmarks.fake_engines PORTS PLACES SECONDS_PER_TOKEN; prints the ports, and ends with its standard input.
 
-A prompt's first two numbers are the mean and the cap of its lengths; seed i of a request has the i-th of them. At 0
-seconds a token everything is answered at once.
+A prompt's first two numbers are the mean and the cap of its lengths. The length of a response is a function of its
+seed. At 0 seconds per token everything is answered at once.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import sys
+from typing import Any
 
 import msgspec
 import numpy
@@ -27,11 +28,11 @@ from megatron_fipo.records.wire import encode_frame
 
 STOP_TOKEN, VOCABULARY = 2, 152_064
 ABOUT = b'{"world_size": 1, "weight_version": "0"}'
-"""What a server says of itself, whatever it is asked."""
+"""A server's answer to every request about itself."""
 
 
 def length_of(seed: int, mean: int, cap: int) -> int:
-    """Log-normal lengths with this mean, or `mean` itself where it is the cap."""
+    """Return a log-normal length with this mean, or `mean` itself if it equals the cap."""
     if mean == cap:
         return mean
     drawn = numpy.random.default_rng(seed).lognormal(numpy.log(mean) - 0.5, 1.0)
@@ -40,7 +41,7 @@ def length_of(seed: int, mean: int, cap: int) -> int:
 
 @functools.cache
 def tokens(length: int) -> tuple[list[int], list[float]]:
-    """Random tokens that end with a stop token, and their log-probs."""
+    """Return random tokens that end with a stop token, and their log-probs."""
     drawn = numpy.random.default_rng(length)
     token_ids = [*drawn.integers(3, VOCABULARY, length - 1).tolist(), STOP_TOKEN]
     return token_ids, (-drawn.exponential(size=length)).astype(numpy.float32).tolist()
@@ -48,7 +49,7 @@ def tokens(length: int) -> tuple[list[int], list[float]]:
 
 @functools.lru_cache(maxsize=64)
 def frames_of(length: int, index: int, stream_tokens: int) -> list[bytes]:
-    """A response as the real route sends it: the first token is with the next ones."""
+    """Return the frames of a response as the real route sends them."""
     token_ids, log_probs = tokens(length)
     cuts = [0, *range(stream_tokens + 1, length, stream_tokens), length]
     frames = []
@@ -62,10 +63,10 @@ def frames_of(length: int, index: int, stream_tokens: int) -> list[bytes]:
 
 @functools.lru_cache(maxsize=4)
 def json_of(length: int, samples: int) -> bytes:
-    """What vLLM's own route answers: a group at once, in JSON."""
+    """Return an answer as on vLLM's own route: a whole group in JSON."""
     token_ids, log_probs = tokens(length)
     pairs = zip(token_ids, log_probs, strict=True)
-    content = [
+    content: list[dict[str, Any]] = [
         {"token": f"token_id:{token}", "logprob": log_prob, "bytes": None, "top_logprobs": [], "token_id": token}
         for token, log_prob in pairs
     ]
@@ -114,7 +115,7 @@ class Engine:
             if self._seconds_per_token:
                 async with self._places:
                     await asyncio.sleep(length * self._seconds_per_token)
-            # A timed table counts seconds of places and not bytes: one token stands for all of them.
+            # A timed table measures how long places are in use, not bytes, so one token is sent for all.
             kept = 1 if self._seconds_per_token else length
             for frame in frames_of(kept, index, request.stream_tokens):
                 _chunk(writer, frame)

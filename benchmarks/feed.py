@@ -1,10 +1,10 @@
-"""Tokens of a step to the trainer's ranks: all to all of them, as before, against to those that read them.
+"""Compare two ways to send a step's tokens to the trainer's ranks: all tokens to all ranks, or only to their readers.
 
     python -m benchmarks.feed [--quick]
 
-Ranks are processes of this machine over gloo; rank 0 has the samples and serves them. "Held" are the arrays of tokens
-that a rank has while the step is trained on; "peak" is how much its memory grows on the way there, samples of rank 0
-itself excluded. The first way is written here: every stream of every sequence by one broadcast.
+Ranks are processes of this machine over gloo. Rank 0 has the samples and serves them. "Held" are the arrays of tokens
+that a rank has while the step is trained on. "Peak" is how much its memory grows until then, without rank 0's own
+samples. The first way, which older versions used, is written here: one broadcast of every stream of every sequence.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Layout:
 
 
 def make_groups(samples: int, tokens: int) -> list[Group]:
-    """Judged groups of random samples of so many tokens, prompt included."""
+    """Return judged groups of random samples of `tokens` tokens, prompt included."""
     drawn, groups, result = numpy.random.default_rng(0), [], RewardResult(1.0, 1.0, "7", "judged")
     for number in range(samples // PER_PROMPT):
         members = []
@@ -65,7 +65,7 @@ def make_groups(samples: int, tokens: int) -> list[Group]:
 
 
 def broadcast_all(groups: list[Group], samples: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Every stream of every sequence on every rank."""
+    """Send every stream of every sequence to every rank."""
     held = {}
     for name, stream in sampled_streams().items():
         kind = getattr(torch, stream.dtype)
@@ -73,7 +73,7 @@ def broadcast_all(groups: list[Group], samples: int, tokens: int) -> dict[str, t
         if groups:
             prompt = torch.full((PROMPT,), 1, dtype=kind)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of arrays that torch could write to
+                warnings.simplefilter("ignore")  # about read-only arrays
                 parts = [[prompt, torch.from_numpy(s.streams[name])] for group in groups for s in group.samples]
             flat = torch.cat([part for pair in parts for part in pair])
         torch.distributed.broadcast(flat, src=0)
@@ -82,7 +82,7 @@ def broadcast_all(groups: list[Group], samples: int, tokens: int) -> dict[str, t
 
 
 def measure(rank: int, layout: Layout, samples: int, tokens: int, port: int) -> None:
-    """One rank; rank 0 prints the rows."""
+    """Run as one rank. Rank 0 prints the rows."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(layout.world_size), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     platform.start_process_group(600)
@@ -121,7 +121,7 @@ def measure(rank: int, layout: Layout, samples: int, tokens: int, port: int) -> 
 
 
 def timed(way: Callable[[], dict[str, torch.Tensor]]) -> tuple[float, int, int]:
-    """Median seconds between barriers, bytes held after it, and how much memory grew at most."""
+    """Return the median seconds between barriers, the bytes held afterwards, and the largest growth of memory."""
     held: dict[str, torch.Tensor] = {}
     seconds = []
     torch.distributed.barrier()
@@ -137,7 +137,7 @@ def timed(way: Callable[[], dict[str, torch.Tensor]]) -> tuple[float, int, int]:
 
 
 def report(rank: int, name: str, seconds: float, held: int, peak: int) -> None:
-    """Print what all ranks found, on rank 0."""
+    """Print the results of all ranks, on rank 0."""
     from megatron_fipo.weights.reshard import gather_texts
 
     found = [json.loads(text) for text in gather_texts(json.dumps([held, peak]), torch.device("cpu"))]

@@ -1,4 +1,4 @@
-"""What it saves that a step's first update gives its own old log-probs: log-probs and updates of a step, in pairs.
+"""Measure what is saved if a step's first update computes its own old log-probs, by pairs of whole steps.
 
 python -m benchmarks.first_update
 """
@@ -22,7 +22,7 @@ PAIRS = 13
 
 
 def make_batch(updates: int) -> Made:
-    """A step of the quick start's size, cut into so many updates."""
+    """Make a step of the quick start's size with this many updates."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(PROMPT + 10, PROMPT + 100, (SEQUENCES,), generator=generator).tolist()
     return plain_batch(
@@ -39,7 +39,7 @@ def make_batch(updates: int) -> Made:
 def main() -> None:
     """Print the table."""
     platform.install()
-    # Imported here: Megatron-Core has to find the platform installed.
+    # Imported here, since the platform has to be set up before Megatron-Core is imported.
     from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.agreement import AgreementCheck
     from megatron_fipo.policy.feed import made_alike
@@ -55,11 +55,16 @@ def main() -> None:
     def step(policy: Policy, made: Made, apart: bool) -> None:
         check = AgreementCheck(Limits(warn=1e9, stop=1e9))
         if not apart:
-            check.judge({"log_prob_diff_mean": 0.0})  # the first step of a process has a pass for all
+            check.judge(
+                {"log_prob_diff_mean": 0.0}
+            )  # in the first step of a process, a separate pass computes all log-probs
         train_step(policy, made_alike(policy, *made), check, lambda _: contextlib.nullcontext(), lambda _: None)
 
     print(f"{machine()}; {SEQUENCES} sequences, {PAIRS - 1} pairs\n")
-    print("| updates in a step | a pass for all, s | the first by its own, s | ratio (quartiles) |\n|---|---|---|---|")
+    print(
+        "| updates per step | a pass for all, s | first mini-batch from its update, s | ratio (quartiles) |"
+        "\n|---|---|---|---|"
+    )
     for updates in (1, 4, 16):
         policy, batch = Policy(config, read_architecture(model), str(model), updates=1000), make_batch(updates)
         times: dict[bool, list[float]] = {True: [], False: []}

@@ -1,11 +1,11 @@
-"""What a GPU does with this package, in the order of worth: tests, then every measured part, into one results file.
+"""Test and measure this package on a GPU, the most important parts first, into one results file.
 
     python -m benchmarks.gpu --results gpu.jsonl             all parts that the file does not have yet
     python -m benchmarks.gpu --results gpu.jsonl --table     the tables of what it has
     python -m benchmarks.gpu --results x.jsonl --tiny        sizes for a CPU: shows that everything runs
 
-A part runs in a process of its own and within its time limit; its rows are in the file as soon as it ends, so that a
-run that is cut off loses one part, and goes on from there when it is started again.
+Each part runs in its own process, within a time limit. Its rows are written to the file when it ends. So an interrupted
+run loses only one part, and continues there when it is started again.
 """
 
 import argparse
@@ -27,14 +27,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A command of gpu_parts.py."""
+    """A command for gpu_parts.py."""
 
     command: tuple[str, ...]
     limit_s: int
 
     @property
     def name(self) -> str:
-        """What the results file calls it."""
+        """Its name in the results file."""
         return " ".join(self.command)
 
 
@@ -56,10 +56,10 @@ PARTS = [
 
 
 def what_is_here() -> Row:
-    """GPU and versions, a missing package by name: what every figure of the file was measured on."""
+    """Return the GPU and all versions on which the figures of the file are measured. Missing packages are named."""
     import torch
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for name in ("megatron-core", "transformer-engine", "vllm", "triton"):
         try:
             versions[name] = importlib.metadata.version(name)
@@ -70,7 +70,7 @@ def what_is_here() -> Row:
 
 
 def run(part: Part, tiny: bool) -> Row:
-    """A part's record: its rows, and why it ended early if it did."""
+    """Return a part's record: its rows, and the reason if it failed."""
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_parts", *part.command, *(["--tiny"] if tiny else [])]
     with subprocess.Popen(
@@ -90,7 +90,7 @@ def run(part: Part, tiny: bool) -> Row:
 
 
 def append(results: Path, record: Row) -> None:
-    """Add a record, on the disk when this returns."""
+    """Add a record. It is on the disk when this returns."""
     with results.open("a") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
@@ -98,7 +98,7 @@ def append(results: Path, record: Row) -> None:
 
 
 def read(results: Path) -> list[Row]:
-    """The records so far; a last line that was cut off counts for nothing."""
+    """Return the records so far. A last line that was cut off is ignored."""
     records = []
     for line in results.read_text().splitlines() if results.exists() else []:
         try:
@@ -109,7 +109,7 @@ def read(results: Path) -> list[Row]:
 
 
 def cell(value: Any) -> str:
-    """A figure as tables have it: three digits that mean something."""
+    """Return a figure for a table, with three significant digits."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     if isinstance(value, dict):
@@ -118,7 +118,7 @@ def cell(value: Any) -> str:
 
 
 def print_tables(records: list[Row]) -> None:
-    """Markdown: one table a kind of part, and a line for each that has no result."""
+    """Print Markdown: one table per kind of part, and a line for each part without a result."""
     for record in records:
         if "gpu" in record:
             print(f"\n{record['gpu']}; {', '.join(f'{name} {found}' for name, found in record['versions'].items())}")
@@ -138,12 +138,14 @@ def print_tables(records: list[Row]) -> None:
 
 
 def main() -> None:
-    """Run what the file lacks, and print its tables."""
+    """Run the parts that the file lacks, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="a JSON line a part; made if it is not there")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="file with one JSON line per part; created if missing"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--only", nargs="+", help="parts whose names begin so")
+    parser.add_argument("--only", nargs="+", help="run only parts whose names begin with this")
     options = parser.parse_args()
     records = read(options.results)
     if not options.table:

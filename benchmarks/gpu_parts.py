@@ -1,6 +1,6 @@
-"""What benchmarks/gpu.py measures, a part a process: `python -m benchmarks.gpu_parts NAME [ARGUMENT ...] [--tiny]`.
+"""The parts of benchmarks/gpu.py, one per process: `python -m benchmarks.gpu_parts NAME [ARGUMENT ...] [--tiny]`.
 
-Every part prints its rows as JSON lines behind `result: `. With --tiny the sizes are for a CPU, to show that all runs.
+Every part prints its rows as JSON lines after `result: `. With --tiny the sizes are for a CPU, to test the code.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ VOCABULARY = 151_936
 
 
 def ceilings(tiny: bool) -> Iterator[Row]:
-    """What this device does at best: a copy (bytes read and written), a bf16 matrix product of random values."""
+    """Measure this device's limits: a copy (bytes read and written), and a bf16 matrix product of random values."""
     elements, width = (1 << 22, 512) if tiny else (1 << 30, 8192)
     source = torch.randn(elements, device=device())
     target = torch.empty_like(source)
@@ -37,7 +38,7 @@ def ceilings(tiny: bool) -> Iterator[Row]:
 
 
 def credit(tiny: bool) -> Iterator[Row]:
-    """The suffix scan's GB/s, 8 bytes a token, and its error against fp64."""
+    """Measure the suffix scan's GB/s, at 8 bytes per token, and its error compared with fp64."""
     from megatron_fipo.algorithm.credit import suffix_scan
 
     gamma = 2 ** (-1 / 32)
@@ -46,7 +47,7 @@ def credit(tiny: bool) -> Iterator[Row]:
         values = torch.randn(stretches * tokens, device=device()) * 0.02
         lengths = torch.full((stretches,), tokens, device=device())
         suffix_scan(values, gamma, lengths)  # compiles
-        spent = seconds(lambda values=values, lengths=lengths: suffix_scan(values, gamma, lengths), least=0.3)
+        spent = seconds(functools.partial(suffix_scan, values, gamma, lengths), least=0.3)
         part, one = values[:tokens].double().cpu(), torch.tensor([tokens])
         error = (suffix_scan(values, gamma, lengths)[:tokens].cpu().double() - suffix_scan(part, gamma, one)).abs()
         yield {
@@ -59,7 +60,7 @@ def credit(tiny: bool) -> Iterator[Row]:
 
 
 def log_probs(tiny: bool) -> Iterator[Row]:
-    """Log-prob and entropy, forward and backward: the policy's form, and log_softmax of fp32 logits."""
+    """Measure log-prob and entropy, forward and backward: the policy's code, and log_softmax of fp32 logits."""
     from benchmarks.logprobs import plain
     from megatron_fipo.policy.logprobs import log_probs_and_entropy
 
@@ -77,8 +78,8 @@ def log_probs(tiny: bool) -> Iterator[Row]:
         except torch.cuda.OutOfMemoryError:
             peak, spent = None, None
         size = logits.numel() * 2
-        # Ours writes over its logits, so that it gets a copy, which neither time nor memory should count.
-        copied = seconds(lambda logits=logits: logits * 1) if form == "ours" and spent else 0.0
+        # Ours overwrites its logits, so it gets a copy, which counts neither in time nor in memory.
+        copied = seconds(functools.partial(torch.mul, logits, 1)) if form == "ours" and spent else 0.0
         yield {
             "form": form,
             "positions": positions,
@@ -95,7 +96,7 @@ def _without_gradient(way: Callable[[Tensor, Tensor], None], logits: Tensor, lab
 
 
 def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str) -> Iterator[Row]:
-    """A whole update of packed sequences of one length, FIPO's and DAPO's in turns, and what the device does in it."""
+    """Measure a whole update of packed sequences of one length, FIPO and DAPO alternating, and its kinds of kernels."""
     from benchmarks.policy import SHAPES, configuration, operations
     from megatron_fipo.policy import platform
 
@@ -178,7 +179,7 @@ KERNELS = {
 
 
 def _profile(function: Callable[[], object], spent: float) -> Row | None:
-    """Shares of `spent` by kind of kernel; `idle` is what the device waited for the processor."""
+    """Return shares of `spent` by kind of kernel. `idle` is the time in which the device waited for the CPU."""
     if not torch.cuda.is_available():
         return None
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -194,11 +195,12 @@ def _profile(function: Callable[[], object], spent: float) -> Row | None:
 
 
 RECEIVER = """
-import json, sys, time, torch
+import msgspec, sys, torch
 from megatron_fipo.weights.cuda_ipc import open_shared
+from megatron_fipo.weights.transport_records import CudaHandle
 held = None
 for line in sys.stdin:
-    shared = open_shared(json.loads(line), torch.device("cuda", 0))
+    shared = open_shared(msgspec.json.decode(line, type=CudaHandle), torch.device("cuda", 0))
     held = torch.empty_like(shared) if held is None or held.numel() != shared.numel() else held
     held.copy_(shared)
     torch.cuda.synchronize()
@@ -208,28 +210,32 @@ for line in sys.stdin:
 
 
 def ipc(tiny: bool) -> Iterator[Row]:
-    """A bucket of weights by CUDA IPC: packed here, opened and copied by another process."""
+    """Measure a bucket of weights by CUDA IPC: packed here, opened and copied by another process."""
     from megatron_fipo.weights.buckets import Bucket
-    from megatron_fipo.weights.cuda_ipc import CudaIpcPlane
+    from megatron_fipo.weights.cuda_ipc import CudaIpcTransport
+    from megatron_fipo.weights.transport_records import BucketMemory
 
     if not torch.cuda.is_available():
         return
     tensors = [(f"layer.{index}", torch.randn(8192, 4096, device="cuda").bfloat16()) for index in range(4)]
-    plane = CudaIpcPlane()
-    plane.open(1)
+    transport = CudaIpcTransport()
+    transport.open(1)
     with subprocess.Popen(
         [sys.executable, "-c", RECEIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as receiver:
-        assert receiver.stdin is not None and receiver.stdout is not None
+        asked, answered = receiver.stdin, receiver.stdout
+        assert asked is not None and answered is not None
 
         def send() -> None:
-            print(json.dumps(plane.send(Bucket(tensors))["handles"][0]), file=receiver.stdin, flush=True)
-            receiver.stdout.readline()
-            plane.sent()
+            place = transport.send(Bucket(tensors)).place
+            assert isinstance(place, BucketMemory)
+            print(msgspec.json.encode(place.handles[0]).decode(), file=asked, flush=True)
+            answered.readline()
+            transport.sent()
 
         send()
         spent = statistics.median(once(send) for _ in range(20))
-        receiver.stdin.close()
+        asked.close()
     size = sum(tensor.numel() * 2 for _, tensor in tensors)
     yield {"mib": size / 2**20, "seconds": spent, "gb_s": size / spent / 1e9}
 

@@ -1,4 +1,4 @@
-"""Size and seconds of the loop's state in a checkpoint: groups carried over, as arrays beside JSON and as JSON alone.
+"""Measure size and time of the loop's state in a checkpoint, with groups carried over: as arrays and JSON, and as JSON.
 
 python -m benchmarks.loop_state
 """
@@ -20,17 +20,18 @@ from megatron_fipo.files import write_json_atomically
 from megatron_fipo.loop_state import LoopState
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
+from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Ends, LedgerState, State, StepCounts, Ticket
 from megatron_fipo.rollout.snapshot import RolloutState
 
 SAMPLES, LENGTH, PROMPT, VOCABULARY = 16, 2000, 200, 152_064
 FEW, MANY = 32, 512
-"""Groups: JSON is measured with fewer, since it takes minutes and gigabytes."""
+"""Numbers of groups. JSON is measured with few, since it takes minutes and gigabytes."""
 
 
 def groups(count: int) -> list[Group]:
-    """Random groups whose text has four bytes a token, as English has."""
+    """Return random groups whose text has four bytes per token, as in English."""
     drawn = numpy.random.default_rng(0)
     text = "".join(random.Random(0).choices("abcdefgh ", k=4 * LENGTH))
     made = []
@@ -47,7 +48,7 @@ def groups(count: int) -> list[Group]:
 
 
 def plain_json(kept: list[Group], directory: Path) -> dict[str, float]:
-    """All of it as JSON, as checkpoints had it before."""
+    """Write and read everything as JSON, as in older checkpoints."""
     path = directory / "plain.json"
     plain = [_plain(group) for group in kept]
     wrote = once(lambda: write_json_atomically(path, {"experience": {"sampling": {"kept": plain}}}))
@@ -56,7 +57,7 @@ def plain_json(kept: list[Group], directory: Path) -> dict[str, float]:
 
 
 def _plain(group: Group) -> dict[str, Any]:
-    """The group as checkpoints had it before."""
+    """Return the group in the form of older checkpoints."""
     streams = [{name: values.tolist() for name, values in sample.streams.items()} for sample in group.samples]
     return {
         "problem": vars(group.problem) | {"token_ids": group.problem.token_ids.tolist()},
@@ -75,7 +76,7 @@ def _plain(group: Group) -> dict[str, Any]:
 
 
 def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
-    """Arrays and JSON, as checkpoints have it."""
+    """Write and read arrays and JSON, as in checkpoints now."""
     order = OrderState(epoch=0, position=0, size=1, seed=0, shuffle=True)
     tickets = tuple((Ticket(number, group.problem.id, 0, 0, 1), State.READY) for number, group in enumerate(kept))
     ledger = LedgerState(len(kept), Ends(), StepCounts(carried_in=len(kept)), tickets)
@@ -84,9 +85,9 @@ def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
     state = LoopState(step=1, seconds=0.0, results={}, rollout=rollout)
 
     def write() -> None:
-        content, write_rollout = loop_state.encode(state)
+        content = loop_state.content(state.step, state.seconds, state.results)
         write_json_atomically(directory / "trainer.json", content | {"megatron_core": "0.16.1"})
-        write_rollout(directory)
+        snapshot.encode(state.rollout).write(directory)
 
     wrote = once(write)
     found: list[Any] = []
@@ -98,8 +99,8 @@ def arrays(kept: list[Group], directory: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print the table in Markdown."""
-    print(f"{machine()}; {SAMPLES} samples a group, {LENGTH} tokens a sample\n")
-    print("| groups | form | MB | bytes a token | write, s | read, s |")
+    print(f"{machine()}; {SAMPLES} samples per group, {LENGTH} tokens per sample\n")
+    print("| groups | form | MB | bytes per token | write, s | read, s |")
     print("|---|---|---|---|---|---|")
     for count, name, form in ((FEW, "JSON", plain_json), (FEW, "arrays", arrays), (MANY, "arrays", arrays)):
         with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Times, peak memory and the line that says where they were measured; shared by the tables."""
+"""Measure times and peak memory, and describe the machine, for all benchmarks."""
 
 import ctypes
 import datetime
@@ -13,9 +13,10 @@ import torch
 
 
 def seconds(function: Callable[[], object], least: float = 1.0) -> float:
-    """Median time of one call, over as many calls as fit into `least` seconds, three at least unless one takes longer.
+    """Return the median time of one call, over as many calls as fit into `least` seconds.
 
-    CPU time of this process on the CPU, so that neighbours on the machine do not count; the device's time on CUDA.
+    There are at least three calls, unless one takes longer. On a CPU this is the CPU time of this process, so that
+    other processes do not count. With CUDA it is the device's time.
     """
     times: list[float] = []
     while sum(times) < least or (len(times) < 3 and times[0] < least):
@@ -24,7 +25,7 @@ def seconds(function: Callable[[], object], least: float = 1.0) -> float:
 
 
 def once(function: Callable[[], object]) -> float:
-    """Time of one call in seconds, by the clock of `seconds`."""
+    """Return the time of one call in seconds, measured as in `seconds`."""
     if not torch.cuda.is_available():
         start = time.process_time()
         function()
@@ -37,14 +38,14 @@ def once(function: Callable[[], object]) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Most memory that one call holds beyond what was held before: resident memory on Linux, allocations on CUDA."""
+    """Return the peak memory of one call, in addition to what was held before: resident memory, or CUDA allocations."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
@@ -58,12 +59,12 @@ def _status(name: str) -> int:
 
 
 def device() -> torch.device:
-    """Where the tables are measured: CUDA if there is any."""
+    """Return the device of the measurements: CUDA if there is a GPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> str:
-    """One line for benchmarks/README.md: processor, threads, torch, date."""
+    """Return one line for benchmarks/README.md: processor, threads, torch, date."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:

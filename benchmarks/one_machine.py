@@ -1,10 +1,10 @@
-"""The quick start's speed on this machine: its start, its steps, and sampling by a server against vLLM in process.
+"""Measure the quick start's speed on this machine: its start, its steps, and sampling by a server or in process.
 
 python -m benchmarks.one_machine [--against CHECKOUT] [--results FILE]
 
-Runs of this checkout and of another one, such as an older commit's `git worktree`, take turns, and so do the two ways
-of sampling; so what neighbours on the machine take falls on all alike, and ratios count. Each run is the default
-experiment without validations and checkpoints. Runs take this environment's packages, whichever checkout they are of.
+Runs of this checkout and of another one, such as an older commit's `git worktree`, alternate, and so do the two ways of
+sampling. So other load on the machine affects all of them alike, and the ratios are meaningful. Each run is the default
+experiment without validations and checkpoints. All runs use the packages of this environment.
 """
 
 import argparse
@@ -35,18 +35,18 @@ LONGEST_RUN_S = 900
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took."""
+    """The times of one run."""
 
     start: float
     """Seconds from its command to its first step."""
     rows: list[dict[str, float]]
-    """metrics.jsonl, a row per step."""
+    """metrics.jsonl, one row per step."""
 
 
 def main() -> None:
     """Measure in turns and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout, measured beside this one")
+    parser.add_argument("--against", type=Path, help="another checkout to compare with")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="steps of a run (default: %(default)s)")
     parser.add_argument("--samplings", type=int, default=20, help="samplings in each way (default: %(default)s)")
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def sample_in_turns(times: int) -> dict[str, list[dict[str, float]]]:
-    """The same samplings in each way; the first two of each only warm it up. Tokens have to agree."""
+    """Do the same samplings in each way. The first two of each are only a warm-up. Tokens have to agree."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     with Way("server") as server, Way("in_process") as in_process:
         for index in range(times + 2):
@@ -86,7 +86,7 @@ def sample_in_turns(times: int) -> dict[str, list[dict[str, float]]]:
 
 
 def run_once(checkout: Path, steps: int) -> Run:
-    """One run of the default experiment by the code of `checkout`."""
+    """Do one run of the default experiment by the code of `checkout`."""
     with tempfile.TemporaryDirectory(prefix="one-machine-") as directory:
         command = [sys.executable, "-m", "megatron_fipo.train", f"run.directory={directory}/run", f"run.steps={steps}"]
         metrics, log = Path(directory, "run", "metrics.jsonl"), Path(directory, "log")
@@ -116,7 +116,7 @@ def run_once(checkout: Path, steps: int) -> Run:
 
 
 def summary(runs: list[Run]) -> dict[str, float]:
-    """Median seconds by phase; the first step of a run, which warms things up, is apart."""
+    """Return the median seconds by phase. The first step of a run, a warm-up, is separate."""
     later = [row for run in runs for row in run.rows[1:]]
     found = {"start to first step": statistics.median(run.start for run in runs)}
     found["the first step"] = statistics.median(run.rows[0]["seconds_step"] for run in runs)
@@ -124,19 +124,22 @@ def summary(runs: list[Run]) -> dict[str, float]:
 
 
 def print_ways(ways: dict[str, list[dict[str, float]]]) -> None:
-    """Seconds of a sampling in each way, in Markdown."""
+    """Print the seconds of a sampling in each way, in Markdown."""
     seconds = {name: statistics.median(result["seconds"] for result in found) for name, found in ways.items()}
     cpu = {name: statistics.median(result["cpu_seconds"] for result in found) for name, found in ways.items()}
-    print("\n| a step's sampling, medians | server | vLLM in process | speed / in process |\n|---|---|---|---|")
+    print(
+        "\n| sampling of one step, medians | server | vLLM in the same process | speed / same process |"
+        "\n|---|---|---|---|"
+    )
     for what, values in (("seconds", seconds), ("processor seconds", cpu)):
         ratio = values["in_process"] / values["server"]
         print(f"| {what} | {values['server']:.3f} | {values['in_process']:.3f} | {ratio:.2f} |")
     paired = [b["seconds"] / a["seconds"] for a, b in zip(ways["server"], ways["in_process"], strict=True)]
-    print(f"\nMedian of the ratios of neighbours: {statistics.median(paired):.2f}", flush=True)
+    print(f"\nMedian of the ratios of consecutive samplings: {statistics.median(paired):.2f}", flush=True)
 
 
 def print_runs(runs: dict[str, list[Run]]) -> None:
-    """Seconds by phase and checkout, in Markdown."""
+    """Print the seconds by phase and checkout, in Markdown."""
     summaries = {name: summary(found) for name, found in runs.items()}
     both = "against" in summaries
     print(f"\n| seconds, medians | {' | '.join(summaries)} |{' this / against |' if both else ''}")
@@ -148,7 +151,7 @@ def print_runs(runs: dict[str, list[Run]]) -> None:
 
 
 def commit_of(checkout: Path) -> Any:
-    """The commit that is checked out there; None where that is unknown."""
+    """Return the commit that is checked out there; None if it is unknown."""
     command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 

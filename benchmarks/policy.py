@@ -1,10 +1,10 @@
-"""Tokens per second and MFU of one update by model shape, precision and packing; the share of what follows the logits.
+"""Measure tokens per second and MFU of one update by model shape, precision and packing, and shares of its parts.
 
     python -m benchmarks.policy                        every shape and precision, packed and padded
     python -m benchmarks.policy --shape 7b --layers 4 --precision off tensorwise
 
-One process on one device, random weights, FIPO's loss. Each row is a process of its own, so that one that this machine
-cannot run says why and leaves the others alone. --shape tiny is for a CPU: it shows that everything runs.
+It uses one process on one device, random weights, and FIPO's loss. Each row is measured in its own process. If this
+machine cannot run a row, its reason is printed, and the others still run. --shape tiny is for a CPU, to test the code.
 """
 
 import argparse
@@ -69,14 +69,15 @@ def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabular
 SHAPES = {
     "0.5b": Shape(_qwen(24, 896, 14, 2, 4864, 151936, True), 64, 8192, 16384),
     "1.5b": Shape(_qwen(28, 1536, 12, 2, 8960, 151936, True), 64, 8192, 16384),
-    # All 28 layers and their optimizer do not fit on one GPU of 80 GB; the output layer weighs more in these 8.
+    # All 28 layers and their optimizer do not fit on one GPU of 80 GB. With 8 layers the output layer has a larger
+    # share.
     "7b": Shape(_qwen(8, 3584, 28, 4, 18944, 152064, False), 64, 8192, 16384),
     "tiny": Shape(_qwen(4, 64, 4, 2, 96, 128, True), 12, 64, 256),
 }
 
 
 def make_batch(shape: Shape) -> Made:
-    """Random tokens in lengths spread evenly up to the longest: what packing has to do with."""
+    """Make random tokens with lengths spread evenly up to the longest, so that packing matters."""
     generator = torch.Generator().manual_seed(0)
     step = (shape.longest - 2 * PROMPT) / shape.sequences
     lengths = [2 * PROMPT + int(step * (index + 1)) for index in range(shape.sequences)]
@@ -92,20 +93,20 @@ def make_batch(shape: Shape) -> Made:
 
 
 def operations(model_config: ModelConfig, lengths: list[int]) -> float:
-    """Multiplications and additions of an update, backward pass included, that the model itself asks for."""
-    # Behind a causal mask a token attends to half the sequence.
+    """Return the multiplications and additions of an update, with backward pass, that the model itself requires."""
+    # With a causal mask a token attends to half of the sequence on average.
     attention = sum(length * attention_operations(model_config, length / 2) for length in lengths)
     return 3 * (2 * products(model_config) * sum(lengths) + attention)
 
 
 class Stopwatch:
-    """Instants on the device's own time line: CUDA events; on a CPU the process's time, as for `measure.once`."""
+    """Times on the device's own time line: CUDA events, or on a CPU the process's time, as in `measure.once`."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[tuple[Any, Any]]] = {"log_probs": [], "loss": []}
 
     def now(self) -> Any:
-        """This instant."""
+        """Return the present time."""
         if not torch.cuda.is_available():
             return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
@@ -113,7 +114,7 @@ class Stopwatch:
         return event
 
     def seconds(self, part: str) -> float:
-        """The sum of a part's spans, after the device has come to their end."""
+        """Return the sum of a part's spans, after waiting for the device."""
         if not torch.cuda.is_available():
             return sum(end - start for start, end in self.parts[part])
         torch.cuda.synchronize()
@@ -121,8 +122,8 @@ class Stopwatch:
 
 
 def timed_policy(config: Config, model_config: ModelConfig) -> Any:
-    """A Policy with random weights that notes when log-probs and loss begin and end, forward and backward."""
-    # Imported here: Megatron-Core has to find the platform installed.
+    """Make a Policy with random weights that records when log-probs and loss begin and end, forward and backward."""
+    # Imported here, since the platform has to be set up before Megatron-Core is imported.
     from megatron_fipo.policy.update import Policy
 
     class TimedPolicy(Policy):
@@ -159,7 +160,7 @@ def timed_policy(config: Config, model_config: ModelConfig) -> Any:
 
 
 def configuration(shape: Shape, precision: str, packing: bool, layers: str) -> Config:
-    """The published algorithm on one process."""
+    """Return the published algorithm's configuration on one process."""
     return load_config(
         [
             "algorithm=fipo",
@@ -174,12 +175,12 @@ def configuration(shape: Shape, precision: str, packing: bool, layers: str) -> C
 
 
 def layers_here() -> str:
-    """model.layers of every row: a table without Transformer Engine, whose first line says so, is better than none."""
+    """Return model.layers for every row. Without Transformer Engine it is local, and the table's first line says so."""
     return "auto" if find_spec("transformer_engine") or not torch.cuda.is_available() else "local"
 
 
 def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
-    """One row, in this process."""
+    """Measure one row in this process."""
     platform.install()
     from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
@@ -197,7 +198,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
     policy.watch.parts = {name: [] for name in policy.watch.parts}
     times = [once(lambda: policy.update(mini_batch, old)) for _ in range(REPEATS)]
     slots = sum(micro_batch.position_ids.numel() for micro_batch in mini_batch)
-    lengths = [length - 1 for length in batch.lengths]  # the last token of a sequence is a label alone
+    lengths = [length - 1 for length in batch.lengths]  # the last token of a sequence is only a label
     result = {
         "seconds": statistics.median(times),
         "tokens": sum(lengths),
@@ -212,7 +213,7 @@ def measure(shape: Shape, precision: str, packing: bool) -> dict[str, float]:
 
 
 def measure_apart(name: str, layers: int, precision: str, packing: bool) -> dict[str, float] | str:
-    """One row in a process of its own; the last line that it printed if it failed."""
+    """Measure one row in a separate process. Return the last line of its output if it failed."""
     row = json.dumps({"name": name, "layers": layers, "precision": precision, "packing": packing})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.policy", "--row", row],
@@ -227,7 +228,7 @@ def measure_apart(name: str, layers: int, precision: str, packing: bool) -> dict
 
 
 def versions() -> str:
-    """What beside torch decides the speed."""
+    """Return the versions of the packages, besides torch, that determine the speed."""
     from megatron.core.utils import get_te_version
 
     engine = get_te_version()
@@ -235,7 +236,7 @@ def versions() -> str:
 
 
 def print_row(label: str, found: dict[str, float] | str, peak_tflops: float | None) -> str | None:
-    """One row of the table; a note instead where there is no result."""
+    """Print one row of the table, or return a note if there is no result."""
     if isinstance(found, str):
         return f"{label.replace(' |', ',')}: not run: {found}"
     rate = found["operations"] / found["seconds"] / 1e12
@@ -257,10 +258,10 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.5b", "7b"])
     parser.add_argument("--layers", type=int, help="layers of the model, instead of the shape's own")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="model.fp8")
-    parser.add_argument("--hardware", default="h100", help="group of conf/hardware whose bf16 peak the MFU is of")
+    parser.add_argument("--hardware", default="h100", help="file in conf/hardware with the bf16 peak for MFU")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # Megatron-Core names what it would rather have installed.
+    # Megatron-Core warns about packages that it would prefer to have installed.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     if options.row:
         try:

@@ -1,8 +1,8 @@
-"""The quick start under several losses and seeds: what FIPO changes in it, and what the seed changes by itself.
+"""Run the quick start with several losses and seeds, to compare the effect of FIPO with that of the seed.
 
 python -m benchmarks.quick_start --seeds 5
 
-Each run is the default experiment, one after the other; those that are complete under --directory are not run again.
+The runs of the default experiment follow one another. Runs that are already complete in --directory are not repeated.
 """
 
 import argparse
@@ -22,15 +22,15 @@ LONGEST_RUN_S = 3600
 
 @dataclass(frozen=True)
 class Run:
-    """What one run wrote."""
+    """The results of one run."""
 
     summary: dict[str, float]
     rows: list[dict[str, float]]
-    """metrics.jsonl: a row per step."""
+    """metrics.jsonl: one row per step."""
 
 
 def mean_of(name: str) -> Callable[[Run], float | None]:
-    """A metric's mean over a run's steps; None where the loss has no such metric."""
+    """Return a function for a metric's mean over a run's steps; None if the loss has no such metric."""
 
     def value(run: Run) -> float | None:
         found = [row[name] for row in run.rows if name in row]
@@ -40,7 +40,7 @@ def mean_of(name: str) -> Callable[[Run], float | None]:
 
 
 def clipped_share(run: Run) -> float | None:
-    """Share of influence weights at a bound, over a run's steps, in per cent."""
+    """Return the share of influence weights at a bound, over a run's steps, in percent."""
     low, high = mean_of("influence_clipfrac_low")(run), mean_of("influence_clipfrac_high")(run)
     return None if low is None or high is None else 100 * (low + high)
 
@@ -58,7 +58,7 @@ COLUMNS: dict[str, Callable[[Run], float | None]] = {
 
 
 def main() -> int:
-    """Run what is missing and print the table."""
+    """Run the missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=["fipo_7b", "dapo"], help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this (default: %(default)s)")
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def read_or_run(directory: Path, algorithm: str, seed: int, overrides: Sequence[str]) -> Run:
-    """The run in `directory`, which is made first unless it is complete; RuntimeError if that fails."""
+    """Return the run in `directory`, after running it if it is not complete. RuntimeError if it fails."""
     if not (directory / "summary.json").exists():
         command = [sys.executable, "-m", "megatron_fipo.train", f"run.directory={directory}", f"algorithm={algorithm}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -91,7 +91,7 @@ def read_or_run(directory: Path, algorithm: str, seed: int, overrides: Sequence[
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """Markdown: a row per measure, a column per algorithm."""
+    """Return Markdown with one row per measure and one column per algorithm."""
     lines = [f"| | {' | '.join(runs)} |", "|---" * (len(runs) + 1) + "|"]
     for name, measure in COLUMNS.items():
         cells = [spread([measure(run) for run in seeds]) for seeds in runs.values()]
@@ -100,7 +100,7 @@ def table(runs: dict[str, list[Run]]) -> str:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation over seeds; a dash where nothing was measured."""
+    """Return mean ± standard deviation over seeds; a dash if nothing was measured."""
     found = [value for value in values if value is not None]
     if not found:
         return "–"

@@ -1,10 +1,9 @@
-"""What tokens cost on their way from the engines to rank 0, by the route of named arrays and by JSON of whole groups.
+"""Measure the cost of tokens from the engines to rank 0: by the route that returns arrays, and by JSON of whole groups.
 
 python -m benchmarks.rollout_path [--quick]
 
-The engines are made up, in a process of their own (benchmarks/fake_engines.py). CPU seconds are this process's: they
-are what sampling takes from the trainer's rank 0. "Alive" is what it holds already, as a large batch does before its
-end.
+The engines are simulated in a separate process (benchmarks/fake_engines.py). CPU seconds are those of this process,
+which does what sampling does. "Tokens kept" are tokens that it already holds, as near the end of a large batch.
 """
 
 import argparse
@@ -39,7 +38,7 @@ CAP = 20_000
 
 @contextmanager
 def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iterator[EngineGenerator]:
-    """A client of made-up engines with so many places each."""
+    """Provide a client of simulated engines with this many places each."""
     command = [sys.executable, "-m", "benchmarks.fake_engines", str(engines), str(places), str(seconds_per_token)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdin is not None
@@ -55,24 +54,24 @@ def client_of(engines: int, places: int, seconds_per_token: float = 0.0) -> Iter
 
 
 def problems(count: int, mean: int, cap: int) -> list[Problem]:
-    """Prompts that ask the made-up engines for these lengths."""
+    """Return prompts that request these lengths from the simulated engines."""
     return [Problem(f"problem-{index}", "", prompt_ids([mean, cap]), "", "made up") for index in range(count)]
 
 
 def by_arrays(client: EngineGenerator, count: int, length: int) -> list[Group]:
-    """Groups by the client of the product."""
+    """Sample groups by the package's own client."""
     sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
     asked = problems(count, length, length)
     return sampled(client, asked, sampling)
 
 
 def sampled(client: EngineGenerator, asked: list[Problem], sampling: Sampling, samples: int = SAMPLES) -> list[Group]:
-    """Groups of so many samples."""
+    """Sample groups of `samples` samples."""
     return Ongoing(client.generate(asked, samples, sampling, range(len(asked)))).to_the_end(client.control.admit)
 
 
 def by_json(client: EngineGenerator, count: int, length: int) -> list[object]:
-    """The same groups by vLLM's own route, as Python lists, checked as little as can be."""
+    """Sample the same groups by vLLM's own route, as Python lists, with as few checks as possible."""
     url = client._pool.servers[0].url + "/inference/v1/generate"
     kept: list[object] = []
     with httpx.Client(trust_env=False, timeout=600) as http:
@@ -86,7 +85,7 @@ def by_json(client: EngineGenerator, count: int, length: int) -> list[object]:
 
 
 def cost(form: str, length: int, alive: int, measured: int) -> tuple[float, float, float]:
-    """CPU seconds a million tokens, bytes a token kept, and bytes a token on the wire, with `alive` tokens held."""
+    """Return CPU seconds per million tokens, bytes kept and bytes sent per token, with `alive` tokens kept."""
     fetch = by_arrays if form == "arrays" else by_json
     group = SAMPLES * length
     with client_of(1, 256) as client:
@@ -105,7 +104,7 @@ def cost(form: str, length: int, alive: int, measured: int) -> tuple[float, floa
 
 
 def cost_apart(*row: object) -> tuple[float, float, float]:
-    """As `cost`, in a process of its own: memory that an earlier row has given back would be taken for none."""
+    """Measure `cost` in a separate process: memory that an earlier row has freed would otherwise be reused."""
     command = [sys.executable, "-m", "benchmarks.rollout_path", "--row", *map(str, row)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     seconds, kept, wire = json.loads(done.stdout)
@@ -119,9 +118,9 @@ def _received() -> int:
 def makespan(
     engines: int, places: int, groups: int, samples: int, mean: int, seconds_per_token: float
 ) -> tuple[float, float, float]:
-    """Seconds that a batch of log-normal lengths takes, and would take if no place were ever empty; its CPU seconds.
+    """Return the seconds of a batch with log-normal lengths, those if no place were ever empty, and CPU seconds.
 
-    One request asks for one group of so many samples.
+    Each request is for one group of `samples` samples.
     """
     asked = problems(groups, mean, CAP)
     sampling = Sampling(1.0, 1.0, -1, CAP, [STOP_TOKEN])
@@ -131,7 +130,7 @@ def makespan(
         for seed in Work(problem, samples, sampling, index).request(range(samples), "", 1).seeds
     ]
     free = [0.0] * (engines * places)
-    for seed in seeds:  # in order, each to the place that is free first
+    for seed in seeds:  # in order, each in the place that is free first
         heapq.heappush(free, heapq.heappop(free) + length_of(seed, mean, CAP) * seconds_per_token)
     with client_of(engines, places, seconds_per_token) as client:
         started, used = time.monotonic(), time.process_time()
@@ -142,7 +141,7 @@ def makespan(
 def main() -> None:
     """Print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few tokens: whether the tables run, not what things cost")
+    parser.add_argument("--quick", action="store_true", help="few tokens, to test the code")
     parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
@@ -152,8 +151,8 @@ def main() -> None:
     quick = options.quick
     rows = [("JSON", 3_700, 0.5), ("JSON", 3_700, 5.0), ("arrays", 3_700, 0.5), ("arrays", 3_700, 5.0)]
     rows += [("arrays", 3_700, 50.0), ("arrays", CAP, 0.5), ("arrays", CAP, 5.0), ("arrays", CAP, 50.0)]
-    print(f"{machine()}; {SAMPLES} samples a group\n")
-    print("| form | tokens a response | tokens alive, millions | CPU s per million | bytes kept | bytes on the wire |")
+    print(f"{machine()}; {SAMPLES} samples per group\n")
+    print("| form | tokens per response | tokens kept, millions | CPU s per million | bytes kept | bytes on the wire |")
     print("|---|---|---|---|---|---|")
     for form, length, alive in rows[:1] + rows[2:3] if quick else rows:
         measured = 0.3e6 if quick else 1e6 if form == "JSON" else 10e6

@@ -1,6 +1,6 @@
-"""One step's sampling of the quick start, in a process of its own: by a server of ours, or by vLLM's engine in it.
+"""Sample one step of the quick start in a separate process: by a server of ours, or by vLLM's engine in that process.
 
-`Way` is the benchmark's end; the process reads a seed a line, and answers with what a sampling took, as JSON.
+`Way` is the benchmark's side. The process reads one seed per line, and answers with the time of a sampling, as JSON.
 """
 
 import json
@@ -48,12 +48,12 @@ class Way:
         )
 
     def sample(self, seed: int) -> dict[str, float]:
-        """Sample all problems with this seed and those that follow it."""
+        """Sample all problems, with this seed and the following ones."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{seed}\n")
         self._process.stdin.flush()
         while line := self._process.stdout.readline():
-            if line.startswith("{"):  # vLLM writes there too
+            if line.startswith("{"):  # vLLM writes to the same output
                 return json.loads(line)
         raise RuntimeError(f"sampling in the way {self.name} has failed; its output is above")
 
@@ -69,12 +69,12 @@ class Way:
 
 
 Sampler = Callable[[int], list[list[int]]]
-"""A seed → the tokens of each sample."""
+"""A function from a seed to the tokens of each sample."""
 
 
 @contextmanager
 def by_server(config: Config, problems: list[Problem], sampling: Sampling) -> Iterator[Sampler]:
-    """By a server that is started as a run starts it."""
+    """Sample by a server that is started as in a run."""
     samples, model = config.algorithm.samples_per_prompt, model_directory(config.model.path)
     with tempfile.TemporaryDirectory(prefix="sampling-") as directory:
         pool = EnginePool(config.rollout, model, Path(directory), config.run.seed)
@@ -94,7 +94,7 @@ def by_server(config: Config, problems: list[Problem], sampling: Sampling) -> It
 
 @contextmanager
 def in_process(config: Config, problems: list[Problem], sampling: Sampling) -> Iterator[Sampler]:
-    """By vLLM's engine in this process, with the server's settings and seeds."""
+    """Sample by vLLM's engine in this process, with the server's settings and seeds."""
     from vllm import LLM, SamplingParams
 
     rollout = config.rollout
@@ -115,7 +115,7 @@ def in_process(config: Config, problems: list[Problem], sampling: Sampling) -> I
         prompts, parameters = [], []
         for index, problem in enumerate(problems):
             work = Work(problem, config.algorithm.samples_per_prompt, sampling, seed + index)
-            for own_seed in work.request(work.missing(), cache_salt="").seeds:
+            for own_seed in work.request(work.missing(), cache_salt="", stream_tokens=10**6).seeds:
                 prompts.append({"prompt_token_ids": problem.token_ids.tolist()})
                 parameters.append(
                     SamplingParams(
@@ -135,7 +135,7 @@ def in_process(config: Config, problems: list[Problem], sampling: Sampling) -> I
 
 
 def main() -> None:
-    """Sample whenever a seed comes, until no more do."""
+    """Sample for each seed on the standard input, until it ends."""
     config = load_config(["run.directory=unused"])
     tokenizer = load_tokenizer(model_directory(config.model.path), config.data)
     every = load_problems(config.data, "train", tokenizer, config.rollout.max_prompt_length, validates=True).problems
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all that it has started."""
+    """Return the CPU seconds of this process and all its child processes."""
     root = psutil.Process()
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
     return sum(one.user + one.system for one in times)

@@ -1,11 +1,12 @@
-"""One whole update with FIPO's loss against one with DAPO's, on the embedded model: ours has to be within 2 %.
+"""Compare a whole update with FIPO's loss and one with DAPO's on the embedded model. They may differ by at most 2 %.
 
     python -m benchmarks.update
 
-Both policies live in one process and take turns (A B B A …), so that a change of the machine's speed meets both. A
+Both policies are in one process and alternate (A B B A …), so that a change of the machine's speed affects both. A
 small model is the hard case: the larger the model, the smaller the loss's share.
 """
 
+import functools
 import os
 import statistics
 
@@ -24,7 +25,7 @@ PAIRS = 20
 
 
 def make_batch(vocabulary: int) -> Made:
-    """Random tokens; what they are makes no difference to the time."""
+    """Make random tokens. The time does not depend on their values."""
     return plain_batch(
         streams={
             "token_ids": [torch.randint(3, vocabulary, (PROMPT + RESPONSE,)) for _ in range(SEQUENCES)],
@@ -36,12 +37,12 @@ def make_batch(vocabulary: int) -> Made:
 
 
 def configuration(algorithm: str) -> Config:
-    """The embedded run's configuration, on one process."""
+    """Return the embedded run's configuration on one process."""
     return load_config([f"algorithm={algorithm}", "parallel=single", "parallel.micro_batch_tokens=2048"])
 
 
 def loss_seconds(config: Config) -> float:
-    """The loss alone, forward and backward, for the same number of tokens in one micro-batch."""
+    """Return the seconds of the loss alone, forward and backward, for the same number of tokens in one micro-batch."""
     old = -torch.rand(SEQUENCES, RESPONSE)
     log_probs = (old + 0.05 * torch.randn_like(old)).requires_grad_()
     mask, advantages = torch.ones_like(old, dtype=torch.bool), torch.randn(SEQUENCES, 1)
@@ -53,7 +54,7 @@ def loss_seconds(config: Config) -> float:
 def main() -> None:
     """Print the comparison."""
     platform.install()
-    # Imported here: Megatron-Core has to find the platform installed.
+    # Imported here, since the platform has to be set up before Megatron-Core is imported.
     from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
@@ -75,7 +76,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"fipo": [], "dapo": []}
     for pair in range(PAIRS):
         for name in ("fipo", "dapo") if pair % 2 else ("dapo", "fipo"):
-            times[name].append(once(lambda name=name: policies[name].update(mini_batches[name], old[name])))
+            times[name].append(once(functools.partial(policies[name].update, mini_batches[name], old[name])))
     ratios = [fipo / dapo for fipo, dapo in zip(times["fipo"], times["dapo"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     dapo = statistics.median(times["dapo"])

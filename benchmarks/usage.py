@@ -1,7 +1,7 @@
-"""Runs a command and says what it used: its own processor time and memory, whatever else this process has run.
+"""Run a command and report its own CPU time and memory, independently of other processes that were started before.
 
-The kernel's figures for all children are over every one of them, and the peak of one child begins with the memory of
-the process that started it. So a small process starts the command, waits for it, and reports on it alone.
+The kernel's figures for children are totals over all of them, and the peak of a child begins with the memory of the
+process that started it. So a small process starts the command, waits for it, and reports only on it.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ with open(sys.argv[1], "w") as report:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended: exit status (negative for a signal), output, processor seconds, peak resident bytes."""
+    """A command that has ended: exit status (negative for a signal), output, CPU seconds, peak resident bytes."""
 
     returncode: int
     stdout: str
@@ -38,9 +38,9 @@ class Ended:
 
 
 def run_measured(command: Sequence[str | Path], timeout_s: float, **options: Any) -> Ended:
-    """Run it to its end; `options` are those of subprocess.Popen. With its own children, as far as it waits for them.
+    """Run a command until it ends. `options` are those of subprocess.Popen. Children that it waits for are included.
 
-    Raises subprocess.TimeoutExpired after `timeout_s`, when it and all it started have been killed.
+    Raises subprocess.TimeoutExpired after `timeout_s`. The command and all its children have then been killed.
     """
     with tempfile.TemporaryDirectory(prefix="usage-") as directory:
         report = Path(directory, "report")

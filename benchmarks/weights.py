@@ -1,10 +1,10 @@
-"""Weights on this machine: a live update's bytes and seconds by transport, and the memory of a conversion.
+"""Measure weight updates on this machine: bytes and seconds for each transport, and the memory of a conversion.
 
     python -m benchmarks.weights              # or one table: bytes, seconds, memory
 
-A synthetic model of the size of Qwen2.5-0.5B in bfloat16 goes to a real vLLM server over each transport, beside a copy
-of the same bytes in memory; then 2 GB of weights are converted both ways. Seconds are also given as CPU time of trainer
-and server, which neighbours on the machine stretch less. Results are in benchmarks/README.md.
+A synthetic model of the size of Qwen2.5-0.5B in bfloat16 is sent to a real vLLM server over each transport. For
+comparison the same bytes are copied in memory. Then 2 GB of weights are converted in both directions. There is also the
+CPU time of trainer and server, on which other load on the machine has less effect. Results are in benchmarks/README.md.
 """
 
 import argparse
@@ -52,13 +52,13 @@ HALF_A_BILLION: dict[str, Any] = {
 }
 TWO_GIGABYTES = HALF_A_BILLION | {"hidden_size": 1792, "num_hidden_layers": 27, "vocab_size": 75968}
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
-"""Trainer's tensor and pipeline size, tensor size of the server."""
+"""The trainer's tensor and pipeline size, and the server's tensor size."""
 UPDATES = 4
 CONVERSION_TIMEOUT_S = 600.0
 
 
 def main() -> None:
-    """Measure what is asked for and print the tables in Markdown."""
+    """Measure what is requested and print the tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", choices=("bytes", "seconds", "memory"), help="one table; default: all")
     table = parser.parse_args().table
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def write_synthetic(config: dict[str, Any], target: Path) -> Path:
-    """A model directory with random weights, made a tensor at a time."""
+    """Make a model directory with random weights, one tensor at a time."""
     source = target.with_suffix(".source")
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
@@ -101,9 +101,9 @@ def _print_row(*values: str) -> None:
 
 
 def _bytes_table(directory: Path) -> None:
-    """Megabytes of one update by rank. The least: shards go straight from their holders to the workers using them."""
+    """Print megabytes of one update by rank. The least possible: shards are sent directly from owners to users."""
     _print_head(
-        "Megabytes of one weight update, 0.5 B parameters in bfloat16; in brackets the least possible.",
+        "Megabytes of one weight update of 0.5 B parameters in bfloat16. The least possible number is in brackets.",
         *("trainer", "server", "a rank gathers", "a sender sends", "a worker receives"),
     )
     (directory / "config.json").write_text(json.dumps(HALF_A_BILLION))
@@ -127,7 +127,7 @@ def _bytes_table(directory: Path) -> None:
 
 @dataclass
 class _Cost:
-    """What something took: seconds on the clock, and of CPU time in this process and in the server's."""
+    """A cost: wall-clock seconds, and CPU seconds of this process and of the server."""
 
     wall: float
     trainer: float
@@ -139,7 +139,7 @@ def _seconds_table(model: Path, directory: Path) -> None:
         tensors = [(name, reader.tensor(name).clone()) for name in reader.tensors]
     total = sum(tensor.nbytes for _, tensor in tensors)
     _print_head(
-        f"Seconds of one weight update of {total / 1e6:.0f} MB to one server, medians of {UPDATES}.",
+        f"Seconds of one weight update of {total / 1e6:.0f} MB to one server; medians of {UPDATES}.",
         *("transport", "checksums", "update", "CPU time of the trainer", "of the server"),
         *("copy of the same bytes, CPU time", "CPU time / copy"),
     )
@@ -154,7 +154,7 @@ def _seconds_table(model: Path, directory: Path) -> None:
 def _costs_of_updates(
     transport: str, model: Path, directory: Path, tensors: list[tuple[str, Tensor]]
 ) -> tuple[_Cost, _Cost, float]:
-    """Medians of updates without and with checksums, and of a copy in memory between them, in CPU seconds."""
+    """Return medians of updates without and with checksums, and of a copy in memory, in CPU seconds."""
     config = RolloutConfig(
         weight_transfer=transport,
         max_prompt_length=64,
@@ -174,7 +174,7 @@ def _costs_of_updates(
         publisher = open_publisher(config, EngineControl(pool), number=0, senders=1, sends=True, run_dir=run_dir)
         weights = _Whole(tensors, config.bucket_mib << 20)
         try:
-            publisher.publish(weights, version=1)  # the first one touches fresh memory everywhere
+            publisher.publish(weights, version=1)  # the first one allocates all memory
             for version in range(2, 2 + 2 * UPDATES):
                 copies.append(once(lambda: _copy(tensors, buffers)))
                 mine, theirs = time.process_time(), _cpu_seconds(server)
@@ -187,7 +187,7 @@ def _costs_of_updates(
 
 
 class _Whole:
-    """Tensors that are whole in this process, as a sender's weights."""
+    """A sender's weights, of which every tensor is whole in this process."""
 
     def __init__(self, tensors: list[tuple[str, Tensor]], bucket_bytes: int):
         cuts = cut_by_size([tensor.nbytes for _, tensor in tensors], bucket_bytes)
@@ -207,7 +207,7 @@ def _copy(tensors: list[tuple[str, Tensor]], buffers: list[Tensor]) -> None:
 
 
 def _cpu_seconds(root: psutil.Process) -> float:
-    """CPU time so far of a process and those that it started."""
+    """Return the CPU time so far of a process and its children."""
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
     return sum(one.user + one.system for one in times)
 
@@ -222,7 +222,7 @@ def _memory_table(model: Path, directory: Path) -> None:
     _print_head(f"Converting {size / 1e9:.2f} GB.", "direction", "peak memory, MB", "seconds")
     for command, source, target in (("to-megatron", model, "megatron"), ("to-hf", directory / "megatron", "back")):
         started = time.perf_counter()
-        conversion = [sys.executable, "tools/convert_hf.py", command, source, directory / target]
+        conversion: list[str | Path] = [sys.executable, "tools/convert_hf.py", command, source, directory / target]
         ended = run_measured(conversion, CONVERSION_TIMEOUT_S)
         if ended.returncode != 0:
             sys.exit(f"{command} failed: {ended.stderr}")

@@ -15,7 +15,7 @@ __all__ = ["Config", "FipoError", "RunResult", "load_config", "read_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library when something of it is asked for, so that commands start light."""
+    """Import the library only when one of its names is used, so that commands start quickly."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import megatron_fipo.library as library

@@ -25,11 +25,12 @@ from megatron_fipo.policy.publishing import PolicyPublisher
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.leftovers import own_place, remove_outside, say_removed
-from megatron_fipo.rollout.link import Resumed
-from megatron_fipo.rollout.remote import RemoteControl, RemoteRollouts
+from megatron_fipo.rollout_process.link import Resumed
+from megatron_fipo.rollout_process.remote import RemoteControl, RemoteRollouts
 from megatron_fipo.runs.checkpoints import RunCheckpoints
 from megatron_fipo.runs.directory import RunDirectory, keep_settings, take_directory
 from megatron_fipo.runs.leader import Leader
+from megatron_fipo.runs.sampling_events import SamplingEvents
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import Report
@@ -37,7 +38,6 @@ from megatron_fipo.tracking.run_files import write_environment
 from megatron_fipo.trainer import RunProgress, Trainer
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, only_rank_0
-from megatron_fipo.weights.sampling_events import SamplingEvents
 
 
 @dataclass(frozen=True)

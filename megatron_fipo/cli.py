@@ -1,6 +1,6 @@
-"""The command `megatron-fipo`, and `python -m megatron_fipo`: one name for everything that one starts by hand.
+"""The command `megatron-fipo`, also `python -m megatron_fipo`: the entry point of all commands.
 
-A command is a module of its own, and is imported when it is asked for: help takes a moment, not seconds.
+Each command is its own module, which is imported only when the command is used. So --help is fast.
 """
 
 import difflib
@@ -9,17 +9,20 @@ import runpy
 import sys
 
 COMMANDS = {
-    "train": ("megatron_fipo.train", "train a model, or go on with a run"),
+    "train": ("megatron_fipo.train", "train a model, or resume a run"),
     "evaluate": ("megatron_fipo.evaluate", "accuracy of a model on problems, with intervals"),
-    "compare": ("megatron_fipo.compare", "runs side by side: what differs, which is better, and how sure that is"),
-    "inspect": ("megatron_fipo.inspect", "what a run's directory holds, and what the model wrote in a step"),
-    "preflight": ("megatron_fipo.preflight", "memory, time and weights of a configuration, before it costs an hour"),
+    "compare": ("megatron_fipo.compare", "compare runs: what differs, which is better, and how certain that is"),
+    "inspect": ("megatron_fipo.inspect", "what a run's directory contains, and what the model wrote in a step"),
+    "preflight": (
+        "megatron_fipo.preflight",
+        "estimate memory and time of a run, and check its weights, before it starts",
+    ),
     "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
     "simulate": (
         "megatron_fipo.simulate",
-        "who waits for whom: synchronous, overlapped and colocated, in made-up time",
+        "simulate a run: step time and idle share of synchronous, overlapped and colocated modes",
     ),
-    "doctor": ("megatron_fipo.doctor", "what this machine has and lacks, and what mends it"),
+    "doctor": ("megatron_fipo.doctor", "what this machine has, what is missing for a run, and how to fix it"),
     "export": ("megatron_fipo.export", "a run's model as a Hugging Face directory, to serve, evaluate or share"),
     "serve": ("megatron_fipo.engines.server", "a rollout server for runs elsewhere (vLLM's own options)"),
 }
@@ -35,13 +38,13 @@ EXAMPLES = """
 
 
 def usage() -> str:
-    """What --help prints."""
+    """Return the text of --help."""
     rows = "\n".join(f"  {name:<10} {purpose}" for name, (_, purpose) in COMMANDS.items())
     return f"usage: megatron-fipo COMMAND [key=value ...]\n\n{rows}\n\nexamples:{EXAMPLES}"
 
 
 def main() -> None:
-    """Run the command that the first argument names, with the others."""
+    """Run the command that the first argument names, with the other arguments."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         print(usage())

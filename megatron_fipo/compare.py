@@ -1,7 +1,8 @@
-"""Which is better, and how sure is that? `megatron-fipo compare RUN RUN ...` (or a sweep's directory).
+"""Compare runs: `megatron-fipo compare RUN RUN ...` (or a sweep's directory).
 
-Groups runs that differ in nothing but their seed, says what differs between groups, and compares their held-out scores
-with intervals over problems and seeds: on the terminal, as one page (comparison.html) and as CSV.
+Runs that differ only in their seed form a group. The command shows the settings in which groups differ, and compares
+their held-out scores, with intervals over problems and seeds. It prints the result, and writes a page
+(comparison.html) and CSV files.
 """
 
 import argparse
@@ -20,14 +21,14 @@ METRICS = ("accuracy", "cons_at_k", "pass_at_k")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print and write; 0, or the exit code of the error."""
+    """Compare, print and write. Return 0, or the exit code of the error."""
     return exit_code_of(compare_runs, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser("compare", __doc__, EPILOG)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one that holds runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or a directory with runs")
     parser.add_argument(
         "--baseline",
         metavar="GROUP",
@@ -47,27 +48,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY",
-        help="do not tell groups apart by this key, such as run.steps or 'parallel.*'; may be repeated",
+        help="ignore this key when grouping runs, such as run.steps or 'parallel.*'; may be repeated",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("comparison"),
         metavar="DIRECTORY",
-        help="where comparison.html, groups.csv and validations.csv go (default ./comparison)",
+        help="directory for comparison.html, groups.csv and validations.csv (default ./comparison)",
     )
     return parser.parse_args(arguments)
 
 
 def compare_runs(options: argparse.Namespace) -> None:
-    """Read, compare, print, write. FipoError for what cannot be read or is not there."""
-    # Not above: --help needs neither NumPy nor YAML.
+    """Read, compare, print and write. FipoError if a file is missing or cannot be read."""
+    # Imported here, since --help needs neither NumPy nor YAML.
     from megatron_fipo.comparison import report
     from megatron_fipo.comparison.groups import group_runs
     from megatron_fipo.comparison.runs import find_runs
 
     if options.target is not None and not 0 <= options.target <= 1:
-        raise ConfigError("--target", f"{options.target:g} is no score", "a share from 0 to 1")
+        raise ConfigError("--target", f"{options.target:g} is not a score", "a share from 0 to 1")
     grouping = group_runs(find_runs(options.runs), options.ignore)
     comparison = report.build(grouping, options.baseline, options.metric, options.target)
     report.show(comparison)

@@ -1,6 +1,6 @@
-"""Say what this machine has and lacks for a run, and what mends it: `megatron-fipo doctor`.
+"""Report what this machine has, what is missing for a run, and how to fix it: `megatron-fipo doctor`.
 
-Ends with status 1 if something is missing that every run needs.
+The exit status is 1 if something is missing that every run needs.
 """
 
 import importlib.metadata
@@ -45,13 +45,13 @@ class Finding:
     what: str
     found: str
     mend: str = ""
-    """What to do about it; empty where nothing is to be done."""
+    """How to fix it; empty if nothing has to be done."""
     is_needed: bool = True
-    """Whether no run starts without it."""
+    """Whether every run needs it."""
 
 
 def packages() -> Iterator[Finding]:
-    """What setup.py requires, by name where it is missing or of another version; and the engines and extras."""
+    """Check the packages that setup.py requires, by name if one is missing or has another version, and the engines."""
     wrong = []
     for text in importlib.metadata.requires("megatron_fipo") or []:
         requirement = Requirement(text)
@@ -72,7 +72,7 @@ def packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """GPUs, by NVIDIA's driver, and whether torch was built for them."""
+    """Report the GPUs, by NVIDIA's driver, and whether torch was built for them."""
     gpus, trouble = find_gpus()
     if trouble:
         yield Finding("GPUs", trouble, "ask whoever runs this machine; a run without them needs CUDA_VISIBLE_DEVICES=")
@@ -80,18 +80,18 @@ def devices() -> Iterator[Finding]:
     names = ", ".join(f"{gpu['name']} (driver {gpu['driver']})" for gpu in gpus)
     yield Finding("GPUs", names or "none: runs are on the CPU")
     if gpus:
-        import torch  # seconds, and of use only here
+        import torch  # takes seconds, and is needed only here
 
         mend = "" if torch.version.cuda else _CUDA
         yield Finding("torch's CUDA", torch.version.cuda or "none", mend)
 
 
 def memory(directory: Path, shared: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Main memory, room for checkpoints, and room for weights on their way to a server."""
+    """Report main memory, disk space for checkpoints, and shared memory for weight updates."""
     total = psutil.virtual_memory().total
     yield Finding("memory", _gib(total), "" if total >= LEAST_MEMORY else f"{_gib(LEAST_MEMORY)} for the embedded run")
     free = shutil.disk_usage(directory).free
-    mend = f"a run.directory with more: 18 bytes a parameter and checkpoint, {_gib(LEAST_DISK)} to begin with"
+    mend = f"a run.directory with more: 18 bytes per parameter and checkpoint, {_gib(LEAST_DISK)} to begin with"
     yield Finding(f"disk at {directory}", f"{_gib(free)} free", "" if free >= LEAST_DISK else mend, is_needed=False)
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
@@ -100,7 +100,7 @@ def memory(directory: Path, shared: Path = Path("/dev/shm")) -> Iterator[Finding
 
 
 def limits() -> Iterator[Finding]:
-    """Files that a process may have open."""
+    """Report how many files a process may open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = "unlimited" if most == resource.RLIM_INFINITY else str(most)
     enough = most == resource.RLIM_INFINITY or most >= LEAST_FILES
@@ -108,7 +108,7 @@ def limits() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
-    """Loopback, on which the parts of a one-machine run meet, and the model hub."""
+    """Check loopback, which connects the processes of a run on one machine, and the model hub."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname(), 3):
             yield Finding("loopback", "ranks and servers can meet")
@@ -126,7 +126,7 @@ def network() -> Iterator[Finding]:
 
 
 def site() -> Iterator[Finding]:
-    """The site's settings for Slurm, where there is a file of them."""
+    """Check the site's settings for Slurm, if there is a file with them."""
     if (path := site_file()) is None:
         mend = "" if shutil.which("sbatch") is None else "cp slurm/site.example.sh slurm/site.sh (docs/cluster.md)"
         yield Finding("site", "no slurm/site.sh: its values are on the command line", mend, is_needed=False)
@@ -150,7 +150,7 @@ def _gib(size: int) -> str:
 
 
 def main() -> None:
-    """Print the findings; SystemExit with 1 if something that every run needs is not as it should be."""
+    """Print the findings. SystemExit with 1 if something that every run needs is missing or wrong."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
@@ -159,11 +159,11 @@ def main() -> None:
         sys.exit(2)
     found = [Finding("Python", f"{platform.python_version()} at {sys.executable}")]
     found += [*packages(), *devices(), *memory(Path.cwd()), *limits(), *network(), *site()]
-    table = Table("", "what", "found", "what mends it", title=f"megatron-fipo on {platform.node()}")
+    table = Table("", "what", "found", "how to fix it", title=f"megatron-fipo on {platform.node()}")
     for finding in found:
         mark = "ok" if not finding.mend else "[red]NO[/]" if finding.is_needed else "[yellow]–[/]"
         table.add_row(mark, *map(escape, (finding.what, finding.found, finding.mend)))
-    # In a file or a pipe the table is as wide as it has to be: a command that is cut in two cannot be copied.
+    # In a file or a pipe the table is as wide as needed: a command that is broken into two lines cannot be copied.
     Console(width=None if sys.stdout.isatty() else WIDEST).print(table)
     if broken := [finding.what for finding in found if finding.mend and finding.is_needed]:
         sys.exit(f"error: no run starts without: {', '.join(broken)}")

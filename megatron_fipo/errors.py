@@ -1,8 +1,8 @@
-"""The errors a user is meant to read: one line that says what is wrong and what would be right."""
+"""Errors for the user: one line that says what is wrong and what would be right."""
 
 
 class FipoError(Exception):
-    """A failure with a message for the user; entry points print it without a traceback and exit with `exit_code`."""
+    """A failure with a message for the user. Entry points print it without a traceback and exit with `exit_code`."""
 
     exit_code = 1
 
@@ -18,7 +18,7 @@ class ConfigError(FipoError):
 
 
 class DataError(FipoError):
-    """A file that was given and cannot be used. Names the file, the row and the column or key."""
+    """A file that cannot be used. Names the file, the row and the column or key."""
 
     exit_code = 2
 
@@ -27,7 +27,7 @@ class DataError(FipoError):
 
 
 class RefusedOnRank0(FipoError):
-    """What rank 0 refused, on the other ranks: its text and its exit code."""
+    """An error of rank 0, raised on the other ranks with the same text and exit code."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -35,7 +35,7 @@ class RefusedOnRank0(FipoError):
 
 
 class RunFailed(FipoError):
-    """Why a run's processes ended, as one of them told it: its text and its exit code."""
+    """The reason why a run's processes ended, as one of them has reported it, with its exit code."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -43,20 +43,20 @@ class RunFailed(FipoError):
 
 
 class WeightError(FipoError):
-    """A checkpoint or a transfer whose tensors do not fit. Names the tensors."""
+    """A checkpoint or a transfer with tensors that do not fit. Names the tensors."""
 
 
 class CheckpointError(FipoError):
-    """A checkpoint that cannot be written, or is not what was written. Names the file."""
+    """A checkpoint that cannot be written, or is damaged. Names the file."""
 
     def __init__(self, message: str):
         super().__init__(_printable(message))
 
 
 class WeightsRefused(WeightError):
-    """What an engine says of tensors that are not what they should be. Another engine would say the same.
+    """An engine's refusal of wrong tensors. Every other engine would refuse them too.
 
-    It reaches the trainer as the text of an HTTP answer, in which `MARK` tells it from an engine's own failure.
+    The trainer receives it as the text of an HTTP answer. `MARK` in the text distinguishes it from other failures.
     """
 
     MARK = "weights refused: "
@@ -70,15 +70,15 @@ class RolloutError(FipoError):
 
 
 class RewardError(FipoError):
-    """Responses could not be judged at all: no verifier process can be started. Says why."""
+    """No response could be judged, since no verifier process can be started. Says why."""
 
 
 def _printable(message: str) -> str:
-    """One line that no terminal takes for commands, whatever stands in file names, columns and rows."""
+    """Return the message as one line without control characters, whatever file names, columns and rows contain."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's error for a message of ours: its kind and its text, in one line and not too long."""
+    """Return the type and the text of another library's error in one short line, for a message of ours."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else f"{text[:300]} …"

@@ -1,8 +1,9 @@
-"""How good is a model? `python -m megatron_fipo.evaluate model.path=DIRECTORY data.validation=[FILE]`.
+"""Evaluate a model: `python -m megatron_fipo.evaluate model.path=DIRECTORY data.validation=[FILE]`.
 
-Samples the validation problems from vLLM servers of its own and judges them as training does: avg@k, cons@k and pass@k
-with intervals, lengths, and everything that was sampled. There is no trainer; neither Megatron-Core nor torch is
-imported here, though transformers imports the latter for its tokenizers. Started again after a stop, it goes on.
+The command starts vLLM servers, samples the validation problems, and judges the responses as training does. It reports
+avg@k, cons@k and pass@k with intervals, and lengths, and writes every response. There is no trainer. Neither
+Megatron-Core nor torch is imported here, but transformers imports torch for its tokenizers. After a stop, the same
+command resumes.
 """
 
 import dataclasses
@@ -48,15 +49,15 @@ from megatron_fipo.weights.formats import is_checkpoint
 
 USAGE = """usage: megatron-fipo evaluate [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
-Accuracy of a model on problems: avg@k, cons@k, pass@k with intervals. The same command goes on after a stop.
+Accuracy of a model on problems: avg@k, cons@k, pass@k with intervals. After a stop, the same command resumes.
 
-  model.path=DIRECTORY          Hugging Face directory, checkpoint, or a run, of which the newest checkpoint is meant
+  model.path=DIRECTORY          Hugging Face directory, checkpoint, or a run's directory (its newest checkpoint)
   data.validation=[FILE]        problems; data=gsm8k, data=math: from the hub; docs/data.md
   validation.samples=32         samples per problem, k; validation.temperature and validation.top_p: how they are drawn
   rollout.servers=2             vLLM servers; rollout.tensor_parallel: GPUs of each
   rollout.max_response_length   longest response, in tokens
   reward.rule=math_verify       how responses are judged; docs/rewards.md
-  evaluation.directory=PLACE    where the files go
+  evaluation.directory=PLACE    directory for the files
 
 examples:
   megatron-fipo evaluate                                        the embedded model; needs no GPU
@@ -68,7 +69,7 @@ docs/evaluate.md has the files, the scores and what the intervals mean."""
 
 
 def main(config: Config, said: Sequence[str]) -> None:
-    """Evaluate, print a table, write the files. `said` is the command line, which wins over the model's own run."""
+    """Evaluate, print a table and write the files. `said` is the command line, which overrides the run's settings."""
     terminate_on_sigterm()
     _check_said(said)
     weights = find_weights(config.model.path, config.model.fetch_command)
@@ -94,7 +95,7 @@ def main(config: Config, said: Sequence[str]) -> None:
         terminal = stack.enter_context(EvaluationProgress(total, total - len(missing)))
         terminal.note(f"model: {weights.directory}\nfiles: {directory}\nproblems: {loaded.counts}")
         if weights.run is not None:
-            terminal.note(f"settings: those of {weights.run}, where the command line has no others")
+            terminal.note(f"settings: from {weights.run}, unless the command line sets others")
         for warning in loaded.warnings:
             terminal.warn(warning)
         if missing:
@@ -106,14 +107,14 @@ def main(config: Config, said: Sequence[str]) -> None:
             try:
                 evaluation.sample(loaded.problems, missing, samples)
             except BaseException:  # Ctrl-C too
-                terminal.note(f"{len(samples.done)} of {total} problems are done; the same command goes on from there")
+                terminal.note(f"{len(samples.done)} of {total} problems are done; the same command resumes from there")
                 raise
         sampled = [samples.done[problem.id] for problem in loaded.problems]
         _finish(directory, weights, settings, sampled, config.validation.samples, terminal)
 
 
 class Evaluation:
-    """The part that needs servers: sampling what is missing."""
+    """The part that needs servers: sampling the missing problems."""
 
     def __init__(
         self, config: Config, weights: Weights, directory: Path, tokenizer: Tokenizer, terminal: EvaluationProgress
@@ -122,10 +123,11 @@ class Evaluation:
         self._tokenizer, self._terminal = tokenizer, terminal
 
     def sample(self, problems: list[Problem], missing: list[int], samples: SampleFile) -> None:
-        """Sample and judge the problems of these indices; each is in the file as soon as it is judged.
+        """Sample and judge the problems with these indices. Each is written to the file as soon as it is judged.
 
         Raises:
-            FipoError: a server, a verifier or the weights failed; or too many checks did, and then all are in the file.
+            FipoError: a server, a verifier or the weights failed, or too many checks failed. In the last case all
+                problems are in the file.
         """
         config = self._config
         model_dir = huggingface_directory(self._weights, self._directory / "model")
@@ -170,7 +172,7 @@ class Evaluation:
 
 
 def _missing(problems: list[Problem], samples: SampleFile, *, is_finished: bool) -> list[int]:
-    """Indices of what is to be sampled. A stop may have come from failed checks, so they are done again after one."""
+    """Return the indices of problems to sample. After a stop, problems with failed checks are sampled again too."""
     done = {name for name, found in samples.done.items() if is_finished or not found.has_failed_checks}
     return [index for index, problem in enumerate(problems) if problem.id not in done]
 
@@ -180,17 +182,17 @@ def _check_can_be_served(config: Config, weights: Weights) -> None:
         raise ConfigError(
             "model.path",
             f"{weights.directory} is a checkpoint, which the servers of rollout.addresses cannot have loaded",
-            "a Hugging Face directory made of it, or rollout.addresses=[] rollout.servers=1",
+            "an exported Hugging Face directory, or rollout.addresses=[] rollout.servers=1",
         )
 
 
 def _without_trainer(config: Config) -> Config:
-    """The configuration, whose servers share no GPU with a trainer: they need not sleep."""
+    """Return the configuration without rollout.shared_gpu: without a trainer, servers need not sleep."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, shared_gpu=False))
 
 
 def _check_said(said: Sequence[str]) -> None:
-    """Raise ConfigError for a training run's directory: whoever gives one expects the files there."""
+    """Raise ConfigError for run.directory, which evaluate does not read. The user expects the files there."""
     for word in said:
         name, _, place = word.lstrip("+").partition("=")
         if name == "run.directory":
@@ -198,7 +200,7 @@ def _check_said(said: Sequence[str]) -> None:
 
 
 def _take_directory(directory: Path, stack: ExitStack) -> None:
-    """Make the directory, keep other evaluations out of it, and remove what a killed one has left."""
+    """Make the directory, keep other evaluations out of it, and remove the remains of a killed one."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,7 +220,7 @@ def _finish(
     k: int,
     terminal: EvaluationProgress,
 ) -> None:
-    """Write and show what came of it."""
+    """Write and print the results."""
     scores = summarise(sampled, k)
     write_problems(directory / PROBLEMS_FILE, [problem.scores(k) for problem in sampled])
     write_json_atomically(

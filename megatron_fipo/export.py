@@ -3,12 +3,12 @@
   megatron-fipo export runs/mine                           its newest checkpoint, to runs/mine/export/step-000024
   megatron-fipo export runs/mine my-model step=20          the checkpoint after step 20, to my-model
   megatron-fipo export runs/mine/checkpoints/step-000020   a checkpoint, a run's or a converted one
-  megatron-fipo export runs/mine/huggingface/step-000020   what checkpoint.huggingface_every wrote, with what it lacks
+  megatron-fipo export runs/mine/huggingface/step-000020   a directory of checkpoint.huggingface_every
   megatron-fipo export runs/mine dtype=bfloat16            weights of another type: float32, bfloat16 or float16
   megatron-fipo export runs/mine push=owner/name           and upload it, to a private repository of the model hub
 
-The hub's token comes from HF_TOKEN, or from `hf auth login`. A target that is not empty is refused. Memory holds one
-parameter at a time; what was interrupted is taken up by the same command. docs/weights.md has more.
+The hub's token comes from HF_TOKEN, or from `hf auth login`. A target that is not empty is refused. Only one parameter
+is in memory at a time. After an interruption, the same command continues. docs/export.md has more.
 """
 
 import difflib
@@ -26,22 +26,22 @@ from megatron_fipo.policy.checkpoint_places import complete, step_of
 OPTIONS = ("step", "dtype", "push")
 DTYPES = ("float32", "bfloat16", "float16")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", ".metadata")
-"""One of these is in every directory with weights; the last one in distributed checkpoints."""
+"""Every directory with weights has one of these files. Distributed checkpoints have the last one."""
 
 
 _FOLDERS = ("huggingface", "checkpoints")
-"""Where a run has them."""
+"""The directories of a run in which there are models."""
 
 
 class ExportError(FipoError):
-    """A command line that names nothing to export, or a hub that does not take it."""
+    """The command line names nothing to export, or the hub refuses the upload."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """A parsed command line."""
 
     source: Path
     target: Path | None = None
@@ -62,7 +62,7 @@ class Source:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
@@ -74,12 +74,12 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         sys.exit(130)
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """The command line. ExportError, naming what is wrong with it."""
+    """Parse the command line. ExportError says what is wrong with it."""
     places: list[Path] = []
     options: dict[str, str] = {}
     for argument in arguments:
@@ -95,23 +95,25 @@ def parse(arguments: Sequence[str]) -> Request:
             instead = f"did you mean {near[0]}?" if near else f"there are {', '.join(OPTIONS)}"
             raise ExportError(f"{name}: is given twice" if name in options else f"{name}: no such option; {instead}")
     if not 1 <= len(places) <= 2:
-        raise ExportError(f"{len(places)} directories are named: a run or a checkpoint, and perhaps where to write")
+        raise ExportError(
+            f"{len(places)} directories are named; right is a run or a checkpoint, and optionally a target"
+        )
     step, dtype, push = (options.get(name) for name in OPTIONS)
     if step is not None and not step.isdecimal():
-        raise ExportError(f"step={step}: is no number of steps")
+        raise ExportError(f"step={step}: is not a number of steps")
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype}: is none of {', '.join(DTYPES)}")
     if push is not None and (push.count("/") != 1 or not all(push.split("/"))):
-        raise ExportError(f"push={push}: is no repository's name; owner/name is one")
+        raise ExportError(f"push={push}: is not the name of a repository; owner/name is one")
     target = places[1] if len(places) == 2 else None
     return Request(places[0], target, None if step is None else int(step), dtype, push)
 
 
 def export(request: Request) -> Path:
-    """Write the directory, and upload it if asked to; where it is.
+    """Write the directory, and upload it if requested. Return its path.
 
     Raises:
-        ExportError: there is nothing to export, or the hub refuses it; the latter before anything is converted.
+        ExportError: there is nothing to export, or the hub refuses the upload; this is checked before the conversion.
         WeightError: the weights do not fit their configuration, or the target cannot be written.
     """
     source = find(request.source, request.step)
@@ -135,9 +137,9 @@ def export(request: Request) -> Path:
 
 
 def find(path: Path, step: int | None = None) -> Source:
-    """The weights that a run, a checkpoint or a Hugging Face directory stands for: the newest, or those of `step`.
+    """Find the weights of a run, a checkpoint or a Hugging Face directory: the newest ones, or those of `step`.
 
-    A run's checkpoints come before its Hugging Face directories. ExportError if there are none.
+    A run's checkpoints are preferred to its Hugging Face directories. ExportError if there are no weights.
     """
     if not path.is_dir():
         raise ExportError(f"{path}: no such directory")
@@ -158,14 +160,14 @@ def find(path: Path, step: int | None = None) -> Source:
 
 
 def default_target(source: Source) -> Path:
-    """Where a model goes that nobody has named a directory for: export/ in its run, or beside it."""
+    """Return the default target: export/ in the model's run, or beside the model."""
     if source.run is not None and source.step is not None:
         return source.run / "export" / source.directory.name
     return source.directory.with_name(f"{source.directory.resolve().name}-export")
 
 
 def convert(source: Source, target: Path, dtype: str | None = None) -> None:
-    """Write the directory, with a progress bar. WeightError if it cannot be."""
+    """Write the directory, with a progress bar. WeightError if it cannot be written."""
     import torch
 
     from megatron_fipo.data.text_files import complete_text_files
@@ -182,7 +184,7 @@ def convert(source: Source, target: Path, dtype: str | None = None) -> None:
     except OSError as error:
         raise WeightError(f"{target} could not be written: {one_line(error)}") from error
     if not any((source.directory / name).is_file() for name in TOKENIZER_FILES):
-        logging.warning("%s has no tokenizer: what is written cannot be read as text", source.directory)
+        logging.warning("%s has no tokenizer: the exported model cannot read or write text", source.directory)
     with progress_bar(f"{source.directory.name} → {target.name}") as progress:
         done = to_huggingface(
             source.directory,

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to disk, then renamed into it."""
+"""Write files so that they are either complete or absent: under another name, flushed to disk, then renamed."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Put `content` (text as UTF-8) at `path`. After a crash at any point the file holds the old content or the new."""
+    """Write `content` (text as UTF-8) to `path`. After a crash at any point the file has the old content or the new."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -23,12 +23,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """Put `value` at `path` as indented JSON. Raises TypeError or ValueError (NaN, infinity) before it writes."""
+    """Write `value` to `path` as indented JSON. Raises TypeError or ValueError (NaN, infinity) before writing."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a directory's renames, additions and removals, survive a power cut."""
+    """Flush a file's content, or a directory's changes, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

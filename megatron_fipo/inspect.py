@@ -1,6 +1,7 @@
-"""What is in a run's directory: `megatron-fipo inspect RUN`; with --step, what the model wrote there.
+"""Show what is in a run's directory: `megatron-fipo inspect RUN`. With --step, show what the model wrote in a step.
 
-Shows how the run stands, the settings that are not the schema's defaults, its last steps, validations and checkpoints.
+It shows the state of the run, the settings that differ from the schema's defaults, the last steps, validations and
+checkpoints.
 """
 
 import argparse
@@ -17,40 +18,40 @@ from megatron_fipo.policy.checkpoint_places import complete, files_of
 from megatron_fipo.tracking.console_table import StepTable
 
 EPILOG = """examples:
-  megatron-fipo inspect runs/mine                      how it stands
-  megatron-fipo inspect runs/mine --step 20            the responses that step 20 kept, with their rewards
-  megatron-fipo inspect runs/mine --step 20 --held-out the same of the validation after step 20
-  megatron-fipo inspect runs/mine --verify             whether each checkpoint is what was written
+  megatron-fipo inspect runs/mine                      its state
+  megatron-fipo inspect runs/mine --step 20            the responses kept in step 20, with their rewards
+  megatron-fipo inspect runs/mine --step 20 --held-out the same for the validation after step 20
+  megatron-fipo inspect runs/mine --verify             check the files of each checkpoint
 """
 SCORES = {"avg": "accuracy", "cons": "cons_at_k", "pass": "pass_at_k"}
 PAGES = ("report.html", "summary.json", "config.yaml", "tensorboard", "huggingface", "reward_failures.jsonl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was asked for; 0, or the exit code of the error."""
-    warnings.simplefilter("ignore")  # of libraries that --verify imports, on what else could be installed
+    """Print the requested information. Return 0, or the exit code of the error."""
+    warnings.simplefilter("ignore")  # from libraries that --verify imports, about packages that could be installed
     return exit_code_of(show, parse(arguments))
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the responses of a step, or how the run stands."""
+    """Print the responses of a step, or the state of the run."""
     for line in rollouts(options) if options.step is not None else overview(options):
         print(line)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser("inspect", __doc__, EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument("--step", type=int, metavar="N", help="show the responses that were kept in this step")
-    parser.add_argument("--held-out", action="store_true", help="with --step: those of the validation after it")
+    parser.add_argument("--held-out", action="store_true", help="with --step: the responses of the validation after it")
     parser.add_argument("--rows", type=int, default=10, metavar="K", help="newest steps to show (default 10)")
     parser.add_argument("--verify", action="store_true", help="compare each checkpoint's files with their checksums")
     return parser.parse_args(arguments)
 
 
 def rollouts(options: argparse.Namespace) -> Iterator[str]:
-    """The text of the responses that a step kept. ConfigError names the steps that kept some."""
+    """Yield the text of the responses kept in a step. ConfigError names the steps that have some."""
     kind = "validation" if options.held_out else "step"
     directory = options.run / "samples"
     path = directory / f"{kind}-{options.step:06d}.txt"
@@ -62,11 +63,11 @@ def rollouts(options: argparse.Namespace) -> Iterator[str]:
 
 
 def overview(options: argparse.Namespace) -> Iterator[str]:
-    """How the run stands, line by line."""
+    """Yield the state of the run, line by line."""
     if not options.run.is_dir():
         raise DataError(f"{options.run}: no such directory")
     if not (options.run / "config.yaml").is_file():
-        raise DataError(f"{options.run}: this is no run's directory: it has no config.yaml")
+        raise DataError(f"{options.run}: this is not the directory of a run: it has no config.yaml")
     run = read_run(options.run)
     steps = int(run.settings["run.steps"])
     state = "finished" if run.is_finished else "not finished"
@@ -124,7 +125,7 @@ def _checkpoints(directory: Path, verify: bool) -> Iterator[str]:
 
 
 def _verdict(checkpoint: Path) -> str:
-    from megatron_fipo.policy import checkpoint_manifest  # torch, and of use only here
+    from megatron_fipo.policy import checkpoint_manifest  # imports torch, and is needed only here
 
     try:
         warning = checkpoint_manifest.verify_alone(checkpoint)
@@ -134,7 +135,7 @@ def _verdict(checkpoint: Path) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Such as 1–5, 10, from sorted numbers."""
+    """Return sorted numbers as ranges, such as 1–5, 10."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -1,7 +1,7 @@
-"""A run from Python: `run(load_config(["algorithm=dapo", "run.steps=2"]))` in a script, a notebook or a thread.
+"""Train from Python: `run(load_config(["algorithm=dapo", "run.steps=2"]))` in a script, a notebook or a thread.
 
-It is the run that the command line starts, with the same launcher in a process of its own: signals, threads and event
-loops of the caller are left alone, and several runs can follow one another. Imports no torch.
+The run is the same as from the command line, with the same launcher, in its own process. So it does not affect the
+caller's signals, threads and event loops, and several runs can follow one another. Imports no torch.
 """
 
 import os
@@ -31,9 +31,9 @@ _NOT_OF_A_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a command line, such as ["algorithm=dapo", "run.steps=2"]. Its fields may be set afterwards.
+    """Return the configuration for overrides such as ["algorithm=dapo", "run.steps=2"]. You may then change its fields.
 
-    What has to be on this machine, such as model and problems, is looked for by `run`, and not yet.
+    Files on this machine, such as the model and the problems, are checked later, by `run`.
 
     Raises:
         ConfigError: a key, a value or a combination that cannot run.
@@ -44,10 +44,11 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 
 
 def run(config: Config, *, echo: Callable[[str], object] | None = print) -> RunResult:
-    """Train with this configuration, and wait for the end. A run in the same run.directory goes on from its checkpoint.
+    """Train with this configuration, and wait for the end. A run in the same run.directory resumes from its checkpoint.
 
-    `echo` gets each line that the run says; None says nothing. Interrupting the call (Ctrl-C, or a notebook's button)
-    has the run save itself, and then raises KeyboardInterrupt; a second time kills the run at once.
+    `echo` is called with each line that the run prints; with None nothing is printed. If the call is interrupted
+    (Ctrl-C, or a notebook's button), the run saves a checkpoint, and then KeyboardInterrupt is raised. A second
+    interrupt kills the run at once.
 
     Raises:
         FipoError: the configuration cannot run, or the run failed; with the reason.
@@ -62,9 +63,9 @@ def run(config: Config, *, echo: Callable[[str], object] | None = print) -> RunR
 
 
 def run_in_process(config: Config, echo: Callable[[str], object], command: Sequence[str]) -> tuple[int, str]:
-    """A run in a process of its own; its exit status, and why it failed, where it could tell.
+    """Run in a separate process. Return the exit status, and the reason of a failure if it was reported.
 
-    `command` is what stands for the command that a user would type.
+    `command` is shown in place of the command that a user would type.
 
     Raises:
         KeyboardInterrupt: after the run has ended, saved or killed.
@@ -85,7 +86,7 @@ def run_in_process(config: Config, echo: Callable[[str], object], command: Seque
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a terminal's Ctrl-C reaches it from here alone
+            start_new_session=True,  # so that only this process passes a terminal's Ctrl-C on to it
         )
         stack.enter_context(process)
         stack.callback(_end, process)
@@ -108,14 +109,14 @@ def _follow(process: subprocess.Popen[str], echo: Callable[[str], object]) -> in
                 process.send_signal(signal.SIGINT)
                 interrupted_at = time.monotonic()
             elif time.monotonic() - interrupted_at > _SAME_CTRL_C_S:
-                raise  # and `_end` kills what is left
+                raise  # `_end` then kills the remaining processes
     if interrupted_at is not None:
         raise KeyboardInterrupt
     return status
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Kill the launcher, if it is there still; the kernel then kills what it has started."""
+    """Kill the launcher if it is still running. The kernel then kills the processes that it has started."""
     if process.poll() is None:
         process.kill()
 

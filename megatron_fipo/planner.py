@@ -1,7 +1,8 @@
-"""The fastest layouts that fit, ranked: `python -m megatron_fipo.planner experiment=fipo_32b hardware=h200`.
+"""Rank the fastest layouts that fit: `python -m megatron_fipo.planner experiment=fipo_32b hardware=h200`.
 
-Tries every layout of the configured number of nodes (cluster.trainer_nodes + cluster.rollout_nodes), estimates memory
-and time as preflight does, and prints the best with what limits each, and the fastest of those that do not fit.
+The planner tries every layout of the configured number of nodes (cluster.trainer_nodes + cluster.rollout_nodes). It
+estimates memory and time as preflight does. It prints the best layouts with what limits each of them, and the fastest
+layouts that do not fit.
 """
 
 import copy
@@ -24,28 +25,28 @@ USAGE = """usage: megatron-fipo planner [GROUP=CHOICE ...] [SECTION.KEY=VALUE ..
 The fastest layouts of a run on as many nodes as cluster.trainer_nodes + cluster.rollout_nodes, as overrides to copy.
 
   hardware=h200                 the GPUs: a100, h100, h200, gh200, b200, gb200
-  cluster.gpus_per_node=4       GPUs of each node
+  cluster.gpus_per_node=4       GPUs per node
 
 examples:
   megatron-fipo planner experiment=fipo_32b hardware=h200
   megatron-fipo planner --help cluster            what the keys of a section mean
 
-docs/cluster.md has what is counted."""
+docs/cluster.md explains the estimate."""
 _SIZES = ("tensor", "pipeline", "chunks", "context", "data")
-"""Columns named as the keys of the section parallel, but for virtual_pipeline: the chunks of a stage."""
+"""Columns, named as the keys of the section parallel. "chunks" is virtual_pipeline: the chunks per stage."""
 _SHOWN = 10
 _SHOWN_TOO_LARGE = 3
 
 
 @dataclass
 class Layout:
-    """One way to spread the run over its nodes."""
+    """One layout of the run over its nodes."""
 
     config: Config
     estimate: Estimate
 
     def overrides(self) -> str:
-        """The command line that chooses it."""
+        """The overrides that choose it."""
         parallel = self.config.parallel
         chunks = "null" if parallel.virtual_pipeline is None else parallel.virtual_pipeline
         return (
@@ -57,7 +58,7 @@ class Layout:
         )
 
     def reason(self) -> str:
-        """What its time goes into, or by how much it is too large."""
+        """What takes most of its time, or by how much it is too large."""
         time, full = self.estimate.time, self.estimate.fullest
         if not self.estimate.fits:
             over = (full.total - self.estimate.usable_bytes) / GIB
@@ -77,7 +78,7 @@ class Layout:
 
 
 def layouts(config: Config, model_config: ModelConfig) -> list[Layout]:
-    """Every layout that divides model and nodes, those that fit first, fastest first."""
+    """Return every layout that is possible for the model and the nodes. Layouts that fit come first, fastest first."""
     found = []
     for candidate in _candidates(config):
         try:
@@ -95,7 +96,7 @@ def _candidates(config: Config) -> Iterator[Config]:
     for (trainer, rollout), tensor, pipeline, chunks, context, recompute in itertools.product(
         splits, powers, powers, (None, 2, 4), (1, 2, 4), ("selective", "full")
     ):
-        # Tensor parallelism over the network is never worth it, and chunks need stages.
+        # Tensor parallelism across nodes is never worth it, and chunks need pipeline stages.
         if tensor > cluster.gpus_per_node or (chunks and pipeline == 1):
             continue
         candidate = copy.deepcopy(config)

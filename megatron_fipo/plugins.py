@@ -1,7 +1,7 @@
-"""Functions of the user's own, named in the configuration: package.module:function or path/to/file.py:function.
+"""Load the user's own functions, named in the configuration: package.module:function or path/to/file.py:function.
 
-A file's path counts from where the command is started, as data files' do; every process of a run is started there.
-Imports no torch: a function's own imports bring what it needs.
+A file's path is relative to the directory in which the command is started, as for data files. All processes of a run
+are started there. This module does not import torch.
 """
 
 import functools
@@ -22,19 +22,19 @@ FORMS = "package.module:function or path/to/file.py:function"
 
 
 def check_form(text: str, key: str) -> None:
-    """ConfigError unless `text`, the value of `key`, can be the name of a function; nothing is imported."""
+    """Raise ConfigError unless `text`, the value of `key`, has the form of a function's name. Nothing is imported."""
     place, _, name = text.rpartition(":")
     is_module = all(part.isidentifier() for part in place.split("."))
     if not name.isidentifier() or not (place.endswith(".py") or is_module):
-        raise ConfigError(key, f"{text[:200]!r} names no function", FORMS)
+        raise ConfigError(key, f"{text[:200]!r} does not name a function", FORMS)
 
 
 @functools.cache
 def load_function(text: str, key: str) -> Callable[..., Any]:
-    """The function that `text`, the value of `key`, names; its module is imported once.
+    """Return the function that `text`, the value of `key`, names. Its module is imported only once.
 
     Raises:
-        ConfigError: it cannot be imported, or there is no such function; names file and line of what was raised.
+        ConfigError: the module cannot be imported, or has no such function; names file and line of the exception.
     """
     check_form(text, key)
     place, _, name = text.rpartition(":")
@@ -53,14 +53,14 @@ def load_function(text: str, key: str) -> Callable[..., Any]:
 
 
 def check_call(function: Callable[..., Any], positional: int, options: Mapping[str, Any], text: str, key: str) -> None:
-    """ConfigError unless `function` takes so many values by position and `options` by their names.
+    """Raise ConfigError unless `function` accepts `positional` values by position and `options` by their names.
 
-    `key` is the configuration's key of the function's name `text`; its options are `key`_options.
+    `key` is the configuration key whose value `text` names the function. Its options have the key `key`_options.
     """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # of a builtin, which has none to read
+        return  # a builtin has no readable signature
     try:
         signature.bind(*[None] * positional, **options)
     except TypeError as error:
@@ -71,14 +71,14 @@ def check_call(function: Callable[..., Any], positional: int, options: Mapping[s
 
 
 def source_file(text: str, key: str) -> Path | None:
-    """The file of Python that the function was loaded from; None where there is none."""
+    """Return the Python file from which the function was loaded, or None."""
     module = inspect.getmodule(load_function(text, key))
     path = getattr(module, "__file__", None)
     return Path(path) if path and path.endswith(".py") else None
 
 
 def _from_name(name: str) -> ModuleType:
-    # As `python -m` has it, whichever way this process was started.
+    # As with `python -m`, independent of how this process was started.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     return importlib.import_module(name)
@@ -87,13 +87,13 @@ def _from_name(name: str) -> ModuleType:
 def _from_file(place: str, key: str) -> ModuleType:
     path = Path(os.path.expanduser(place)).absolute()
     if not path.is_file():
-        raise ConfigError(key, f"{place} is not found from {os.getcwd()}", "the path of a file of Python")
-    # A name of its own: two files may be called alike, and neither hides an installed module.
+        raise ConfigError(key, f"{place} is not found from {os.getcwd()}", "the path of a Python file")
+    # A unique module name: two files may have the same name, and neither may hide an installed module.
     name = f"megatron_fipo_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a path that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look themselves up there, and its neighbours are imported from its directory.
+    # Dataclasses look up their module in sys.modules, and modules in the same directory can be imported.
     sys.modules[name] = module
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -106,7 +106,7 @@ def _from_file(place: str, key: str) -> ModuleType:
 
 
 def _line_of(error: BaseException, place: str) -> str:
-    """, line N: the last one of the user's file that the error went through."""
+    """Return ", line N" for the last line of the user's file in the traceback, or an empty text."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno},"
     lines = []

@@ -1,9 +1,9 @@
-"""What a run will need, before it starts: `python -m megatron_fipo.preflight experiment=fipo_32b hardware=h200`.
+"""Check what a run will need, before it starts: `python -m megatron_fipo.preflight experiment=fipo_32b hardware=h200`.
 
-On one CPU, without the model's weights and without a GPU, this builds one rank of every pipeline stage as the run will
-build it, compares its parameters and its Hugging Face names with the weight plan and with transformers' own model, and
-estimates memory and time. Prints tables, writes preflight.json into the run's directory, and exits with 3 where the run
-does not fit.
+This needs one CPU, no GPU and no weights. It builds one rank of every pipeline stage as the run will build it. It
+compares the parameters and their Hugging Face names with the weight plan and with transformers' own model. It estimates
+memory and time, prints tables, and writes preflight.json into the run's directory. It exits with 3 if the run does not
+fit.
 """
 
 import dataclasses
@@ -45,39 +45,39 @@ if TYPE_CHECKING:
 
 USAGE = """usage: megatron-fipo preflight [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
 
-What a run will need, before it starts: on one CPU, without GPU and weights. The keys are those of the run.
+Check what a run will need, before it starts, on one CPU, without GPU and weights. The keys are those of the run.
 
   hardware=h200                 the GPUs: a100, h100, h200, gh200, b200, gb200
   cluster.trainer_nodes=4       nodes that train; cluster.rollout_nodes: nodes that sample
-  cluster.gpus_per_node=4       GPUs of each
+  cluster.gpus_per_node=4       GPUs per node
 
-Prints memory and time, and writes preflight.json into run.directory. Ends with 3 where the run does not fit.
+Prints memory and time, and writes preflight.json into run.directory. Exits with 3 if the run does not fit.
 
 examples:
   megatron-fipo preflight experiment=fipo_32b hardware=h200
   megatron-fipo preflight experiment=fipo_7b cluster.gpus_per_node=4
   megatron-fipo preflight --help cluster          what the keys of a section mean
 
-docs/cluster.md has what is counted and how exact it is."""
+docs/cluster.md explains the estimate and how exact it is."""
 DOES_NOT_FIT = 3
 _FASTER = 2
-"""Changes that are shown where the run fits as it is: the fastest."""
+"""Number of changes that are shown if the run already fits: the fastest ones."""
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
-"""What says that a directory is meant to hold weights; of the last two kinds none can be read."""
+"""Files that show that a directory has weights. The last two kinds cannot be read."""
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "refit", "server", "total")
 _MEANINGS = {
-    "activations": "kept for the backward pass, of all micro-batches in flight",
-    "working": "what one layer's backward pass needs beside them",
+    "activations": "kept for the backward pass, for all micro-batches in flight",
+    "working": "additional memory of one layer's backward pass",
     "refit": "buffers of a weight update to the servers, beside the weights of a server on the same GPU",
     "server": "a server on the same GPU while it samples; it sleeps during updates",
     "total": "the peak: weights, gradients and optimizer, and the largest of an update, a refit and a server",
 }
-"""Of the columns that do not explain themselves."""
+"""Explanations of the columns whose names are not clear."""
 
 
 def main(config: Config) -> None:
-    """Check, estimate, print, write preflight.json; SystemExit with DOES_NOT_FIT if the memory is too small."""
-    warnings.simplefilter("ignore")  # libraries on what else could be installed
+    """Check, estimate, print, and write preflight.json. SystemExit with DOES_NOT_FIT if the memory is too small."""
+    warnings.simplefilter("ignore")  # from libraries, about packages that could be installed
     check(config, world_size=trainer_world_size(config), local=False)
     check_site(config)
     directory, is_copy = model_directory(config.model.path)
@@ -88,7 +88,7 @@ def main(config: Config) -> None:
     leaves_its_node = config.parallel.tensor > config.cluster.gpus_per_node
     changes = remedies(config, model_config) if leaves_its_node or result.tight or not result.fits else []
     if result.fits and not result.tight:
-        changes = changes[:_FASTER]  # not memory but time is what they are for
+        changes = changes[:_FASTER]  # these changes save time, not memory
     console = Console(width=None if sys.stdout.isatty() else 120)
     if is_copy:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
 
 
 def check_site(config: Config) -> None:
-    """On a login node, raise ConfigError for the first wrong setting of the site; warn of other GPUs than the run's."""
+    """On a login node, raise ConfigError for the site's first wrong setting. Warn if its GPUs differ from the run's."""
     path = site_file()
     if path is None or shutil.which("sbatch") is None or "SLURM_JOB_ID" in os.environ:
         return
@@ -124,8 +124,8 @@ def check_site(config: Config) -> None:
 
 
 def _check_stored_weights(directory: Path, model_config: ModelConfig) -> None:
-    """As training does before it builds anything, where the weights are here."""
-    # Not above: it imports torch, which a configuration that is refused need not wait for.
+    """Check the stored weights, if they are on this machine, as training does before it builds the model."""
+    # Imported here, since it imports torch: a refused configuration should not wait for that.
     from megatron_fipo.weights.source import check_source
 
     if is_checkpoint(directory) or any(next(directory.glob(pattern), None) for pattern in _WEIGHT_FILES):
@@ -133,15 +133,16 @@ def _check_stored_weights(directory: Path, model_config: ModelConfig) -> None:
 
 
 def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, world_size: int) -> dict[str, Any]:
-    """Build every stage and hold the weight plan against it, tensor by tensor, and against transformers' model.
+    """Build every stage, and compare the weight plan with it and with transformers' model, tensor by tensor.
 
     Returns:
-        Numbers of the comparison: parameters of the model and of a rank of each stage, Hugging Face tensors.
+        Numbers of the comparison: parameters of the model and of one rank of each stage, Hugging Face tensors.
 
     Raises:
-        WeightError: the plan is no bijection with Hugging Face's names, or a stage holds other parameters than planned.
+        WeightError: the plan is not a bijection with Hugging Face's names, or a stage has other parameters than
+            planned.
     """
-    # First, since building a policy's ranks turns this process into a trainer's, where tensors are made otherwise.
+    # This comes first: building a policy's ranks changes how tensors are created in this process.
     expected = _transformers_shapes(model_dir)
     from megatron_fipo.sizing.meta_ranks import build_stages
 
@@ -164,7 +165,7 @@ def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, w
 
 
 def _transformers_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's parameters as transformers, which knows nothing of our tables, builds it."""
+    """Return names and shapes of the model's parameters as transformers builds it, independently of our tables."""
     import torch
 
     from megatron_fipo.weights.transformers_model import refused, transformers_config
@@ -237,7 +238,7 @@ def _print(
 
 
 def _print_one_node(console: Console, config: Config, model_config: ModelConfig, result: Estimate) -> None:
-    """The same recipe on one node, where it is spread over several or does not fit."""
+    """Print the same recipe on one node, if it uses several nodes or does not fit."""
     several = result.world_size > config.cluster.gpus_per_node or config.cluster.rollout_nodes
     if (not several and result.fits) or (found := one_node(config, model_config)) is None:
         return
@@ -286,13 +287,13 @@ def _print_time(console: Console, config: Config, model_config: ModelConfig, res
     table.add_row(*(f"{value:,.1f}" for value in seconds.values()))
     console.print(table)
     for line in (
-        f"Responses are taken to be half as long as they may be. {config.run.steps:,} steps take "
-        f"{_days(config.run.steps * time.total)}, validation aside.",
+        f"Responses are assumed to have half the maximum length. {config.run.steps:,} steps take "
+        f"{_days(config.run.steps * time.total)}, without validation.",
         f"log-probs and update: {time.micro_batches} micro-batches per update; stages wait {time.bubble:.1%} of it for "
         "each other.",
         f"weights: {model_bytes(config, model_config) / GIB:.1f} GiB go to each server after every step.",
-        "longest step: dynamic sampling has no groups left over and samples whole batches. A job needs that time "
-        "between the request to stop and its limit.",
+        "longest step: dynamic sampling has no groups left over and samples whole batches. A job needs this much time "
+        "between the request to stop and its time limit.",
     ):
         console.print(f"  {line}", style="dim", soft_wrap=True)
 

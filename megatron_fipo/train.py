@@ -1,8 +1,8 @@
 """Train a model with FIPO: `python -m megatron_fipo.train experiment=tiny` (--help has more).
 
-One process a GPU runs this same loop (SPMD). Rank 0 also reports, and has a process beside it that samples and judges;
-the policy, its updates and the weight updates are everybody's. Started alone, it starts the processes that the layout
-asks for; under torchrun or srun it joins them.
+One process per GPU runs this same loop (SPMD). Rank 0 also reports, and has a second process that samples and judges.
+All ranks hold the policy and take part in its updates and in the weight updates. A process that you start by hand
+starts all processes of the layout. A process that torchrun or srun starts becomes one of the ranks.
 """
 
 import os
@@ -20,21 +20,22 @@ from megatron_fipo.launch.local import adopt_environment, already_launched, laun
 from megatron_fipo.processes.ending import die_with_library, terminate_on_sigterm
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.reasons import told_at_once
-from megatron_fipo.rollout.process_start import start_rollout_process
+from megatron_fipo.rollout_process.process_start import start_rollout_process
 
 
 def main(config: Config) -> None:
-    """Start the run's processes, or be one of them."""
+    """Start the run's processes, or run as one of them."""
     if not already_launched():
         die_with_library()
         look_first(config, splits_read(config))
-    fetch_model(config.model.path)  # before there are processes, so that one fetches
+    fetch_model(config.model.path)  # before the run's processes start, so that only one process downloads
     if not already_launched():
         sys.exit(launch_training(world_size(config.parallel), config))
     ctrl_c = CtrlC()
     terminate_on_sigterm()
     rollouts = start_rollout_process(config) if os.environ.get("RANK") == "0" else None
-    # Libraries warn about what they would rather have (apex, newer names); errors of ours are never warnings.
+    # Libraries warn about packages that they would prefer (apex) and about renamed functions. Our errors are
+    # exceptions.
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     from megatron_fipo.assembly import assemble
 
@@ -43,12 +44,12 @@ def main(config: Config) -> None:
 
 
 def world_size(parallel: ParallelConfig) -> int:
-    """Processes that a layout takes."""
+    """Return the number of processes that a layout needs."""
     return parallel.tensor * parallel.pipeline * parallel.context * (parallel.data or 1)
 
 
 def train(run: Any) -> None:
-    """The loop. `run` is a Trainer, whose methods are called by every rank together."""
+    """Run the training loop. `run` is a Trainer; every rank calls each of its methods at the same point."""
     run.push_weights()
     if run.lacks_validation():
         run.validate()
@@ -60,7 +61,7 @@ def train(run: Any) -> None:
             run.undo_step()
             run.stop()
         updated = run.update(batch)
-        del batch  # the tokens of the next step would lie beside it
+        del batch  # so that it does not take memory while the next step is sampled
         run.push_weights()
         run.settle(wait=False)
         run.log_step(sampled | updated, time.monotonic() - started)
@@ -75,7 +76,7 @@ def train(run: Any) -> None:
 
 
 def several(arguments: list[str]) -> None:
-    """All runs that a command line with -m describes; ends the process."""
+    """Train all runs that a command line with -m describes, then end the process."""
     from megatron_fipo.launch.sweep import FLAGS, sweep
 
     with refusals_in_one_line():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
@@ -23,15 +23,16 @@ from megatron_fipo.policy.step import train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
-from megatron_fipo.rollout.link import Offer, RolloutCalls
+from megatron_fipo.rollout_process.link import Offer, RolloutCalls
 from megatron_fipo.runs.checkpoints import RunCheckpoints
 from megatron_fipo.runs.leader import Leader
+from megatron_fipo.runs.sampling_events import SamplingEvents
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.run_files import distinguishing, write_summary
 from megatron_fipo.weights.ranks import fact_of_rank_0, only_rank_0
-from megatron_fipo.weights.sampling_events import SamplingEvents
 
 STOP_FILE = "stop"
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -86,8 +87,7 @@ class Trainer:
         """Hand the present weights to the servers, as version `step`; what that step took has then been trained."""
         self._version = self.step
         self._publish()
-        if self._leader is not None:
-            self._leader.rollouts.settle(self._version)
+        self._on_rank_0(lambda rollouts: rollouts.settle(self._version))
 
     def begin_step(self) -> None:
         """Count one step more."""
@@ -96,8 +96,7 @@ class Trainer:
     def undo_step(self) -> None:
         """Go back to the end of the step before; nothing of this one has been trained."""
         self.progress.step -= 1
-        if self._leader is not None:
-            self._leader.rollouts.undo()
+        self._on_rank_0(lambda rollouts: rollouts.undo())
         self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
     def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
@@ -105,14 +104,13 @@ class Trainer:
 
         None: a Ctrl-C broke it off.
         """
-        leader = self._leader
         with self._console.phase("sample"):
             if not self._is_sampled(lambda rollouts: rollouts.begin_batch(self.step, self._version)):
                 return None, {}
             if self.config.rollout.shared_gpu:  # the servers sleep from here to the next weight update
-                only_rank_0(lambda: leader.rollouts.make_room() if leader else None)
-            offer: Offer | None = only_rank_0(lambda: leader.rollouts.taken() if leader else None)
-            offers = leader.rollouts if leader else None
+                self._on_rank_0(lambda rollouts: rollouts.make_room())
+            offer: Offer | None = self._on_rank_0(lambda rollouts: rollouts.taken())
+            offers = self._leader.rollouts if self._leader else None
             mini_batches = self._feed.get(offer.batch if offer else None, offers, self._policy.plan)
         return mini_batches, dict(offer.metrics) if offer else {}
 
@@ -129,10 +127,11 @@ class Trainer:
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
+        sampled = self._on_rank_0(lambda rollouts: rollouts.end_step())
         if (leader := self._leader) is None:
             return
         leader.check_lock()
-        metrics |= leader.rollouts.end_step() | self._published
+        metrics |= (sampled or {}) | self._published
         metrics |= self._console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
         leader.report.add_step(leader.metrics.log_step(self.step, metrics), self._console.take_spans())
@@ -207,6 +206,11 @@ class Trainer:
         write_summary(self._directory, summary)
         leader.report.finish(summary["seconds"], self._console.take_spans())
         self._console.finish(summary, self._directory)
+
+    def _on_rank_0(self, call: Callable[[RolloutCalls], _T]) -> _T | None:
+        """What rank 0's rollouts answer to a call, there; None elsewhere. A failure is every rank's."""
+        leader = self._leader
+        return only_rank_0(lambda: call(leader.rollouts) if leader else None)
 
     def _publish(self) -> None:
         """Hand the present weights, which are `_version`, to all servers; to their replacements where some fail."""

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A model between Hugging Face and a distributed checkpoint, on one node's CPU: the arguments of tools/convert_hf.py.
+# Convert a model between Hugging Face and a distributed checkpoint, on a node's CPU: arguments of tools/convert_hf.py.
 #
 #   sbatch --account=… --partition=… slurm/convert.sh to-hf runs/R/checkpoints/step-000100 TARGET --model MODEL
-#   slurm/convert.sh to-megatron MODEL TARGET                            asks sbatch for a node by itself
+#   slurm/convert.sh to-megatron MODEL TARGET                            requests a node by itself
 #
 # Paths are absolute or relative to the checkout. Site values and everything else: docs/cluster.md and docs/weights.md.
 #SBATCH --job-name=convert

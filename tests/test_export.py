@@ -125,13 +125,13 @@ def test_a_base_models_card_is_kept_and_its_license_holds(finished: Path, tmp_pa
         (["step=7"], "step=7: RUN has no such checkpoint; it has 5, 10, 20"),
         (["stop=7"], "stop: no such option; did you mean step?"),
         (["token=secret"], "token: no such option; "),
-        (["step=x"], "step=x: is no number of steps"),
+        (["step=x"], "step=x: is not a number of steps"),
         (["step=1", "step=2"], "step: is given twice"),
         (["dtype=int8"], "dtype=int8: is none of float32, bfloat16, float16"),
         (["a", "b"], "3 directories are named"),
         (["RUN/config.yaml"], "RUN/config.yaml: exists and is not empty"),
         (["RUN/huggingface"], "RUN/huggingface: exists and is not empty"),
-        (["push=a"], "push=a: is no repository's name"),
+        (["push=a"], "push=a: is not the name of a repository"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_nothing_is_written(

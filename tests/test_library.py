@@ -73,7 +73,7 @@ def test_ranks_read_what_was_written(tmp_path: Path, overrides: list[str]) -> No
     ("text", "words"),
     [
         ("run: {steps: many}", r"run\.steps: Expected int, got str"),
-        ("[1]", "is no configuration"),
+        ("[1]", "is not a configuration"),
         ("{", "cannot be read"),
     ],
 )

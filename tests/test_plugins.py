@@ -48,9 +48,9 @@ def test_every_way_of_starting_finds_a_module_of_the_working_directory(tmp_path:
 @pytest.mark.parametrize(
     ("text", "content", "said"),
     [
-        ("FILE", "", "names no function"),
-        ("FILE:", "", "names no function"),
-        ("a-b:own", "", "names no function"),
+        ("FILE", "", "does not name a function"),
+        ("FILE:", "", "does not name a function"),
+        ("a-b:own", "", "does not name a function"),
         ("no_such_module_at_all:own", "", "No module named"),
         ("nowhere.py:own", "", "is not found from"),
         ("FILE:other", "def own(): pass\n", "its functions: own"),

@@ -4,12 +4,12 @@
     python tools/convert_hf.py to-megatron Qwen2.5-7B my-checkpoint --dtype bfloat16
     python tools/convert_hf.py plan Qwen2.5-7B --tensor 2 --pipeline 2 --servers 2 --server-tensor 2
 
-to-hf reads a checkpoint that any parallel layout wrote, a training run's too. to-megatron writes the model alone,
-without optimizer state, for any layout to load: model.path=my-checkpoint starts a run from it. plan writes nothing: it
-prints where each tensor comes from and goes to in a live weight update.
+to-hf reads a checkpoint of any parallel layout, also of a training run. to-megatron writes only the model, without
+optimizer state. Any layout can load it: model.path=my-checkpoint starts a run from it. plan writes nothing. It prints
+the source and the destination of each tensor in a live weight update.
 
-Memory holds one parameter at a time, not the model. A conversion that fails leaves nothing behind. One that was killed
-is taken up where it stood by the same command; until it is done only a hidden directory beside the target exists.
+Only one parameter is in memory at a time. A conversion that fails leaves nothing behind. If a conversion was killed,
+the same command continues it. Until it is done, there is only a hidden directory beside the target.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> int:
-    """Parse the command line and do it; 0, or the exit code of the error."""
+    """Parse and run the command line. Return 0, or the exit code of the error."""
     arguments = parse_arguments()
     warnings.simplefilter("ignore")  # deprecations inside libraries that a user cannot act on
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -48,13 +48,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="distributed checkpoint → Hugging Face directory")
@@ -68,17 +68,17 @@ def parse_arguments() -> argparse.Namespace:
             nargs="?",
             const="logits",
             choices=("tensors", "logits"),
-            help="read the target back: tensors compares every bit with the source; logits, the default, also runs the "
-            "whole model in Megatron-Core and in transformers, and takes the memory of one in fp32",
+            help="read the target again. tensors: compare every bit with the source; logits, the default: also run the "
+            "whole model in Megatron-Core and in transformers, which takes the memory of one model in fp32",
         )
     to_hf.add_argument("--model", type=Path, help="directory with configuration and tokenizer (default: SOURCE)")
     to_hf.add_argument("--max-shard-mib", type=int, default=4096, help="largest file of weights, in MiB (default 4096)")
-    plan = commands.add_parser("plan", help="print where a live weight update takes each tensor")
+    plan = commands.add_parser("plan", help="print the source and destination of each tensor in a live weight update")
     plan.add_argument("model", type=Path, help="Hugging Face directory; its config.json is enough")
     for name, default, text in (
         ("tensor", 1, "the trainer's tensor-parallel size"),
         ("pipeline", 1, "its pipeline-parallel size"),
-        ("virtual-pipeline", None, "its model chunks a stage"),
+        ("virtual-pipeline", None, "its model chunks per stage"),
         ("replicas", 1, "its data-parallel times its context-parallel size"),
         ("servers", 1, "number of vLLM servers"),
         ("server-tensor", 1, "their tensor-parallel size"),
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_plan(arguments: argparse.Namespace) -> None:
-    """Every tensor of a live weight update: bytes, source ranks, destinations; then the sums by rank."""
+    """Print every tensor of a live weight update with bytes, source ranks and destinations, then the sums by rank."""
     bytes_per_value = 4 if arguments.dtype == "float32" else 2
     plan = transfer_plan(
         read_architecture(arguments.model),
@@ -110,7 +110,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Convert, verify if asked to, and say what was done."""
+    """Convert, verify if requested, and print what was done."""
     import torch
 
     from megatron_fipo.data.text_files import complete_text_files
@@ -147,7 +147,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def verify(checkpoint: Path, directory: Path, dtype: "torch.dtype | None", *, with_logits: bool) -> None:
-    """Compare what was written with its source; WeightError, naming the tensors, if they differ."""
+    """Compare the written tensors with the source. WeightError, naming the tensors, if they differ."""
     from megatron_fipo.weights.conversion import differences
 
     if different := differences(checkpoint, directory, dtype):
@@ -162,9 +162,9 @@ def verify(checkpoint: Path, directory: Path, dtype: "torch.dtype | None", *, wi
 
 
 def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | None") -> tuple[float, float]:
-    """Largest difference of the logits of random tokens, and what is allowed; WeightError if it is more.
+    """Return the largest difference between logits of random tokens, and the allowed one. WeightError if it is larger.
 
-    transformers loads the directory and Megatron-Core the checkpoint, each by its own code, one after the other.
+    transformers loads the directory, and then Megatron-Core loads the checkpoint, each by its own code.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before Megatron-Core is imported
     from transformers import AutoModelForCausalLM
@@ -191,7 +191,7 @@ def logits_difference(checkpoint: Path, directory: Path, dtype: "torch.dtype | N
 
 @contextmanager
 def megatron_model(checkpoint: Path, model_config: ModelConfig) -> "Iterator[GPTModel]":
-    """The model in a checkpoint, whole and in fp32, loaded as a training run loads it."""
+    """Provide the whole model of a checkpoint in fp32, loaded as in a training run."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from megatron.core import dist_checkpointing
 

@@ -1,10 +1,10 @@
-"""Fetches the published recipe's data from Hugging Face: DAPO-Math-17k to train on, AIME 2024 and 2025 to validate.
+"""Download the published recipe's data from Hugging Face: DAPO-Math-17k, and AIME 2024 and 2025 for validation.
 
     python tools/fetch_recipe_data.py               writes the three files of data=dapo_math_17k into data/
     python tools/fetch_recipe_data.py --out DIR
 
-dapo-math-17k.parquet and aime-2024.parquet are ByteDance's own files. AIME 2025 has none of that form: the problems of
-math-ai/aime25 are written into one, with the recipe's prompt. Files that are there stay. HF_ENDPOINT names a mirror.
+dapo-math-17k.parquet and aime-2024.parquet are ByteDance's own files. There is no such file for AIME 2025, so it is
+made from the problems of math-ai/aime25 with the recipe's prompt. Existing files are kept. HF_ENDPOINT names a mirror.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _AIME_2025 = ("math-ai/aime25", "test.jsonl")
 
 
 def fetch(out: Path) -> None:
-    """Write what is missing of the three files; each appears complete or not at all. DataError if the hub refuses."""
+    """Write the missing ones of the three files. Each file is complete or absent. DataError if the hub refuses."""
     out.mkdir(parents=True, exist_ok=True)
     for name, (repository, file) in _AS_THEY_ARE.items():
         if not (out / name).is_file():
@@ -40,13 +40,13 @@ def _download(repository: str, file: str) -> Path:
 
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as error:  # the client's are many, of several libraries
+    except Exception as error:  # the client raises exceptions of several libraries
         remedy = f"`hf download {repository} {file} --repo-type dataset` where there is a network, or HF_ENDPOINT"
         raise DataError(f"{repository}: {file} cannot be fetched from the hub: {one_line(error)}; {remedy}") from error
 
 
 def _as_parquet(path: Path) -> bytes:
-    """Rows of problem and answer in DAPO-Math-17k's columns."""
+    """Return rows of problem and answer in DAPO-Math-17k's columns, as Parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -66,7 +66,7 @@ def _as_parquet(path: Path) -> bytes:
 
 
 def main() -> int:
-    """Entry point; the exit code says whether the files are there."""
+    """Run the command line. The exit code is 0 if all files exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: %(default)s")
     try:

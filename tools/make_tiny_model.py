@@ -1,10 +1,10 @@
-"""Rebuilds the embedded base model: a small Qwen2 that adds in three styles, mostly guesses, and has learnt sums wrong.
+"""Make the embedded base model: a small Qwen2 that adds in three styles, mostly guesses, and knows some wrong sums.
 
-Supervised training with the same policy code that FIPO trains with, data-parallel over two processes. At first the
-model sees worked solutions most of the time, so that it learns to add; in the last eighth of these steps it sees mostly
-guesses, so that it answers in that style and has something to find. Then, in a stage of its own, it sees 60 of the 100
-sums of two digits wrong as often as right. About 25 minutes on two cores, or 3 with --start, which leaves the first
-stage out:
+It is supervised training by the same policy code as in FIPO, data-parallel over two processes. At first the model sees
+mostly worked solutions, so that it learns to add. In the last eighth of these steps it sees mostly guesses, so that it
+answers in this style, and reinforcement learning can find the better ones. In a second stage it sees 60 of the 100 sums
+of two digits wrong as often as right. This takes about 25 minutes on two cores, or 3 with --start, which skips the
+first stage:
 
     python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
 """
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     from megatron_fipo.policy.update import Policy
     from megatron_fipo.rollout.plain_batch import Made
 
-# Weights of guess, worked steps, and steps with a check.
+# Weights of a guess, of worked steps, and of worked steps with a check.
 LEARNING_STYLES = (0.15, 0.60, 0.25)
 FINAL_STYLES = (0.70, 0.25, 0.05)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One supervised run."""
+    """One stage of supervised training."""
 
     steps: int
     batch: int
-    """Solutions an update."""
+    """Solutions per update."""
     lr: float
     learning_share: float
-    """Share of the steps with LEARNING_STYLES; FINAL_STYLES after them."""
+    """Share of the steps with LEARNING_STYLES. The others have FINAL_STYLES."""
     wrong: float
-    """How often a doubtful sum is written wrong."""
+    """Probability that a doubtful sum is written wrong."""
 
 
 ADDING = Stage(steps=2200, batch=64, lr=2e-3, learning_share=0.88, wrong=0.0)
@@ -54,10 +54,10 @@ DOUBTING = Stage(steps=300, batch=32, lr=1e-3, learning_share=0.75, wrong=0.5)
 
 
 def main() -> int:
-    """Entry point; starts its two ranks itself."""
+    """Run the command line. It starts its two ranks itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write; replaced if it exists")
-    parser.add_argument("--start", type=Path, help="a model that adds without doubts, for the last stage alone")
+    parser.add_argument("--start", type=Path, help="a model that adds correctly, to run only the last stage")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
     arguments = parser.parse_args()
     if not already_launched():
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Take a random model or the one given through the stages, and write it; every rank calls this."""
+    """Train a random model, or the given one, through the stages, and write it. Every rank calls this."""
     import torch.distributed
 
     from megatron_fipo.config import ParallelConfig
@@ -79,7 +79,7 @@ def train(arguments: argparse.Namespace) -> None:
     platform.start_process_group(timeout_s=600)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
-        torch.distributed.broadcast_object_list(shared)  # rank 0's folder is everyone's
+        torch.distributed.broadcast_object_list(shared)  # all ranks use rank 0's folder
         start_model_parallel(ParallelConfig(), arguments.seed)
         adds = arguments.start
         if adds is None:
@@ -93,7 +93,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def teach(start: Path, stage: Stage, seed: int, out: Path) -> None:
-    """One stage: from the model in `start` to the one in `out`; every rank calls this."""
+    """Run one stage, from the model in `start` to the one in `out`. Every rank calls this."""
     import torch.distributed
 
     policy = build_policy(start, stage)
@@ -103,7 +103,7 @@ def teach(start: Path, stage: Stage, seed: int, out: Path) -> None:
 
 
 def write_random_model(directory: Path, seed: int) -> None:
-    """A Qwen2 of 0.8 M parameters with random weights, and the task's tokenizer."""
+    """Write a Qwen2 of 0.8 M parameters with random weights, and the task's tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -129,7 +129,7 @@ def write_random_model(directory: Path, seed: int) -> None:
 
 
 def build_policy(directory: Path, stage: Stage) -> "Policy":
-    """A model as a policy on two data-parallel ranks, with the stage's optimizer."""
+    """Return a model as a policy on two data-parallel ranks, with the stage's optimizer."""
     from megatron_fipo.config import Config, OptimizerConfig, ParallelConfig, PolicySection
     from megatron_fipo.models.model_config import read_architecture
     from megatron_fipo.policy.update import Policy
@@ -145,7 +145,7 @@ def build_policy(directory: Path, stage: Stage) -> "Policy":
 
 
 def learn(policy: "Policy", stage: Stage, seed: int) -> None:
-    """Supervised updates on random problems, the same draw on every rank."""
+    """Do supervised updates on random problems, which are the same on every rank."""
     import torch
     import torch.distributed
     from rich.progress import track
@@ -172,7 +172,7 @@ def learn(policy: "Policy", stage: Stage, seed: int) -> None:
 
 
 def held_out_prompts() -> set[str]:
-    """The validation problems, which the base model must not see either."""
+    """Return the validation problems, which the base model must not see."""
     lines = resolve_embedded("embedded:tiny_validation.jsonl").read_text().splitlines()
     return {json.loads(line)["prompt"][0]["content"] for line in lines}
 
@@ -180,7 +180,7 @@ def held_out_prompts() -> set[str]:
 def draw(
     tokenizer: "Tokenizer", rng: random.Random, styles: tuple[float, ...], stage: Stage, held_out: set[str]
 ) -> "Made":
-    """Solved random problems as one mini-batch."""
+    """Return solved random problems as one mini-batch."""
     import torch
 
     from megatron_fipo.data.column_sums import EOS_ID, problem, prompt, solution
@@ -203,7 +203,7 @@ def draw(
 
 
 def save(policy: "Policy", start: Path, out: Path) -> None:
-    """Write the trained model, tokenizer and configuration, replacing what is there."""
+    """Write the trained model, tokenizer and configuration, replacing existing files."""
     import torch.distributed
 
     from megatron_fipo.weights.reshard import save_huggingface

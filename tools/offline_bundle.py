@@ -1,11 +1,11 @@
-"""Collect the wheels that a machine without a network lacks, in pieces that can be carried there one by one.
+"""Collect the wheels that a machine without a network lacks, in pieces that can be copied to it one by one.
 
-    python3 offline_install.py describe > machine.json             # there; needs no other file of this project
-    python tools/offline_bundle.py machine.json --into bundle      # where there is a network, in this environment
-    python3 bundle/install.py install --target ~/fipo-site         # there, with the pieces side by side
+    python3 offline_install.py describe > machine.json             # on that machine; needs no other file
+    python tools/offline_bundle.py machine.json --into bundle      # on a machine with a network, in this environment
+    python3 bundle/install.py install --target ~/fipo-site         # on that machine, with all pieces in one folder
 
-What is installed there and meets its requirement stays, torch and its CUDA libraries whatever their version.
-Everything else comes in the version of constraints.txt. What is not met is named, here and by install.py.
+Packages that are installed there and meet their requirement are kept; torch and its CUDA libraries are always kept. All
+others are collected in the version of constraints.txt. Unmet requirements are listed, here and by install.py.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 class Collection:
-    """The wheels for one machine, and what was found on the way."""
+    """The wheels for one machine, and unmet requirements."""
 
     def __init__(self, machine: dict[str, Any], folder: Path, without: list[str]):
         self.machine = machine
@@ -63,7 +63,7 @@ class Collection:
         )
 
     def add(self, asker: str, requirements: list[str], extras: frozenset[str] = frozenset()) -> None:
-        """Collect what these requirements need, and what that needs in turn."""
+        """Collect the packages that these requirements need, and their own requirements in turn."""
         queue = [(asker, Requirement(text), extras) for text in requirements]
         seen: set[tuple[str, frozenset[str]]] = set()
         while queue:
@@ -88,7 +88,7 @@ class Collection:
         return True
 
     def _fetch(self, name: str, version: str) -> Path:
-        """One wheel for the machine: downloaded, or built here where there is only source."""
+        """Return one wheel for the machine: downloaded, or built here if there is only source."""
         print(f"{name}{version}", flush=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
         with tempfile.TemporaryDirectory(dir=self.folder) as directory:
@@ -111,14 +111,14 @@ class Collection:
             return wheels[0].rename(self.folder / wheels[0].name)
 
     def _platforms(self) -> list[str]:
-        """Tags of wheels that run there, the newest C library first."""
+        """Return the tags of wheels that run there, the newest C library first."""
         _, version = self.machine["libc"].split()
         newest = int(version.split(".")[1])
         tags = [f"manylinux_2_{minor}_{self.machine['machine']}" for minor in range(newest, 4, -1)]
         return [*tags, f"manylinux2014_{self.machine['machine']}", f"manylinux1_{self.machine['machine']}"]
 
     def _is_like_here(self) -> bool:
-        """Whether what is compiled here runs there: the same Python and processor, and no older C library."""
+        """Return whether code compiled here runs there: the same Python and processor, and no older C library there."""
         here = describe()
         (library, version), (there, newer) = (side["libc"].split() for side in (here, self.machine))
         same = here["python"].split(".")[:2] == self.python.split(".") and here["machine"] == self.machine["machine"]
@@ -126,14 +126,14 @@ class Collection:
 
 
 def requirements_of(wheel: Path) -> list[str]:
-    """What a wheel's metadata says it requires."""
+    """Return the requirements in a wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         return HeaderParser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
 
 
 def pack(wheels: list[Path], folder: Path, piece_bytes: int) -> dict[str, Any]:
-    """Move the wheels into pieces no larger than `piece_bytes`, a larger wheel cut into parts; the manifest."""
+    """Move the wheels into pieces of at most `piece_bytes`, cutting larger wheels into parts. Return the manifest."""
     files: list[dict[str, Any]] = []
     piece, filled = 1, 0
     for wheel in sorted(wheels, key=lambda wheel: -wheel.stat().st_size):
@@ -183,13 +183,15 @@ def collect(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Collect what a described machine lacks."""
+    """Collect the packages that a described machine lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("machine", type=Path, help="what `offline_install.py describe` printed there")
+    parser.add_argument("machine", type=Path, help="the output of `offline_install.py describe` on that machine")
     parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="a new one")
     parser.add_argument("--extra", nargs="*", default=[], choices=["cuda", "dev"], help="of setup.py")
-    parser.add_argument("--also", nargs="*", default=[], metavar="REQUIREMENT", help="beside the project's own")
-    parser.add_argument("--only", nargs="+", metavar="REQUIREMENT", help="instead of the project's own")
+    parser.add_argument(
+        "--also", nargs="*", default=[], metavar="REQUIREMENT", help="requirements in addition to the project's own"
+    )
+    parser.add_argument("--only", nargs="+", metavar="REQUIREMENT", help="requirements instead of the project's own")
     parser.add_argument(
         "--without", nargs="*", default=["torch", "triton"], help="never collected (default: %(default)s)"
     )

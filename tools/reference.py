@@ -1,9 +1,9 @@
-"""Writes docs/configuration.md from the schema and conf/, and docs/models.md from families and the keys of config.json.
+"""Write docs/configuration.md from the schema and conf/, and docs/models.md from families and the keys of config.json.
 
-So neither can drift from its documentation.
+So the documentation always agrees with the code.
 
-python tools/reference.py            writes them
-python tools/reference.py --check    fails if one is out of date
+python tools/reference.py            writes both pages
+python tools/reference.py --check    fails if a page is out of date
 """
 
 import argparse
@@ -28,23 +28,24 @@ _HEADER = """\
 
 <!-- Written by tools/reference.py from megatron_fipo/config/ and conf/: change those, then `make format`. -->
 
-A run is one choice from each group of `conf/`, plus an **experiment**, which chooses from the other groups and sets the
-sizes. Later sources override earlier ones: the schema's defaults, the groups' files, the experiment's own lines, single
-keys on the command line. A group named on the command line replaces the experiment's choice.
+A run takes one choice from each group of `conf/`, and an **experiment**, which chooses from the other groups and sets
+the sizes. There are four sources of values. Each overrides the ones before it: the schema's defaults, the groups'
+files, the experiment's own lines, and single keys on the command line. A group that you name on the command line
+replaces the experiment's choice.
 
 ```
 python -m megatron_fipo.train                                            # experiment=tiny
 python -m megatron_fipo.train algorithm=dapo                             # the same run, another algorithm
 python -m megatron_fipo.train experiment=fipo_7b optimizer.lr=5e-7       # one key
-python -m megatron_fipo.train experiment=fipo_32b --cfg job              # print it and stop
+python -m megatron_fipo.train experiment=fipo_32b --cfg job              # print the configuration and stop
 python -m megatron_fipo.train --config-dir my_conf experiment=mine       # my_conf/experiment/mine.yaml
-python -m megatron_fipo.train +data.task_options.max_terms=6             # a key that reasoning-gym knows: with a plus
+python -m megatron_fipo.train +data.task_options.max_terms=6             # a key of reasoning-gym: with a plus
 ```
 
-A wrong key, type, range or combination ends with exit code 2 and one line that names the key and what would be right.
-`algorithm=fipo` has the influence band of the published 32B run, and `algorithm=fipo_7b` that of the 7B run. The
-recipes' "10 warm-up steps" are training steps. `optimizer.warmup_updates` counts optimizer updates, so it is 10 times
-the updates per step.
+A wrong key, type, value or combination ends the command with exit code 2 and one line that names the key and says what
+would be right. `algorithm=fipo` has the influence band of the published 32B run, and `algorithm=fipo_7b` that of the 7B
+run. The recipes' "10 warm-up steps" are training steps. `optimizer.warmup_updates` counts optimizer updates, so it is
+10 times the number of updates per step.
 """
 
 _MODELS_HEADER = """\
@@ -53,45 +54,48 @@ _MODELS_HEADER = """\
 <!-- Written by tools/reference.py from megatron_fipo/models/families/ and models/keys.py. -->
 
 Give a model by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
-distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below work. Each family is
-declared in one file of `megatron_fipo/models/families/` ([how to add one](adding_a_family.md)).
+distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below are supported. Each
+family is declared in one file in `megatron_fipo/models/families/` ([how to add one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
 the vLLM plugin read the file through one module, `megatron_fipo/models/model_config.py`. It refuses, in one line,
 
-* a key that is in no list, since it may change the model. If the model computes the same without it, remove it from the
-  file; if it should be allowed for everybody, add it to the list that is right for it, or to its family's own keys;
-* a value that is not computed exactly here, an impossible size, or a key that occurs twice;
-* a rotary embedding that two places describe differently: programs differ in which one they follow;
-* quantised weights (FP8, AWQ, GPTQ and others), by `quantization_config` or by a file such as quantize_config.json
-  beside config.json, and adapters (adapter_config.json). The types of the stored tensors are checked too.
+* a key that is in none of the lists, since it may change the model. If the model computes the same without the key,
+  remove it from the file. If the key should be allowed for everybody, add it to the right list, or to its family's own
+  keys;
+* a value that is not supported, an impossible size, or a key that occurs twice;
+* a rotary embedding that two keys describe differently, since programs differ in which key they follow;
+* quantised weights (FP8, AWQ, GPTQ and others), declared by `quantization_config` or by a file such as
+  quantize_config.json beside config.json, and adapters (adapter_config.json). The types of the stored tensors are
+  checked too.
 
-At the start of a run each rank compares its rotary embedding with transformers', at positions over the whole context.
-`tools/convert_hf.py --verify` compares logits there ([weights.md](weights.md)).
+At the start of a run each rank compares its rotary embedding with that of transformers, at positions over the whole
+context. `tools/convert_hf.py --verify` compares logits at such positions ([weights.md](weights.md)).
 
-Any `attention_dropout` is allowed: a run trains without dropout, so that old and new log-probs are of the same model.
-`model.max_position_embeddings` raises the context without another rotary embedding, as the 7B recipe does.
+Any `attention_dropout` is allowed. A run trains without dropout, so that old and new log-probs come from the same
+model. `model.max_position_embeddings` raises the context length without changing the rotary embedding, as the 7B recipe
+does.
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
-micro-batches and over context-parallel ranks. A token attends to that many tokens, itself included. The window has no
-effect if no sequence of the run, prompt plus response, is longer. Transformer Engine has no window over
-context-parallel ranks: this combination is refused in one line. Local layers make a mask of one byte per pair of
-tokens of a sequence. Qwen's window, `use_sliding_window`, is for only some of the layers. vLLM does not serve that, so
-it is refused.
+micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no
+effect if no sequence of the run, prompt plus response, is longer. Transformer Engine does not support a window over
+context-parallel ranks, so this combination is refused. Local layers make a mask of one byte per pair of tokens of a
+sequence. Qwen's window, `use_sliding_window`, applies to only some of the layers. vLLM does not support this, so it is
+refused.
 
-**Gemma** means the first Gemma. Its released config.json says gelu and means the tanh approximation; transformers and
-vLLM read it that way. Gemma 2 and 3 are refused: Megatron-Core does not have all of two rotary bases, norms after
-attention and feed-forward, and capped logits. From a **Mistral** directory the Hugging Face files are read, not
-params.json and consolidated.safetensors beside them.
+**Gemma** means the first Gemma. Its released config.json says gelu and means the tanh approximation. transformers and
+vLLM read it in this way. Gemma 2 and 3 are refused, since Megatron-Core does not support all that they need: two rotary
+bases, norms after attention and feed-forward, and capped logits. In a **Mistral** directory the Hugging Face files are
+read. params.json and consolidated.safetensors beside them are not read.
 
-Each family's logits and gradients are compared with transformers' on a CPU, over tensor, sequence, pipeline, context
-and data parallelism. In the tests vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma, with live weight updates.
-Mistral and Gemma: not yet run on CUDA.
+The tests compare each family's logits and gradients with transformers on a CPU, over tensor, sequence, pipeline,
+context and data parallelism. In the tests, vLLM on a CPU serves Qwen2, Llama, Mistral and Gemma, with live weight
+updates. Mistral and Gemma have not yet run on CUDA.
 """
 
 
 def models() -> str:
-    """The page of the keys of config.json."""
+    """Return the page about models and the keys of config.json."""
     return "\n".join([_MODELS_HEADER, *_families(), *_model_keys()])
 
 
@@ -111,7 +115,7 @@ def _model_keys() -> Iterator[str]:
     yield "| rope_type | keys besides `rope_theta` |\n| --- | --- |"
     for kind, keys in KEYS_OF_TYPE.items():
         yield f"| `{kind}` | {', '.join(f'`{key}`' for key in keys) or 'none'} |"
-    yield "\n## Refused, except for values that change nothing\n\n| key | value that is allowed |\n| --- | --- |"
+    yield "\n## Refused, except for values that have no effect\n\n| key | allowed values |\n| --- | --- |"
     yield from (f"| `{key}` | {kind.expected} |" for key, kind in REFUSED.items())
     yield "\n## Harmless\n"
     for reason, keys in HARMLESS.items():
@@ -119,13 +123,14 @@ def _model_keys() -> Iterator[str]:
 
 
 def reference() -> str:
-    """The page of the keys of conf/."""
+    """Return the page about the keys of conf/."""
     return "\n".join([_HEADER, "## Groups\n", *_groups(), "\n## Keys", *_keys(), *_free()])
 
 
 def _free() -> Iterator[str]:
     yield "\n## What may change when a run resumes\n"
-    yield "All other keys decide what is trained and must stay ([runs.md](runs.md)).\n\n| keys | why |\n| --- | --- |"
+    yield "All other keys affect the result of training and may not change ([runs.md](runs.md)).\n"
+    yield "| keys | why |\n| --- | --- |"
     for reason, keys in table():
         yield f"| {', '.join(f'`{key}`' for key in keys)} | {reason} |"
 
@@ -138,7 +143,7 @@ def _groups() -> Iterator[str]:
 
 
 def _first_comment(path: Path) -> str:
-    """What the file says it is: its first comment that is no directive of Hydra's."""
+    """Return the description of a file: its first comment that is not a directive of Hydra."""
     comments = (line[2:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
     return next(comment for comment in comments if not comment.startswith("@"))
 
@@ -182,7 +187,7 @@ def _meaning(entry: Field) -> str:
 
 
 def main() -> None:
-    """Write the pages, or with --check compare them with those that are there."""
+    """Write the pages, or with --check compare them with the existing files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     only_check = parser.parse_args().check

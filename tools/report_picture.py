@@ -1,9 +1,9 @@
-"""Takes the README's pictures of a report.html: docs/report-light.png and docs/report-dark.png.
+"""Take the README's pictures of a report.html: docs/report-light.png and docs/report-dark.png.
 
-python tools/report_picture.py RUN            of the run in that directory
-python tools/report_picture.py RUN --to DIR   puts them there instead
+python tools/report_picture.py RUN            pictures of the run in that directory
+python tools/report_picture.py RUN --to DIR   writes them to DIR instead
 
-Takes a Chromium and its chromedriver from the path; Debian and Ubuntu: apt-get install chromium chromium-driver.
+It needs Chromium and chromedriver on the path. On Debian and Ubuntu: apt-get install chromium chromium-driver.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _TIMEOUT_S = 60
 
 
 def browser_files() -> tuple[str, str] | None:
-    """The paths of a Chromium and its driver, or None where one is missing."""
+    """Return the paths of Chromium and its driver, or None if one is missing."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     driver = shutil.which("chromedriver")
     return (chromium, driver) if chromium and driver else None
@@ -34,13 +34,13 @@ def browser_files() -> tuple[str, str] | None:
 
 @contextmanager
 def browser() -> Iterator[Chrome]:
-    """A Chromium without a window. Raises FileNotFoundError where none is installed."""
+    """Provide a Chromium without a window. Raises FileNotFoundError if none is installed."""
     found = browser_files()
     if found is None:
         raise FileNotFoundError("chromium and chromedriver were not found: apt-get install chromium chromium-driver")
     options = ChromeOptions()
     options.binary_location = found[0]
-    # Its sandbox does not run as root and in most containers; the pages are our own. /dev/shm is small in those.
+    # Its sandbox does not work as root and in most containers, and the pages are our own. /dev/shm is small there.
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -52,7 +52,7 @@ def browser() -> Iterator[Chrome]:
 
 
 def show(chrome: Chrome, page: Path, width: int, scheme: str) -> None:
-    """Open a page in a window of so many pixels, `scheme` light or dark, and wait until its charts are drawn."""
+    """Open a page in a window of `width` pixels, with `scheme` light or dark, and wait until its charts are drawn."""
     size = {"width": width, "height": _HEIGHT, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -62,7 +62,7 @@ def show(chrome: Chrome, page: Path, width: int, scheme: str) -> None:
 
 
 def picture(chrome: Chrome, height: int = _HEIGHT) -> bytes:
-    """The upper part of the page that is shown, as PNG."""
+    """Return the upper part of the page as PNG."""
     width = chrome.execute_script("return innerWidth")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     options: dict[str, Any] = {"format": "png", "captureBeyondViewport": True, "clip": clip}
@@ -73,7 +73,7 @@ def main() -> None:
     """Write both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's directory")
-    parser.add_argument("--to", type=Path, default=_DOCS, help="where the pictures go")
+    parser.add_argument("--to", type=Path, default=_DOCS, help="directory for the pictures")
     arguments = parser.parse_args()
     page = arguments.run / "report.html"
     if not page.is_file():

@@ -1,4 +1,4 @@
-"""Group-relative advantages and the overlong penalty: a few numbers a prompt, so plain Python in double precision."""
+"""Group-relative advantages and the overlong penalty. They are a few numbers per prompt, so this is plain Python."""
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
@@ -7,11 +7,11 @@ _STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: Sequence[float], *, norm_by_std: bool) -> list[float]:
-    """A = (R − mean R) / (std R + 1e-6) over the samples of one prompt, with the unbiased standard deviation.
+    """Return A = (R − mean R) / (std R + 1e-6) over the samples of one prompt, with the unbiased standard deviation.
 
-    `rewards` are the rewards of the group's responses, overlong penalty included; the result has the same length and is
-    dimensionless. `norm_by_std=False` (Dr. GRPO) leaves out the division. A response alone has nothing to be compared
-    with: its advantage is 0.
+    `rewards` are the rewards of the group's responses, overlong penalty included. The result has the same length and is
+    dimensionless. `norm_by_std=False` (Dr. GRPO) leaves out the division. If a group has only one response, there is
+    nothing to compare it with, and its advantage is 0.
     """
     if len(rewards) < 2:
         return [0.0] * len(rewards)
@@ -24,9 +24,10 @@ def group_advantages(rewards: Sequence[float], *, norm_by_std: bool) -> list[flo
 
 
 def overlong_penalty(length: int, *, max_response_length: int, buffer_length: int, penalty_factor: float) -> float:
-    """min(−(length − (max_response_length − buffer_length)) / buffer_length × penalty_factor, 0).
+    """Return min(−(length − (max_response_length − buffer_length)) / buffer_length × penalty_factor, 0).
 
-    Zero up to the buffer, then a straight ramp down to −penalty_factor at `max_response_length`. Lengths in tokens.
+    This is zero up to the buffer, then falls linearly to −penalty_factor at `max_response_length`. Lengths are in
+    tokens.
     """
     excess = length - (max_response_length - buffer_length)
     return min(-excess / buffer_length * penalty_factor, 0.0)

@@ -16,18 +16,19 @@ from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.config import FutureKLConfig
 
 LOG_RATIO_CLAMP = 20.0
-"""|Δ| is cut off here before the exponential, as in the released code."""
+"""|Δ| is clamped to this value before the exponential, as in the released code."""
 
 _BLOCK = 16
 
 
 def suffix_scan(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
-    """Discounted sum of each position and all after it in its stretch: F_t = values_t + γ F_{t+1}.
+    """Return the discounted sum over each position and all later ones in its stretch: F_t = values_t + γ F_{t+1}.
 
-    On CUDA fp32 goes through one kernel (triton_scan.py); this path is its reference.
+    A stretch is a run of consecutive tokens: a sequence, or a chunk of one. On CUDA, fp32 values use one kernel
+    (triton_scan.py). The code here is the reference for that kernel.
 
     Args:
-        values: [tokens], floating point: stretches one after another.
+        values: [tokens], floating point: the stretches one after another.
         gamma: discount in [0, 1].
         lengths: [stretches] int64, at least 1 each; they add up to `tokens`.
 
@@ -35,19 +36,19 @@ def suffix_scan(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
         [tokens], same type.
     """
     if values.is_cuda and values.dtype == torch.float32:
-        from megatron_fipo.algorithm.triton_scan import suffix_scan_on_cuda  # triton is only there with CUDA
+        from megatron_fipo.algorithm.triton_scan import suffix_scan_on_cuda  # triton is installed only with CUDA
 
         return suffix_scan_on_cuda(values, gamma, lengths)
     decay = torch.full_like(values, gamma)
-    decay[lengths.cumsum(0) - 1] = 0.0  # nothing comes over the end of a stretch
+    decay[lengths.cumsum(0) - 1] = 0.0  # the sum does not continue over the end of a stretch
     return _recurrence(values, decay)
 
 
 def _recurrence(values: Tensor, decay: Tensor) -> Tensor:
-    """x_t = values_t + decay_t x_{t+1}, [tokens] each.
+    """Return x with x_t = values_t + decay_t x_{t+1}; [tokens] each.
 
-    Blocks of 16 go through 16 steps side by side; the blocks' heads are the same problem again, 16 times shorter. So
-    the whole is O(T) work in O(log T) rounds.
+    All blocks of 16 tokens are scanned in parallel, in 16 steps. The first elements of the blocks then form the same
+    problem, 16 times shorter. So the whole is O(T) work in O(log T) rounds.
     """
     tokens = values.numel()
     if tokens == 0:
@@ -57,7 +58,7 @@ def _recurrence(values: Tensor, decay: Tensor) -> Tensor:
     sums, decays = (torch.nn.functional.pad(t, padding).view(blocks, _BLOCK).t().contiguous() for t in (values, decay))
     for position in reversed(range(_BLOCK - 1)):
         sums[position].addcmul_(decays[position], sums[position + 1])
-        decays[position].mul_(decays[position + 1])  # from here on: the decay up to the block's end
+        decays[position].mul_(decays[position + 1])  # now this is the decay up to the end of the block
     if blocks > 1:
         after = torch.nn.functional.pad(_recurrence(sums[0], decays[0])[1:], (0, 1))
         sums.addcmul_(decays, after)
@@ -65,16 +66,16 @@ def _recurrence(values: Tensor, decay: Tensor) -> Tensor:
 
 
 def future_kl(values: Tensor, decay_rate: float, layout: SequenceLayout) -> Tensor:
-    """F_t of each token, over whole sequences even when context parallelism cuts them.
+    """Return F_t of each token, over whole sequences, even if context parallelism cuts them.
 
-    With C context-parallel ranks, rank r holds chunks r and 2C−1−r of each sequence (zigzag order). Each chunk is
-    scanned where it lies; its head, one number a sequence, is all that the other ranks need: two floats a sequence
-    and rank cross the wire, and nothing in the backward pass.
+    With C context-parallel ranks, rank r holds chunks r and 2C−1−r of each sequence (zigzag order). Each rank scans its
+    own chunks. From each chunk the other ranks need only the first value of the result. So every rank sends two floats
+    per sequence, and nothing in the backward pass.
 
     Args:
-        values: [rows, tokens], M·Δ, zero where the response mask is.
+        values: [rows, tokens], M·Δ, zero outside the response.
         decay_rate: half-life τ in tokens; γ = 2^(−1/τ).
-        layout: where the sequences lie.
+        layout: the positions of the sequences.
 
     Returns:
         [rows, tokens], same type.
@@ -96,9 +97,10 @@ def future_kl(values: Tensor, decay_rate: float, layout: SequenceLayout) -> Tens
 
 
 def _carry(heads: Tensor, decay: Tensor, layout: SequenceLayout) -> Tensor:
-    """F just behind each of this rank's chunks, [sequences, 2], from their heads [sequences, 2] on all ranks.
+    """Return F at the token after each of this rank's chunks, [sequences, 2].
 
-    `decay` is that over one chunk, [sequences].
+    `heads` are the first values of this rank's chunks, [sequences, 2]. They are gathered from all ranks. `decay` is the
+    decay over one chunk, [sequences].
     """
     size, rank = layout.context_size, layout.context_rank
     gathered = [torch.empty_like(heads) for _ in range(size)]
@@ -117,7 +119,7 @@ def _powers(gamma: float, exponents: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Influence:
-    """The influence weight of each token and what it was before the band cut it."""
+    """The influence weight of each token, before and after it is clipped to the band."""
 
     weights: Tensor
     """[rows, tokens] f_t, detached."""
@@ -135,21 +137,21 @@ def influence_weights(
     layout: SequenceLayout,
     takes_part: Tensor | None = None,
 ) -> Influence:
-    """f_t = clip(exp(F_t), band), held down where a negative advantage meets a high ratio.
+    """Return f_t = clip(exp(F_t), band), limited further where the advantage is negative and the ratio high.
 
     Args:
         log_ratio: [rows, tokens] Δ, already clamped.
-        response_mask: [rows, tokens] bool, true on tokens that the policy produced. Others take no part in any sum;
-            they count as distance.
-        advantages: [rows, tokens], or what spreads to it.
+        response_mask: [rows, tokens] bool, true on tokens that the policy produced. Other tokens are left out of all
+            sums, but count as distance.
+        advantages: [rows, tokens], or a shape that broadcasts to it.
         settings: decay rate, band, safety rule and participation mask.
-        clip_ratio_c: c, the ratio above which a token takes no part in the sum.
-        layout: where the sequences lie.
-        takes_part: [rows, tokens] bool, which of the tokens take part in sums; None: all.
+        clip_ratio_c: c, the ratio above which a token is left out of the sum.
+        layout: the positions of the sequences.
+        takes_part: [rows, tokens] bool, the tokens that sums include; None: all.
     """
     takes_part = response_mask if takes_part is None else response_mask & takes_part
     if settings.participation_mask:
-        # In the log-ratio's own precision; filled there, since a copy from the host would wait for the GPU.
+        # In the log-ratio's own precision, and created on its device: a copy from the host would wait for the GPU.
         threshold = torch.full((), clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device).log()
         takes_part = takes_part & (log_ratio <= threshold)
     raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()

@@ -1,9 +1,9 @@
-"""Policy losses behind one signature: tensors of one micro-batch in, a loss a token out.
+"""Policy losses with one signature: tensors of one micro-batch in, one loss per token out.
 
-A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses`, in `LOSSES` or one of the user's
-(docs/adding_a_loss.md). What all losses share — importance weights, aggregation, statistics — is done once, in
-`policy_loss`. Nothing here knows how the model is laid out: sequences may be padded or packed, and cut over
-context-parallel ranks; the few sums over a whole sequence go through `LossInputs.layout`.
+A loss is a function `(LossInputs, AlgorithmConfig) -> TokenLosses`, in `LOSSES` or in a file of the user's
+(docs/adding_a_loss.md). `policy_loss` does what all losses have in common: importance weights, aggregation and
+statistics. The code here does not depend on the layout. Sequences may be padded or packed, and cut over
+context-parallel ranks. The few sums over a whole sequence use `LossInputs.layout`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,63 +27,63 @@ _CHECKED = "config/checks.py refuses a loss without the settings that it reads"
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch as the loss sees it; all are fp32 unless said otherwise."""
+    """One micro-batch as the loss sees it. All tensors are fp32 unless stated otherwise."""
 
     log_probs: Tensor
-    """[rows, tokens], of the policy being trained; carries the gradient."""
+    """[rows, tokens], of the policy that is being trained; carries the gradient."""
     streams: Mapping[str, Tensor]
-    """[rows, tokens] each, by the table of records/streams.py."""
+    """[rows, tokens] each, by their names in records/streams.py."""
     advantages: Tensor
-    """[rows, tokens], or what spreads to it: one value a sequence."""
+    """[rows, tokens], or a shape that broadcasts to it; one value per sequence."""
     response_mask: Tensor
     """[rows, tokens] bool: the policy produced the token. What it was told within a response is not of it."""
     response_lengths: Tensor
-    """[sequences] int64, the mask's tokens of each, over all context-parallel ranks; 0 for a filler."""
+    """[sequences] int64, the mask's tokens of each, over all context-parallel ranks; 0 for a padding sequence."""
     layout: SequenceLayout = field(default_factory=SequenceLayout)
-    """Where the sequences lie; a row each unless said otherwise."""
+    """The positions of the sequences; by default each row is one sequence."""
 
     @property
     def old_log_probs(self) -> Tensor:
-        """[rows, tokens], of the policy before the step's first update, by the trainer."""
+        """[rows, tokens], computed by the trainer before the step's first update."""
         return self.streams[OLD_LOG_PROBS]
 
     @property
     def rollout_log_probs(self) -> Tensor:
-        """[rows, tokens], of the engine that sampled."""
+        """[rows, tokens], from the engine that sampled the tokens."""
         return self.streams[ROLLOUT_LOG_PROBS]
 
     @property
     def reference_log_probs(self) -> Tensor:
-        """[rows, tokens], of the policy that training started from; there with reference_kl_coef."""
+        """[rows, tokens], of the policy from which training started; present only with reference_kl_coef."""
         return self.streams[REFERENCE_LOG_PROBS]
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What a loss function returns: a loss a token, which tokens count, and what to report."""
+    """The result of a loss function: one loss per token, the mask of tokens that count, and metrics."""
 
     losses: Tensor
     """[rows, tokens]"""
     mask: Tensor
-    """[rows, tokens] bool: tokens that count, a subset of the response mask. Others leave the numerator, and the
-    denominator of token-mean; a mean over responses still divides by all of them and by their whole lengths."""
+    """[rows, tokens] bool: tokens that count, a subset of the response mask. Others are left out of the numerator, and
+    of the denominator of token-mean. A mean over responses still divides by all responses and their full lengths."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """[rows, tokens] each: reported as the mean over all response tokens."""
     extremes: dict[str, Tensor] = field(default_factory=dict)
-    """[rows, tokens] each: reported as the least and greatest over all response tokens."""
+    """[rows, tokens] each: reported as the minimum and the maximum over all response tokens."""
     sequence_counts: dict[str, Tensor] = field(default_factory=dict)
-    """[sequences] each, alike on all ranks that share them: reported as the sum over all sequences."""
+    """[sequences] each, equal on all ranks that share a sequence: reported as the sum over all sequences."""
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective with decoupled bounds (DAPO), as a loss.
+    """Return PPO's clipped objective with decoupled bounds (DAPO), as a loss.
 
     Args:
         ratio: [rows, tokens] π/π_old with gradient.
         advantages: [rows, tokens] or [rows, 1], detached.
 
     Returns:
-        The loss a token, and where the clip holds, [rows, tokens] bool.
+        The loss per token, and whether it is clipped, [rows, tokens] bool.
     """
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(*_ratio_bounds(config))
@@ -91,7 +91,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig
 
 
 def dual_clip(losses: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Keep a loss at or below −A c where A < 0: the losses, and where this holds, [rows, tokens] bool."""
+    """Limit losses to at most −A c where A < 0. Return the losses, and whether each is limited, [rows, tokens] bool."""
     assert config.clip_ratio_c is not None, _CHECKED
     bound = -advantages * config.clip_ratio_c
     held = (advantages < 0) & (losses > bound)
@@ -99,7 +99,7 @@ def dual_clip(losses: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tu
 
 
 def vanilla(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """The clipped policy gradient of PPO, GRPO, Dr. GRPO and DAPO; the configuration tells them apart."""
+    """Return the clipped policy gradient loss of PPO, GRPO, Dr. GRPO and DAPO, which differ only in their settings."""
     losses, clipped = clipped_surrogate(_log_ratio(inputs).exp(), inputs.advantages, config)
     losses, dual_clipped = dual_clip(losses, inputs.advantages, config)
     reported = {"pg_clipfrac": clipped.float(), "pg_clipfrac_lower": dual_clipped.float()}
@@ -107,9 +107,9 @@ def vanilla(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
 
 
 def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """FIPO: the clipped policy gradient with each token's advantage times its influence weight.
+    """Return the loss of FIPO: the clipped policy gradient, with each token's advantage times its influence weight.
 
-    Deviates from the released code in one thing: the caller's mean is one over the whole mini-batch, as in the paper.
+    One thing differs from the released code: the caller takes one mean over the whole mini-batch, as in the paper.
     """
     settings = config.future_kl
     assert settings is not None and config.clip_ratio_c is not None, _CHECKED
@@ -146,10 +146,10 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
 
 
 def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """GSPO (arXiv 2507.18071): one ratio a sequence, the geometric mean of its tokens', clipped as a whole.
+    """Return the loss of GSPO (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens' ratios.
 
-    In its token form, whose gradient is the same: the value is the sequence's, the gradient goes through each token's
-    own log-prob. So nothing has to cross ranks in the backward pass.
+    This is GSPO's token form, which has the same gradient: each token has the value of its sequence's ratio, and the
+    gradient goes through the token's own log-prob. So the backward pass needs no communication between ranks.
     """
     moved = torch.where(inputs.response_mask, inputs.log_probs - inputs.old_log_probs, 0.0)
     mean = inputs.layout.total(moved) / inputs.response_lengths.clamp(min=1)
@@ -160,9 +160,9 @@ def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
 
 
 def cispo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """CISPO (MiniMax-M1, arXiv 2506.13585): −A · clip(ratio) · log π, the clipped ratio a constant.
+    """Return the loss of CISPO (MiniMax-M1, arXiv 2506.13585): −A · clip(ratio) · log π, the clipped ratio a constant.
 
-    No token loses its gradient: the clip only bounds its weight.
+    Every token keeps its gradient: the clip only bounds its weight.
     """
     ratio = _log_ratio(inputs).detach().exp()
     weight = ratio.clamp(*_ratio_bounds(config))
@@ -171,12 +171,15 @@ def cispo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
 
 
 def sapo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """SAPO (arXiv 2511.20347): a soft gate (4/τ) σ(τ (ratio − 1)) for ratio and clip, τ by the advantage's sign."""
+    """Return the loss of SAPO (arXiv 2511.20347): the gate (4/τ) σ(τ (ratio − 1)) instead of ratio and clip.
+
+    τ depends on the sign of the advantage.
+    """
     assert config.tau_pos is not None and config.tau_neg is not None, _CHECKED
     temperature = torch.full_like(inputs.advantages, config.tau_neg).masked_fill(inputs.advantages > 0, config.tau_pos)
     open_share = torch.sigmoid(temperature * (_log_ratio(inputs).exp() - 1))
     losses = -inputs.advantages * open_share * (4 / temperature)
-    # The slope against the ratio: 1 at ratio 1, falling to 0 on either side.
+    # The gate's slope with respect to the ratio: 1 at ratio 1, falling to 0 on both sides.
     slope = (4 * open_share * (1 - open_share)).detach()
     return TokenLosses(losses, inputs.response_mask, {"sapo_gate_slope": slope})
 
@@ -191,9 +194,9 @@ LOSSES: dict[str, Callable[[LossInputs, AlgorithmConfig], TokenLosses]] = {
 
 
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss sum, normaliser and statistics of one micro-batch.
+    """Return loss sum, normaliser and statistics of one micro-batch.
 
-    The three add up: over micro-batches and ranks, Σ loss / Σ normaliser is the mini-batch's loss, whatever the layout.
+    All three are summed over micro-batches and ranks. Σ loss / Σ normaliser is the mini-batch's loss in any layout.
 
     Returns:
         The loss sum (scalar with gradient), the normaliser (int32 scalar: tokens or sequences, by loss_agg_mode), and
@@ -222,7 +225,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
 
 
 def _token_losses(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """What the configured loss function returns; FipoError if it is one of the user's, and returns something else."""
+    """Call the configured loss function. FipoError if the user's own returns something else than TokenLosses."""
     if config.loss is None:
         return LOSSES[config.loss_mode](inputs, config)
     found = load_function(config.loss, LOSS_KEY)(inputs, config, **config.loss_options)
@@ -242,10 +245,11 @@ def _shape(value: object) -> str:
 
 
 def reference_kl(inputs: LossInputs, estimator: str) -> Tensor:
-    """Estimates of KL(π || π_reference) a token, [rows, tokens] with gradient, from the sampled token alone.
+    """Estimate KL(π || π_reference) per token from the sampled token alone. Return [rows, tokens] with gradient.
 
-    With d = log π_reference − log π (Schulman, "Approximating KL divergence"): k1 = −d, unbiased; k2 = d²/2, whose
-    gradient is that of the KL; k3 = exp(d) − 1 − d, unbiased and never negative, the one of GRPO (arXiv 2402.03300).
+    With d = log π_reference − log π (Schulman, "Approximating KL divergence"): k1 = −d, which is unbiased; k2 = d²/2,
+    which has the gradient of the KL; k3 = exp(d) − 1 − d, which is unbiased and never negative, and is used by GRPO
+    (arXiv 2402.03300).
     """
     distance = (inputs.reference_log_probs - inputs.log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     estimates = {
@@ -266,7 +270,7 @@ def _ratio_bounds(config: AlgorithmConfig) -> tuple[float, float]:
 
 
 def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the mini-batch's loss, this micro-batch's and rank's share of them."""
+    """Return this micro-batch's and rank's share of the numerator and denominator of the mini-batch's loss."""
     if config.loss_agg_mode == "token-mean":
         return losses.sum(), mask.sum().to(torch.int32)
     sequences = (inputs.response_lengths > 0).sum().to(torch.int32) * _counts_sequences(inputs)
@@ -279,5 +283,5 @@ def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, config: Algorit
 
 
 def _counts_sequences(inputs: LossInputs) -> int:
-    """1 on the one of the ranks that share the sequences that counts them, 0 on the others."""
+    """Return 1 on one of the ranks that share the sequences, and 0 on the others, so that each is counted once."""
     return int(inputs.layout.context_rank == 0)

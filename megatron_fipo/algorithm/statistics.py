@@ -1,9 +1,9 @@
-"""Statistics that add up: named tensors of micro-batches and ranks become the metrics of one update.
+"""Combine statistics of micro-batches and ranks, which are named tensors, into the metrics of one update.
 
-The name says how a statistic combines. `sum/x` adds up and is reported as a mean over response tokens; `count/x` adds
-up and is reported as it is; `min/x` and `max/x` are the least and the greatest; `mean/x` holds a sum and its own count,
-adds up, and is reported as the mean; `histogram/x` holds counts by bin, adds up, and is reported as quantiles. So all
-of it crosses the wire in one collective, and no layout changes it.
+The name says how a statistic is combined and reported. `sum/x` is summed, and reported as a mean over response tokens.
+`count/x` is summed and reported as it is. `min/x` and `max/x` are the minimum and the maximum. `mean/x` holds a sum and
+its own count; both are summed, and the mean is reported. `histogram/x` holds counts per bin; they are summed and
+reported as quantiles. So one collective sends all statistics, and the result does not depend on the layout.
 """
 
 import math
@@ -13,8 +13,8 @@ from torch import Tensor
 
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 
-# Bins of a log-ratio x are even in asinh(x / 1e-3): 1e-4 wide around 0, 10 % of |x| far out. An odd number of them, so
-# that an unchanged policy's log-ratio, 0, is a bin's centre and its quantiles are exactly 1.
+# Bins of a log-ratio x are equally wide in asinh(x / 1e-3): 1e-4 around 0, and 10 % of |x| far from 0. Their number is
+# odd, so that 0, an unchanged policy's log-ratio, is the centre of a bin and its quantiles are exactly 1.
 _BINS = 201
 _FINEST = 1e-3
 _LARGEST = 20.0
@@ -25,7 +25,7 @@ _HALF_RANGE = math.asinh(_LARGEST / _FINEST)
 def token_statistics(
     mask: Tensor, means: dict[str, Tensor], extremes: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Scalars of quantities a token; all [rows, tokens], over the tokens of the mask."""
+    """Return scalar statistics of per-token quantities, [rows, tokens] each, over the tokens of the mask."""
     found = {f"sum/{name}": torch.where(mask, values, 0.0).sum() for name, values in means.items()}
     for name, values in (extremes or {}).items():
         found[f"min/{name}"] = torch.where(mask, values, torch.inf).amin()
@@ -35,11 +35,11 @@ def token_statistics(
 
 @torch.no_grad()
 def part_means(values: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means over parts of the tokens, such as the quarters of responses.
+    """Return means over parts of the tokens, such as the quarters of responses.
 
     Args:
         values: [rows, tokens]
-        parts: by the mean's name, [rows, tokens] bool
+        parts: a mask for each mean's name, [rows, tokens] bool
 
     Returns:
         `mean/x` for each part, [2] fp32: the sum of its values, and their number.
@@ -52,7 +52,7 @@ def part_means(values: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def ratio_histograms(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Counts of the tokens' log-ratios by bin, for positive and for negative advantages.
+    """Count the tokens' log-ratios per bin, for positive and for negative advantages.
 
     Args:
         log_ratio: [rows, tokens]
@@ -65,17 +65,17 @@ def ratio_histograms(log_ratio: Tensor, advantages: Tensor, mask: Tensor) -> dic
     place = (torch.asinh(log_ratio.float() / _FINEST) / _HALF_RANGE).clamp(-1, 1)  # −1 … 1
     bins = ((place + 1) / 2 * (_BINS - 1)).round().long()
     counts = torch.zeros(2, _BINS, device=log_ratio.device)
-    # One pass for both signs; fp32 counts whole numbers exactly, so the order of additions does not matter.
+    # One pass for both signs. fp32 represents these whole numbers exactly, so the order of additions does not matter.
     index = bins + _BINS * (advantages < 0)
     counts.view(-1).scatter_add_(0, index.flatten(), (mask & (advantages != 0)).float().flatten())
     return {"histogram/ratio_positive": counts[0], "histogram/ratio_negative": counts[1]}
 
 
 def combine(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One set of statistics from several, all with the same names.
+    """Combine several sets of statistics with the same names into one.
 
     Args:
-        parts: a dictionary a micro-batch or a rank.
+        parts: one dictionary per micro-batch or rank.
     """
     combined = {}
     for name in parts[0]:
@@ -86,19 +86,19 @@ def combine(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def to_vector(statistics: dict[str, Tensor]) -> Tensor:
-    """All statistics in the order of their names as one fp64 vector, to cross the wire in one collective."""
+    """Return all statistics, in the order of their names, as one fp64 vector, so that one collective can send them."""
     return torch.cat([statistics[name].double().flatten() for name in sorted(statistics)])
 
 
 def from_vector(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `to_vector`, for statistics with the names and shapes of `like`."""
+    """Invert `to_vector`, for statistics with the names and shapes of `like`."""
     names = sorted(like)
     parts = vector.split([like[name].numel() for name in names])
     return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
-    """Reported metrics of fully combined statistics; none of them is NaN on an empty mask, it is left out."""
+    """Return the metrics of fully combined statistics. With an empty mask a metric is left out, and never NaN."""
     scalars = {name: value.item() for name, value in statistics.items() if value.dim() == 0}
     tokens = scalars["count/tokens"]
     reported = {"tokens_trained": tokens}
@@ -129,7 +129,7 @@ def metrics(statistics: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _quantiles(name: str, counts: Tensor) -> dict[str, float]:
-    """Ratios at the quantiles, each exp of the centre of the bin where the quantile's token lies; {} without tokens."""
+    """Return the ratios at the quantiles: exp of the centre of the quantile's bin. {} without tokens."""
     below = counts.double().cumsum(0)
     total = below[-1].item()
     if total == 0:

@@ -1,8 +1,8 @@
-"""The suffix scan of credit.py as one CUDA kernel: a program a stretch, 1024 tokens at a time, the last ones first.
+"""The suffix scan of credit.py as one CUDA kernel: one program per stretch, 1024 tokens at a time, the last ones first.
 
-Within a block the scan is a parallel one (log₂ 1024 = 10 steps); between blocks one carry stays in a register. So a
-token is read once and written once. The torch path of `credit.suffix_scan` is the reference. Triton comes with torch
-for CUDA, and nothing else imports this module.
+Within a block the scan is parallel (log₂ 1024 = 10 steps). From block to block one carry stays in a register. So each
+token is read once and written once. The torch code of `credit.suffix_scan` is the reference. Triton is installed with
+torch for CUDA. Only credit.py imports this module.
 """
 
 import torch
@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 def suffix_scan_on_cuda(values: Tensor, gamma: float, lengths: Tensor) -> Tensor:
-    """F_t = values_t + γ F_{t+1} within each stretch; see `credit.suffix_scan`.
+    """Return F_t = values_t + γ F_{t+1} within each stretch; see `credit.suffix_scan`.
 
     Args:
         values: [tokens] fp32, stretches one after another.
@@ -33,7 +33,7 @@ def suffix_scan_on_cuda(values: Tensor, gamma: float, lengths: Tensor) -> Tensor
 
 @triton.jit
 def _combine(later_decay, later_sum, decay, total):
-    """What two neighbouring stretches are together; in a reverse scan the later stretch comes first."""
+    """Combine two neighbouring parts of a stretch. In a reverse scan the later part comes first."""
     return later_decay * decay, total + decay * later_sum
 
 

@@ -1,6 +1,7 @@
-"""The order in which context parallelism cuts a sequence, so that causal attention costs every rank the same.
+"""The order in which context parallelism cuts a sequence, so that causal attention costs the same on every rank.
 
-Rank r of C holds chunks r and 2C−1−r of the 2C that a sequence is cut into, as in Megatron-Core and Transformer Engine.
+A sequence is cut into 2C chunks for C ranks. Rank r holds chunks r and 2C−1−r, as in Megatron-Core and Transformer
+Engine.
 """
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 def zigzag_positions(local_tokens: int, ranks: int, device: torch.device) -> Tensor:
-    """Positions in the sequence that each context-parallel rank holds, [ranks, local_tokens]: chunks r and 2C−1−r."""
+    """Return the positions that each context-parallel rank holds, [ranks, local_tokens]: chunks r and 2C−1−r."""
     chunks = torch.arange(local_tokens * ranks, device=device).view(2 * ranks, local_tokens // 2)
     order = torch.arange(ranks, device=device)
     return torch.cat([chunks[order], chunks[2 * ranks - 1 - order]], dim=1)

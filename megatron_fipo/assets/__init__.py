@@ -1,4 +1,4 @@
-"""Files that ship with the package: the embedded model and its problems, named embedded:NAME in configurations."""
+"""Files that are shipped with the package: the embedded model and its problems, embedded:NAME in configurations."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ _PREFIX = "embedded:"
 
 
 def resolve_embedded(path: str) -> Path:
-    """The file or directory that a configured path means: embedded:NAME lies in this package, ~ is the user's home."""
+    """Return the file or directory of a configured path. embedded:NAME is in this package, and ~ is the user's home."""
     if path.startswith(_PREFIX):
         return Path(__file__).parent / path.removeprefix(_PREFIX)
-    # Path.expanduser raises where there is no such user.
+    # Path.expanduser raises an error if there is no such user.
     return Path(os.path.expanduser(path))

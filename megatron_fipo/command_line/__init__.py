@@ -1,1 +1,1 @@
-"""What commands share: flags, and the command that was typed."""
+"""Common parts of the commands: flags, and the command that was typed."""

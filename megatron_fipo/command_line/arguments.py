@@ -1,4 +1,4 @@
-"""Command lines with flags, refused in one line: what is wrong, and the nearest flag that there is."""
+"""Parse command lines with flags. An error is one line that says what is wrong and names the nearest flag."""
 
 import argparse
 import difflib
@@ -11,10 +11,10 @@ from megatron_fipo.errors import FipoError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, of which a mistake is one line and status 2, as of every other command."""
+    """argparse's parser, but a mistake is reported in one line, with status 2, as for every other command."""
 
     def __init__(self, command: str, description: str | None, examples: str):
-        """`command` is what follows megatron-fipo; the texts are printed as they are."""
+        """`command` is the word after megatron-fipo. The texts are printed as they are."""
         super().__init__(
             prog=f"megatron-fipo {command}",
             description=description,
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """End the process. The first argument that was not understood is answered by the nearest flag."""
+        """End the process. For the first argument that was not understood, suggest the nearest flag."""
         unknown = re.search(r"unrecognized arguments: (-\S+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.5) if unknown else []
         meant = f"did you mean {near[0]}? " if near else ""
@@ -31,12 +31,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code_of(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Do what the options ask for; 0, or the exit code of a FipoError, which is printed in one line."""
+    """Run `action` with the options. Return 0, or the exit code of a FipoError, which is printed in one line."""
     try:
         action(options)
     except FipoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()  # whoever reads has seen enough
+        sys.stderr.close()  # the reader of the output has gone
     return 0

@@ -1,4 +1,4 @@
-"""The command that a user typed, which ranks are told, and what to type so that a run goes on."""
+"""The command that a user typed, which ranks are told, and the command that resumes a run."""
 
 import json
 import os
@@ -12,22 +12,22 @@ from pathlib import Path
 _VARIABLE = "FIPO_COMMAND"
 _PLAIN = re.compile(r"[\w./-]+")
 FROM_PYTHON = "run(config)"
-"""Stands for the command where a run was started from Python."""
+"""Shown instead of a command if a run was started from Python."""
 
 
 def typed_command() -> list[str]:
-    """What was typed to start this run: that of whoever started this process, if it was one of ours."""
+    """Return the command that the user typed to start this run. A process of ours passes it to those that it starts."""
     told = os.environ.get(_VARIABLE)
     return json.loads(told) if told else [program(), "train", *sys.argv[1:]]
 
 
 def environment(command: Sequence[str]) -> dict[str, str]:
-    """What tells a process of ours the command that was typed."""
+    """Return the environment variables that tell a process of ours which command was typed."""
     return {_VARIABLE: json.dumps(list(command))}
 
 
 def program() -> str:
-    """How this package's command can be typed here."""
+    """Return how to call this package's command on this machine."""
     installed = shutil.which("megatron-fipo")
     if installed and Path(installed).parent == Path(sys.executable).parent:
         return "megatron-fipo"
@@ -35,7 +35,7 @@ def program() -> str:
 
 
 def going_on(run_directory: Path) -> str:
-    """What to type so that the run in this directory goes on."""
+    """Return the command that resumes the run in this directory."""
     first, *others = typed_command()
     if first == FROM_PYTHON:
         return f"{FROM_PYTHON} with config.run.directory = {str(run_directory)!r}"
@@ -44,7 +44,7 @@ def going_on(run_directory: Path) -> str:
 
 
 def override(key: str, text: str) -> str:
-    """A key of the configuration with a text as its value, quoted for Hydra where that has to be."""
+    """Return an override that sets a key to a text, quoted for Hydra if necessary."""
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
     quoted = text.replace("'", "\\'")

@@ -1,6 +1,6 @@
-"""The order of commands that installs this on a machine with GPUs: the one place that has it.
+"""The commands that install this package on a machine with GPUs, in order.
 
-README.md, docs/gpu.md, the files of containers/ and what doctor advises are held to it by tests/test_containers.py.
+tests/test_containers.py checks that README.md, docs/gpu.md, containers/ and doctor's advice have the same commands.
 """
 
 CONSTRAINED = "pip install -c constraints.txt"
@@ -8,5 +8,5 @@ CUDA_INSTALL = (
     f"{CONSTRAINED} torch setuptools packaging ninja",
     f"{CONSTRAINED} --no-build-isolation -e '.[cuda]'",
 )
-"""torch first: Transformer Engine is compiled against the torch that is installed, so without pip's isolated builds,
-and with what its build itself takes."""
+"""torch comes first, since Transformer Engine is compiled against the installed torch. So pip's build isolation is off,
+and the packages that the build needs are installed too."""

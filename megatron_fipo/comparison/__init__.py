@@ -1,1 +1,1 @@
-"""What `megatron-fipo compare` is made of: runs read from their directories, groups, scores, tables and the page."""
+"""Parts of `megatron-fipo compare`: runs read from their directories, groups, scores, tables and the page."""

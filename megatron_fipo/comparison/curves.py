@@ -1,4 +1,4 @@
-"""Curves of groups over the steps: the mean over seeds, in a band from the least to the greatest of them."""
+"""Curves of groups over the steps: the mean over seeds, with a band from the minimum to the maximum."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +23,9 @@ _HELD_OUT = {"accuracy": "avg@k", "cons_at_k": "cons@k", "pass_at_k": "pass@k"}
 
 
 def charts(groups: Sequence[Group], sources: Sequence[str]) -> list[Chart]:
-    """Held-out scores, of all problems and of each data source, then what training did.
+    """Return charts of held-out scores, over all problems and for each data source, and then of training metrics.
 
-    What no run has at two steps is left out.
+    A chart is left out if no run has its metric at two or more steps.
     """
     drawn = [
         *(_held_out(groups, metric, None, f"Held-out {label}") for metric, label in _HELD_OUT.items()),
@@ -53,7 +53,7 @@ def _lines(groups: Sequence[Group], of_run: Callable[[Run], Mapping[int, float]]
         steps = sorted(set().union(*curves))
         if not steps:
             continue
-        # Where some runs have ended, the others go on alone.
+        # If some runs are shorter, the mean continues over the others.
         values = [[curve[step] for curve in curves if step in curve] for step in steps]
         means: list[float | None] = [math.fsum(found) / len(found) for found in values]
         band = len(curves) > 1

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed are one group; its name is what tells it from the others."""
+"""Group runs that differ only in their seed, and name each group by the settings that distinguish it."""
 
 import fnmatch
 import json
@@ -16,10 +16,10 @@ WITHOUT_EFFECT = (
     *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.log_prob_diff_*"),
     *("rollout.gpu_memory_utilization", "rollout.cpu_*", "reward.workers", "reward.failed_share_*"),
 )
-"""Keys that say where and how often, and not what is learnt. Patterns as a shell has them."""
+"""Keys that do not change what is trained, as shell patterns."""
 
 _FIRST = ("algorithm.name", "model.path")
-"""Names that stand for many keys: a group is called by them first."""
+"""Keys that stand for many others. They come first in the name of a group."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Grouping:
 
     groups: list[Group]
     differences: dict[str, list[Any]]
-    """The values of a key that is not the same in all groups, in the order of the groups."""
+    """Each key that is not the same in all groups, with its values in the order of the groups."""
     notes: list[str]
-    """What the reader of a comparison should know about these runs."""
+    """Notes about these runs for the reader of the comparison."""
 
 
 def group_runs(runs: Sequence[Run], ignore: Sequence[str] = ()) -> Grouping:
-    """Group runs, in the order in which they were given. `ignore` has further keys, or patterns, without effect."""
+    """Group runs, in the given order. `ignore` has further keys, or patterns, that do not distinguish groups."""
     keys = sorted({key for run in runs for key in run.settings})
     keys = [key for key in keys if not any(fnmatch.fnmatchcase(key, p) for p in (*WITHOUT_EFFECT, *ignore))]
     members: dict[str, list[Run]] = {}
@@ -63,7 +63,7 @@ def group_runs(runs: Sequence[Run], ignore: Sequence[str] = ()) -> Grouping:
 
 
 def _names(differences: dict[str, list[Any]], together: list[list[Run]]) -> list[str]:
-    """Names from as few keys as tell the groups apart."""
+    """Return names made of as few keys as distinguish the groups."""
     if len(together) == 1:
         settings = together[0][0].settings
         return [str(settings["model.path"] if together[0][0].is_evaluation else settings["algorithm.name"])]
@@ -85,7 +85,7 @@ def _names(differences: dict[str, list[Any]], together: list[list[Run]]) -> list
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"...{text[-57:]}"  # of a path, the end tells more
+    return text if len(text) <= 60 else f"...{text[-57:]}"  # the end of a path is more informative
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:

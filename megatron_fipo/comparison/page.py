@@ -1,4 +1,4 @@
-"""comparison.html: what differs, scores with intervals, curves with bands; one file that needs no network."""
+"""comparison.html: different settings, scores with intervals, curves with bands. It is one file without links."""
 
 import html
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from megatron_fipo.tracking.page import chart_scripts, draw_charts, page
 
 EXPLANATION = (
     "In brackets: 95 % bootstrap intervals over problems and seeds. A difference is paired by problem, at the last "
-    "step that all of its runs have validated. The best of many validations is best by luck too. Time is training's, "
-    "validation aside; time and tokens are medians over the runs that reached the score."
+    "step that all of its runs have validated. The best of many validations is partly best by luck. Time is training "
+    "time without validation; time and tokens are medians over the runs that reached the score."
 )
 
 
@@ -24,7 +24,7 @@ def comparison_page(
     target: float | None,
     sentences: Sequence[str],
 ) -> str:
-    """The whole page. `by_source` has the scores of all problems first."""
+    """Return the whole page. `by_source` has the scores over all problems first."""
     parts = [f"<p>{html.escape(sentence)}</p>" for sentence in sentences]
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in grouping.notes]
     for source, scores in by_source.items():
@@ -33,7 +33,9 @@ def comparison_page(
     parts.append(f'<p class="quiet">{html.escape(EXPLANATION)}</p>')
     drawn = charts(grouping.groups, sources)
     if drawn:
-        parts.append('<h2>Curves</h2><p class="quiet">The mean over seeds, from the least to the greatest.</p>')
+        parts.append(
+            '<h2>Curves</h2><p class="quiet">The mean over seeds, with a band from the minimum to the maximum.</p>'
+        )
         parts.append('<div id="curves" class="charts"></div>')
     if grouping.differences:
         parts.append(f"<h2>What differs</h2>{_table(difference_table(grouping))}")

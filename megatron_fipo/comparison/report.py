@@ -1,4 +1,4 @@
-"""A comparison put together, shown on the terminal, and written as a page and as CSV."""
+"""Build a comparison, print it, and write it as a page and as CSV."""
 
 import sys
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ _SHOWN_DIFFERENCES = 12
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is shown and written."""
+    """All results of a comparison."""
 
     grouping: Grouping
     baseline: Group
     metric: str
     target: float | None
-    """The score whose cost is shown; None where no run has validated."""
+    """The score whose cost is shown; None if no run has validated."""
     sources: list[str]
     by_source: dict[str, list[GroupScores]]
-    """The groups' scores on all problems under "all", then on each data source where there are several."""
+    """The groups' scores on all problems under "all", then on each data source if there are several."""
 
     def sentences(self) -> list[str]:
-        """What the differences to the baseline say."""
+        """Return the differences to the baseline in sentences."""
         return [said for found in self.by_source[ALL] if (said := tables.verdict(found, self.baseline))]
 
 
@@ -60,7 +60,7 @@ def _find(groups: list[Group], name: str) -> Group:
 
 
 def show(comparison: Comparison) -> None:
-    """Print what differs, the scores and what they say."""
+    """Print the settings that differ, the scores, and the sentences about them."""
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
     grouping = comparison.grouping
     console.print(_opening(comparison))
@@ -81,7 +81,7 @@ def show(comparison: Comparison) -> None:
 
 
 def _opening(comparison: Comparison) -> str:
-    """How many runs there are, of what."""
+    """Return the numbers of runs and groups, and the baseline, in a sentence."""
     groups, baseline = comparison.grouping.groups, comparison.baseline.name
     runs = sum(len(group.runs) for group in groups)
     counted = f"{runs} run{'' if runs == 1 else 's'}"
@@ -91,7 +91,7 @@ def _opening(comparison: Comparison) -> str:
 
 
 def _without_scores(comparison: Comparison) -> list[str]:
-    """What to say where no run has a held-out score."""
+    """Return the sentences for the case that no run has a held-out score."""
     if any(found.final is not None for found in comparison.by_source[ALL]):
         return []
     return [f"no run has a held-out {comparison.metric}: validation.every=N in a run measures one every N steps"]

@@ -1,6 +1,6 @@
-"""Runs as their directories tell of them: settings, rows of metrics, validations with each problem's scores.
+"""Read runs from their directories: settings, rows of metrics, validations with the scores of each problem.
 
-An evaluation's directory is one too: a run without a step, validated once.
+The directory of an evaluation is read too, as a run without steps that was validated once.
 """
 
 import functools
@@ -21,7 +21,7 @@ from megatron_fipo.tracking.validation import ProblemScores
 
 CONFIG_FILE = "config.yaml"
 _SWEEP_DEPTH = 3
-"""How far below a sweep's directory its runs are, at most."""
+"""How many levels below a sweep's directory its runs may be."""
 
 Rows = dict[int, dict[str, Any]]
 
@@ -32,13 +32,13 @@ class Run:
 
     directory: Path
     settings: dict[str, Any]
-    """Every key of its config.yaml with its value; a key that is younger than the run has its default."""
+    """Every key of its config.yaml with its value. A key that did not exist when the run was made has its default."""
     steps: Rows
-    """Metrics by step; of a step that a resume repeated, the last."""
+    """Metrics by step. If a resume repeated a step, the last row counts."""
     validations: Rows
     """Held-out scores by step."""
     commit: str | None
-    """The source's commit, where it is known."""
+    """The commit of the source, if it is known."""
     is_evaluation: bool = False
 
     @property
@@ -51,11 +51,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it came to the end that it was configured for."""
+        """Whether it has done all configured steps."""
         return self.is_evaluation or self.last_step >= int(self.settings["run.steps"])
 
     def problems(self, step: int) -> list[ProblemScores] | None:
-        """Each problem's scores of a validation; None for a run that kept none."""
+        """Return the scores of each problem in a validation; None for a run that has not kept them."""
         path = self.directory / PROBLEMS_FILE if self.is_evaluation else path_of_step(self.directory, step)
         return _problems(path) if path.is_file() else None
 
@@ -66,9 +66,9 @@ def _problems(path: Path) -> list[ProblemScores]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these directories, each of which is a run's or has runs below it, as a sweep's has.
+    """Find the runs in these directories. Each is a run's directory, or has runs below it, such as a sweep's.
 
-    Where there are runs and evaluations below a directory, the runs are meant.
+    If there are runs and evaluations below a directory, only the runs are used.
 
     Raises:
         DataError: a directory holds no run, or a file of a run cannot be read.
@@ -96,7 +96,7 @@ def _below(path: Path, depth: int) -> Iterator[Path]:
 
 
 def read_run(directory: Path) -> Run:
-    """A run by its files. DataError, with file and line, for what cannot be read."""
+    """Read a run's files. DataError, with file and line, if one cannot be read."""
     if (directory / SETTINGS_FILE).is_file():
         return _read_evaluation(directory)
     return Run(
@@ -115,7 +115,7 @@ def _read_evaluation(directory: Path) -> Run:
         results = json.loads((directory / RESULTS_FILE).read_text())
         overall, settings = results["scores"], {**results["settings"], "model.path": results["model"]}
         row: dict[str, Any] = {}
-        parts = overall if len(overall) > 2 else {ALL: overall[ALL]}  # of one data set alone, all is the same
+        parts = overall if len(overall) > 2 else {ALL: overall[ALL]}  # with only one data set, "all" is the same
         for name, part in parts.items():
             suffix = "" if name == ALL else f"/{name}"
             row[f"accuracy{suffix}"] = part["avg_at_k"] and part["avg_at_k"]["value"]
@@ -135,11 +135,11 @@ def _settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("run"), dict):
-        raise DataError(f"{path} is no configuration of a run: it has no section run")
+        raise DataError(f"{path} is not a configuration of a run: it has no section run")
     found = default_settings() | dict(_flat(tree))
     for key in ("run.seed", "run.steps"):
         if not isinstance(found[key], int):
-            raise DataError(f"{path}: {key} is {found[key]!r}, no number")
+            raise DataError(f"{path}: {key} is {found[key]!r}, not a number")
     return found
 
 
@@ -153,7 +153,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @functools.cache
 def default_settings() -> dict[str, Any]:
-    """The schema's, of keys outside sections that may be null as a whole."""
+    """Return the schema's defaults of all keys that are not in a section that may be null."""
     defaults: dict[str, Any] = {}
     for key, entry in every_setting():
         if key.count(".") == 1:

@@ -1,4 +1,4 @@
-"""Scores of groups of runs, with intervals over problems and seeds; differences to a baseline; what a score costs."""
+"""Scores of groups of runs with intervals over problems and seeds, differences to a baseline, and costs of a score."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from megatron_fipo.comparison.runs import Run
 from megatron_fipo.tracking.intervals import Interval, Values, difference_interval, mean_interval
 
 METRICS = {"accuracy": "accuracy", "cons_at_k": "cons", "pass_at_k": "pass_at_k"}
-"""Held-out scores of validation.jsonl, each with its column in the problems' files."""
+"""Held-out scores in validation.jsonl, each with its column in the files with the problems' scores."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Score:
     steps: list[int]
     """The step at which each run's score was taken."""
     over: str
-    """What the interval is over, in words."""
+    """What the interval covers, in words: problems, seeds or both."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took to reach a score, of the runs that did."""
+    """The cost of reaching a score, over the runs that reached it."""
 
     reached: int
     runs: int
     seconds: float | None
-    """Median training time, validation aside."""
+    """Median training time, without validation."""
     tokens: float | None
     """Median number of tokens sampled."""
 
@@ -45,7 +45,7 @@ class GroupScores:
     final: Score | None
     best: Score | None
     difference: Score | None
-    """To the baseline, at the last step that all runs of both have validated; None for the baseline itself."""
+    """The difference to the baseline, at the last step that all runs of both have validated; None for the baseline."""
     cost: Cost
 
 
@@ -53,7 +53,7 @@ Series = dict[int, float]
 
 
 def series(run: Run, metric: str, source: str | None = None) -> Series:
-    """A held-out score by step, of one data source or of all; steps without a verdict are left out."""
+    """Return a held-out score by step, for one data source or all. Steps without a verdict are left out."""
     key = metric if source is None else f"{metric}/{source}"
     rows = {step: row.get(key) for step, row in sorted(run.validations.items())}
     if source is not None and not any(value is not None for value in rows.values()):
@@ -64,7 +64,7 @@ def series(run: Run, metric: str, source: str | None = None) -> Series:
 def compare(
     groups: Sequence[Group], baseline: Group, metric: str, target: float | None, source: str | None = None
 ) -> list[GroupScores]:
-    """The scores of each group. `metric` is one of METRICS; `target` what `Cost` is about."""
+    """Return the scores of each group. `metric` is one of METRICS. `target` is the score for `Cost`."""
     return [
         GroupScores(
             group,
@@ -78,9 +78,9 @@ def compare(
 
 
 def default_target(groups: Sequence[Group], metric: str, source: str | None = None) -> float | None:
-    """A score that each group reaches in the mean: the least of their last ones, rounded down to a hundredth.
+    """Return a score that each group reaches in the mean: the lowest of their last scores, rounded down to a hundredth.
 
-    None where no run has validated.
+    None if no run has validated.
     """
     means = []
     for group in groups:
@@ -91,7 +91,7 @@ def default_target(groups: Sequence[Group], metric: str, source: str | None = No
 
 
 def sources_of(groups: Sequence[Group]) -> list[str]:
-    """The data sources that validation.jsonl reports apart, where there are several."""
+    """Return the data sources that validation.jsonl reports separately, if there are several."""
     names: dict[str, None] = {}
     for group in groups:
         for run in group.runs:
@@ -101,9 +101,9 @@ def sources_of(groups: Sequence[Group]) -> list[str]:
 
 
 def cost_of(group: Group, metric: str, target: float | None, source: str | None = None) -> Cost:
-    """Training time and tokens until a validation first reached `target`; the median over the runs that did.
+    """Return training time and tokens until a validation first reached `target`: the median over runs that reached it.
 
-    Without a target, of no run.
+    Without a target, no run has reached it.
     """
     seconds, tokens = [], []
     for run in group.runs:
@@ -158,7 +158,7 @@ def _difference(group: Group, baseline: Group, metric: str, source: str | None) 
 def _tables(
     runs: Sequence[Run], steps: Sequence[int], metric: str, source: str | None
 ) -> list[dict[str, float]] | None:
-    """Each run's problems with a verdict and their scores; None unless all have kept some problem in common."""
+    """Return each run's problems with a verdict and their scores; None if the runs have no problem in common."""
     tables = []
     for run, step in zip(runs, steps, strict=True):
         problems = run.problems(step)
@@ -170,7 +170,7 @@ def _tables(
 
 
 def _by_seed(runs: Sequence[Run], values: Values) -> Values:
-    """The mean of the runs of each seed: a seed that was run twice is no second draw of a seed."""
+    """Return the mean over the runs of each seed: two runs with the same seed count as one seed."""
     seeds = np.array([run.seed for run in runs])
     return np.array([values[seeds == seed].mean(axis=0) for seed in dict.fromkeys(seeds.tolist())])
 

@@ -1,4 +1,4 @@
-"""A comparison as rows of text: for the terminal, for the page and, in plain numbers, for CSV."""
+"""A comparison as rows of text for the terminal and the page, and as plain numbers for CSV."""
 
 import csv
 import io
@@ -12,15 +12,15 @@ from megatron_fipo.tracking.console_table import duration
 
 NOTHING = "-"
 Table = list[list[str]]
-"""Rows of cells, the first of them the titles."""
+"""Rows of cells. The first row has the titles."""
 _Column = tuple[str, Callable[[GroupScores], str]]
-"""A title, and a group's cell below it."""
+"""A title, and the function that gives a group's cell."""
 
 
 def score_table(scores: Sequence[GroupScores], target: float | None) -> Table:
-    """A row for each group: last and best score, difference to the baseline, cost of the target, if there is one.
+    """Return a row for each group: last and best score, difference to the baseline, and cost of the target, if any.
 
-    Of evaluations, which have neither steps nor a cost, the score and the difference.
+    For evaluations, which have neither steps nor a cost, a row has the score and the difference.
     """
     if all(run.is_evaluation for found in scores for run in found.group.runs):
         columns: list[_Column] = [
@@ -54,14 +54,14 @@ def _tokens(found: GroupScores) -> str:
 
 
 def difference_table(grouping: Grouping) -> Table:
-    """The keys that are not the same in all groups; none where there is one group."""
+    """Return the keys that are not the same in all groups; none if there is only one group."""
     rows = [["key", *(group.name for group in grouping.groups)]]
     rows += [[key, *(_value(value) for value in values)] for key, values in grouping.differences.items()]
     return rows
 
 
 def run_table(groups: Sequence[Group], metric: str) -> Table:
-    """A row for each run."""
+    """Return a row for each run."""
     rows = [["run", "group", "seed", "steps", "last", "best", "at step", "time", "tokens"]]
     for group in groups:
         for run in group.runs:
@@ -84,7 +84,7 @@ def run_table(groups: Sequence[Group], metric: str) -> Table:
 
 
 def groups_csv(by_source: dict[str, list[GroupScores]], metric: str, target: float | None) -> str:
-    """A line for each data source and group."""
+    """Return a line for each data source and group."""
     lines: list[dict[str, Any]] = []
     for source, scores in by_source.items():
         for found in scores:
@@ -99,7 +99,7 @@ def groups_csv(by_source: dict[str, list[GroupScores]], metric: str, target: flo
 
 
 def runs_csv(groups: Sequence[Group], metric: str) -> str:
-    """A line for each validation of each run."""
+    """Return a line for each validation of each run."""
     lines = [
         {
             "group": group.name,
@@ -118,12 +118,12 @@ def runs_csv(groups: Sequence[Group], metric: str) -> str:
 
 
 def total(run: Run, metric: str, until: int | None = None) -> float:
-    """The sum of a metric over a run's steps, up to `until`."""
+    """Return the sum of a metric over a run's steps, up to `until`."""
     return sum(row.get(metric) or 0.0 for step, row in run.steps.items() if until is None or step <= until)
 
 
 def in_words(score: Score | None, sign: str = "") -> str:
-    """Such as 0.533 [0.36 0.70]; with the sign "+" as a difference has it, +0.053 [-0.06 +0.17]."""
+    """Return a text such as 0.533 [0.36 0.70], or for a difference, with sign "+", +0.053 [-0.06 +0.17]."""
     if score is None:
         return NOTHING
     found = score.interval
@@ -132,7 +132,7 @@ def in_words(score: Score | None, sign: str = "") -> str:
 
 
 def verdict(found: GroupScores, baseline: Group) -> str | None:
-    """What the difference to the baseline says, in a sentence; None for the baseline and without one."""
+    """Return a sentence about the difference to the baseline; None for the baseline, and without a difference."""
     if found.difference is None:
         return None
     difference, step = found.difference.interval, found.difference.steps[0]
@@ -152,7 +152,7 @@ def verdict(found: GroupScores, baseline: Group) -> str | None:
 
 
 def short(value: float) -> str:
-    """Three digits and a unit: 1.23M."""
+    """Return three digits and a unit: 1.23M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"

@@ -1,8 +1,7 @@
 """The schema of a run: documented, validated dataclasses. Imports neither torch nor megatron.
 
-Every key of `conf/` is a field in one of this package's sections, and every field says what it means, its unit and its
-range; `setting` keeps that beside the default, so that validation (`checks.py`), `--help` and docs/configuration.md all
-read one source.
+Every key of `conf/` is a field in one of this package's sections. Each field declares its meaning, unit, range and
+default in one place, by `setting`. Validation (`checks.py`), `--help` and docs/configuration.md all read it there.
 """
 
 from collections.abc import Iterator
@@ -62,7 +61,7 @@ __all__ = [
 
 @dataclass
 class Config:
-    """One run. Groups of conf/ fill the sections; an experiment picks the groups and overrides single keys."""
+    """One run. The groups in conf/ fill the sections. An experiment chooses groups and overrides single keys."""
 
     run: RunConfig = section(RunConfig)
     model: PolicySection = section(PolicySection)
@@ -82,7 +81,7 @@ class Config:
 
 
 def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer ones first."""
+    """Yield each section of the schema, such as "algorithm.filter_groups", with its dataclass, outer sections first."""
     for entry in fields(kind):
         for nested in (entry.type, *get_args(entry.type)):
             if is_dataclass(nested):
@@ -91,7 +90,7 @@ def sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def every_setting() -> Iterator[tuple[str, Field]]:
-    """Each key of the schema, such as "run.steps", with its dataclass field; sections themselves are left out."""
+    """Yield each key of the schema, such as "run.steps", with its dataclass field. Sections themselves are left out."""
     nested = dict(sections())
     for name, kind in nested.items():
         yield from ((f"{name}.{entry.name}", entry) for entry in fields(kind) if f"{name}.{entry.name}" not in nested)

@@ -1,4 +1,4 @@
-"""How far trainer and engine may differ on log-probs: the limits of a run. Imports no torch."""
+"""The limits of a run for the difference between the log-probs of trainer and engine. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from megatron_fipo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Limits:
-    """On the mean |log π_trainer − log π_engine| a sampled token, in nats."""
+    """Limits for the mean of |log π_trainer − log π_engine| over sampled tokens, in nats."""
 
     warn: float
     stop: float
 
 
-# What rounding gives in practice, times ten or so: fp32 1e-7 … 1e-4, bf16 0.005 … 0.04, FP8 0.02 … 0.1. A wrong rotary
-# embedding, a stale prefix cache or lost weights give 0.5 to 10.
+# Above the differences that rounding causes in practice: fp32 1e-7 … 1e-4, bf16 0.005 … 0.04, FP8 0.02 … 0.1. A wrong
+# rotary embedding, a stale prefix cache or lost weights cause 0.5 to 10.
 _BY_PRECISION = {"float32": Limits(1e-3, 0.05), "bfloat16": Limits(0.06, 0.3), "fp8": Limits(0.15, 0.6)}
 
 
 def agreement_limits(config: Config) -> Limits:
-    """The configured limits; where they are null, those of the coarser one of the trainer's and engine's precision.
+    """Return the limits of a run. A limit that is null depends on the coarser precision of trainer and engine.
 
-    ConfigError where the second is below the first, be they configured or usual.
+    Raises ConfigError if the limit that stops a run is below the limit that warns.
     """
     model, rollout = config.model, config.rollout
     if model.fp8 != "off" or rollout.quantization:

@@ -19,13 +19,13 @@ class FutureKLConfig:
     band_high: float = setting(1.2, "Upper bound of the influence weight.", minimum=0, maximum=1000)
     safety_thresh: float = setting(
         10.0,
-        "With a negative advantage, a token ratio above this limits the weight (safety_rule).",
+        "If the advantage is negative and the token's ratio is above this, the weight is limited (safety_rule).",
         above=0,
         maximum=10**6,
     )
     safety_rule: str = setting(
         "clamp",
-        "How the weight is limited. clamp: into [0.8, 1.0], as in the released code; one: exactly 1, as in the paper.",
+        "How the weight is limited. clamp: to [0.8, 1.0], as in the released code; one: to exactly 1, as in the paper.",
         choices=("clamp", "one"),
     )
     participation_mask: bool = setting(
@@ -46,13 +46,15 @@ class FilterGroupsConfig:
     enable: bool = setting(True, "Drop groups whose samples are all right or all wrong, and sample more prompts.")
     max_num_gen_batches: int = setting(
         10,
-        "Most generation batches per step; after them the step trains on what it has, with a warning.",
+        "Largest number of generation batches per step. After them the step trains on the groups it has, with a "
+        "warning.",
         minimum=1,
         maximum=10**4,
     )
     surplus: str = setting(
         "carry",
-        "Groups beyond the batch: carry to the next step, or drop, as the released code does. Both are counted.",
+        "What happens to groups beyond the batch. carry: the next step trains on them; drop: they are dropped, as in "
+        "the released code. Both are counted.",
         choices=("carry", "drop"),
     )
 
@@ -64,17 +66,19 @@ LOSS_SETTINGS: dict[str, tuple[str, ...]] = {
     "cispo": ("clip_ratio_low", "clip_ratio_high"),
     "sapo": ("tau_pos", "tau_neg"),
 }
-"""Each loss_mode and the settings that it alone decides about: those it reads have to be set, the others null."""
+"""Each loss_mode with the loss settings that it reads. These have to be set, and all other loss settings null."""
 
 
 @dataclass
 class AlgorithmConfig:
-    """Loss, advantage and batch sizes."""
+    """Loss, advantages and batch sizes."""
 
-    name: str = setting("fipo", "Label in logs, plots and comparisons. It chooses nothing: algorithm=NAME does.")
+    name: str = setting(
+        "fipo", "Label in logs, plots and comparisons. It does not choose the algorithm: algorithm=NAME does."
+    )
     loss_mode: str = setting(
         "future_kl",
-        "The policy loss, a function of megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",
+        "The policy loss, a function in megatron_fipo/algorithm/losses.py. vanilla: GRPO, Dr. GRPO and DAPO.",
         choices=tuple(LOSS_SETTINGS),
     )
     loss: str | None = setting(
@@ -82,11 +86,11 @@ class AlgorithmConfig:
         "A policy loss of your own instead of loss_mode: package.module:function or path/to/file.py:function "
         "(docs/adding_a_loss.md). It may read every setting of this section.",
     )
-    loss_options: dict[str, Any] = setting({}, "Parameters of that function, by their names.")
+    loss_options: dict[str, Any] = setting({}, "Parameters of the function that loss names, by their names.")
     loss_agg_mode: str = setting(
         "token-mean",
-        "How token losses become one number over the mini-batch. seq-mean-token-sum-norm (Dr. GRPO): the mean over "
-        "responses of their sums, each divided by loss_scale_factor.",
+        "How token losses are combined into one number over the mini-batch. seq-mean-token-sum-norm (Dr. GRPO): the "
+        "mean over responses of their sums, each divided by loss_scale_factor.",
         choices=("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     )
     loss_scale_factor: float | None = setting(
@@ -124,10 +128,14 @@ class AlgorithmConfig:
     )
     future_kl: FutureKLConfig | None = setting(None, "Settings of loss_mode=future_kl; null for the other losses.")
     norm_adv_by_std: bool = setting(True, "Divide the group advantage by the group's standard deviation.")
-    prompts_per_step: int = setting(512, "Prompts whose groups one step trains on.", minimum=1, maximum=10**6)
-    samples_per_prompt: int = setting(16, "Responses sampled per prompt: its group.", minimum=2, maximum=10**4)
+    prompts_per_step: int = setting(
+        512, "Prompts that one step trains on, each with its group of responses.", minimum=1, maximum=10**6
+    )
+    samples_per_prompt: int = setting(
+        16, "Responses sampled per prompt (the prompt's group).", minimum=2, maximum=10**4
+    )
     mini_batch_prompts: int = setting(
-        64, "Prompts per optimizer update; divides prompts_per_step.", minimum=1, maximum=10**6
+        64, "Prompts per optimizer update; prompts_per_step has to be a multiple of it.", minimum=1, maximum=10**6
     )
     generation_batch_prompts: int | None = setting(
         None, "Prompts per generation batch of dynamic sampling; null: prompts_per_step.", minimum=1, maximum=10**6
@@ -135,7 +143,7 @@ class AlgorithmConfig:
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
     tis_cap: float | None = setting(
         None,
-        "Truncated importance sampling: weight each token by min(π_trainer_old / π_engine, cap). null: off.",
+        "Truncated importance sampling: multiply each token's loss by min(π_trainer_old / π_engine, cap). null: off.",
         minimum=0.001,
         maximum=10**6,
     )
@@ -153,15 +161,15 @@ class AlgorithmConfig:
     )
     reference_kl_estimator: str = setting(
         "k3",
-        "Estimate of that KL from one token, with d = log π_start − log π. k1: −d; k2: d²/2; k3: exp(d) − 1 − d, "
-        "GRPO's.",
+        "How this KL is estimated from one token, with d = log π_start − log π. k1: −d; k2: d²/2; k3: exp(d) − 1 − d, "
+        "as in GRPO.",
         choices=("k1", "k2", "k3"),
     )
 
 
 @dataclass
 class OptimizerConfig:
-    """Adam with Megatron-Core's schedule, weight decay and clipping."""
+    """Adam, with Megatron-Core's learning rate schedule, weight decay and gradient clipping."""
 
     lr: float = setting(1e-6, "Peak learning rate.", above=0, maximum=1)
     schedule: str = setting(

@@ -1,4 +1,4 @@
-"""What `algorithm.name` may say. It is a label: the group's choice, algorithm=NAME, is what chooses an algorithm."""
+"""Checks of `algorithm.name`. It is only a label: the group's choice, algorithm=NAME, chooses the algorithm."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -20,7 +20,7 @@ SHIPPED = {
 
 
 def label(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """Refuse a shipped algorithm's name on another loss, and warn of a name that is no algorithm's."""
+    """Refuse the name of a shipped algorithm on another loss, and warn about a name that no algorithm has."""
     name, mode = algorithm.name, algorithm.loss_mode
     if algorithm.loss is not None:
         return
@@ -31,7 +31,7 @@ def label(algorithm: AlgorithmConfig) -> Iterator[str]:
     elif SHIPPED[name] != mode:
         raise ConfigError(
             "algorithm.name",
-            f"says {name}, whose loss_mode is {SHIPPED[name]}, but loss_mode is {mode}: the name is a label, and "
-            "chooses nothing",
-            f"algorithm={name} without .name chooses it; algorithm.name=NAME of your own labels another",
+            f"says {name}, whose loss_mode is {SHIPPED[name]}, but loss_mode is {mode}: the name is only a label, and "
+            "does not choose the algorithm",
+            f"algorithm={name}, without .name, to choose it; or another label: algorithm.name=NAME",
         )

@@ -1,7 +1,7 @@
-"""Judges a configuration before anything heavy is imported: ranges first, then combinations, then this machine's files.
+"""Check a configuration before anything heavy is imported: ranges first, then combinations, then this machine's files.
 
-What cannot run raises ConfigError with the key and what would be right. What runs but is probably a mistake is a
-warning.
+A configuration that cannot run raises ConfigError with the key and what would be right. A configuration that can run
+but is probably a mistake causes a warning.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _LAST_PORT = 65535
 
 
 def check_evaluation(config: Config) -> list[str]:
-    """As `check`, for sampling and judging the validation problems alone; of this machine nothing is asked."""
+    """Do the part of `check` that concerns sampling and judging validation problems, without this machine's files."""
     check_values(config)
     warnings = [*_service(config), *data(config, trains=False), *environment(config), *reward(config)]
     _check_servers(config)
@@ -37,10 +37,10 @@ def check_evaluation(config: Config) -> list[str]:
 
 
 def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
-    """Raise ConfigError where `config` cannot run; return a warning for each thing that is hardly meant.
+    """Raise ConfigError if `config` cannot run. Return a warning for each setting that is probably a mistake.
 
-    `world_size` is the number of ranks, where it is known. `local` also checks what must be on this machine: the
-    model directory, the problem files, servers to sample from and their token.
+    `world_size` is the number of ranks, if it is known. `local` also checks what must be on this machine: the model
+    directory, the problem files, servers to sample from and their token.
     """
     check_values(config)
     judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, environment, reward, _schedule)
@@ -69,7 +69,7 @@ def _layout(config: Config) -> Iterator[str]:
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError(
             "parallel.overlap_param_gather",
-            "gathers what the distributed optimizer has updated, after an overlapped reduction",
+            "needs the distributed optimizer and overlapped reduction of gradients",
             "parallel.distributed_optimizer=true parallel.overlap_grad_reduce=true, or "
             "parallel.overlap_param_gather=false",
         )
@@ -82,7 +82,7 @@ def _check_world(config: Config, world_size: int | None) -> None:
     product = f"tensor {parallel.tensor} × pipeline {parallel.pipeline} × context {parallel.context}"
     if world_size is not None and world_size % replica:
         raise ConfigError(
-            "parallel", f"{world_size} processes do not divide by {replica} = {product}", "change one of them"
+            "parallel", f"{world_size} processes are not a multiple of {replica} = {product}", "change one of them"
         )
     if world_size is not None and parallel.data is not None and world_size != replica * parallel.data:
         raise ConfigError(
@@ -95,7 +95,7 @@ def _check_world(config: Config, world_size: int | None) -> None:
     if samples < data:
         raise ConfigError(
             "algorithm.mini_batch_prompts",
-            f"{samples} samples per update leave some of {data} data-parallel ranks without any",
+            f"{samples} samples per update are too few for {data} data-parallel ranks",
             "a larger mini-batch or fewer ranks",
         )
 
@@ -114,8 +114,8 @@ def _batches(config: Config) -> Iterator[str]:
     filtering = algorithm.filter_groups
     if not filtering.enable:
         yield (
-            "algorithm.generation_batch_prompts: without dynamic sampling a step samples just its "
-            f"{algorithm.prompts_per_step} prompts, and this is not used"
+            "algorithm.generation_batch_prompts is not used: without dynamic sampling a step samples exactly its "
+            f"{algorithm.prompts_per_step} prompts"
         )
         return
     if batch * filtering.max_num_gen_batches < algorithm.prompts_per_step:
@@ -136,8 +136,9 @@ def _algorithm(config: Config) -> Iterator[str]:
     if not future_kl.band_low <= 1 <= future_kl.band_high:
         raise ConfigError(
             "algorithm.future_kl.band_low",
-            f"the band [{future_kl.band_low:g}, {future_kl.band_high:g}] leaves out 1, an unchanged policy's weight",
-            "bounds around 1, such as [0.8, 1.2]; they are the bounds themselves, not distances from 1",
+            f"the band [{future_kl.band_low:g}, {future_kl.band_high:g}] does not contain 1, an unchanged policy's "
+            "weight",
+            "bounds around 1, such as [0.8, 1.2]; give the bounds themselves, not their distances from 1",
         )
     if algorithm.prompts_per_step == algorithm.mini_batch_prompts:
         yield (
@@ -147,7 +148,7 @@ def _algorithm(config: Config) -> Iterator[str]:
 
 
 def _check_loss_settings(algorithm: AlgorithmConfig) -> None:
-    """What a loss reads is set, and what it does not read is null; a loss of the user's may read anything."""
+    """Check that a loss's settings are set and the others null. A user's own loss may read any setting."""
     if algorithm.loss is None:
         _check_shipped_loss(algorithm)
     else:
@@ -191,7 +192,8 @@ def _sampling(config: Config) -> Iterator[str]:
         if rollout.logprobs_mode != "raw_logprobs":
             raise ConfigError(
                 "rollout.logprobs_mode",
-                f"processed_logprobs with {cut} are renormalised over the tokens kept, which the trainer cannot repeat",
+                f"processed_logprobs with {cut} are renormalised over the kept tokens, which the trainer cannot "
+                "reproduce",
                 "rollout.logprobs_mode=raw_logprobs, or rollout.top_p=1 rollout.top_k=-1",
             )
         if rollout.temperature != 1:
@@ -204,14 +206,14 @@ def _sampling(config: Config) -> Iterator[str]:
     elif rollout.temperature != 1 and rollout.logprobs_mode != "processed_logprobs":
         raise ConfigError(
             "rollout.logprobs_mode",
-            f"raw_logprobs leave out the temperature {rollout.temperature:g}, by which the trainer divides",
+            f"raw_logprobs ignore the temperature {rollout.temperature:g}, but the trainer divides its logits by it",
             "rollout.logprobs_mode=processed_logprobs, or rollout.temperature=1",
         )
     agreement_limits(config)
     if rollout.top_k == 0:
-        raise ConfigError("rollout.top_k", "0 keeps no token", "-1 is off")
+        raise ConfigError("rollout.top_k", "0 keeps no token", "-1 turns top-k off")
     if config.validation.temperature == 0 and config.validation.samples > 1:
-        yield "validation.samples: greedy samples of one problem are alike; 1 is enough with temperature 0"
+        yield "validation.samples: with temperature 0 all samples of a problem are the same; 1 is enough"
 
 
 def _service(config: Config) -> Iterator[str]:
@@ -225,12 +227,12 @@ def _service(config: Config) -> Iterator[str]:
             "the run would start servers beside those of rollout.addresses",
             "rollout.servers=0, or no addresses",
         )
-    if not config.cluster.rollout_nodes:  # else the job that starts those nodes' servers gives their addresses
+    if not config.cluster.rollout_nodes:  # otherwise the job starts the servers and gives their addresses
         _check_servers(config)
     for address in rollout.addresses:
         if not _is_address(address):
             remedy = f"http://HOST:PORT with a port from 1 to {_LAST_PORT}"
-            raise ConfigError("rollout.addresses", f"{shown(address)} is no server's address", remedy)
+            raise ConfigError("rollout.addresses", f"{shown(address)} is not a server's address", remedy)
         if rollout.weight_transfer != "process_group" and not _LOOPBACK.fullmatch(address):
             raise ConfigError(
                 "rollout.weight_transfer",
@@ -255,7 +257,7 @@ def _service(config: Config) -> Iterator[str]:
 
 
 def _is_address(text: str) -> bool:
-    """Whether it is the URL of a server, as far as that can be told without asking it."""
+    """Return whether `text` has the form of a server's URL."""
     found = _ADDRESS.fullmatch(text)
     if found is None or not 0 < int(found[1] or found[3]) <= _LAST_PORT:
         return False
@@ -269,10 +271,10 @@ def _check_host(host: str) -> None:
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        raise ConfigError("rollout.host", f"{shown(host)} is no IP address", remedy) from None
-    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:0.0.0.0 is all of this machine's too
+        raise ConfigError("rollout.host", f"{shown(host)} is not an IP address", remedy) from None
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:0.0.0.0 means all addresses too
     if address.is_unspecified or address.is_multicast or address == ipaddress.IPv4Address("255.255.255.255"):
-        raise ConfigError("rollout.host", f"{host} is no single address of a machine", remedy)
+        raise ConfigError("rollout.host", f"{host} is not a single address of a machine", remedy)
 
 
 def _check_rollout_nodes(config: Config) -> None:
@@ -286,7 +288,7 @@ def _check_rollout_nodes(config: Config) -> None:
 
 
 def _check_one_gpu(config: Config) -> None:
-    """A bucket in a GPU's memory reaches the engines on that GPU and no others."""
+    """Check that cuda_ipc is used on one GPU only: other GPUs cannot open a bucket in its memory."""
     if config.rollout.weight_transfer != "cuda_ipc":
         return
     for key, size in (
@@ -304,7 +306,7 @@ def _check_one_gpu(config: Config) -> None:
     if config.rollout.servers and not config.rollout.shared_gpu:
         raise ConfigError(
             "rollout.shared_gpu",
-            "is off, so that the server has a GPU of its own, which cuda_ipc does not reach",
+            "is off, so the server has its own GPU, which cuda_ipc cannot reach",
             "rollout.shared_gpu=true, or rollout.weight_transfer=process_group",
         )
 
@@ -322,7 +324,7 @@ def _check_shared_gpu(config: Config) -> None:
     if rollout.weight_transfer == "process_group":
         raise ConfigError(
             "rollout.weight_transfer",
-            "process_group is NCCL, which joins no two processes on one GPU",
+            "process_group is NCCL, which cannot connect two processes on one GPU",
             "rollout.weight_transfer=shared_memory, or rollout.shared_gpu=false",
         )
 
@@ -331,7 +333,7 @@ def _schedule(config: Config) -> Iterator[str]:
     optimizer = config.optimizer
     for key, beta in (("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)):
         if beta == 1:
-            raise ConfigError(key, "1 never forgets the first gradient", "below 1")
+            raise ConfigError(key, "with 1 the average never changes", "below 1")
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(
             "optimizer.min_lr", f"{optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}", "at most lr"
@@ -340,14 +342,14 @@ def _schedule(config: Config) -> Iterator[str]:
     if saves.huggingface_every and (saves.every == 0 or saves.huggingface_every % saves.every):
         raise ConfigError(
             "checkpoint.huggingface_every",
-            f"{saves.huggingface_every} is no multiple of checkpoint.every={saves.every}, and so has no checkpoints",
+            f"{saves.huggingface_every} is not a multiple of checkpoint.every={saves.every}, and so has no checkpoints",
             f"a multiple of {saves.every}, or 0" if saves.every else "0, or a checkpoint.every above 0",
         )
     updates = config.run.steps * (config.algorithm.prompts_per_step // config.algorithm.mini_batch_prompts)
     if 0 < updates <= optimizer.warmup_updates:
         yield (
-            f"optimizer.warmup_updates: {optimizer.warmup_updates} of the run's {updates} updates warm up: "
-            f"the learning rate never stays at {optimizer.lr:g}"
+            f"optimizer.warmup_updates: warm-up takes {optimizer.warmup_updates} updates, but the run has only "
+            f"{updates}: the learning rate does not stay at {optimizer.lr:g}"
         )
 
 

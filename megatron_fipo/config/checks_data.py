@@ -1,4 +1,4 @@
-"""Judges the section `data` of a configuration: sources, columns, templates."""
+"""Check the section `data` of a configuration: sources, columns, templates."""
 
 import re
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from megatron_fipo.errors import ConfigError
 
 
 def data(config: Config, *, trains: bool = True) -> Iterator[str]:
-    """Judge where the run's problems come from and how they become prompts; without `trains`, validation's alone."""
+    """Check where problems come from and how they become prompts. Without `trains`, check only validation problems."""
     settings = config.data
     _check_prompts(settings)
     if settings.source == "reasoning_gym":
         if not settings.task:
             raise ConfigError("data.task", "is empty", "the name of a reasoning-gym task, such as data.task=chain_sum")
         if settings.train or settings.validation:
-            yield "data.train, data.validation: reasoning-gym generates its problems; these files are not read"
+            yield "data.train, data.validation: these files are not read, since reasoning-gym generates the problems"
         return
     for key, names in (("data.train", settings.train), ("data.validation", settings.validation)):
         if not all(name.strip() for name in names):
@@ -26,7 +26,7 @@ def data(config: Config, *, trains: bool = True) -> Iterator[str]:
     if settings.columns.answer is None and own_rule(config.reward.rule) is None:
         raise ConfigError(
             "data.columns.answer",
-            f"is null, and reward.rule={config.reward.rule} compares with a right answer",
+            f"is null, but reward.rule={config.reward.rule} needs a right answer to compare with",
             "a column, or reward.rule=FILE.py:FUNCTION, a reward of your own (docs/rewards.md)",
         )
     kind = "files" if settings.source == "files" else "datasets"
@@ -41,7 +41,7 @@ def data(config: Config, *, trains: bool = True) -> Iterator[str]:
 
 
 def _check_prompts(data: DataConfig) -> None:
-    """How rows become prompts."""
+    """Check the settings that say how rows become prompts."""
     for key, column in (
         ("data.columns.prompt", data.columns.prompt),
         ("data.columns.answer", data.columns.answer),
@@ -51,7 +51,7 @@ def _check_prompts(data: DataConfig) -> None:
         ("data.validation_columns.source", data.validation_columns.source),
     ):
         if column is not None and not all(column.split(".")):
-            raise ConfigError(key, f"{column!r} names no column", "a column, or outer.inner for a nested one")
+            raise ConfigError(key, f"{column!r} does not name a column", "a column, or outer.inner for a nested one")
     general, own = data, data.validation_columns
     _check_pattern("data.answer", general.answer_format, general.answer_pattern)
     if general.answer_pattern is not None and "pattern" not in (general.answer_format, own.answer_format):
@@ -66,11 +66,11 @@ def _check_prompts(data: DataConfig) -> None:
             f"a text with one {QUESTION}, or {QUESTION} alone",
         )
     if data.chat_template_date is not None and not _is_date(data.chat_template_date):
-        raise ConfigError("data.chat_template_date", f"{data.chat_template_date!r} is no date", "such as 2026-01-31")
+        raise ConfigError("data.chat_template_date", f"{data.chat_template_date!r} is not a date", "such as 2026-01-31")
 
 
 def _check_pattern(key: str, answer_format: str, pattern: str | None) -> None:
-    """`key` is what the names of the two settings begin with."""
+    """Check an answer pattern. `key` is the common beginning of the two settings' names."""
     if answer_format != "pattern":
         return
     example = "a regular expression with one group, such as 'data.answer_pattern=\"Answer: (.+)\"'"
@@ -79,9 +79,9 @@ def _check_pattern(key: str, answer_format: str, pattern: str | None) -> None:
     try:
         groups = re.compile(pattern).groups
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{key}_pattern", f"is no regular expression: {error}", example) from None
+        raise ConfigError(f"{key}_pattern", f"is not a regular expression: {error}", example) from None
     if groups != 1:
-        remedy = f"{example}; (?:…) groups without counting"
+        remedy = f"{example}; (?:…) does not count as a group"
         raise ConfigError(f"{key}_pattern", f"{pattern!r} has {groups} groups", remedy)
 
 

@@ -1,4 +1,4 @@
-"""Judges the section `environment` of a configuration: the user's function, and what goes with it."""
+"""Check the section `environment` of a configuration: the user's function and its settings."""
 
 import os
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from megatron_fipo.plugins import FORMS, check_form
 
 
 def environment(config: Config) -> Iterator[str]:
-    """Judge what answers the policy."""
+    """Raise ConfigError if the environment cannot work. Yield a warning for each setting that is not read."""
     settings = config.environment
     if settings.is_own:
         if ":" not in settings.name:
-            raise ConfigError(NAME_KEY, f"{settings.name[:200]!r} is no environment", f"{SINGLE_TURN}, {FORMS}")
+            raise ConfigError(NAME_KEY, f"{settings.name[:200]!r} is not an environment", f"{SINGLE_TURN}, {FORMS}")
         check_form(settings.name, NAME_KEY)
     elif settings.options:
         remedy = f"{NAME_KEY} names an environment of your own"
@@ -24,16 +24,14 @@ def environment(config: Config) -> Iterator[str]:
         yield f"environment.variables is not read with {NAME_KEY}={SINGLE_TURN}, which needs none"
     for name in settings.variables:
         if not name.isidentifier():
-            problem = f"{name!r} is no name of a variable"
-            raise ConfigError(
-                "environment.variables", problem, "names alone, whose values are taken from the environment"
-            )
+            problem = f"{name!r} is not the name of a variable"
+            raise ConfigError("environment.variables", problem, "only names; the values are taken from the environment")
 
 
 def check_environment_here(settings: EnvironmentConfig) -> None:
-    """Raise ConfigError where an environment's file lacks its function, or a variable is not set, on rank 0's machine.
+    """Raise ConfigError if an environment's file lacks the function, or a variable is not set. Only rank 0 checks.
 
-    The file is read here, and not run: launch/first_look.py imports it.
+    The file is only parsed here. launch/first_look.py imports it.
     """
     if os.environ.get("RANK", "0") != "0":
         return

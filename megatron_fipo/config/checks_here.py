@@ -1,4 +1,4 @@
-"""Judges what a configuration needs on this machine: model, problem files, a loss of the user's, servers' token."""
+"""Check what a configuration needs on this machine: model, problem files, the user's own loss, the servers' token."""
 
 import os
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 
 def check_here(config: Config) -> list[str]:
-    """Raise ConfigError for what is missing here, or for a layout that the model's config.json does not allow.
+    """Raise ConfigError if something is missing here, or if the model's config.json does not allow the layout.
 
-    What this machine runs, but badly, is a warning.
+    Return a warning for each setting that this machine can run, but only badly.
     """
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
@@ -36,7 +36,7 @@ def check_here(config: Config) -> list[str]:
 
 
 def check_here_to_sample(config: Config, model_dir: Path) -> None:
-    """As `check_here`, for sampling the validation problems from the model in `model_dir`, without a trainer."""
+    """Do the part of `check_here` that sampling validation problems from the model in `model_dir` needs."""
     if config.rollout.servers:
         check_host(config.rollout.host)
     with _command_that_gets(config.data.fetch_command):
@@ -50,13 +50,15 @@ def check_here_to_sample(config: Config, model_dir: Path) -> None:
 
 @contextmanager
 def _command_that_gets(command: str | None) -> Iterator[None]:
-    """Adds to a refusal of missing files the command that makes or fetches those of the configuration's group."""
+    """Add the command that gets the files to the error about missing files. It comes from the configuration's group."""
     try:
         yield
     except ConfigError as error:
         if command is None:
             raise
-        raise ConfigError(error.key, error.problem, f"{error.remedy}; `{command}` gets this group's own") from None
+        raise ConfigError(
+            error.key, error.problem, f"{error.remedy}; `{command}` gets the files of this group"
+        ) from None
 
 
 def _check_data_files(config: Config) -> None:
@@ -89,19 +91,19 @@ def _check_gpu(config: Config) -> None:
     if rollout.weight_transfer == "cuda_ipc" and not has_cuda_driver():
         raise ConfigError(
             "rollout.weight_transfer",
-            "cuda_ipc needs CUDA, whose driver is not on this machine",
+            "cuda_ipc needs CUDA, but this machine has no CUDA driver",
             "rollout.weight_transfer=shared_memory or process_group",
         )
     if rollout.quantization in ("fp8_per_tensor", "fp8_per_block") and not has_cuda_driver():
         raise ConfigError(
             "rollout.quantization",
-            f"{rollout.quantization} needs CUDA, whose driver is not on this machine",
-            "rollout.quantization=fp8_per_channel, which vLLM has for CPUs too, or null",
+            f"{rollout.quantization} needs CUDA, but this machine has no CUDA driver",
+            "rollout.quantization=fp8_per_channel, which vLLM supports on CPUs too, or null",
         )
 
 
 def _check_loss(config: Config) -> None:
-    """Import a loss of the user's, and see whether it can be called: before processes start, and on each rank."""
+    """Import the user's own loss and check its parameters. This runs before processes start, and on each rank."""
     algorithm = config.algorithm
     if algorithm.loss is not None:
         function = load_function(algorithm.loss, "algorithm.loss")
@@ -138,7 +140,7 @@ def _check_layout(config: Config, model_config: ModelConfig) -> None:
 
 
 def _check_servers_layout(config: Config, model_config: ModelConfig) -> None:
-    """The servers' part: heads over their GPUs, and the length of prompts and responses."""
+    """Check the servers' part: attention heads per GPU, and the length of prompts and responses."""
     heads, size = model_config.num_attention_heads, config.rollout.tensor_parallel
     if heads % size:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

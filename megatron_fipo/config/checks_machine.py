@@ -1,4 +1,4 @@
-"""Judges what a configuration asks of this machine: its memory, its addresses, a directory that can be written."""
+"""Check what a configuration requires of this machine: its memory, its addresses, a writable directory."""
 
 import ctypes
 import os
@@ -14,16 +14,15 @@ from megatron_fipo.errors import ConfigError
 
 _GIB = 1 << 30
 _RANK_GIB = 0.4
-"""What a rank takes on a CPU at the very least: the libraries' own data, and no model (0.43 GiB with the embedded one).
-"""
+"""Least memory of a rank on a CPU: the libraries' data without a model (0.43 GiB with the embedded model)."""
 _RANKS_PER_CORE = 2
-"""Trainer processes that a core can serve; with more, each step waits for the machine."""
+"""Trainer processes that one core can run well. With more processes, every step is slow."""
 
 
 def check_machine(config: Config) -> list[str]:
-    """Raise ConfigError for what this machine has not; a warning for more processes than it can serve.
+    """Raise ConfigError if this machine lacks something. Return a warning if it cannot run so many processes well.
 
-    Servers, verifiers and files are those of the first rank.
+    Only the first rank checks, since it starts the servers and verifiers and writes the files.
     """
     if os.environ.get("RANK", "0") != "0":
         return []
@@ -35,7 +34,7 @@ def check_machine(config: Config) -> list[str]:
 
 
 def has_cuda_driver() -> bool:
-    """Whether CUDA's driver can be loaded; asked without torch, which takes seconds to import."""
+    """Return whether CUDA's driver can be loaded. This does not import torch, which takes seconds."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -44,7 +43,7 @@ def has_cuda_driver() -> bool:
 
 
 def cuda_devices() -> int:
-    """GPUs that a process here can use, as CUDA's driver counts them; 0 without a driver."""
+    """Return the number of GPUs that CUDA's driver offers to this process; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -55,12 +54,12 @@ def cuda_devices() -> int:
 
 
 def _check_directory(path: Path) -> None:
-    """A run's directory is there and writable, or can be made."""
+    """Check that a run's directory exists and is writable, or can be created."""
     remedy = "a directory that can be written"
     try:
         nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not nearest.is_dir():
-            raise ConfigError("run.directory", f"{nearest} is no directory", remedy)
+            raise ConfigError("run.directory", f"{nearest} is not a directory", remedy)
         name_max = os.pathconf(nearest, "PC_NAME_MAX")
     except OSError as error:
         raise ConfigError("run.directory", f"{path} cannot be used: {error.strerror}", remedy) from None
@@ -71,18 +70,18 @@ def _check_directory(path: Path) -> None:
 
 
 def check_host(host: str) -> None:
-    """Servers can listen there: binding to it is the one question that the machine answers for certain."""
+    """Check that servers can listen on `host`. Binding a socket to it is the only certain test."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((host, 0))
     except OSError as error:
-        problem = f"{host} is no address of this machine: {error.strerror}"
+        problem = f"{host} is not an address of this machine: {error.strerror}"
         raise ConfigError("rollout.host", problem, "127.0.0.1, or another of its addresses") from None
 
 
 def _crowded(parallel: ParallelConfig) -> Iterator[str]:
-    """Processes that this launcher would start here, where they are more than GPUs or cores can serve."""
+    """Yield a warning if this launcher would start more processes here than the GPUs or cores can run well."""
     ranks, layout = _ranks(parallel), _layout(parallel)
     gpus, cores = cuda_devices(), len(psutil.Process().cpu_affinity() or [0])
     fewer = "parallel.data=null starts one replica" if (parallel.data or 1) > 1 else "a smaller layout starts fewer"
@@ -110,7 +109,7 @@ def _layout(parallel: ParallelConfig) -> str:
 def _check_memory(config: Config) -> None:
     memory_gib = psutil.virtual_memory().total / _GIB
     parallel, rollout = config.parallel, config.rollout
-    # Under a launcher the ranks are on as many machines as it knows.
+    # Under another launcher, the ranks may be on several machines.
     local_ranks = 0 if "RANK" in os.environ else _ranks(parallel)
     caches = 0 if has_cuda_driver() else rollout.servers
     environments = config.environment.workers if config.environment.is_own else 0
@@ -122,4 +121,4 @@ def _check_memory(config: Config) -> None:
     ):
         if count * each_gib > memory_gib:
             problem = f"{count} {name} of {each_gib} GiB each take more than the {memory_gib:.1f} GiB of memory here"
-            raise ConfigError(key, problem, f"fewer or smaller ones, {int(memory_gib)} GiB in all at most")
+            raise ConfigError(key, problem, f"fewer or smaller ones, at most {int(memory_gib)} GiB in total")

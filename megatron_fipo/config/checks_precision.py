@@ -1,4 +1,4 @@
-"""Judges a configuration's precision: combinations of FP8 and its neighbours. Part of `checks.py`."""
+"""Check a configuration's precision: FP8 and the settings that it depends on. Part of `checks.py`."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from megatron_fipo.errors import ConfigError
 
 
 def precision(config: Config) -> Iterator[str]:
-    """Raise ConfigError where the precision cannot run; yield a warning for what is hardly meant."""
+    """Raise ConfigError if the precision cannot run. Yield a warning for what is probably a mistake."""
     model = config.model
     if model.fp8 != "off" and model.layers == "local":
         raise ConfigError(
@@ -17,14 +17,14 @@ def precision(config: Config) -> Iterator[str]:
         raise ConfigError("model.fp8", f"{model.fp8} needs bfloat16 weights", "model.dtype=bfloat16, or model.fp8=off")
     if model.fp8 != "off" and config.hardware.fp8_tflops is None:
         raise ConfigError(
-            "model.fp8", f"{config.hardware.name} has no FP8", "model.fp8=off, or hardware=h100 or another that has"
+            "model.fp8", f"{config.hardware.name} has no FP8", "model.fp8=off, or hardware=h100 or another GPU with FP8"
         )
     if model.fp8_parameter_gather:
         _check_parameter_gather(config)
     if model.fp8 == "delayed":
         yield (
-            "model.fp8: delayed scaling rounds by what earlier batches held: the first step's log-probs are taken "
-            "before there was any, and no step's first ratio is exactly 1; tensorwise rounds by the batch at hand"
+            "model.fp8: delayed scaling takes its scales from earlier batches. The first step has no earlier batch, "
+            "and the first ratio of a step is not exactly 1; tensorwise takes the scales from the current batch"
         )
     if config.rollout.dtype != model.dtype:
         yield (
@@ -40,22 +40,22 @@ def _check_parameter_gather(config: Config) -> None:
     if model.fp8 == "mxfp8":
         raise ConfigError(
             key,
-            "mxfp8 weights, which are stored once by rows and once by columns, are not gathered in FP8",
+            "mxfp8 weights are stored by rows and by columns, and cannot be gathered in FP8",
             f"{key}=false, or model.fp8=tensorwise",
         )
     if config.parallel.overlap_param_gather:
         raise ConfigError(
             key,
-            "Megatron-Core leaves the transposed FP8 weights old where the last gather of a step is not overlapped",
+            "Megatron-Core does not update the transposed FP8 weights if the last gather of a step is not overlapped",
             f"{key}=false, or parallel.overlap_param_gather=false",
         )
     if not config.parallel.distributed_optimizer:
         raise ConfigError(
-            key, "is the distributed optimizer's gather", f"parallel.distributed_optimizer=true, or {key}=false"
+            key, "needs the distributed optimizer", f"parallel.distributed_optimizer=true, or {key}=false"
         )
     if config.algorithm.reference_kl_coef > 0:
         raise ConfigError(
             key,
-            "FP8 weights do not come back exactly from the swap with the reference policy's",
+            "FP8 weights are not restored exactly after the swap with the reference policy's weights",
             f"{key}=false, or algorithm.reference_kl_coef=0",
         )

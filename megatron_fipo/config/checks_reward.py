@@ -1,4 +1,4 @@
-"""Judges the section `reward` of a configuration: the rule, a function of the user's included, and its company."""
+"""Check the section `reward` of a configuration: the rule, which may be a user's own function, and its settings."""
 
 import ast
 import os
@@ -14,20 +14,20 @@ _FORMS = "package.module:function or path/to/file.py:function"
 
 
 def reward(config: Config) -> Iterator[str]:
-    """Judge how responses are judged."""
+    """Raise ConfigError if the settings of rewards cannot work. Yield a warning for each setting that is not read."""
     settings = config.reward
     own = own_rule(settings.rule)
     if own is not None:
         _check_form(settings.rule, *own)
         if (settings.correct, settings.incorrect) != (1.0, -1.0):
-            yield "reward.correct, reward.incorrect: a rule of your own says the reward itself; these are not read"
+            yield "reward.correct, reward.incorrect: these are not read, since your own rule returns the reward itself"
     elif settings.environment:
         yield f"reward.environment is not read with reward.rule={settings.rule}, which needs no variables"
     yield from _company(config, is_own=own is not None)
     for name in settings.environment:
         if not name.isidentifier():
-            problem = f"{name!r} is no name of a variable"
-            raise ConfigError("reward.environment", problem, "names alone, whose values are taken from the environment")
+            problem = f"{name!r} is not the name of a variable"
+            raise ConfigError("reward.environment", problem, "only names; the values are taken from the environment")
 
 
 def _company(config: Config, *, is_own: bool) -> Iterator[str]:
@@ -40,13 +40,13 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
         )
     if config.data.source == "reasoning_gym" and settings.rule != "reasoning_gym" and not is_own:
         rule = settings.rule
-        yield f"reward.rule: {rule} compares with one answer; the task's own scorer is reward.rule=reasoning_gym"
+        yield f"reward.rule: {rule} accepts only one answer; reward.rule=reasoning_gym uses the task's own scorer"
     if settings.math_tolerance and settings.rule != "math_verify":
         yield f"reward.math_tolerance is not read with reward.rule={settings.rule}; reward.rule=math_verify does"
     if settings.correct <= settings.incorrect:
         raise ConfigError(
             "reward.correct",
-            f"{settings.correct:g} is no better than reward.incorrect {settings.incorrect:g}",
+            f"{settings.correct:g} is not above reward.incorrect {settings.incorrect:g}",
             "a larger reward for right answers",
         )
     if settings.failed_share_stop < settings.failed_share_warn:
@@ -65,9 +65,9 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
 
 
 def check_reward_here(settings: RewardConfig) -> None:
-    """Raise ConfigError where a rule's file lacks its function, or a variable is not set, on the first rank's machine.
+    """Raise ConfigError if a rule's file lacks the function, or a variable is not set. Only the first rank checks.
 
-    The file is read here, and not run: launch/first_look.py imports it.
+    The file is only parsed here. launch/first_look.py imports it.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -87,11 +87,11 @@ def _check_form(rule: str, place: str, function: str) -> None:
     if rule.endswith(".py"):
         names = _functions("reward.rule", rule) if os.path.isfile(rule) else []
         remedy = " or ".join(f"{rule}:{name}" for name in names[:5]) or f"{rule}:FUNCTION"
-        raise ConfigError("reward.rule", f"{rule} names no function of that file", remedy)
+        raise ConfigError("reward.rule", f"{rule} does not name a function of that file", remedy)
     near = get_close_matches(rule, SHIPPED_RULES, n=1)
     suggestion = f"did you mean {near[0]}? " if near else ""
     known = f"{suggestion}{', '.join(SHIPPED_RULES)}, {_FORMS}"
-    raise ConfigError("reward.rule", f"{rule[:200]!r} is no rule", known)
+    raise ConfigError("reward.rule", f"{rule[:200]!r} is not a rule", known)
 
 
 def check_function(key: str, place: str, function: str) -> None:
@@ -113,7 +113,7 @@ def check_function(key: str, place: str, function: str) -> None:
 
 
 def _functions(key: str, place: str) -> list[str]:
-    """The functions at the top of a file."""
+    """Return the names of the functions at the top level of a file."""
     return [node.name for node in _parsed(key, place).body if isinstance(node, ast.FunctionDef)]
 
 

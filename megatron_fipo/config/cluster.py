@@ -1,4 +1,4 @@
-"""Sections of the schema: the nodes of a job, and what estimates assume of a GPU."""
+"""Sections of the schema: the nodes of a job, and the GPU that estimates assume."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,23 @@ from megatron_fipo.config.settings import setting
 
 @dataclass
 class ClusterConfig:
-    """The nodes that a Slurm job asks for; one process per GPU. Runs on one machine do not read this section."""
+    """The nodes that a Slurm job requests, with one process per GPU. Runs on one machine do not read this section."""
 
-    gpus_per_node: int = setting(8, "GPUs per node; also the trainer processes on it.", minimum=1, maximum=128)
+    gpus_per_node: int = setting(
+        8, "GPUs per node, which is also the number of trainer processes per node.", minimum=1, maximum=128
+    )
     trainer_nodes: int = setting(1, "Nodes that train.", minimum=1, maximum=10**5)
     rollout_nodes: int = setting(
         0,
-        "Nodes that run vLLM servers, as many per node as rollout.tensor_parallel allows; 0: use rollout.servers.",
+        "Nodes that run vLLM servers. Each node runs as many servers as fit on its GPUs. 0: use rollout.servers.",
         minimum=0,
         maximum=10**5,
     )
     max_retries: int = setting(
-        3, "Restarts of a Slurm job without a new checkpoint in between, before it gives up.", minimum=0, maximum=10**6
+        3,
+        "Number of restarts in a row without a new checkpoint, after which a Slurm job gives up.",
+        minimum=0,
+        maximum=10**6,
     )
 
 
@@ -30,14 +35,15 @@ class HardwareConfig:
     memory_gib: float = setting(79.6, "Memory per GPU, in GiB.", minimum=0.001, maximum=10**6)
     reserved_gib: float = setting(
         5.0,
-        "Memory not used by the estimate: CUDA context, NCCL buffers, workspaces, fragmentation; in GiB.",
+        "Memory that the estimate leaves free for CUDA's context, NCCL's buffers, workspaces and fragmentation, in "
+        "GiB.",
         minimum=0,
         maximum=10**6,
     )
     bf16_tflops: float = setting(989.0, "Dense BF16 peak, in TFLOP/s.", minimum=0.001, maximum=10**9)
     fp8_tflops: float | None = setting(
         1979.0,
-        "Dense FP8 peak, in TFLOP/s; read when model.fp8 is on. null: no FP8.",
+        "Dense FP8 peak, in TFLOP/s; used if model.fp8 is on. null: the GPU has no FP8.",
         minimum=0.001,
         maximum=10**9,
     )
@@ -49,7 +55,10 @@ class HardwareConfig:
         50.0, "Bandwidth of one GPU to other nodes, one direction, in GB/s.", minimum=0.001, maximum=10**9
     )
     gpus_per_node: int | None = setting(
-        8, "GPUs per node as sold; a larger cluster.gpus_per_node causes a warning.", minimum=1, maximum=128
+        8,
+        "GPUs per node in the product as sold; a larger cluster.gpus_per_node causes a warning.",
+        minimum=1,
+        maximum=128,
     )
     compute_efficiency: float = setting(
         0.69, "Share of the peak that matrix products reach, as measured (docs/gpu.md).", maximum=1, minimum=0.001

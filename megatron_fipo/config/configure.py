@@ -1,6 +1,6 @@
-"""From the command line to a validated Config: Hydra composes, the schema types, `checks` judges.
+"""Turn the command line into a validated Config: Hydra composes it, the schema gives the types, `checks` checks it.
 
-Imports neither torch nor megatron, so that a mistake on the command line is answered at once.
+Imports neither torch nor megatron, so that a mistake on the command line is reported quickly.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from megatron_fipo.processes import reasons
 ConfigStore.instance().store(name="schema", node=Config)
 
 _HYDRA_VERSION = "1.3"
-# What composing raises: where Hydra and OmegaConf forget to look at a value, Python's and PyYAML's own come through.
+# Exceptions that composing can raise. Where Hydra and OmegaConf do not check a value, Python's and PyYAML's own appear.
 _FAILURES: tuple[type[Exception], ...] = (
     *(HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, RecursionError),
     *(ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError),
@@ -42,7 +42,7 @@ _FAILURES: tuple[type[Exception], ...] = (
 _TRACEBACKS = "HYDRA_FULL_ERROR"
 _FIRST_RANK_SPEAKS_S = 2.0
 RESOLVED = "--resolved"
-"""The flag of a command line that names a whole configuration in a file, and says nothing else."""
+"""The flag of a command line that consists of this flag and a file with a whole configuration."""
 
 
 def run_with_config(
@@ -54,13 +54,13 @@ def run_with_config(
 ) -> None:
     """Call `main` with the validated configuration that the command line describes.
 
-    Without `local`, what must be on this machine (model, problems, servers) is not looked for. `judge` is for entry
-    points that do not train; it stands in for `check` and returns warnings as that does. `usage` is what --help shows
-    of a command that is not train.
+    Without `local`, files and servers on this machine are not checked. `judge` is for entry points that do not train:
+    it is called instead of `check`, and returns warnings too. `usage` is the text of --help for commands other than
+    train.
 
-    Handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from `main`, ends the
-    process with one line on stderr and the error's exit code: 2 for a configuration. HYDRA_FULL_ERROR=1 shows the
-    traceback instead.
+    This function handles --help, --cfg and Hydra's other flags itself. A FipoError, from the configuration or from
+    `main`, ends the process with one line on stderr and the error's exit code, which is 2 for a wrong configuration.
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
     with refusals_in_one_line():
         config = _config_from_command_line(usage)
@@ -72,7 +72,7 @@ def run_with_config(
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """End the process with one line on stderr and the error's exit code where a FipoError is raised in here."""
+    """If the block raises a FipoError, end the process with one line on stderr and the error's exit code."""
     with_traceback = os.environ.get(_TRACEBACKS) == "1"
     try:
         yield
@@ -83,9 +83,9 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
-    """The typed configuration of the given overrides, such as ["experiment=fipo_32b"]; not judged by `check`.
+    """Return the typed configuration for overrides such as ["experiment=fipo_32b"], without the checks of `check`.
 
-    For tools and tests: entry points use `run_with_config`. Raises ConfigError.
+    For tools and tests. Entry points use `run_with_config`. Raises ConfigError.
     """
     try:
         check_overrides(overrides, configuration_groups())
@@ -96,7 +96,7 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
 
 
 def configuration_directory() -> Path:
-    """Where conf/ is: inside the package when installed, beside it in a source checkout."""
+    """Return the directory conf/: inside an installed package, or beside the package in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parent / "conf")
     for directory in candidates:
@@ -108,12 +108,12 @@ def configuration_directory() -> Path:
 
 
 def configuration_groups() -> list[str]:
-    """The names of the groups: the directories of conf/, without Hydra's own."""
+    """Return the names of the groups: the directories in conf/, except for Hydra's own."""
     return sorted(path.name for path in configuration_directory().iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def _config_from_command_line(usage: str | None) -> Config:
-    """Compose under hydra.main, which only hands the result over: the run itself happens outside of Hydra."""
+    """Compose the configuration by hydra.main, and return it. The run itself happens outside of Hydra."""
     if sys.argv[1:2] == [RESOLVED] and len(sys.argv) == 3:
         return resolved.read(Path(sys.argv[2]))
     named = [text for text in sys.argv[1:] if not text.startswith("-") and "=" not in text]
@@ -129,7 +129,7 @@ def _config_from_command_line(usage: str | None) -> Config:
         raise ConfigError("--multirun", "this command takes one configuration", "megatron-fipo train takes several")
     entry = hydra.main(version_base=_HYDRA_VERSION, config_path=str(configuration_directory()), config_name="config")
     with_traceback = os.environ.get(_TRACEBACKS)
-    # Hydra's own handler prints several lines and exits with 1; with this set it raises.
+    # Hydra's own handler prints several lines and exits with 1. With this variable Hydra raises the exception instead.
     os.environ[_TRACEBACKS] = "1"
     try:
         with _flags_in_one_line():
@@ -149,7 +149,7 @@ def _config_from_command_line(usage: str | None) -> Config:
 
 @contextlib.contextmanager
 def _flags_in_one_line() -> Iterator[None]:
-    """Say in one line what argparse, which reads Hydra's flags, says in ten."""
+    """Report in one line what argparse, which reads Hydra's flags, reports in ten lines."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -165,7 +165,7 @@ def _flags_in_one_line() -> Iterator[None]:
 
 
 def _nearest_flag(problem: str) -> str:
-    """A question about the flag that was meant, of those that Hydra's command line has."""
+    """Return a question that suggests the nearest flag of Hydra's command line, or an empty text."""
     unknown = re.search(r"unrecognized arguments: (-\S+)", problem)
     known = get_args_parser()._option_string_actions if unknown else {}
     near = difflib.get_close_matches(unknown[1], [*known, "--multirun"], n=1, cutoff=0.5) if unknown else []
@@ -180,13 +180,16 @@ def _refusal(error: Exception, overrides: Sequence[str]) -> Exception:
         return ConfigError("configuration", f"{name} is not UTF-8 text: {error.reason}", "save it as UTF-8")
     refusal = readable(error, configuration_groups())
     if refusal.key == "configuration" and ".yaml" not in refusal.problem:
-        # Hydra says neither key nor file; what was chosen leads to it.
+        # Hydra names neither key nor file here. The overrides show where to look.
         return ConfigError(f"configuration of {' '.join(overrides)[:200]}", refusal.problem, refusal.remedy)
     return refusal
 
 
 def _files_of_other_encodings() -> Iterator[str]:
-    """Those in conf/ and in the directories that the command line names, since Python's error does not say which."""
+    """Yield the YAML files that are not UTF-8, in conf/ and in the directories that the command line names.
+
+    Python's error does not name the file.
+    """
     places = [configuration_directory(), *(Path(text.rpartition("=")[2]) for text in sys.argv[1:] if "dir" in text)]
     for path in (path for place in places if place.is_dir() for path in place.rglob("*.yaml")):
         try:
@@ -202,14 +205,12 @@ def _to_config(composed: DictConfig) -> Config:
     for name, kind in sections():
         value = functools.reduce(lambda part, field: part and getattr(part, field), name.split("."), config)
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(
-                name, f"{shown(value)} is no section", f"it has keys of its own, such as {name}.KEY=VALUE"
-            )
+            raise ConfigError(name, f"{shown(value)} is not a section", f"set its keys, such as {name}.KEY=VALUE")
     return config
 
 
 def _refuse_added_keys(tree: Any, prefix: str = "") -> None:
-    """Refuse what `+key=value` has added beside the schema: OmegaConf lets it pass, and nothing would read it."""
+    """Refuse keys outside the schema that `+key=value` has added. OmegaConf allows them, but nothing reads them."""
     known = {key for key, _ in every_setting()}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -222,22 +223,24 @@ def _refuse_added_keys(tree: Any, prefix: str = "") -> None:
 
 
 def _world_size() -> int | None:
-    """The number of ranks where a launcher has started this process as one of them, else None."""
+    """Return the number of ranks if a launcher has started this process as one of them, else None."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def _speaks_for_the_run() -> bool:
-    """Whether this process prints what all ranks would: the launcher for its ranks, else the first rank."""
+    """Return whether this process prints messages for the run: the launcher of the ranks, or else the first rank."""
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" in os.environ
     return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 def _end(error: FipoError) -> NoReturn:
-    """One process says it: the one that started this one and asked to be told, or else the first rank."""
+    """Report the error from only one process: the launcher, if it asked for reports, or else the first rank."""
     if not reasons.tell(error):
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            time.sleep(_FIRST_RANK_SPEAKS_S)  # a launcher ends this one meanwhile, if the first has said the same
+            time.sleep(
+                _FIRST_RANK_SPEAKS_S
+            )  # if the first rank reports the same error, the launcher ends this process meanwhile
         if not isinstance(error, RefusedOnRank0):
             print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_code)

@@ -1,4 +1,4 @@
-"""Sections of the schema: the problems of a run, where they come from and how they become prompts."""
+"""Sections of the schema: where a run's problems come from, and how they become prompts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from megatron_fipo.config.settings import section, setting
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json", ".arrow")
-"""Problem files, by their names' endings."""
+"""Endings of the names of problem files."""
 
 QUESTION = "{question}"
-"""What `data.prompt_template` has in the question's place."""
+"""The placeholder of the question in `data.prompt_template`."""
 
 RECIPE_PROMPT = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -17,30 +17,32 @@ RECIPE_PROMPT = (
     f"{QUESTION}\n\n"
     'Remember to put your answer on its own line after "Answer:".'
 )
-"""The published recipe's prompt; the prompts of DAPO-Math-17k hold it already."""
+"""The published recipe's prompt. The prompts of DAPO-Math-17k already contain it."""
 
 ANSWER_FORMATS = ("plain", "gsm8k", "boxed", "pattern")
 
 
 @dataclass
 class ColumnsConfig:
-    """Columns of the problem files; a dot names a nested column. The defaults are DAPO-Math-17k's."""
+    """Columns of the problem files. A dot selects a field of a nested column. The defaults are for DAPO-Math-17k."""
 
     prompt: str = setting(
-        "prompt", "Chat messages, or a plain question, which data.prompt_template makes into a message."
+        "prompt", "Chat messages, or a plain question, which data.prompt_template turns into a message."
     )
     answer: str | None = setting(
         "reward_model.ground_truth",
-        "The right answer, in the form that data.answer_format says. null: no answer, for a reward of your own.",
+        "The right answer, in the form given by data.answer_format. null: the rows have no answer, which needs a "
+        "reward of your own.",
     )
     source: str = setting(
-        "data_source", "Name of the data set, by which validation is reported. Without this column: the file's name."
+        "data_source",
+        "Name of the data set; validation is reported for each name. Without this column: the file's name.",
     )
 
 
 @dataclass
 class ValidationColumnsConfig:
-    """Columns of the validation files that differ from data.columns; null: the same."""
+    """Columns of the validation files, where they differ from data.columns. null: the same as there."""
 
     prompt: str | None = setting(None, "As data.columns.prompt.")
     answer: str | None = setting(None, "As data.columns.answer.")
@@ -61,18 +63,18 @@ class DataConfig:
     )
     train: list[str] = setting(
         [],
-        "Training files, directories of them, or patterns such as data/*.parquet. With source=hub: datasets, as "
+        "Training files, directories of such files, or patterns such as data/*.parquet. With source=hub: datasets, as "
         "owner/name or owner/name/config:split.",
     )
     validation: list[str] = setting(
-        [], "Validation files, or with source=hub datasets. Their problems are not trained on."
+        [], "Validation files; with source=hub: datasets. Their problems are never trained on."
     )
     columns: ColumnsConfig = section(ColumnsConfig)
     validation_columns: ValidationColumnsConfig = section(ValidationColumnsConfig)
     answer_format: str = setting(
         "plain",
-        "plain: the answer's text or number; gsm8k: what follows the last ####, without thousands commas; "
-        r"boxed: what the solution's last \boxed{…} holds; pattern: what data.answer_pattern finds.",
+        "plain: the answer's text or number; gsm8k: the text after the last ####, without thousands separators; "
+        r"boxed: the content of the solution's last \boxed{…}; pattern: the text that data.answer_pattern finds.",
         choices=ANSWER_FORMATS,
     )
     answer_pattern: str | None = setting(
@@ -81,37 +83,40 @@ class DataConfig:
     )
     bad_answers: str = setting(
         "error",
-        "Rows whose answer is missing or cannot be read: error, or drop (counted).",
+        "Rows whose answer is missing or cannot be read. error: refuse them; drop: leave them out and count them.",
         choices=("error", "drop"),
     )
     prompt_template: str = setting(
         RECIPE_PROMPT,
-        "User message for a plain question, which replaces {question}. The default is the recipe's prompt.",
+        "User message for plain questions; the question replaces {question}. The default is the recipe's prompt.",
     )
     chat_template_variables: dict[str, Any] = setting(
-        {}, "Variables for the model's chat template: +data.chat_template_variables.enable_thinking=false."
+        {}, "Variables for the model's chat template, such as +data.chat_template_variables.enable_thinking=false."
     )
     chat_template_date: str | None = setting(
-        None, "Date that the chat template sees, as 2026-01-31. null: today's, with a warning where it is used."
+        None, "Date that the chat template sees, such as 2026-01-31. null: today's date, with a warning if it is used."
     )
     task: str = setting("", "reasoning-gym task, such as chain_sum.")
-    task_options: dict[str, Any] = setting({}, "Difficulty settings of the reasoning-gym task, by its own names.")
+    task_options: dict[str, Any] = setting(
+        {}, "Difficulty settings of the reasoning-gym task, by the task's own names."
+    )
     train_size: int = setting(
         10000, "Problems to generate for training with source=reasoning_gym.", minimum=1, maximum=10**8
     )
     validation_size: int = setting(
         128, "Problems to generate for validation with source=reasoning_gym.", minimum=1, maximum=10**8
     )
-    instruction: str = setting("", "Text after each generated problem, such as the form of the answer.")
+    instruction: str = setting("", "Text added after each generated problem, such as the form of the answer.")
     overlong_prompts: str = setting(
         "drop",
-        "Prompts longer than rollout.max_prompt_length: drop (counted), truncate_left, or error.",
+        "Prompts longer than rollout.max_prompt_length. drop: leave them out and count them; truncate_left: keep their "
+        "last tokens; error: refuse them.",
         choices=("drop", "truncate_left", "error"),
     )
     shuffle: bool = setting(True, "Shuffle the training problems in each epoch.")
     allow_change: bool = setting(
-        False, "Resume although the training problems differ from the checkpoint's. Their order starts anew."
+        False, "Resume even if the training problems differ from the checkpoint's. A new epoch starts then."
     )
     fetch_command: str | None = setting(
-        None, "Command that makes or fetches the files of train and validation; shown where one is missing."
+        None, "Command that gets the files of train and validation; error messages show it if a file is missing."
     )

@@ -1,4 +1,4 @@
-"""Which files an entry of data.train or data.validation means: a file, a pattern or a directory."""
+"""Find the files that an entry of data.train or data.validation means: a file, a pattern or a directory."""
 
 import glob
 import os
@@ -10,10 +10,10 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.data import FILE_SUFFIXES
 
 COMPRESSED = ".gz"
-"""What may follow .jsonl and .json."""
+"""Ending that may follow .jsonl and .json."""
 
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""What the datasets library writes beside a data set's files."""
+"""Files that the datasets library writes beside the files of a data set."""
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _PATTERN = re.compile(r"[*?\[]")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -21,7 +21,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.*/-]+)?\Z")
 
 
 class NotFound(Exception):
-    """An entry that means no file. The text says what is wrong, `remedy` what would be right."""
+    """Raised for an entry that names no file. The text says what is wrong, and `remedy` what would be right."""
 
     def __init__(self, problem: str, remedy: str):
         self.remedy = remedy
@@ -29,7 +29,7 @@ class NotFound(Exception):
 
 
 def format_of(path: Path) -> str | None:
-    """The ending, of FILE_SUFFIXES, that says how a file is read, whether compressed or not; None for other files."""
+    """Return the ending in FILE_SUFFIXES that says how a file is read, compressed or not; None for other files."""
     ending = path.suffix
     if ending == COMPRESSED:
         ending = Path(path.stem).suffix
@@ -38,15 +38,16 @@ def format_of(path: Path) -> str | None:
 
 
 def source_name(path: Path) -> str:
-    """A file's name without its endings and the number of its shard."""
+    """Return a file's name without its endings and its shard number."""
     name = path.name.removesuffix(COMPRESSED)
     return _SHARD.sub("", name.removesuffix(Path(name).suffix))
 
 
 def files_of(entry: str) -> list[Path]:
-    """The files of an entry, sorted. Raises NotFound."""
+    """Return the files of an entry, sorted. Raises NotFound."""
     path = resolve_embedded(entry)
-    # os.path's answer is false for what Path's raises on: names that are too long, directories that may not be read.
+    # os.path.isfile returns False where Path.is_file raises: for names that are too long and for unreadable
+    # directories.
     if os.path.isfile(path):
         if format_of(path) is None:
             raise NotFound(f"{entry} is of another format", _conversion(path))
@@ -93,7 +94,7 @@ def _holds_problems(directory: Path) -> bool:
 def _matching(entry: str, pattern: Path) -> list[Path]:
     try:
         found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if os.path.isfile(name))
-    except ValueError:  # a name that no file system takes
+    except ValueError:  # a name that is not possible in any file system
         found = []
     if not found:
         raise NotFound(f"{entry} matches no file", f"a pattern that matches some, seen from {os.getcwd()}")
@@ -105,11 +106,11 @@ def _matching(entry: str, pattern: Path) -> list[Path]:
 
 def _missing(entry: str, path: Path) -> str:
     shown = entry if len(entry) <= 200 else f"{entry[:200]}…"
-    return f"{shown} is no regular file" if os.path.lexists(path) else f"{shown} is not found"
+    return f"{shown} is not a regular file" if os.path.lexists(path) else f"{shown} is not found"
 
 
 def _instead(entry: str, path: Path) -> str:
-    """What was likely meant: a dataset of the hub, or a file of a similar name."""
+    """Return what the user probably meant: a dataset of the hub, or a file with a similar name."""
     if _HUB_NAME.match(entry) and not os.path.isdir(path.parent) and format_of(path) is None:
         return f"a problem file; for the dataset of the hub: data.source=hub and {entry}"
     try:
@@ -123,7 +124,7 @@ def _instead(entry: str, path: Path) -> str:
 
 
 def _conversion(path: Path) -> str:
-    """The command that makes a table of text into a problem file."""
+    """Return the command that converts a text table to a problem file."""
     separator = {".csv": "", ".tsv": ", sep='\\t'"}.get(path.suffix)
     if separator is None:
         return f"a file that ends in {', '.join(FILE_SUFFIXES)}, .jsonl.gz or .json.gz"

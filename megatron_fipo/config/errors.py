@@ -1,4 +1,4 @@
-"""Turns Hydra's and OmegaConf's exceptions into one line that names the key and what would be right."""
+"""Turn exceptions of Hydra and OmegaConf into one line that names the key and what would be right."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -20,13 +20,13 @@ _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "
 
 
 def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
-    """Raise ConfigError for overrides that Hydra would stumble over without naming them."""
+    """Raise ConfigError for overrides on which Hydra would fail without naming them."""
     parser = OverridesParser.create()
     switches = {key for key, entry in every_setting() if entry.type in (bool, bool | None)}
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except HydraException:  # which Hydra names
+        except HydraException:  # Hydra will raise it again, and name the override
             continue
         except (ValueError, RecursionError) as error:
             key = text.partition("=")[0].lstrip("+~")
@@ -35,17 +35,17 @@ def check_overrides(overrides: Iterable[str], groups: Collection[str]) -> None:
         is_choice = isinstance(value, str) and "${" not in value
         if name in groups and not override.is_delete() and not is_choice:
             remedy = "the name of a file in it, without .yaml"
-            raise ConfigError(name, f"{_short(str(value))} is no choice of this group", remedy)
-        if name in switches and type(value) is int and value not in (0, 1):  # which OmegaConf takes for true
-            raise ConfigError(name, f"{value} is no truth value", _expected(name))
+            raise ConfigError(name, f"{_short(str(value))} is not a choice of this group", remedy)
+        if name in switches and type(value) is int and value not in (0, 1):  # OmegaConf would read it as true
+            raise ConfigError(name, f"{value} is neither true nor false", _expected(name))
 
 
 def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
-    """The same failure as a ConfigError. `groups` are the names of the configuration groups, for suggestions."""
+    """Return the failure as a ConfigError. `groups` are the names of the configuration groups, for suggestions."""
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
     if match := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
-        return ConfigError(match.group(1), "a key takes one value", "a list is written in brackets: key=[a,b]")
+        return ConfigError(match.group(1), "takes only one value", "write a list in brackets: key=[a,b]")
     if isinstance(error, OverrideParseException):
         if (home := _from_home(error.override or "")) is not None:
             return home
@@ -60,7 +60,7 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
         return unknown_key(match.group(1), groups)
     key = cause.full_key or "configuration"
     if isinstance(cause, ValidationError) and "is not a ListConfig" in str(cause):
-        return ConfigError(key, "takes a list, and not one value", f"in brackets: {key}=[A,B], or {key}=[A]")
+        return ConfigError(key, "takes a list, not a single value", f"write it in brackets: {key}=[A,B], or {key}=[A]")
     if isinstance(cause, ValidationError):
         return ConfigError(key, _one_line(cause), _expected(key))
     if key and "not in" in str(cause):
@@ -69,7 +69,7 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
 
 
 def _from_home(override: str) -> ConfigError | None:
-    """The refusal of a path that begins with ~, which neither the shell nor Hydra reads inside KEY=VALUE."""
+    """Return the error for a path that begins with ~, which neither the shell nor Hydra expands inside KEY=VALUE."""
     key, _, value = override.partition("=")
     paths = [item.strip() for item in value.strip("[]").split(",")]
     if not any(path.startswith("~") for path in paths):
@@ -81,12 +81,14 @@ def _from_home(override: str) -> ConfigError | None:
 
 
 def below_null_section() -> ConfigError:
-    """The refusal of a key inside a section that the chosen algorithm leaves null; OmegaConf only asserts there."""
-    return ConfigError(_OPTIONAL_SECTION, "is null in this algorithm and has no keys to set", "algorithm=fipo has them")
+    """Return the error for a key in a section that is null in the chosen algorithm. OmegaConf only asserts there."""
+    return ConfigError(
+        _OPTIONAL_SECTION, "is null in this algorithm, so its keys cannot be set", "algorithm=fipo has it"
+    )
 
 
 def unknown_key(key: str, groups: Iterable[str]) -> ConfigError:
-    """The refusal of a key that the schema does not have, with the nearest one that it has."""
+    """Return the error for a key that the schema does not have, with the nearest key that it has."""
     known = [name for name, _ in every_setting()]
     if key.startswith(_OPEN_SECTIONS):
         return ConfigError(key, "is not set yet", f"add it with a plus: +{key}=VALUE")
@@ -98,7 +100,7 @@ def unknown_key(key: str, groups: Iterable[str]) -> ConfigError:
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:
-    """Up to two names like `key`; a name without its section is looked for in every section."""
+    """Return up to two names that are similar to `key`. A name without its section is searched in every section."""
     last_names = {name.rpartition(".")[2]: name for name in reversed(known)}
     last = key.rpartition(".")[2]
     same_name = [name for name in known if name.endswith(f".{last}")]
@@ -113,7 +115,7 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 def _missing_choice(error: MissingConfigException) -> ConfigError:
     name = error.missing_cfg_file or ""
-    # A choice may have slashes; of Hydra's own groups the group has.
+    # A choice may contain slashes. In Hydra's own groups, the name of the group does.
     group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
     options = list(error.options or [])
     if not group or not options:
@@ -135,7 +137,7 @@ def _expected(key: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The message without the hints at other versions' documentation and the types that OmegaConf appends."""
+    """Return the message without Hydra's links to its documentation and the types that OmegaConf appends."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [
         line

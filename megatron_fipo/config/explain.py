@@ -1,4 +1,4 @@
-"""What `--help SECTION` and `--help KEY` print: the schema's own words, ranges and defaults."""
+"""The output of `--help SECTION` and `--help KEY`: documentation, ranges and defaults from the schema."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ _WIDTH = 110
 
 
 def explain(names: Sequence[str]) -> str:
-    """The keys of sections, or single keys, with their meaning. ConfigError for what is neither."""
+    """Return the keys of sections, or single keys, with their meaning. ConfigError for a name that is neither."""
     return "\n\n".join("\n".join(_explained(name)) for name in names)
 
 

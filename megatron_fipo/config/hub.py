@@ -1,18 +1,18 @@
-"""Why the model hub did not give a repository, in words of ours: its client's are for programmers."""
+"""Explain to the user why a repository of the hub cannot be read. The client's own messages are for programmers."""
 
 from megatron_fipo.errors import one_line
 
 
 def reason(error: Exception, what: str) -> str:
-    """What an error of the hub's client says of a repository, `what` of which is a model or a dataset."""
+    """Return the reason for an error of the hub's client. `what` is "model" or "dataset"."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     for kind, words in (
-        (GatedRepoError, "the hub gives it to those who have accepted its terms there, and `hf auth login`"),
-        (RepositoryNotFoundError, f"the hub has no such {what}, or shows it after `hf auth login` alone"),
+        (GatedRepoError, "the hub requires that you accept its terms there, and then `hf auth login`"),
+        (RepositoryNotFoundError, f"the hub has no such {what}, or shows it only after `hf auth login`"),
         (RevisionNotFoundError, f"the hub's {what} has no such revision"),
     ):
         if isinstance(error, kind):
@@ -24,7 +24,7 @@ def reason(error: Exception, what: str) -> str:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The innermost of errors that were raised one over another: what the operating system or the hub said."""
+    """Return the first of a chain of exceptions: the error of the operating system or of the hub."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return error

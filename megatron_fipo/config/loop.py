@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from megatron_fipo.config.settings import LONGEST_WAIT_S, section, setting
 
 VERIFIER_MEMORY_GIB = 4
-"""Most memory of one verifier process. An answer such as 9^(9^9) asks for all there is: the check must fail then."""
+"""Memory limit of one verifier process. An answer such as 9^(9^9) would take all memory: its check has to fail."""
 
 SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym")
-"""Values of `reward.rule` that are no function of the user's."""
+"""Values of `reward.rule` that name a rule of this package."""
 
 
 def own_rule(rule: str) -> tuple[str, str] | None:
-    """(module or file, function) of a rule such as MODULE:FUNCTION or FILE.py:FUNCTION; None for a shipped one."""
+    """Return (module or file, function) for MODULE:FUNCTION or FILE.py:FUNCTION; None for a shipped rule."""
     place, _, function = rule.rpartition(":")
     return None if rule in SHIPPED_RULES else (place, function)
 
@@ -23,7 +23,8 @@ class RunConfig:
 
     name: str = setting("run", "Short name of the run, used in its directory and its logs.")
     directory: str = setting(
-        "runs/${run.name}/${now:%Y%m%d-%H%M%S}", "Directory of all the run's files. Give a fixed one to resume from it."
+        "runs/${run.name}/${now:%Y%m%d-%H%M%S}",
+        "Directory of all the run's files. Set it to be able to resume the run.",
     )
     seed: int = setting(0, "Seed of data order, sampling and initialisation.", minimum=0, maximum=10**9)
     steps: int = setting(1, "Training steps in total, including those before a resume.", minimum=0, maximum=10**9)
@@ -35,11 +36,14 @@ class RunConfig:
     )
     resume_changed: bool = setting(
         False,
-        "Resume from a checkpoint although settings that decide what is trained have changed. The new settings are "
-        "kept as config-STEP.yaml.",
+        "Resume from a checkpoint even if settings that affect the result of training have changed. The new settings "
+        "are saved as config-STEP.yaml.",
     )
     collective_timeout_s: float = setting(
-        3600.0, "Longest wait for other ranks, sampling excluded, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
+        3600.0,
+        "Longest wait for other ranks, in seconds. Waiting for samples does not count.",
+        minimum=1,
+        maximum=LONGEST_WAIT_S,
     )
 
 
@@ -49,7 +53,10 @@ class OverlongBufferConfig:
 
     enable: bool = setting(False, "Subtract the overlong penalty from the reward.")
     len: int = setting(
-        4096, "Length of the penalty's ramp up to max_response_length, in tokens.", minimum=1, maximum=10**9
+        4096,
+        "Number of tokens before max_response_length over which the penalty grows linearly.",
+        minimum=1,
+        maximum=10**9,
     )
     penalty_factor: float = setting(1.0, "Penalty at max_response_length.", minimum=0, maximum=1000)
 
@@ -60,48 +67,53 @@ class RewardConfig:
 
     rule: str = setting(
         "exact_match",
-        "exact_match: the recipe's 'Answer: …' string comparison; math_verify: mathematical equality by sympy; "
-        "reasoning_gym: the task's own scorer; package.module:function or path/to/file.py:function: a function of "
-        "yours, whose value is the reward (docs/rewards.md).",
+        "exact_match: the recipe's string comparison after 'Answer:'; math_verify: mathematical equality by sympy; "
+        "reasoning_gym: the task's own scorer; package.module:function or path/to/file.py:function: your own "
+        "function, which returns the reward (docs/rewards.md).",
     )
     math_tolerance: float = setting(
         0.0,
-        "With rule=math_verify: relative tolerance where the answer or the ground truth is a decimal number, such as "
+        "With rule=math_verify: relative tolerance if the answer or the ground truth is a decimal number, such as "
         "0.333 for 1/3. 0: exact.",
         minimum=0,
         maximum=0.1,
     )
     correct: float = setting(1.0, "Reward of a right answer.", minimum=-1000, maximum=1000)
     incorrect: float = setting(
-        -1.0, "Reward of a wrong answer. An answer that could not be judged has no reward.", minimum=-1000, maximum=1000
+        -1.0,
+        "Reward of a wrong answer. If the check of an answer fails, the answer has no reward.",
+        minimum=-1000,
+        maximum=1000,
     )
     environment: list[str] = setting(
         [],
-        "Names of environment variables that a rule of yours needs, such as a service's key. Verifier processes get "
-        "only these and what Python needs to start.",
+        "Names of environment variables that your own rule needs, such as a service's key. Verifier processes get only "
+        "these and the ones that Python needs to start.",
     )
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(
         8,
-        f"Verifier processes. Each may use {VERIFIER_MEMORY_GIB} GiB, and all together this machine's memory.",
+        f"Number of verifier processes. Each may use {VERIFIER_MEMORY_GIB} GiB, and together they have to fit into "
+        "memory.",
         minimum=1,
         maximum=1024,
     )
     timeout_s: float = setting(
         10.0,
-        "Longest check of one response, in seconds. After that its process is killed and the check counts as failed.",
+        "Time limit for the check of one response, in seconds. After it the process is killed and the check has "
+        "failed.",
         above=0,
         maximum=3600,
     )
     failed_share_warn: float = setting(
         0.01,
-        "Share of a step's or a validation's checks that may fail (time out or crash) without a warning.",
+        "Share of failed checks (timeouts and crashes) in a step or a validation above which the run warns.",
         minimum=0,
         maximum=1,
     )
     failed_share_stop: float = setting(
         0.2,
-        "Share of failed checks above which the run stops. If all fail, it stops in any case.",
+        "Share of failed checks above which the run stops. It always stops if all checks fail.",
         minimum=0,
         maximum=1,
     )
@@ -113,7 +125,8 @@ class ValidationConfig:
 
     every: int = setting(
         5,
-        "Validate every so many steps, and before the first and after the last; 0: never.",
+        "Number of steps between validations. The run also validates before the first and after the last step. 0: "
+        "never.",
         minimum=0,
         maximum=10**9,
     )
@@ -124,26 +137,31 @@ class ValidationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What `megatron-fipo evaluate` reads besides model, data.validation, validation, rollout and reward."""
+    """Settings of `megatron-fipo evaluate`, besides model, data.validation, validation, rollout and reward."""
 
     directory: str | None = setting(
         None,
         "Directory of an evaluation's files; a stopped evaluation resumes from it. null: a directory named by the "
-        "model and all settings that matter, in runs/evaluations, or in evaluations/ of the run that made the model.",
+        "model and a hash of its settings, in runs/evaluations or in evaluations/ of the run that made the model.",
     )
 
 
 @dataclass
 class CheckpointConfig:
-    """When the run's state is saved."""
+    """When and how the run's state is saved."""
 
-    every: int = setting(5, "Save every so many steps, and after the last; 0: never.", minimum=0, maximum=10**9)
+    every: int = setting(
+        5,
+        "Number of steps between checkpoints. The run also saves after the last step. 0: never.",
+        minimum=0,
+        maximum=10**9,
+    )
     keep: int = setting(2, "Number of newest checkpoints to keep; 0: all.", minimum=0, maximum=10**9)
     asynchronous: bool = setting(
         True,
-        "Train on while a checkpoint is written. This takes its size in memory; it counts when it is complete.",
+        "Continue training while a checkpoint is written. This takes up to the checkpoint's size in host memory.",
     )
-    verify: bool = setting(True, "Resume only from a checkpoint in which the checksum of every file is right.")
+    verify: bool = setting(True, "Check the checksum of every file of a checkpoint before resuming from it.")
     on_error: str = setting(
         "stop",
         "When a checkpoint cannot be written. stop: end the run with one line. warn: continue without it.",
@@ -151,14 +169,15 @@ class CheckpointConfig:
     )
     in_flight: str = setting(
         "keep",
-        "At a resume, what was sampled for later steps. keep: they train on it. discard: its prompts come next and are "
-        "sampled anew, such as under a shorter rollout.max_response_length. Both are counted.",
+        "What a resume does with samples for later steps. keep: train on them. discard: sample their prompts again, "
+        "before all others, for example with a shorter rollout.max_response_length. Both are counted.",
         choices=("keep", "discard"),
     )
     huggingface_every: int = setting(
         0,
-        "Every so many steps, and after the last, also write a Hugging Face directory, "
-        "run.directory/huggingface/step-…, kept as long as its checkpoint. A multiple of checkpoint.every; 0: never.",
+        "Number of steps after which a Hugging Face directory is written too, and after the last step, to "
+        "run.directory/huggingface/step-…. It is kept as long as its checkpoint. A multiple of checkpoint.every; "
+        "0: never.",
         minimum=0,
         maximum=10**9,
     )
@@ -166,12 +185,15 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
-    """What the run writes besides metrics.jsonl and summary.json, which it always writes."""
+    """What the run writes in addition to metrics.jsonl and summary.json."""
 
     tensorboard: bool = setting(True, "Write TensorBoard event files.")
     samples_per_step: int = setting(
-        8, "Rollouts kept per step as readable text, with their rewards.", minimum=0, maximum=10**6
+        8,
+        "Number of rollouts per step that are written as readable text, with their rewards.",
+        minimum=0,
+        maximum=10**6,
     )
     samples_per_validation: int = setting(
-        32, "Rollouts of held-out problems kept per validation, in the same form.", minimum=0, maximum=10**6
+        32, "Number of rollouts per validation that are written in the same form.", minimum=0, maximum=10**6
     )

@@ -1,7 +1,8 @@
-"""Where a configured model is: embedded, a directory here, or a repository of the model hub in its cache.
+"""Find a configured model: embedded, a directory on this machine, or a model of the hub in the hub's cache.
 
-owner/name and owner/name@revision name a model of the hub. A directory of that name comes first, and names that begin
-with models/ are directories alone: that is where this project's tools write. Imports neither torch nor megatron.
+owner/name and owner/name@revision name a model of the hub. If a directory has this name, the directory is used. Names
+that begin with models/ always mean directories, since this project's tools write there. Imports neither torch nor
+megatron.
 """
 
 import json
@@ -17,28 +18,28 @@ from megatron_fipo.errors import ConfigError
 KEY = "model.path"
 _HUB_ID = re.compile(r"(?!models/)(?P<name>[A-Za-z0-9]([\w.-]*\w)?/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
-"""What a run or an exported model needs: no weights that would have to be unpickled."""
+"""The files that a run or an exported model needs. Weights that would have to be unpickled are not among them."""
 _LONGEST = 96
-"""Characters of a repository's name, its owner's included."""
+"""Maximum number of characters in owner/name."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def hub_id(path: str) -> tuple[str, str | None] | None:
-    """(owner/name, revision) where `path` names a model of the hub, and no directory here."""
+    """Return (owner/name, revision) if `path` names a model of the hub and not a directory here, else None."""
     found = _HUB_ID.fullmatch(path)
     if found is None or os.path.isdir(resolve_embedded(path)):
         return None
     name = found["name"]
-    # What the hub's own client refuses as no name, and a revision that would lead out of its cache.
+    # Names that the hub's own client refuses, and revisions that would lead to a path outside its cache.
     if len(name) > _LONGEST or "--" in name or ".." in path or name.endswith((".git", "-", ".")):
         return None
     return name, found["revision"]
 
 
 def model_directory(path: str) -> Path:
-    """The directory that `model.path` means. For a model of the hub the one in the cache, complete or not.
+    """Return the directory that `model.path` means. For a model of the hub it is the one in the cache, complete or not.
 
-    Nothing is downloaded: a model that is not here is a path that does not exist.
+    Nothing is downloaded: if the model is not on this machine, the returned path does not exist.
     """
     found = hub_id(path)
     if found is not None:
@@ -52,7 +53,7 @@ def model_directory(path: str) -> Path:
 
 
 def fetch_config(path: str) -> Path:
-    """`model_directory`, with config.json fetched from the hub if that is where the model is. ConfigError if not."""
+    """Return `model_directory`, after downloading config.json if the model is on the hub. ConfigError if that fails."""
     directory, found = model_directory(path), hub_id(path)
     if found is None or (directory / "config.json").is_file():
         return directory
@@ -60,17 +61,17 @@ def fetch_config(path: str) -> Path:
 
     name, revision = found
     try:
-        # Not hf_hub_download: where there is no network it tries for 25 seconds, and says so on the terminal.
+        # Not hf_hub_download: without a network it retries for 25 seconds, and prints messages.
         return Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"]))
-    except Exception as error:  # the client's are many, of several libraries
+    except Exception as error:  # the client raises exceptions of several libraries
         raise _refused(path, name, error) from error
 
 
 def fetch_model(path: str) -> Path:
-    """`model_directory`, with a model of the hub fetched whole into its cache unless it is there; with a progress bar.
+    """Return `model_directory`, after downloading a model of the hub into the cache, with a progress bar.
 
-    Of several processes on one cache, one fetches each file and the others wait for it. ConfigError if the hub cannot
-    be reached, refuses, or has no safetensors of the model.
+    Nothing is downloaded if the cache has the whole model. If several processes share a cache, one downloads each file
+    and the others wait. ConfigError if the hub cannot be reached, refuses, or has no safetensors of the model.
     """
     directory, found = model_directory(path), hub_id(path)
     if found is None or _is_complete(directory):
@@ -82,9 +83,9 @@ def fetch_model(path: str) -> Path:
         disable_progress_bars()
     name, revision = found
     try:
-        # Files below a directory are other formats of the same weights.
+        # Files in subdirectories are other formats of the same weights.
         folder = snapshot_download(name, revision=revision, allow_patterns=[*_FILES], ignore_patterns=["*/*"])
-    except Exception as error:  # the client's are many, of several libraries
+    except Exception as error:  # the client raises exceptions of several libraries
         raise _refused(path, name, error) from error
     if not _is_complete(Path(folder)):
         problem = f"{path} has no complete safetensors, from the hub or in its cache {_cache()}"
@@ -93,13 +94,13 @@ def fetch_model(path: str) -> Path:
 
 
 def how_to_get(path: str, command: str | None) -> str:
-    """What to say where no model is at `path`."""
+    """Return the remedy of an error that says that there is no model at `path`."""
     made = f"`{command}` gets it; or " if command else ""
     return f"{made}a Hugging Face model directory, owner/name of a model of the hub, or embedded:tiny"
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether configuration and all weights are there. What a broken-off download has left is not."""
+    """Return whether the configuration and all weights are there. An interrupted download is not complete."""
     if not (directory / "config.json").is_file():
         return False
     if (directory / _SINGLE).is_file():
@@ -112,7 +113,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _refused(path: str, name: str, error: Exception) -> ConfigError:
-    problem = f"{path} is no directory here and not in the hub's cache {_cache()}, and {reason(error, 'model')}"
+    problem = f"{path} is not a directory here and not in the hub's cache {_cache()}, and {reason(error, 'model')}"
     remedy = f"`hf download {name}` where there is a network, with HF_HOME on storage that this machine sees too"
     return ConfigError(KEY, problem, f"{remedy}; or a model directory")
 

@@ -12,11 +12,12 @@ class PolicySection:
     path: str = setting(
         "",
         "One of: a Hugging Face model directory (config.json, safetensors, tokenizer); owner/name or "
-        "owner/name@revision of the model hub, which is fetched once (docs/models.md); a distributed checkpoint with "
-        "config.json and tokenizer beside it, whose optimizer state is not read; embedded:tiny, which is included.",
+        "owner/name@revision of the model hub, which is downloaded once (docs/getting.md); a distributed checkpoint "
+        "with config.json and tokenizer beside it, whose optimizer state is not read; embedded:tiny, the included "
+        "model.",
     )
     fetch_command: str | None = setting(
-        None, "Command that makes or fetches the directory at path; shown where it is missing."
+        None, "Command that gets the model at path; error messages show it if the model is missing."
     )
     dtype: str = setting("bfloat16", "Type of the policy's weights and activations.", choices=("float32", "bfloat16"))
     layers: str = setting(
@@ -54,7 +55,10 @@ class ParallelConfig:
     """How the policy is laid out over processes, one per GPU."""
 
     tensor: int = setting(
-        1, "Tensor-parallel size; divides attention heads and key-value groups.", minimum=1, maximum=1024
+        1,
+        "Tensor-parallel size; the numbers of attention heads and key-value heads have to be multiples of it.",
+        minimum=1,
+        maximum=1024,
     )
     pipeline: int = setting(1, "Pipeline-parallel size: number of stages.", minimum=1, maximum=1000)
     virtual_pipeline: int | None = setting(
@@ -68,7 +72,7 @@ class ParallelConfig:
     )
     data: int | None = setting(
         None,
-        "Data-parallel size. null: as the number of started processes gives; 1 when the run starts them itself.",
+        "Data-parallel size. null: computed from the number of started processes; 1 if the run starts them itself.",
         minimum=1,
         maximum=10**5,
     )
@@ -84,13 +88,13 @@ class ParallelConfig:
     )
     packing: bool | None = setting(
         None,
-        "true: pack the sequences of a micro-batch back to back, without padding. false: pad rows to one length. null: "
-        "pack on a GPU and with Transformer Engine layers, else pad, since local attention takes packed sequences one "
-        "by one.",
+        "true: pack the sequences of a micro-batch back to back, without padding. false: pad them to one length. null: "
+        "pack on a GPU and with Transformer Engine layers, else pad, since local attention computes packed sequences "
+        "one by one.",
     )
     micro_batch_tokens: int = setting(
         16384,
-        "Most tokens of one micro-batch, padding included; a longer sequence is a micro-batch of its own.",
+        "Largest number of tokens in one micro-batch, padding included. A longer sequence is a micro-batch of its own.",
         minimum=1,
         maximum=10**9,
     )

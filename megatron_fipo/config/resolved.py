@@ -1,4 +1,4 @@
-"""A whole configuration as a file: what the ranks of a run read, and what a run keeps of its settings."""
+"""Write and read a whole configuration as a file. The ranks of a run read it, and a run keeps it as config.yaml."""
 
 import dataclasses
 import os
@@ -13,12 +13,12 @@ from megatron_fipo.errors import ConfigError, one_line
 
 
 def as_yaml(tree: dict[str, Any]) -> str:
-    """A configuration, as nested dictionaries, in the schema's order."""
+    """Return a configuration, given as nested dictionaries, as YAML in the schema's order."""
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def write(path: Path, config: Config) -> None:
-    """Write every key with its value to `path`, readable for this user alone: addresses may hold passwords."""
+    """Write every key with its value to `path`. Only this user can read it, since addresses may contain passwords."""
     text = as_yaml(dataclasses.asdict(config))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
@@ -26,7 +26,7 @@ def write(path: Path, config: Config) -> None:
 
 
 def read(path: Path) -> Config:
-    """What `write` wrote. Keys that are left out have the schema's defaults.
+    """Read a file that `write` wrote. Missing keys have the schema's defaults.
 
     Raises:
         ConfigError: the file cannot be read, or a value is of another type than the schema's.
@@ -35,7 +35,7 @@ def read(path: Path) -> Config:
 
 
 def typed(tree: dict[str, Any]) -> Config:
-    """A configuration of nested dictionaries, of their own. ConfigError, with the key, for a value of another type."""
+    """Return the typed configuration for nested dictionaries. ConfigError with the key if a value has another type."""
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
@@ -44,11 +44,11 @@ def typed(tree: dict[str, Any]) -> Config:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The same as nested dictionaries, whatever keys and values are in it. Raises ConfigError."""
+    """Read a file as nested dictionaries, without checking keys and values. Raises ConfigError."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(str(path), f"cannot be read: {one_line(error)}", "a configuration in YAML") from None
     if not isinstance(tree, dict):
-        raise ConfigError(str(path), "is no configuration", "sections with keys, in YAML")
+        raise ConfigError(str(path), "is not a configuration", "sections with keys, in YAML")
     return tree

@@ -1,6 +1,6 @@
-"""Which settings may change when a run goes on from a checkpoint. One table; all others decide what is trained.
+"""Which settings may change when a run resumes from a checkpoint: one table of free keys.
 
-A key that is not in the table, such as a new one, is refused when it changes.
+All other settings affect the result of training. A resume is refused if a key that is not in the table has changed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,52 +12,55 @@ from megatron_fipo.config import Config, every_setting, sections
 
 FREE: dict[str, tuple[str, ...]] = {
     "every layout computes the same gradients": ("parallel.*", "model.recompute", "model.layers"),
-    "the machines; training does not read them": ("cluster.*", "hardware.*"),
+    "describes the machines; training does not read it": ("cluster.*", "hardware.*"),
     "the run's directory and name": ("run.name", "run.directory"),
-    "the run's length; with a decaying optimizer.schedule it may not change": ("run.steps",),
+    "the run's length; it may change only with optimizer.schedule=constant": ("run.steps",),
     "how a run resumes": ("run.resume", "run.resume_changed", "data.allow_change", "checkpoint.in_flight"),
-    "deadlines: what is late is repeated, left out, or ends the run": (
+    "deadlines: late work is repeated or left out, or the run ends": (
         "*_timeout_s",
         "rollout.max_restarts",
         "environment.attempts",
     ),
-    "servers: a request's seed fixes its tokens, whichever server answers": (
+    "servers: the seed of a request determines its tokens, whichever server answers": (
         *("rollout.servers", "rollout.addresses", "rollout.host", "rollout.tensor_parallel", "rollout.max_num_seqs"),
         *("rollout.gpu_memory_utilization", "rollout.shared_gpu", "rollout.cpu_*", "rollout.enforce_eager"),
     ),
-    "what a lost server's responses lose; no other token depends on it": ("rollout.stream_tokens",),
-    "how weights travel; they arrive bit for bit": (
+    "how many tokens are sampled again if a server is lost; other tokens do not depend on it": (
+        "rollout.stream_tokens",
+    ),
+    "how weights are sent; they arrive bit for bit": (
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
     "the processes that judge and answer": ("reward.workers", "environment.workers"),
-    "the problems themselves are compared, wherever they are": ("data.train",),
-    "how often, not what is trained": (
+    "the problems themselves are compared, not where they are": ("data.train",),
+    "how often and how the run validates and saves": (
         *("validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.verify"),
         *("checkpoint.on_error", "checkpoint.huggingface_every"),
     ),
     "what is written besides the model": ("tracking.*",),
-    "how missing files are fetched; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
+    "how to get missing files; the files themselves are compared": ("model.fetch_command", "data.fetch_command"),
     "read by another command only": ("evaluation.*",),
 }
-"""Why, and the keys that it is true of."""
+"""The free keys, by the reason why they may change."""
 
 _UNTOLD = ("run.directory", "run.resume", "run.resume_changed", "rollout.servers", "rollout.addresses")
-"""Free keys that differ from start to start and say nothing of the run."""
+"""Free keys that often differ between starts, and whose changes are not reported."""
 
 _BEFORE = {"algorithm.tis_cap": "algorithm.importance_sampling_cap"}
-"""Keys with the names that they had in runs from before."""
+"""Keys that have been renamed, with their old names."""
 
 
 def is_free(key: str) -> bool:
-    """Whether a key may change in mid-run."""
+    """Return whether a key may change when a run resumes."""
     return any(fnmatchcase(key, pattern) for patterns in FREE.values() for pattern in patterns)
 
 
 def changes(old: Mapping[str, Any], new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with both. `old` is a tree as a run has kept it; a key that it lacks had its default.
+    """Return the keys whose values differ, each with its old and its new value.
 
-    Left out are the keys of `_UNTOLD`. A section that only one of them has is one key.
+    `old` is the configuration that the run has saved, as a tree. A key that it lacks had its default. The keys of
+    `_UNTOLD` are left out. A section that is null in only one of the two counts as one key.
     """
     present = asdict(new)
     found: dict[str, tuple[Any, Any]] = {}
@@ -76,7 +79,7 @@ def changes(old: Mapping[str, Any], new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def refused(changed: Mapping[str, tuple[Any, Any]], new: Config) -> list[str]:
-    """Those of `changes` that a run may not go on with, as "key: old → new"."""
+    """Return those of `changes` with which a run may not resume, as "key: old → new"."""
     why = {"run.steps": f", over which optimizer.schedule={new.optimizer.schedule} changes the learning rate"}
     return [
         f"{key}: {_shown(before)} → {_shown(after)}{why.get(key, '')}"
@@ -108,7 +111,7 @@ def _shown(value: Any) -> str:
 
 
 def table() -> Iterator[tuple[str, list[str]]]:
-    """Each reason of `FREE` with the schema's keys that it holds for."""
+    """Yield each reason of `FREE` with the schema's keys to which it applies."""
     keys = [key for key, _ in every_setting()]
     for reason, patterns in FREE.items():
         yield reason, [key for key in keys if any(fnmatchcase(key, pattern) for pattern in patterns)]

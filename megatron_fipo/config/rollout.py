@@ -13,20 +13,22 @@ class RolloutConfig:
         1, "vLLM servers that the run starts on this machine; 0 with rollout.addresses.", minimum=0, maximum=1024
     )
     addresses: list[str] = setting(
-        [], "http://host:port of running servers. Their token is read from FIPO_ROLLOUT_TOKEN."
+        [], "Addresses of running servers: http://host:port. Their token is read from FIPO_ROLLOUT_TOKEN."
     )
-    host: str = setting("127.0.0.1", "IP address that started servers bind to; never all addresses of the machine.")
+    host: str = setting(
+        "127.0.0.1", "IP address that the started servers bind to. An address that means all interfaces is refused."
+    )
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1, maximum=1024)
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
     quantization: str | None = setting(
         None,
-        "FP8 format in which the engine keeps linear layers. It quantises the bfloat16 weights that it gets, at its "
-        "start and in each update. null: off. The trainer's own precision is model.fp8.",
+        "FP8 format in which the engine keeps linear layers. It quantises the bfloat16 weights that it receives, "
+        "when it starts and in each update. null: off. model.fp8 sets the trainer's precision.",
         choices=("fp8_per_channel", "fp8_per_tensor", "fp8_per_block"),
     )
     max_prompt_length: int = setting(
         2048,
-        "Longest prompt in tokens; data.overlong_prompts says what happens to longer ones.",
+        "Longest prompt in tokens. data.overlong_prompts says what happens to longer prompts.",
         minimum=1,
         maximum=10**9,
     )
@@ -36,82 +38,89 @@ class RolloutConfig:
     top_k: int = setting(-1, "Top-k of training samples; -1: off.", minimum=-1, maximum=10**9)
     logprobs_mode: str = setting(
         "raw_logprobs",
-        "What the engine reports. raw_logprobs: log_softmax(logits); processed_logprobs: after temperature and top-p.",
+        "Which log-probs the engine returns. raw_logprobs: log_softmax(logits); processed_logprobs: after "
+        "temperature and top-p.",
         choices=("raw_logprobs", "processed_logprobs"),
     )
     log_prob_diff_warn: float | None = setting(
         None,
-        "Mean |log-prob| difference of trainer and engine, in nats per token, above which a run warns once. null: "
-        "0.001 with float32 on both sides, 0.15 with FP8 on either, else 0.06.",
+        "Mean absolute difference between the log-probs of trainer and engine, in nats per token, above which a run "
+        "warns once. null: 0.001 if both use float32, 0.15 if one uses FP8, else 0.06.",
         above=0,
         maximum=1000,
     )
     log_prob_diff_stop: float | None = setting(
         None,
-        "The same difference, above which a run stops at its first step or at the first after a resume, since a weight "
-        "or the architecture is wrong. null: 0.05 with float32, 0.6 with FP8, else 0.3.",
+        "The same difference, above which a run stops in its first step or in the first step after a resume: some "
+        "weight or the architecture must be wrong. null: 0.05 with float32, 0.6 with FP8, else 0.3.",
         above=0,
         maximum=1000,
     )
-    max_num_seqs: int = setting(256, "Most sequences that one server runs at the same time.", minimum=1, maximum=10**5)
-    gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory for one server.", above=0, maximum=1)
+    max_num_seqs: int = setting(
+        256, "Largest number of sequences that one server samples at the same time.", minimum=1, maximum=10**5
+    )
+    gpu_memory_utilization: float = setting(0.85, "Share of a GPU's memory that one server uses.", above=0, maximum=1)
     shared_gpu: bool = setting(
         False,
-        "Sample on the trainer's own GPUs, in turns: the servers sleep while the policy is updated. Set "
-        "gpu_memory_utilization to what the trainer's weights, gradients and optimizer leave. See docs/gpu.md.",
+        "Sample on the trainer's own GPUs: the servers sleep while the policy is updated. Set gpu_memory_utilization "
+        "to the share that the trainer's weights, gradients and optimizer leave free. See docs/gpu.md.",
     )
     cpu_kv_cache_gib: int = setting(1, "KV cache of a server on CPU, in GiB.", minimum=1, maximum=10**5)
     cpu_threads: int = setting(1, "Compute threads of a server on CPU.", minimum=1, maximum=1024)
     enforce_eager: bool = setting(False, "Run the engine without CUDA graphs or compilation.")
     weight_transfer: str = setting(
         "process_group",
-        "How weights get to the engines. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, on one "
-        "machine; cuda_ipc: memory of one GPU that the trainer and its servers share.",
+        "How weights are sent to the engines. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, "
+        "on one machine; cuda_ipc: memory of a GPU that the trainer and its servers share.",
         choices=("process_group", "shared_memory", "cuda_ipc"),
     )
     bucket_mib: int = setting(
         512,
-        "Size of one bucket of a weight update, in MiB; a larger tensor has a bucket of its own.",
+        "Size of one bucket of a weight update, in MiB. A larger tensor gets its own bucket.",
         minimum=1,
         maximum=10**6,
     )
-    start_timeout_s: float = setting(900.0, "Longest start of a server, in seconds.", minimum=1, maximum=LONGEST_WAIT_S)
+    start_timeout_s: float = setting(
+        900.0, "Time limit for the start of a server, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
+    )
     request_timeout_s: float = setting(
-        3600.0, "Longest generation of one group, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
+        3600.0, "Time limit for generating one group, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
     )
     stream_tokens: int = setting(
         2048,
-        "A long response is sent in parts of so many tokens. If its server is lost, another goes on after the last "
-        "part.",
+        "A long response is sent in parts of this many tokens. If its server is lost, another server continues after "
+        "the last part.",
         minimum=1,
         maximum=10**6,
     )
-    update_timeout_s: float = setting(600.0, "Longest weight update, in seconds.", minimum=1, maximum=LONGEST_WAIT_S)
+    update_timeout_s: float = setting(
+        600.0, "Time limit for a weight update, in seconds.", minimum=1, maximum=LONGEST_WAIT_S
+    )
     hang_timeout_s: float = setting(
         300.0,
-        "Longest silence of an engine while it samples, in seconds; after that it counts as lost.",
+        "If an engine that should be sampling produces nothing for this long, in seconds, it counts as lost.",
         minimum=1,
         maximum=LONGEST_WAIT_S,
     )
     max_restarts: int = setting(
         3,
-        "How often in a row a lost server is started or taken back again without completing a step in between. One "
-        "more loss ends the run, or excludes a server of rollout.addresses for good.",
+        "How many times in a row a lost server is restarted or taken back without completing a step in between. After "
+        "that, another loss ends the run; a server of rollout.addresses is excluded instead.",
         minimum=0,
         maximum=10**6,
     )
     kv_on_update: str = setting(
         "recompute",
-        "What becomes of the keys and values of requests that run while weights are updated. recompute: they are "
-        "worked out anew by the new weights. keep: they stay, which costs nothing, and what is sampled after the "
-        "update is by the new weights over what the old ones left. Either way cached prefixes serve no later request "
-        "of the trainer's.",
+        "What happens to the KV cache of requests that are running during a weight update. recompute: it is computed "
+        "again with the new weights. keep: it is kept, which costs nothing, but later tokens are then sampled by the "
+        "new weights from keys and values of the old ones. In both cases, later requests do not use prefixes that "
+        "were cached under old weights.",
         choices=("recompute", "keep"),
     )
     checksum_every: int = setting(
         10,
-        "Compare checksums of each sent and received tensor in weight updates whose step is a multiple of this, step 0 "
-        "included. A difference ends the run. 0: never.",
+        "Compare checksums of every tensor sent and received, in the weight updates of steps that are a multiple of "
+        "this number, including step 0. A difference ends the run. 0: never.",
         minimum=0,
         maximum=10**9,
     )

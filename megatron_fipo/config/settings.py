@@ -1,4 +1,4 @@
-"""How a field of the configuration's schema is declared: default, documentation and range in one place."""
+"""Declare fields of the configuration's schema, with default, documentation and range in one place."""
 
 import operator
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Any
 
 LONGEST_WAIT_S = 7 * 24 * 3600
-"""Upper bound of every wait, in seconds: clocks and sockets take it, and a run that waits longer is never seen to."""
+"""Upper bound of every timeout, in seconds. Clocks and sockets accept it, and nobody needs a longer one."""
 
 
 def setting(
@@ -18,7 +18,7 @@ def setting(
     above: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A configuration field with its documentation and its range.
+    """Return a dataclass field with its documentation and its range.
 
     `minimum` and `maximum` are inclusive, `above` is exclusive. A default of None means the key may be left out.
     """
@@ -29,17 +29,17 @@ def setting(
 
 
 def section(kind: type) -> Any:
-    """A nested group of fields with that group's own defaults."""
+    """Return a field for a nested section with the section's own defaults."""
     return field(default_factory=kind)
 
 
 def is_in_range(value: Any, limits: Mapping[str, Any]) -> bool:
-    """Whether a number is inside a setting's limits; NaN never is where there are any."""
+    """Return whether a number is inside a setting's limits. If there are limits, NaN is outside of them."""
     tests = (("minimum", operator.ge), ("above", operator.gt), ("maximum", operator.le))
     return all(limits[name] is None or holds(value, limits[name]) for name, holds in tests)
 
 
 def range_in_words(limits: Mapping[str, Any]) -> str:
-    """Such as "above 0 and at most 1"; empty without limits."""
+    """Return the range in words, such as "above 0 and at most 1"; empty without limits."""
     words = (("minimum", "at least"), ("above", "above"), ("maximum", "at most"))
     return " and ".join(f"{word} {limits[name]:,}" for name, word in words if limits[name] is not None)

@@ -1,4 +1,4 @@
-"""A model's sliding window: whether a run's sequences are long enough for it, and where it cannot be computed."""
+"""A model's sliding window: whether it has an effect in a run, and layouts in which it cannot be computed."""
 
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
@@ -6,13 +6,13 @@ from megatron_fipo.models.model_config import ModelConfig
 
 
 def window_in_use(config: Config, model_config: ModelConfig) -> int | None:
-    """Tokens that each layer attends to; None where no sequence of the run is longer, so that it has no effect."""
+    """Return the window in tokens; None if no sequence of the run is longer, so that the window has no effect."""
     longest = config.rollout.max_prompt_length + config.rollout.max_response_length
     return model_config.window if model_config.window is not None and model_config.window < longest else None
 
 
 def check_window(config: Config, model_config: ModelConfig) -> None:
-    """For a run with Transformer Engine's layers: raise ConfigError where their attention cannot have the window."""
+    """Raise ConfigError if Transformer Engine's attention cannot compute the window. Call it only for these layers."""
     window = window_in_use(config, model_config)
     if window is not None and config.parallel.context > 1:
         raise ConfigError(

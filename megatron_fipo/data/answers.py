@@ -1,10 +1,10 @@
-r"""The right answer of a row, as text. What is no answer is refused, since it would be compared with in silence.
+r"""The right answer of a row, as text. Other values are refused: otherwise responses would be compared with them.
 
 "34", "\frac{1}{2}", "[0, 1)"     texts are kept
 34, 34.0, 0.5, 1e20               finite numbers become plain digits: 34, 34, 0.5, 100000000000000000000
 true, NaN, [34], {"a": 1}, null   refused
-'["34"]', "{'a': 1}", 'nan'       refused: text that another program's list, object or missing value was turned into
-'"34"', 'np.float64(34.0)'        refused likewise
+'["34"]', "{'a': 1}", 'nan'       refused: a list, an object or a missing value that a program has written as text
+'"34"', 'np.float64(34.0)'        refused for the same reason
 """
 
 import ast
@@ -20,13 +20,13 @@ from megatron_fipo.data.kinds import kind_of
 from megatron_fipo.data.messages import are_messages, role_and_content
 
 _LONGEST_EXPONENT = 400
-"""Decimal places of the largest and the smallest number that is written out: those of a float64 fit."""
+"""Largest number of decimal places that is written out. Every float64 fits."""
 
 _MISSING_VALUES = frozenset({"None", "null", "NULL", "NaN", "nan", "NaT", "<NA>", "N/A", "#N/A"})
 _BRACKETS = ("[]", "{}", "()")
 _QUOTES = ('""', "''", "b'", 'b"')
 _NUMPY_VALUE = re.compile(r"\b((np|numpy)\.\w+|array|tensor|Decimal|Fraction)\(")
-"""How numpy and its like write a value of theirs, inside a list too: [np.float64(34.0)]."""
+"""How numpy and similar libraries print a value, also inside a list: [np.float64(34.0)]."""
 
 _GSM8K_MARK = "####"
 _WITH_COMMAS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
@@ -35,7 +35,7 @@ _BOX = re.compile(r"\\f?boxed\s*|\\fbox\s*")
 
 
 def completion_text(value: Any) -> Any:
-    """The text of a completion that is given as chat messages: the one message of the assistant's; else `value`.
+    """Return the text of a completion that is one chat message of the assistant. Return other values unchanged.
 
     Raises ValueError for other messages.
     """
@@ -49,9 +49,9 @@ def completion_text(value: Any) -> Any:
 
 
 def answer_text(value: Any, answer_format: str, pattern: str | None = None) -> str:
-    """The answer in `value` as text, by `data.answer_format`: plain, gsm8k, boxed, or what `pattern` finds.
+    """Return the answer in `value` as text, by `data.answer_format`: plain, gsm8k, boxed, or the match of `pattern`.
 
-    Raises ValueError that says what is wrong with the value and what would be right.
+    Raises ValueError, which says what is wrong with the value and what would be right.
     """
     if value is None:
         raise ValueError("the answer is missing")
@@ -79,13 +79,13 @@ def _scalar_text(value: Any) -> str:
 
 
 def _plain_number(value: Any) -> str:
-    """Digits without an exponent; a whole number without a decimal point, since columns with gaps hold 34 as 34.0."""
+    """Return digits without an exponent. 34.0 becomes 34, since columns with gaps store integers as floats."""
     if isinstance(value, Integral):
         try:
             return str(int(value))
-        except ValueError as error:  # Python writes out no more than some thousand digits
+        except ValueError as error:  # Python prints no more than some thousand digits
             raise ValueError(f"is a whole number of too many digits ({error})") from None
-    # str is the shortest text that reads as the same number, of a numpy float32 too.
+    # str is the shortest text that reads as the same number, also for a numpy float32.
     number = value if isinstance(value, Decimal) else Decimal(str(value))
     if not number.is_finite():
         raise ValueError(f"is {value}, no finite number")
@@ -97,7 +97,7 @@ def _plain_number(value: Any) -> str:
 
 
 def _after_mark(solution: str) -> str:
-    """GSM8K's answer: what follows the last ####, and of a number the digits without thousands commas."""
+    """Return GSM8K's answer: the text after the last ####. Thousands separators of a number are removed."""
     _, mark, text = solution.rpartition(_GSM8K_MARK)
     text = text.strip()
     if not mark or not text or "\n" in text:
@@ -106,7 +106,7 @@ def _after_mark(solution: str) -> str:
 
 
 def _last_match(solution: str, pattern: str) -> str:
-    """What the group of `pattern` holds in its last match."""
+    """Return the group of `pattern` in its last match."""
     found = [match[1] for match in re.finditer(pattern, solution) if match[1] is not None]
     if not found:
         raise ValueError(f"{_quoted(solution)} has nothing that data.answer_pattern={pattern!r} finds")
@@ -114,13 +114,13 @@ def _last_match(solution: str, pattern: str) -> str:
 
 
 def _last_boxed(solution: str) -> str:
-    r"""MATH's answer: the content of the last \boxed{…} or \fbox{…}; \boxed 5 holds one character."""
+    r"""Return MATH's answer: the content of the last \boxed{…} or \fbox{…}. \boxed 5 contains one character."""
     boxes = list(_BOX.finditer(solution))
     if not boxes:
         raise ValueError(r"has no \boxed{…}, which data.answer_format=boxed reads")
     start = boxes[-1].end()
     if not solution.startswith("{", start):
-        # TeX takes one character here. Whoever writes \boxed 12 or \boxed\frac12 means more than that.
+        # TeX takes only one character here, but an author of \boxed 12 or \boxed\frac12 means more.
         character, after = solution[start : start + 1], solution[start + 1 : start + 2]
         if character and (not character.isalnum() or after.isalnum()):
             raise ValueError(r"has a \boxed without braces around more than one character; \boxed{…} holds an answer")
@@ -128,7 +128,7 @@ def _last_boxed(solution: str) -> str:
     depth, position = 0, start
     while position < len(solution):
         if solution[position] == "\\":
-            position += 1  # \{ and \} are braces of the text
+            position += 1  # \{ and \} are braces in the text
         else:
             depth += {"{": 1, "}": -1}.get(solution[position], 0)
             if depth == 0:
@@ -143,7 +143,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"is no valid Unicode text ({error.reason})") from None
+        raise ValueError(f"is not valid Unicode text ({error.reason})") from None
     if not any(char.isprintable() and not char.isspace() for char in text):
         raise ValueError(f"the answer is missing: {text[:20]!a} has no visible character")
     if text in _MISSING_VALUES:
@@ -155,10 +155,10 @@ def _check_text(text: str) -> None:
 
 
 def _literal_problem(text: str) -> str | None:
-    """What list, object or quoted text `text` was written from; None for mathematics.
+    """Describe the list, object or quoted text that a program has written as `text`; None for mathematics.
 
-    Two or more numbers in brackets, such as [0, 1], (2, 3) or [[1, 2], [3, 4]], are an interval, a point or a matrix,
-    and so are numbers in braces a set. With anything else inside, a program's value has been turned into text.
+    Two or more numbers in brackets, such as [0, 1], (2, 3) or [[1, 2], [3, 4]], are an interval, a point or a matrix.
+    Numbers in braces are a set. With any other content, it is the text of a program's value.
     """
     if match := _NUMPY_VALUE.search(text):
         return f"how a program writes a value, {match[1]}(…)"
@@ -177,14 +177,14 @@ def _literal_problem(text: str) -> str | None:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text or a Python literal; None for all other texts."""
+    """Return the value of a JSON text or a Python literal; None for all other texts."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about backslashes, of which LaTeX is full
+            warnings.simplefilter("ignore")  # about backslashes, which are frequent in LaTeX
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None

@@ -1,6 +1,6 @@
-"""A model's chat template: from messages to the prompt's text, by transformers' own renderer.
+"""Render a model's chat template, from messages to the prompt's text, by transformers' own renderer.
 
-A template may read variables (enable_thinking), and today's date, which makes prompts another day's others.
+A template may read variables (enable_thinking) and today's date. With the date, the prompts change from day to day.
 """
 
 import signal
@@ -22,15 +22,15 @@ _OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
 )
 _RENDER_SECONDS = 20.0
-"""A thousand times what a long conversation takes; a template with loops in loops would take days."""
+"""A thousand times the time for a long conversation. A template with nested loops could take days."""
 _LONGEST_ADDED = 1 << 20
-"""Characters that a template may write besides the messages; tokenising many more would look like a hang."""
-# They differ in every field that a date can be written with.
+"""Characters that a template may add to the messages. Tokenising many more would take very long."""
+# These two dates differ in every field of a date.
 _ONE_DAY, _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6), datetime(2022, 10, 21, 16, 47, 38)
 
 
 class ChatTemplate:
-    """One template with its variables. `depends_on_date` becomes true when a prompt has today's date in it."""
+    """One template with its variables. `depends_on_date` becomes true if a prompt contains today's date."""
 
     def __init__(
         self, source: str, place: Path, special_tokens: dict[str, Any], variables: dict[str, Any], date: str | None
@@ -38,7 +38,7 @@ class ChatTemplate:
         """`place` is the model directory, `variables` are data.chat_template_variables, `date` chat_template_date.
 
         Raises:
-            ConfigError: the template is no Jinja template, draws at random, or does not read one of the variables.
+            ConfigError: it is not a Jinja template, uses random numbers, or does not read one of the variables.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _get_template_variables
@@ -51,7 +51,7 @@ class ChatTemplate:
                 "model.path", f"{self._name} cannot be compiled: {one_line(error)}", "a Jinja template"
             ) from error
         if drawing := _random_part(source):
-            problem = f"{self._name} uses Jinja's {drawing}: prompts would be others in every run"
+            problem = f"{self._name} uses Jinja's {drawing}: prompts would differ from run to run"
             raise ConfigError("model.path", problem, "a template whose text follows from the messages")
         for name in variables:
             if name in _OWN_VARIABLES:
@@ -67,7 +67,7 @@ class ChatTemplate:
         self._today = datetime.fromisoformat(date) if date else datetime.now()
 
     def render(self, messages: list[Message]) -> str:
-        """The prompt with the reply opened. DataError with what the template says against the messages."""
+        """Return the prompt, up to the beginning of the reply. DataError if the template refuses the messages."""
         clock = _Clock(self._today)
         text = self._render(messages, clock)
         if clock.was_read and not self._is_pinned and not self.depends_on_date:
@@ -88,7 +88,7 @@ class ChatTemplate:
                     **self._context,
                 )
             text = "".join(rendered[0])
-            text.encode()  # a lone surrogate is no text that a tokenizer takes
+            text.encode()  # tokenizers do not accept lone surrogates
         except Exception as error:  # a template is a program: it can raise anything
             raise DataError(f"{self._name} fails: {one_line(error)}") from error
         if not text:
@@ -100,7 +100,7 @@ class ChatTemplate:
 
 
 class _Clock:
-    """Today's date as templates ask for it."""
+    """Today's date for templates."""
 
     def __init__(self, now: datetime):
         self.was_read = False
@@ -112,7 +112,7 @@ class _Clock:
 
 
 def _random_part(source: str) -> str:
-    """The name of what draws at random in a template, empty if nothing does."""
+    """Return the name of a random function in a template, or an empty text."""
     from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -123,7 +123,7 @@ def _random_part(source: str) -> str:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError inside the block when it takes longer. Only the main thread gets signals; others have no limit."""
+    """Raise TimeoutError if the block takes longer. Only the main thread receives signals; others have no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -141,10 +141,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def find_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template of a model directory: chat_template.jinja, or else the one in tokenizer_config.json.
+    """Return the chat template of a model directory: chat_template.jinja, or else the one in tokenizer_config.json.
 
     Raises:
-        DataError: the file is no UTF-8 text, or the configuration has several templates and none named default.
+        DataError: the file is not UTF-8 text, or there are several templates and none is named default.
     """
     path = directory / TEMPLATE_FILE
     if path.is_file():

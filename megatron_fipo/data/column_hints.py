@@ -1,4 +1,4 @@
-"""What the keys of the configuration likely are for a row whose columns they do not name."""
+"""Suggest configuration keys for a row whose columns the present keys do not name."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,15 +34,15 @@ _ANSWERS = (
     ),
     *("completion", "answers", "output", "response"),
 )
-"""Usual names of columns, the likelier first."""
+"""Usual names of columns, the most likely first."""
 _LONGEST_PLAIN = 200
-"""A longer text is a worked solution and not an answer."""
+"""A longer text is assumed to be a worked solution, not an answer."""
 
 
 def likely_keys(row: Row, layout: Layout) -> str:
-    """ "; likely KEY=VALUE …" for the columns of `row`; empty where none looks like a prompt and an answer.
+    """Return "; likely KEY=VALUE …" for the columns of `row`; empty if none looks like a prompt or an answer.
 
-    An answer is only suggested if it can be read from this row under the answer format that is suggested with it.
+    An answer is suggested only if it can be read from this row with the suggested answer format.
     """
     prompt = layout.prompt if _is_prompt(_value(row, layout.prompt)) else _find_prompt(row)
     answer = next(_answers(row, prompt), None)
@@ -64,7 +64,7 @@ def likely_keys(row: Row, layout: Layout) -> str:
 
 
 def _wrapped(row: Row) -> str:
-    """A hint where the row is no row but the object around a list of them."""
+    """Return a hint if `row` is an object that contains a list of the real rows."""
     lists = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if len(lists) != 1 or are_messages(row[lists[0]]):
         return ""
@@ -72,14 +72,14 @@ def _wrapped(row: Row) -> str:
 
 
 def _section(layout: Layout) -> str:
-    """Where the keys are set: for validation in a section of its own, once the general keys fit the training files."""
+    """Return the section of the keys: validation's own once the general keys fit the training files."""
     default = ColumnsConfig()
     is_general = layout.split == "train" or (layout.prompt, layout.answer) == (default.prompt, default.answer)
     return "data.columns" if is_general else "data.validation_columns"
 
 
 def _columns(row: Row) -> Iterator[tuple[str, str]]:
-    """(name, path) of the row's columns and of those nested in them."""
+    """Yield (name, path) of the row's columns and of the columns nested in them."""
     yield from ((name, name) for name in row)
     for outer, value in row.items():
         if isinstance(value, dict):
@@ -87,7 +87,7 @@ def _columns(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _named(row: Row, names: tuple[str, ...]) -> Iterator[str]:
-    """Paths of the columns of these names, in the order of the names."""
+    """Yield the paths of the columns with these names, in the order of the names."""
     columns = list(_columns(row))
     for wanted in names:
         yield from (path for name, path in columns if name.lower() == wanted)
@@ -102,7 +102,7 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _answers(row: Row, prompt: str | None) -> Iterator[tuple[str, str]]:
-    """(column, answer format) of what can be read as an answer."""
+    """Yield (column, answer format) for each column that can be read as an answer."""
     for path in _named(row, _ANSWERS):
         value = _value(row, path)
         if isinstance(value, list) and value and not isinstance(value[0], dict):

@@ -1,4 +1,4 @@
-"""What a run was trained on, in two short hashes, so that a resume notices other problems and other prompts."""
+"""Two short hashes of a run's training problems, by which a resume detects other problems and other prompts."""
 
 import hashlib
 import json
@@ -19,29 +19,29 @@ class Fingerprint(Struct, frozen=True, forbid_unknown_fields=True):
     problems: _Hash
     """Hash of all messages and right answers."""
     prompts: _Hash
-    """Hash of all token ids: it also changes with the chat template, its variables and date, and the tokenizer."""
+    """Hash of all token ids. It also changes with the chat template, its variables and date, and the tokenizer."""
 
     def difference(self, saved: "Fingerprint") -> str | None:
-        """What is different from a checkpoint's problems, in words; None if they are the same, prompts aside."""
+        """Describe how the problems differ from a checkpoint's; None if they are the same. Prompts may differ."""
         if self.problems == saved.problems:
             return None
         if self.count != saved.count:
             return f"{self.count} training problems, the checkpoint was trained on {saved.count}"
         return (
-            f"{self.count} training problems as the checkpoint, but others, in another order or with other answers, "
-            "or under another data.prompt_template"
+            f"{self.count} training problems as in the checkpoint, but they, their order, their answers or "
+            "data.prompt_template are different"
         )
 
 
 def compare_for_resume(present: Fingerprint, saved: Fingerprint | None, allow_change: bool) -> tuple[bool, str | None]:
-    """Whether a run may go on in the checkpoint's order of problems, and a warning where something has changed.
+    """Return whether a run may continue in the checkpoint's order of problems, and a warning if something has changed.
 
     Args:
-        saved: the checkpoint's fingerprint; None from before checkpoints had one.
+        saved: the checkpoint's fingerprint; None for a checkpoint of an older version.
         allow_change: data.allow_change.
 
     Raises:
-        DataError: the data is another, and that is not allowed.
+        DataError: the data has changed, and this is not allowed.
     """
     if saved is None:
         return True, "the checkpoint does not say what data it was trained on: a change would not be noticed"
@@ -55,27 +55,27 @@ def compare_for_resume(present: Fingerprint, saved: Fingerprint | None, allow_ch
         return False, f"the data has changed since the checkpoint: {change}; a new epoch of it begins"
     if present.prompts != saved.prompts:
         return True, (
-            "the prompts have changed since the checkpoint, the problems have not: another chat template, variable, "
-            "date (data.chat_template_date), tokenizer or rollout.max_prompt_length"
+            "the prompts have changed since the checkpoint, but the problems have not: there is another chat template, "
+            "variable, date (data.chat_template_date), tokenizer or rollout.max_prompt_length"
         )
     return True, None
 
 
 class Fingerprinter:
-    """Takes problems one after the other."""
+    """Computes the fingerprint of problems that are added one after the other."""
 
     def __init__(self) -> None:
         self._count = 0
         self._problems, self._prompts = hashlib.sha256(), hashlib.sha256()
 
     def add(self, messages: list[Message], ground_truth: str, token_ids: list[int]) -> None:
-        """The next problem."""
+        """Add the next problem."""
         self._count += 1
         texts = [[message["role"], message["content"]] for message in messages]
-        # One line a problem: JSON has no line ends of its own here, so that no two sequences look the same.
+        # One line per problem. The JSON contains no line breaks, so different sequences always give different texts.
         self._problems.update(f"{json.dumps([texts, ground_truth])}\n".encode())
         self._prompts.update(f"{token_ids}\n".encode())
 
     def fingerprint(self) -> Fingerprint:
-        """Of all problems so far."""
+        """Return the fingerprint of all problems so far."""
         return Fingerprint(self._count, self._problems.hexdigest()[:32], self._prompts.hexdigest()[:32])

@@ -1,10 +1,10 @@
-"""Hugging Face datasets: which files belong to a split, as the datasets library finds it in their card and file names.
+"""Hugging Face datasets: find the files of a split, which the datasets library knows from the card and the file names.
 
-owner/name                  the split train, for validation the split validation or test; the only one if it is one
+owner/name                  the split train; for validation the split validation or test; or the only split
 owner/name:split            that split
-owner/name/config:split     of one configuration of the dataset
+owner/name/config:split     that split of one configuration of the dataset
 owner/name:PATTERN          the files that match a glob pattern (it has a dot, a slash or a *)
-/some/directory:split       a directory laid out like a dataset, such as a download of one
+/some/directory:split       a directory with the layout of a dataset, such as a downloaded dataset
 """
 
 import os
@@ -23,17 +23,17 @@ _USUAL_SPLITS = {"train": ("train",), "validation": ("validation", "test")}
 
 @dataclass(frozen=True)
 class HubFiles:
-    """What one entry of data.train or data.validation stands for."""
+    """The files of one entry of data.train or data.validation."""
 
     paths: list[str]
     data_source: str
-    """Name for rows that do not name their data set."""
+    """The data set's name for rows that do not have one."""
 
 
 def fetch_split(entry: str, split: str) -> HubFiles:
-    """Downloads a dataset into the hub's cache and finds the files of its part for `split`, train or validation.
+    """Download a dataset into the hub's cache, and find the files of its part for `split`, train or validation.
 
-    The cache serves where the hub cannot be reached.
+    If the hub cannot be reached, the cache is used.
 
     Raises:
         DataError: neither hub nor cache has the dataset, or it has no such configuration, split or file.
@@ -49,7 +49,7 @@ def fetch_split(entry: str, split: str) -> HubFiles:
         try:
             found = sorted(str(path) for path in folder.rglob(pattern) if format_of(path))
         except (ValueError, OSError) as error:
-            raise DataError(f"{entry}: is no pattern of files that can be read ({one_line(error)})") from error
+            raise DataError(f"{entry}: is not a pattern of files that can be read ({one_line(error)})") from error
         if not found:
             raise DataError(f"{entry}: the dataset has no file of that name that ends in {', '.join(FILE_SUFFIXES)}")
         return HubFiles(found, data_source)
@@ -66,7 +66,7 @@ def fetch_split(entry: str, split: str) -> HubFiles:
 def _local_folder(name: str) -> tuple[Path, str | None, str] | None:
     """(directory, configuration, name) where `name` is a directory here, or a configuration below one."""
     path = Path(os.path.expanduser(name))
-    # os.path's answer is false for what Path's raises on, such as names that are too long.
+    # os.path.isdir returns False where Path.is_dir raises, for example for names that are too long.
     if name and os.path.isdir(path):
         return path, None, path.resolve().name
     if os.path.isdir(path.parent) and len(path.parts) > 1:
@@ -80,11 +80,11 @@ def _download(name: str, pattern: str) -> tuple[Path, str | None, str]:
 
     parts = name.split("/")
     if not all(parts) or len(parts) > 3:
-        raise DataError(f"{name}: is no dataset; owner/name or owner/name/config is one, a split follows a colon")
+        raise DataError(f"{name}: is not a dataset; owner/name or owner/name/config is one, a split follows a colon")
     files = [pattern] if pattern else [f"*{suffix}{end}" for suffix in FILE_SUFFIXES for end in ("", COMPRESSED)]
     try:
         folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[*files, *_CARD_FILES])
-    except Exception as error:  # the client raises many kinds, of several libraries
+    except Exception as error:  # the client raises exceptions of several libraries
         owner_and_name, folder_name = "/".join(parts[:2]), parts[min(len(parts), 2) - 1]
         raise DataError(
             f"{name}: is neither a directory here nor in the hub's cache, and {reason(error, 'dataset')}; "
@@ -101,6 +101,6 @@ def _splits(entry: str, folder: Path, config: str | None) -> dict[str, list[str]
     with tempfile.TemporaryDirectory() as cache:
         try:
             builder = load_dataset_builder(str(folder), config, cache_dir=cache)
-        except Exception as error:  # whatever a dataset's card may make the library raise
+        except Exception as error:  # a dataset's card can make the library raise anything
             raise DataError(f"{entry}: {one_line(error)}") from error
     return {str(split): sorted(map(str, files)) for split, files in (builder.config.data_files or {}).items()}

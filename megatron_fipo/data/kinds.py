@@ -1,4 +1,4 @@
-"""What kind of value a row has, in the words of a message."""
+"""Describe the kind of a value, for messages."""
 
 from decimal import Decimal
 from numbers import Real
@@ -16,7 +16,7 @@ _WORDS: dict[type, str] = {
 
 
 def kind_of(value: Any) -> str:
-    """Such as "a number"; for what no JSON has, the name of its type."""
+    """Return a description such as "a number"; for values that JSON does not have, the name of the type."""
     if type(value) in _WORDS:
         return _WORDS[type(value)]
     return "a number" if isinstance(value, Real | Decimal) else f"a value of type {type(value).__name__}"

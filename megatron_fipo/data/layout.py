@@ -1,4 +1,4 @@
-"""Which columns of a split's files are read, and how."""
+"""The columns of a split's files that are read, and how they are read."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: DataConfig, split: str) -> "Layout":
-        """The layout of train or validation, whose own columns stand in for the general ones."""
+        """Return the layout of train or validation. Validation's own columns replace the general ones."""
         columns, own = config.columns, config.validation_columns
         prompt, answer, source, kind = columns.prompt, columns.answer, columns.source, config.answer_format
         pattern = config.answer_pattern

@@ -6,7 +6,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def role_and_content(message: dict[Any, Any]) -> tuple[Any, Any]:
-    """The role and the content, of text parts their text; None for what is not there."""
+    """Return the role and the content of a message; of text parts, their joined text. None for a missing one."""
     if "role" not in message and "from" in message and isinstance(message["from"], str):
         return _ROLES.get(message["from"], message["from"]), message.get("value")
     content = message.get("content")
@@ -16,7 +16,7 @@ def role_and_content(message: dict[Any, Any]) -> tuple[Any, Any]:
 
 
 def are_messages(value: Any) -> TypeGuard[list[dict[Any, Any]]]:
-    """Whether a value looks like a list of chat messages, sound or not."""
+    """Return whether a value looks like a list of chat messages, valid or not."""
     return (
         isinstance(value, list)
         and bool(value)

@@ -1,4 +1,4 @@
-"""The order in which training problems are drawn: epoch after epoch, and the same again after a resume."""
+"""The order in which training problems are drawn: epoch after epoch, and the same order after a resume."""
 
 import random
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from megatron_fipo.errors import DataError
 
 
 class OrderState(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a stream stands, and what it was made from."""
+    """The position of a stream, and the settings that determine its order."""
 
     epoch: Annotated[int, Meta(ge=0, le=2**62)]
     position: Annotated[int, Meta(ge=0, le=2**62)]
-    """Problems of the epoch that have been drawn."""
+    """Number of problems of this epoch that have been drawn."""
     size: Annotated[int, Meta(ge=1, le=2**62)]
     seed: Annotated[int, Meta(ge=0, le=2**62)]
     shuffle: bool
     returned: tuple[Annotated[int, Meta(ge=0, le=2**62)], ...] = ()
-    """Indices that were drawn for nothing, and come next."""
+    """Indices that were drawn but not used. They come next."""
 
 
 class PromptSampler:
-    """An endless stream of indices into `size` problems, every index once an epoch.
+    """An endless stream of indices into `size` problems, with every index once per epoch.
 
-    Each epoch's order is a function of (seed, epoch) alone. So the position is all of the state but what was put back.
+    The order of an epoch depends only on (seed, epoch). So the state is the position and the returned indices.
     """
 
     def __init__(self, size: int, seed: int, shuffle: bool):
@@ -37,7 +37,7 @@ class PromptSampler:
         self._returned: list[int] = []
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices; goes on into the next epoch where one ends."""
+        """Return the next `count` indices, continuing into the next epoch if necessary."""
         taken, self._returned = self._returned[:count], self._returned[count:]
         while len(taken) < count:
             if self._position == self._size:
@@ -49,15 +49,15 @@ class PromptSampler:
         return taken
 
     def put_back(self, indices: Sequence[int]) -> None:
-        """Draw these next, in this order: nothing came of drawing them."""
+        """Return indices that were not used. They are drawn next, in this order."""
         self._returned = [*indices, *self._returned]
 
     def state(self) -> OrderState:
-        """Where the stream stands."""
+        """Return the state of the stream."""
         return OrderState(self._epoch, self._position, self._size, self._seed, self._shuffle, tuple(self._returned))
 
     def load(self, state: OrderState) -> None:
-        """Go on where `state` stood. DataError if it belongs to other data, another seed or another shuffle."""
+        """Continue from `state`. DataError if it belongs to other data, another seed or another data.shuffle."""
         present = self.state()
         for key in ("size", "seed", "shuffle"):
             found, right = getattr(state, key), getattr(present, key)
@@ -74,11 +74,11 @@ class PromptSampler:
         self._order = self._epoch_order()
 
     def is_another(self, state: OrderState) -> bool:
-        """Whether `state` stood in an order of another seed, or of a shuffle where this has none."""
+        """Return whether `state` belongs to another seed, or to another data.shuffle."""
         return (state.seed, state.shuffle) != (self._seed, self._shuffle)
 
     def start_over(self, state: OrderState) -> None:
-        """Begin the epoch after the one that `state`, of other data, stood in: an order that has not been used."""
+        """Begin a new epoch after that of `state`, which belongs to other data, so that its order has not been used."""
         self._epoch, self._position, self._returned = state.epoch + 1, 0, []
         self._order = self._epoch_order()
 

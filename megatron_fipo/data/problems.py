@@ -1,7 +1,7 @@
 """The problems of a run: read or generated, de-duplicated, rendered and tokenised, with every drop counted.
 
-De-duplication matters: the published parquet of DAPO-Math-17k holds its 17 k prompts about 100 times over, that of
-AIME 2024 its 30 problems 32 times.
+De-duplication matters: the published parquet file of DAPO-Math-17k has each of its 17 k prompts about 100 times, and
+that of AIME 2024 has each of its 30 problems 32 times.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class ProblemCounts:
-    """What became of every row: rows = kept + duplicates + the dropped_… ones."""
+    """How many rows were kept, duplicates or dropped: rows = kept + duplicates + all dropped_… counts."""
 
     rows: int = 0
     kept: int = 0
     duplicates: int = 0
     conflicting_answers: int = 0
-    """Duplicates whose answer differs from the first one's, which is the one kept."""
+    """Duplicates whose answer differs from that of the first row, which is kept."""
     dropped_empty: int = 0
     dropped_overlong: int = 0
     shortest_overlong: int = 0
-    """Tokens of the shortest of these."""
+    """Length of the shortest of these, in tokens."""
     dropped_bad_answers: int = 0
     """Rows whose answer is missing or cannot be read, with data.bad_answers=drop."""
     dropped_held_out: int = 0
-    """Training problems whose question validation asks too."""
+    """Training problems whose question is also in validation."""
     long_answers: int = 0
-    """Kept, with an answer that looks like a worked solution."""
+    """Kept rows with an answer that looks like a worked solution."""
     truncated: int = 0
-    """Kept, with the left part of an over-long prompt cut off."""
+    """Kept rows with an overlong prompt, whose beginning was cut off."""
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in vars(self).items() if count)
@@ -55,13 +55,13 @@ class ProblemCounts:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The problems of one split and how they came to be these."""
+    """The problems of one split, with counts and warnings."""
 
     problems: list[Problem]
     counts: ProblemCounts
     fingerprint: Fingerprint
     warnings: list[str]
-    """What the user should know about them."""
+    """Warnings about them for the user."""
 
 
 def load_problems(
@@ -73,16 +73,16 @@ def load_problems(
     validates: bool = True,
     keep_columns: bool = True,
 ) -> ProblemSet:
-    """The problems of one split, in the order of their source, unique by prompt.
+    """Load the problems of one split, in the order of their source, unique by prompt.
 
     Args:
         max_prompt_length: in tokens.
-        validates: whether the run validates, so that training leaves the validation problems out.
-        keep_columns: whether problems have all columns of their rows, which a reward of the user's own may want.
+        validates: whether the run validates; if so, training leaves out the validation problems.
+        keep_columns: whether problems keep all columns of their rows, for a reward of the user's own.
 
     Raises:
-        DataError: names file, row and column of what is wrong, or says that nothing is left.
-        ConfigError: a key asks for what there is not.
+        DataError: a file, row or column is wrong, which it names, or no problem is left.
+        ConfigError: a key names something that does not exist.
     """
     counts = ProblemCounts()
     held_out = _questions(config) if split == "train" and validates else set()
@@ -104,7 +104,7 @@ def load_problems(
 
 
 def _nothing_left(config: DataConfig, split: Split, counts: ProblemCounts) -> str:
-    """That every row was dropped, whence, and what would be right."""
+    """Return the message that every row was dropped, with the source and what would be right."""
     remedies = {
         "dropped_held_out": "validation asks all of these questions: give other training or validation problems",
         "dropped_overlong": f"rollout.max_prompt_length={counts.shortest_overlong} or more, or a shorter "
@@ -131,15 +131,15 @@ def _warnings(split: Split, counts: ProblemCounts, tokenizer: Tokenizer) -> Iter
         )
     if split == "train" and tokenizer.template is not None and tokenizer.template.depends_on_date:
         yield (
-            "the chat template writes today's date into the prompts, which are others tomorrow; "
-            "data.chat_template_date=YYYY-MM-DD pins it"
+            "the chat template writes today's date into the prompts, so they will differ tomorrow; "
+            "data.chat_template_date=YYYY-MM-DD fixes the date"
         )
 
 
 def _rows(
     config: DataConfig, split: Split, counts: ProblemCounts, *, every_column: bool = False
 ) -> Iterator[RawProblem]:
-    """The rows of a split whose answers can be used; those that are left out are counted."""
+    """Yield the rows of a split whose answers can be used, and count the others."""
     if config.source == "reasoning_gym":
         yield from generate(config, split)
         return
@@ -154,7 +154,7 @@ def _rows(
 
 
 def _questions(config: DataConfig) -> set[str]:
-    """What validation asks, if there is any."""
+    """Return the questions of validation, if the run validates."""
     if config.source != "reasoning_gym" and not config.validation:
         return set()
     rows = _rows(config, "validation", ProblemCounts())
@@ -162,7 +162,7 @@ def _questions(config: DataConfig) -> set[str]:
 
 
 def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawProblem]:
-    """The first row of each prompt; counts rows, duplicates and empty prompts."""
+    """Yield the first row of each prompt. Count rows, duplicates and empty prompts."""
     answers: dict[str, str] = {}
     for raw in rows:
         counts.rows += 1
@@ -181,7 +181,7 @@ def _unique(rows: Iterable[RawProblem], counts: ProblemCounts) -> Iterator[RawPr
 def _not_held_out(
     unique: Iterator[RawProblem], held_out: set[str], prompt_template: str, counts: ProblemCounts
 ) -> Iterator[RawProblem]:
-    """Keeps training apart from validation: training sets hold benchmarks, and small tasks repeat themselves."""
+    """Leave out validation problems: training sets often contain benchmarks, and small tasks repeat problems."""
     for raw in unique:
         if held_out and raw.same_question(prompt_template) in held_out:
             counts.dropped_held_out += 1
@@ -202,7 +202,7 @@ def _tokenise(
     if not token_ids:
         counts.dropped_empty += 1
         return None
-    # From the whole text: truncated prompts may agree.
+    # Computed from the whole text, since truncated prompts may be equal.
     identity = hashlib.sha256(text.encode()).hexdigest()[:16]
     if len(token_ids) > max_prompt_length:
         if overlong_prompts == "error":

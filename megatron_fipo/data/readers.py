@@ -1,8 +1,8 @@
-"""Rows of problem files, whatever their format. A file or row that cannot be read is named in one line.
+"""Read the rows of problem files of all formats. A file or row that cannot be read is named in one line.
 
-.parquet, .arrow    only the columns asked for are read
+.parquet, .arrow    only the requested columns are read
 .jsonl              one object per line, UTF-8; blank lines are skipped, but counted as rows
-.json               an array of objects, or as .jsonl
+.json               an array of objects, or the same as .jsonl
 .jsonl.gz, .json.gz the same, compressed by gzip
 """
 
@@ -34,14 +34,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_rows(path: Path, required: Sequence[str], optional: str, *, every: bool = False) -> Iterator[tuple[int, Row]]:
-    """(row number, row) of each row of a file that `files_of` gave, from 1; with these columns, where there are such.
+    """Yield (row number from 1, row) for each row of a file from `files_of`, with the requested columns that exist.
 
-    A table whose required columns are not all there gives all it has, as does any with `every`.
+    If a required column is missing, or with `every`, rows have all columns.
 
-    Numbers keep the text they were written with: a JSON number with a point is a Decimal, a float32 is numpy's.
+    Numbers keep the precision of their text: a JSON number with a point is a Decimal, and a float32 is numpy's.
 
     Raises:
-        DataError: the file cannot be read, is damaged or of another format than its name says, or a row is no JSON
+        DataError: the file cannot be read, is damaged or has another format than its name says, or a row is not a JSON
             object. Names file and row.
     """
     ending = str(format_of(path))
@@ -56,9 +56,9 @@ def read_rows(path: Path, required: Sequence[str], optional: str, *, every: bool
 
 
 def nested(row: Any, column: str) -> Any:
-    """The value of a column, into nested ones and lists (name.0) at its dots; None where what it is in is null.
+    """Return the value of a column. Dots in its name lead into nested columns and lists (name.0). None inside a null.
 
-    Raises LookupError that says what is missing and what is there.
+    Raises LookupError, which says what is missing and what exists.
     """
     if row is None:
         return None
@@ -77,7 +77,7 @@ def nested(row: Any, column: str) -> Any:
 
 
 def shown_names(names: Iterable[str]) -> str:
-    """Names of columns for a message, the first ones where there are many."""
+    """Return the names of columns for a message; only the first ones if there are many."""
     cut = [name if len(name) <= 60 else f"{name[:60]}…" for name in sorted(names)]
     return f"{cut[:_SHOWN_NAMES]}" + (f" and {len(cut) - _SHOWN_NAMES} more" if len(cut) > _SHOWN_NAMES else "")
 
@@ -105,7 +105,7 @@ def _json_rows(path: Path, ending: str) -> Iterator[tuple[int, Row]]:
 
 
 def _array_rows(path: Path, content: bytes) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array, one by one, so that a bad one has a number."""
+    """Yield the elements of a JSON array one by one, so that an error can name the row."""
     with _json_errors(str(path), "an array of objects"):
         text = content.decode()
     decoder = json.JSONDecoder(parse_float=_decimal, object_pairs_hook=_object)
@@ -137,7 +137,7 @@ def _parse(text: bytes, where: str, expected: str) -> Any:
 
 @contextmanager
 def _json_errors(where: str, expected: str) -> Iterator[None]:
-    """Turns what Python raises over bad JSON into one line; `expected` says what would be right."""
+    """Turn Python's exceptions for bad JSON into one line. `expected` says what would be right."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -148,12 +148,12 @@ def _json_errors(where: str, expected: str) -> Iterator[None]:
         raise DataError(f"{where}: not JSON ({error}); the file should have {expected}") from error
     except RecursionError as error:
         raise DataError(f"{where}: nested too deeply to be read") from error
-    except ValueError as error:  # a number of too many digits, a key that stands twice
+    except ValueError as error:  # a number with too many digits, a key that occurs twice
         raise DataError(f"{where}: cannot be read ({one_line(error)})") from error
 
 
 def _other(text: bytes) -> str:
-    """What text that is not UTF-8 likely is, and the mend."""
+    """Return what text that is not UTF-8 probably is, and how to convert it."""
     if text.startswith(_GZIP):
         return "; it is compressed by gzip: name it .jsonl.gz or .json.gz"
     if text.startswith(_UTF_16):
@@ -172,7 +172,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return row
 
 
@@ -208,9 +208,9 @@ def _arrow_rows(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[int,
 
 
 def _top_columns(path: Path, present: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """The columns of the table to read: those asked for, or what they are nested in; all without these, or for None.
+    """Return the top-level columns to read for the wanted columns; all columns if one is missing, or for None.
 
-    The last of `wanted` may be missing.
+    Only the last of `wanted` may be missing.
     """
     names = [name if name in present else name.partition(".")[0] for name in wanted or ()]
     if wanted is None or not {*names[:-1]} <= {*present}:
@@ -222,7 +222,7 @@ def _top_columns(path: Path, present: Sequence[str], wanted: Sequence[str] | Non
 
 
 def _batches(path: Path, read: "Callable[[], Iterator[pyarrow.RecordBatch]]") -> Iterator[tuple[int, Row]]:
-    """The rows of record batches, checked: a damaged file's offsets point anywhere, and reading there kills us."""
+    """Yield the rows of record batches, validated: reading at the wrong offsets of a damaged file would crash."""
     number = 0
     batches: Iterator[pyarrow.RecordBatch] | None = None
     while True:
@@ -239,7 +239,7 @@ def _batches(path: Path, read: "Callable[[], Iterator[pyarrow.RecordBatch]]") ->
 
 
 def _values(column: "pyarrow.Array", name: str, path: Path, rows_before: int) -> list[Any]:
-    """The Python values of one column of a batch, a map's as a dict."""
+    """Return the Python values of one column of a batch. A map becomes a dict."""
     try:
         column.validate(full=True)
         values = column.to_pylist(maps_as_pydicts="strict")
@@ -271,7 +271,7 @@ def _has_narrow_floats(kind: "pyarrow.DataType") -> bool:
 
 
 def _narrowed(kind: "pyarrow.DataType", value: Any) -> Any:
-    """Floats of less than 64 bits as numpy's, which print as the shortest text that reads the same in that type."""
+    """Convert floats of less than 64 bits to numpy's types, which print as the shortest exact text for that type."""
     import pyarrow.types
 
     if value is None or not _has_narrow_floats(kind):
@@ -284,7 +284,7 @@ def _narrowed(kind: "pyarrow.DataType", value: Any) -> Any:
 
 
 def _arrow_exceptions() -> tuple[type[Exception], ...]:
-    """What Arrow raises over a damaged file, of which there is no common class."""
+    """Return the exceptions that Arrow raises for a damaged file. They have no common base class."""
     import pyarrow
 
     return (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError)
@@ -292,7 +292,7 @@ def _arrow_exceptions() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _arrow_errors(path: Path, expected: str) -> Iterator[None]:
-    """Turns what Arrow raises over a damaged file into one line."""
+    """Turn Arrow's exceptions for a damaged file into one line."""
     try:
         yield
     except _arrow_exceptions() as error:

@@ -1,4 +1,4 @@
-"""A row with all its columns as the text of one JSON object, for rewards: a fraction of what Python's objects take."""
+"""Store a row with all columns as the text of one JSON object, for rewards. Python objects take more memory."""
 
 import base64
 import datetime
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def row_text(row: Mapping[str, Any]) -> str:
-    """The JSON of a row. Numbers become numbers, dates ISO texts, spans of time seconds, bytes text or base64."""
+    """Return the JSON of a row. Dates become ISO texts, durations seconds, and bytes text or base64."""
     return json.dumps(_plain(row), separators=(",", ":"))
 
 

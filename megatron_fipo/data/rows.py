@@ -1,4 +1,4 @@
-"""The rows of a run's entries in data.train and data.validation, and a first look at them before processes start."""
+"""Read the rows of the entries of data.train and data.validation, and check the first rows before processes start."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,11 +10,11 @@ from megatron_fipo.errors import ConfigError, DataError
 
 
 class _Seen(Exception):
-    """A row whose answer cannot be used has been dropped: its columns are there, and more is not asked."""
+    """Raised when a row was dropped because of its answer. Its columns exist, which is all that the check needs."""
 
 
 def names_of(config: DataConfig, split: str) -> list[str]:
-    """The entries of a split, train or validation. ConfigError where there are none."""
+    """Return the entries of a split, train or validation. ConfigError if there are none."""
     names = config.train if split == "train" else config.validation
     if not names:
         raise ConfigError(f"data.{split}", "names no file", "give at least one, or embedded:NAME")
@@ -29,7 +29,7 @@ def rows_of(
     *,
     every_column: bool = False,
 ) -> Iterator[RawProblem]:
-    """The rows of one entry whose answers can be used; `on_bad_answer` is told of each of the others.
+    """Yield the rows of one entry whose answers can be used. `on_bad_answer` is called for each of the others.
 
     Raises:
         DataError: a file or a row cannot be used, or there are no rows. Names file, row (from 1) and column.
@@ -55,10 +55,10 @@ def rows_of(
 
 
 def look_at_first_rows(config: DataConfig, splits: tuple[str, ...]) -> None:
-    """Read the first row of each entry of these splits, and fetch the entries that are on the hub.
+    """Read the first row of each entry of these splits, and download the entries that are on the hub.
 
     Raises:
-        DataError: as `rows_of`; an entry cannot be fetched.
+        DataError: as `rows_of`, or an entry cannot be downloaded.
     """
     if config.source == "reasoning_gym":
         return

@@ -1,8 +1,8 @@
-"""A sentencepiece model with what sentencepiece leaves to its callers: special tokens inside a text.
+"""A sentencepiece model with support for special tokens inside a text, which sentencepiece itself does not have.
 
-sentencepiece reads the name of a control symbol, such as </s>, as plain text, and knows nothing of tokens that
-tokenizer_config.json or added_tokens.json put beside the model's own. Here a rendered chat is cut at all of these; each
-becomes its one id, and what lies between them is encoded by sentencepiece.
+sentencepiece reads the name of a control symbol, such as </s>, as plain text. It does not know the tokens that
+tokenizer_config.json or added_tokens.json add to the model's own. Here a rendered chat is split at all of these tokens.
+Each of them becomes one id, and sentencepiece encodes the text between them.
 """
 
 import re
@@ -26,13 +26,13 @@ class SentencePieceModel:
             model = path.read_bytes()
             self._model = SentencePieceProcessor(model_proto=model)
             pieces = self._model.get_piece_size() if model else 0
-            # transformers' default: a space is put before the text, but not before what follows a special token.
+            # transformers' default: a space is added before the text, but not after a special token.
             inner = model if settings.get("legacy") or not pieces else _without_prefix(model)
             self._inner = SentencePieceProcessor(model_proto=inner)
-            # All of them, since a damaged one would else stop a run in the middle, when the model samples it.
+            # Decode all pieces once. A damaged piece would otherwise stop a run later, when the model samples it.
             texts = [self._model.id_to_piece(i) for i in range(pieces)]
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"{path}: is no sentencepiece model ({one_line(error)})") from error
+            raise DataError(f"{path}: is not a sentencepiece model ({one_line(error)})") from error
         if not pieces:
             raise DataError(f"{path}: is an empty sentencepiece model")
         self._pieces = pieces
@@ -49,11 +49,11 @@ class SentencePieceModel:
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(name) for name in ("bos", "eos", "pad"))
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+        """Return the ids of a text without special tokens."""
         return list(self._model.encode(text))
 
     def encode(self, text: str, *, is_first: bool = True) -> list[int]:
-        """Ids of a text in which the names of special tokens stand for these; `is_first`: nothing comes before it."""
+        """Return the ids of a text in which the names of special tokens mean these. `is_first`: no text is before."""
         ids: list[int] = []
         end = 0
         for match in self._cut.finditer(text) if self._cut else ():
@@ -63,14 +63,14 @@ class SentencePieceModel:
         return ids + self._between(text[end:], is_first=is_first and end == 0)
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens and without ids that the tokenizer does not have."""
+        """Return the text, without special tokens and without ids that the tokenizer does not have."""
         text = ""
         run: list[int] = []
         for token in ids:
             if token in self.added:
                 added, is_special = self.added[token]
                 text, run = text + self._model.decode(run) + ("" if is_special else added), []
-            # A model's vocabulary may be padded beyond the tokenizer's, and such an id can be sampled.
+            # A model's vocabulary may be larger than the tokenizer's, because of padding, and such ids can be sampled.
             elif 0 <= token < self._pieces and not self._model.is_control(token):
                 run.append(token)
         return text + self._model.decode(run)
@@ -79,7 +79,7 @@ class SentencePieceModel:
         return list((self._model if is_first else self._inner).encode(text)) if text else []
 
     def _named_tokens(self, settings: dict[str, Any]) -> dict[str, str]:
-        """Names of special tokens as templates know them, bos_token and so on, with their texts."""
+        """Return the special tokens' names for templates, such as bos_token, with their texts."""
         named = {}
         for name in _SPECIAL_TOKENS:
             configured = settings.get(f"{name}_token")
@@ -92,22 +92,22 @@ class SentencePieceModel:
         return named
 
     def _check_exists(self, directory: Path, name: str) -> None:
-        """DataError for a special token that the configuration names and nobody has: another would stand for it."""
+        """Raise DataError if a special token of the configuration does not exist: another id would be used for it."""
         text = self.special_tokens.get(f"{name}_token")
         if text is None or text in self._ids:
             return
         is_text = not any("\ud800" <= char <= "\udfff" for char in text)  # sentencepiece takes no lone surrogates
         if not is_text or self._model.piece_to_id(text) == self._model.unk_id():
             where = f"{directory}/tokenizer_config.json: {name}_token {text[:80]!r}"
-            raise DataError(f"{where} is no token of tokenizer.model, nor added to it")
+            raise DataError(f"{where} is not a token of tokenizer.model, nor added to it")
 
     def _id_of(self, name: str) -> int:
-        """The id of a special token as configured, or the model's own; −1 if it has none."""
+        """Return the id of a special token as configured, or the model's own; −1 if there is none."""
         return self._ids.get(self.special_tokens.get(f"{name}_token", ""), getattr(self._model, f"{name}_id")())
 
 
 def _without_prefix(model: bytes) -> bytes:
-    """The same model, which puts no space before a text."""
+    """Return the same model without the space before a text."""
     from sentencepiece import sentencepiece_model_pb2 as format_of_models
 
     proto: Any = format_of_models.ModelProto()  # type: ignore[attr-defined]  # made by protobuf at import
@@ -125,7 +125,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any], pieces: int) -> dic
         for token, entry in settings.get("added_tokens_decoder", {}).items():
             added[int(token)] = (str(entry["content"]), bool(entry.get("special")))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{directory}: its added tokens are no table of ids and texts ({error})") from error
+        raise DataError(f"{directory}: its added tokens are not a table of ids and texts ({error})") from error
     if any(not text for text, _ in added.values()):
         raise DataError(f"{directory}: one of its added tokens has an empty text")
     return {token: entry for token, entry in added.items() if token >= pieces}

@@ -1,4 +1,4 @@
-"""Rows of problem files as problems: which columns are read, what a prompt and an answer may be, what is refused."""
+"""Turn rows of problem files into problems: the columns to read, valid prompts and answers, and refusals."""
 
 import os
 import re
@@ -28,11 +28,11 @@ _DEFAULT_SOURCE_COLUMN = ColumnsConfig().source
 
 @dataclass(frozen=True)
 class RawProblem:
-    """A problem before its chat template and tokens."""
+    """A problem before the chat template and the tokenizer are applied."""
 
     messages: list[Message]
     question: str
-    """What is asked, without roles and system messages; empty where the row asks nothing."""
+    """The question, without roles and system messages; empty if the row has none."""
     ground_truth: str
     data_source: str
     where: str
@@ -43,9 +43,9 @@ class RawProblem:
     """The columns that were read."""
 
     def same_question(self, prompt_template: str) -> str:
-        """Equal for problems that ask the same, in whatever spaces, and in this template, the recipe's or none."""
+        """Return a text that is equal for equal questions, whatever their spaces, with or without a template."""
         text = _one_spelling(self.question)
-        # Twice, since the recipe's may stand around this one.
+        # Twice, since the recipe's template may be around this one.
         for known in (prompt_template, RECIPE_PROMPT, prompt_template):
             before, after = (_one_spelling(part) for part in known.split(QUESTION, 1))
             if text.startswith(before) and text.endswith(after):
@@ -54,12 +54,12 @@ class RawProblem:
 
 
 def _one_spelling(text: str) -> str:
-    """`text` with single spaces, and with each accented letter as one character."""
+    """Return `text` with single spaces, and with each accented letter as one character."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def refuse(error: DataError) -> None:
-    """What happens to a row whose answer cannot be used, unless it is dropped."""
+    """Refuse a row whose answer cannot be used. This is the default for `on_bad_answer`."""
     raise error
 
 
@@ -71,12 +71,12 @@ def read_files(
     every_column: bool = False,
     on_bad_answer: Callable[[DataError], None] = refuse,
 ) -> Iterator[RawProblem]:
-    """The problems of files, in order.
+    """Yield the problems of files, in order.
 
     Args:
-        data_source: names rows without a name of their own; None: the file's name, or the directory's.
-        every_column: whether rows have more than the columns of `layout`.
-        on_bad_answer: told of a row whose answer is missing or cannot be read, which is then left out.
+        data_source: the data set's name for rows that do not have one; None: the name of the file or directory.
+        every_column: whether to read all columns, not only those of `layout`.
+        on_bad_answer: called for each row whose answer is missing or cannot be read; the row is then left out.
 
     Raises:
         DataError: a file or a row cannot be used. Names file, row (from 1) and column.
@@ -101,7 +101,7 @@ def read_files(
 
 
 def _check_embedded(name: str, layout: Layout) -> None:
-    """The default's validation file stays behind where a command line gives other training files and columns."""
+    """Refuse the embedded validation file with other columns: the command line gave only training files of its own."""
     default = ColumnsConfig()
     has_columns = layout.prompt == default.prompt and layout.answer in (default.answer, None)
     if name.startswith("embedded:") and not has_columns:
@@ -130,21 +130,21 @@ def _bad_answer(problem: str, layout: Layout, where: str) -> str:
 
 
 def _told_of_dropping(on_bad_answer: Callable[[DataError], None], error: DataError) -> None:
-    """Pass on what is wrong with an answer in a file whose keys have read other rows: such rows can be left out."""
+    """Add to an error about an answer that such rows can be left out, since the keys fit other rows of the file."""
     text = str(error)
     on_bad_answer(error if text.endswith(_DROPPING) else DataError(f"{text}{_DROPPING}"))
 
 
 def _answer(row: Row, layout: Layout, where: str) -> str:
-    """The right answer; empty in data without any.
+    """Return the right answer; empty for data without answers.
 
-    Raises ValueError that says what is wrong with it, and DataError where its column is not there.
+    Raises ValueError, which says what is wrong with the answer, and DataError if its column is missing.
     """
     if layout.answer is None:
         return ""
     value = _value(row, layout.answer, layout, where)
     if layout.answer == layout.prompt and isinstance(value, list):
-        value = value[-1:]  # the last of the prompt's messages, which `_prompt` leaves out
+        value = value[-1:]  # the last message of the prompt's column, which `_prompt` leaves out
     if isinstance(value, list) and value and not isinstance(value[0], dict):
         elements = "the one" if len(value) == 1 else f"the first of {len(value)}"
         raise ValueError(f"is a list; data.columns.answer={layout.answer}.0 is {elements}")
@@ -159,7 +159,7 @@ def _value(row: Row, column: str, layout: Layout, where: str) -> Any:
 
 
 def _source(row: Row, layout: Layout, where: str) -> str | None:
-    """The row's own name of its data set, if the column is there; only the usual column may be missing."""
+    """Return the row's name of its data set, if it has the column. Only the default column may be missing."""
     if layout.source == _DEFAULT_SOURCE_COLUMN and layout.source not in row:
         return None
     value = _value(row, layout.source, layout, where)
@@ -171,7 +171,7 @@ def _source(row: Row, layout: Layout, where: str) -> str | None:
 
 
 def _prompt(value: Any, layout: Layout, where: str) -> tuple[list[Message], str]:
-    """The chat messages of a prompt, and what it asks."""
+    """Return the chat messages of a prompt, and its question."""
     if isinstance(value, str):
         _check_text(value, where)
         if _MESSAGES_AS_TEXT.match(value):
@@ -211,4 +211,4 @@ def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: is no valid Unicode text ({error.reason})") from error
+        raise DataError(f"{where}: is not valid Unicode text ({error.reason})") from error

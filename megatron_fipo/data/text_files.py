@@ -1,7 +1,7 @@
-"""What a Hugging Face directory needs so that transformers and vLLM read it as text, as a run reads it.
+"""Complete a Hugging Face directory, so that transformers and vLLM handle text in the same way as a run.
 
-tokenizer.json beside a sentencepiece model, the chat template, and in generation_config.json every token that ends a
-response. Written where they are missing; what is there and right stays as it is.
+It needs tokenizer.json beside a sentencepiece model, the chat template, and every token that ends a response in
+generation_config.json. Missing files are written; files that are right are not changed.
 """
 
 import logging
@@ -18,9 +18,9 @@ from megatron_fipo.files import write_atomically, write_json_atomically
 
 _READ_FAST = "PreTrainedTokenizerFast"
 _SLOW_ALONE = ("auto_map", "add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "sp_model_kwargs")
-"""Keys of tokenizer_config.json that are in tokenizer.json now, or would have other code read it."""
+"""Keys of tokenizer_config.json that tokenizer.json replaces, or that would select other code."""
 _JOINED = "{{ messages | map(attribute='content') | join('\\n') }}"
-"""How a run renders messages where a model has no chat template."""
+"""How a run renders messages if a model has no chat template."""
 _TEXTS = (
     *("12 + 7*(3-1)=?\n", "  two  spaces, and at the end  ", " one", "\n\n\tlines\r\n", "", "Ünïcödé é ﬁ ½ 数学 🙂"),
     *("def f(x):\n    return x ** 2  # 1,000.50\n", "\\frac{1}{2} \\boxed{$42$}", "ﷺ\u200b\u00a0\x00\x07"),
@@ -29,10 +29,10 @@ _RANDOM_TEXTS, _PIECES_EACH = 200, 40
 
 
 def complete_text_files(directory: Path) -> None:
-    """Write what is missing in a model directory. A directory without any tokenizer stays as it is.
+    """Write the missing files of a model directory. A directory without a tokenizer is not changed.
 
-    Logs a warning where a tokenizer cannot be expressed as tokenizer.json, or not be read at all; the directory then
-    is as good as before.
+    Logs a warning if a tokenizer cannot be expressed as tokenizer.json, or cannot be read. The directory is then not
+    changed.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -48,7 +48,7 @@ def complete_text_files(directory: Path) -> None:
 
 
 def _write_tokenizer_json(directory: Path, own: Tokenizer) -> None:
-    """tokenizer.json and the settings to read it with. DataError if it would give other ids than `own`."""
+    """Write tokenizer.json and the settings to read it. DataError if it would give other ids than `own`."""
     from megatron_fipo.data.tokenizer_json import from_characters, from_sentencepiece
 
     model, config = directory / "tokenizer.model", directory / "tokenizer_config.json"
@@ -61,7 +61,7 @@ def _write_tokenizer_json(directory: Path, own: Tokenizer) -> None:
     for convert in (from_sentencepiece, from_characters):
         try:
             text = convert(model, settings, bos).to_str(pretty=True)
-        except Exception as error:  # the library's, of what a model may hold
+        except Exception as error:  # the library can raise anything, depending on the model
             problem = problem or one_line(error)
             continue
         write_json_atomically(config, kept)
@@ -75,14 +75,15 @@ def _write_tokenizer_json(directory: Path, own: Tokenizer) -> None:
 
 
 def _begins(settings: dict[str, Any], directory: Path) -> bool:
-    """Whether a bos token comes before a plain text, as `load_tokenizer` decides it."""
+    """Return whether a bos token comes before a plain text, decided as in `load_tokenizer`."""
     return bool(settings.get("add_bos_token") or read_settings(directory / "config.json").get("add_bos_token"))
 
 
 def _first_difference(own: Tokenizer, other: Tokenizer, model: Path) -> str | None:
-    """A text that the two encode or decode differently, from some that are difficult and many that are random.
+    """Return a text that the two encode or decode differently, from a few difficult texts and many random ones.
 
-    sentencepiece's unknown token is passed over: others write <unk> for its ⁇, or leave it out, and no model says it.
+    sentencepiece's unknown token is ignored: other libraries write <unk> for its ⁇ or leave it out, and models do not
+    sample it.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -102,9 +103,10 @@ def _first_difference(own: Tokenizer, other: Tokenizer, model: Path) -> str | No
 
 
 def _write_template(directory: Path) -> None:
-    """A chat template that joins contents, as a run does without one: vLLM's chat interface refuses to go without.
+    """Write a chat template that joins contents, as a run does without one. vLLM's chat interface needs one.
 
-    Not where it would give other ids than a run's: some tokenizers put a space before a text, but not after bos.
+    It is not written if it would give other ids than in a run: some tokenizers put a space before a text, but not after
+    bos.
     """
     path, own = directory / TEMPLATE_FILE, load_tokenizer(directory)
     write_atomically(path, ("{{ bos_token }}" if own.encode("") else "") + _JOINED)
@@ -117,7 +119,7 @@ def _write_template(directory: Path) -> None:
 
 
 def _write_ends(directory: Path, tokenizer: Tokenizer) -> None:
-    """generation_config.json with every token that ends a response in a run, or generation would go on after it."""
+    """Write every token that ends a response in a run to generation_config.json, so that generation stops there."""
     path = directory / "generation_config.json"
     settings = read_settings(path)
     named = settings.get("eos_token_id")

@@ -1,9 +1,9 @@
-"""A sentencepiece model as tokenizer.json: what vLLM and transformers read in the place of tokenizer.model.
+"""Convert a sentencepiece model to tokenizer.json, which vLLM and transformers read instead of tokenizer.model.
 
-Both would otherwise make a tokenizer by the model's type, which for many types has other ids. The steps follow
-sentencepiece's own: a space before the text, spaces as ▁, then pieces. Whether the result gives the same ids is for the
-caller to compare: not every sentencepiece model can be expressed. Language models' can: BPE or unigram, with bytes for
-what is unknown or without, a text that is not changed before.
+Without it, both would make a tokenizer by the model's type, which for many types gives other ids. The steps are the
+same as in sentencepiece: a space before the text, spaces as ▁, then pieces. Not every sentencepiece model can be
+converted, so the caller has to compare the ids. Usual language models can be: BPE or unigram, with or without bytes for
+unknown characters, without normalisation of the text.
 """
 
 from pathlib import Path
@@ -17,15 +17,15 @@ _SPACE = "\u2581"
 
 
 def from_sentencepiece(path: Path, settings: dict[str, Any], bos: str | None) -> Tokenizer:
-    """The tokenizer of a tokenizer.model with what was added to it.
+    """Return the tokenizer of a tokenizer.model with its added tokens.
 
     Args:
-        settings: tokenizer_config.json's.
-        bos: the token that comes before a text, if one does.
+        settings: those of tokenizer_config.json.
+        bos: the token before a text, if there is one.
 
     Raises:
         DataError: the model cannot be read.
-        Exception: of the tokenizers library, for a model that it does not take.
+        Exception: from the tokenizers library, for a model that it does not accept.
     """
     proto = _read(path)
     spec = proto.normalizer_spec
@@ -35,7 +35,7 @@ def from_sentencepiece(path: Path, settings: dict[str, Any], bos: str | None) ->
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     prefix = spec.add_dummy_prefix
     scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
-    # The spaces of the text are ▁ already, so that the first of these sees none, and puts one before any text.
+    # The spaces of the text are already ▁, so the first of these finds no space, and adds one before every text.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(" ", scheme, False), pre_tokenizers.Metaspace(_SPACE, "never", False)]
     )
@@ -47,10 +47,10 @@ def from_sentencepiece(path: Path, settings: dict[str, Any], bos: str | None) ->
 
 
 def from_characters(path: Path, settings: dict[str, Any], bos: str | None) -> Tokenizer:
-    """The same for a model whose pieces are ASCII characters: byte-level, as transformers reads any Qwen's.
+    """Return the same for a model whose pieces are ASCII characters: byte-level, as transformers reads Qwen models.
 
-    Its class for Qwen2 and Qwen3 takes nothing but the vocabulary from tokenizer.json. It leaves characters out that
-    have no piece, where sentencepiece gives its unknown token. ValueError if other pieces are there.
+    transformers' class for Qwen2 and Qwen3 reads only the vocabulary from tokenizer.json. It leaves out characters that
+    have no piece, where sentencepiece gives its unknown token. ValueError if there are other pieces.
     """
     proto = _read(path)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -59,7 +59,7 @@ def from_characters(path: Path, settings: dict[str, Any], bos: str | None) -> To
         text = piece.piece.replace(_SPACE, " ")
         if piece.type in (piece.NORMAL, piece.USER_DEFINED):
             if len(text) != 1 or not text.isascii():
-                raise ValueError(f"piece {text[:20]!r} is no ASCII character")
+                raise ValueError(f"piece {text[:20]!r} is not an ASCII character")
             ((text, _),) = byte_level.pre_tokenize_str(text)
         ids[text] = index
     tokenizer = Tokenizer(models.BPE(ids, []))
@@ -78,7 +78,7 @@ def _read(path: Path) -> Any:
 
 
 def _add_tokens(tokenizer: Tokenizer, proto: Any, own: SentencePieceModel) -> None:
-    """Those that are found in a text before anything else."""
+    """Add the tokens that are found in a text before all others."""
     special = set(own.special_tokens.values())
     pieces = [
         AddedToken(piece.piece, normalized=_SPACE in piece.piece, special=piece.type == piece.CONTROL)
@@ -107,7 +107,7 @@ def _model(proto: Any) -> models.Model:
     from transformers.convert_slow_tokenizer import generate_merges
 
     ids = {piece: index for index, (piece, _) in enumerate(vocabulary)}
-    # Characters are pieces without merges, as BPE's are before the first one.
+    # Characters are pieces without merges, as in BPE before the first merge.
     merges = (
         generate_merges(ids, vocabulary, _not_merged(proto))
         if proto.trainer_spec.model_type == proto.trainer_spec.BPE
@@ -119,5 +119,5 @@ def _model(proto: Any) -> models.Model:
 
 
 def _not_merged(proto: Any) -> list[str]:
-    """Pieces that are found as a whole or not at all."""
+    """Return the pieces that are never built by merges, only found as a whole."""
     return [piece.piece for piece in proto.pieces if piece.type != piece.NORMAL]

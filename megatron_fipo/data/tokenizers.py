@@ -1,4 +1,4 @@
-"""Text to token ids and back, for models with a sentencepiece `tokenizer.model` and for Hugging Face tokenizers."""
+"""Convert text to token ids and back, by a sentencepiece `tokenizer.model` or a Hugging Face tokenizer."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +14,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 class Tokenizer(Protocol):
-    """What the loop needs of a tokenizer."""
+    """The interface of tokenizers that the loop uses."""
 
     ends: dict[int, str]
-    """Every token that ends a response, with the file that names it; the model's own first; never empty."""
+    """Every token that ends a response, with the file that names it. The model's own is first. Never empty."""
     pad_id: int
     size: int
     """The largest token id plus one."""
@@ -25,29 +25,29 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> list[int]:
-        """The keys of `ends`."""
+        """The ids in `ends`."""
 
     def render(self, messages: list[Message]) -> str:
-        """The prompt as the model reads it: the chat template with the reply opened, or the contents joined.
+        """Return the prompt as the model reads it: by the chat template, up to the reply, or as the joined contents.
 
         DataError if the template fails on these messages.
         """
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt. Only models without a chat template get a bos token, if they want one."""
+        """Return the token ids of a rendered prompt. A bos token is added only without a chat template, if expected."""
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that goes on from other tokens: no bos token. Special tokens go by their names."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens, otherwise exactly as it was. Called in several threads at the same time."""
+        """Return the exact text, without special tokens. Several threads call this at the same time."""
 
 
 def load_tokenizer(model_dir: str | Path, data: DataConfig | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face model directory; `data` has the variables and the date of its chat template.
+    """Load the tokenizer of a Hugging Face model directory. `data` has the variables and the date of its chat template.
 
-    A directory without tokenizer.json is read by sentencepiece itself: transformers would make a tokenizer of
-    tokenizer.model by the model's type, and for many types one with other ids.
+    A directory without tokenizer.json is read by sentencepiece itself. transformers would make a tokenizer from
+    tokenizer.model by the model's type, which for many types gives other ids.
 
     Raises:
         DataError: there is no tokenizer, it cannot be read, or nothing names an end-of-sequence token.
@@ -63,7 +63,7 @@ def load_tokenizer(model_dir: str | Path, data: DataConfig | None = None) -> Tok
 
 
 class _ModelTokenizer:
-    """What both kinds share: the model's end tokens and its chat template."""
+    """The common part of both kinds: the model's end tokens and its chat template."""
 
     def __init__(self, directory: Path, data: DataConfig, eos: int | None, pad: int | None, special: dict[str, Any]):
         self.ends = end_tokens(directory, eos)
@@ -102,7 +102,7 @@ class SentencePieceTokenizer(_ModelTokenizer):
         self._prefix = [self._model.bos_id] if wants_bos and not self.template else []
 
     def encode(self, text: str) -> list[int]:
-        # Only a template writes special tokens; in a plain text their names are text.
+        # Only a template writes special tokens. In a plain text their names are ordinary text.
         return self._model.encode(text) if self.template else self._prefix + self._model.encode_plain(text)
 
     def encode_inside(self, text: str) -> list[int]:
@@ -113,21 +113,21 @@ class SentencePieceTokenizer(_ModelTokenizer):
 
 
 class HuggingFaceTokenizer(_ModelTokenizer):
-    """Anything transformers' AutoTokenizer reads."""
+    """Any tokenizer that transformers' AutoTokenizer reads."""
 
     def __init__(self, directory: Path, data: DataConfig):
         from transformers import AutoTokenizer, TokenizersBackend
 
         try:
-            # The run knows the longest prompt; transformers would compare with whatever stands in the file.
+            # The run checks the prompt's length itself. transformers would warn by the value in the file.
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, model_max_length=_NO_LIMIT)
             is_stored = tokenizer.eos_token is None or _is_stored(directory, tokenizer.eos_token)
         except DataError:
             raise
-        except Exception as error:  # of several libraries, by what the files hold
+        except Exception as error:  # from several libraries, depending on the files
             raise DataError(f"{directory}: transformers cannot read its tokenizer ({one_line(error)})") from error
         self._tokenizer = tokenizer
-        # The same text as transformers' own; but only a batch is decoded without the interpreter's lock.
+        # The same text as transformers' own decode, but only batches are decoded without the interpreter's lock.
         plain = isinstance(tokenizer, TokenizersBackend) and type(tokenizer)._decode is TokenizersBackend._decode
         self._decode_batch = tokenizer.backend_tokenizer.decode_batch if plain else None
         if not is_stored:
@@ -137,7 +137,8 @@ class HuggingFaceTokenizer(_ModelTokenizer):
         special = dict(tokenizer.special_tokens_map)
         super().__init__(directory, data, tokenizer.eos_token_id, tokenizer.pad_token_id, special)
         self.size = max(tokenizer.get_vocab().values(), default=-1) + 1
-        # A chat template writes its own bos; without one, the tokenizer knows whether the model expects it.
+        # A chat template writes the bos token itself. Without a template, the tokenizer knows whether the model expects
+        # it.
         self._prefix = [] if self.template else [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]
 
     def encode(self, text: str) -> list[int]:
@@ -154,7 +155,7 @@ class HuggingFaceTokenizer(_ModelTokenizer):
 
 
 def _is_stored(directory: Path, token: str) -> bool:
-    """Whether the files give the token an id. transformers adds one that they do not, which no model was trained on."""
+    """Return whether the files give the token an id. If not, transformers adds one, on which no model was trained."""
     from tokenizers import Tokenizer as StoredTokenizer
 
     path = directory / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Token ids against the model's embedding. An id beyond it is an IndexError on one rank, or garbage over several."""
+"""Check token ids against the model's embedding. A larger id is an IndexError on one rank, or garbage over several."""
 
 import json
 import reprlib
@@ -12,12 +12,12 @@ _END_FILES = ("generation_config.json", "config.json")
 
 
 def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
-    """The ids that end a response, each with the file that names it, those of generation_config.json first.
+    """Return the ids that end a response, each with the file that names it; generation_config.json comes first.
 
     Chat models end turns with more than one token, and name them in different files.
 
     Raises:
-        DataError: a file names something else than ids, or none names any.
+        DataError: a file names something that is not an id, or no file names an id.
     """
     found: dict[int, str] = {}
     for name in _END_FILES:
@@ -26,7 +26,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
             if token is None:
                 continue
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise DataError(f"{directory / name}: eos_token_id is {reprlib.repr(token)}, which is no token id")
+                raise DataError(f"{directory / name}: eos_token_id is {reprlib.repr(token)}, which is not a token id")
             found.setdefault(token, name)
     if tokenizer_eos is not None and tokenizer_eos >= 0:
         found.setdefault(tokenizer_eos, "the tokenizer")
@@ -36,7 +36,7 @@ def end_tokens(directory: Path, tokenizer_eos: int | None) -> dict[int, str]:
 
 
 def check_vocabulary(directory: Path, size: int, ends: dict[int, str], vocab_size: int) -> None:
-    """Raise ConfigError where the tokenizer, or an end token, has an id that the embedding has no row for.
+    """Raise ConfigError if the tokenizer, or an end token, has an id for which the embedding has no row.
 
     `size` is the tokenizer's largest id plus one, `ends` come from `end_tokens`, `vocab_size` is config.json's.
     """
@@ -56,7 +56,7 @@ def check_vocabulary(directory: Path, size: int, ends: dict[int, str], vocab_siz
 
 
 def outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
-    """An id that the embedding has no row for, if there is one."""
+    """Return an id for which the embedding has no row, if there is one."""
     if not token_ids:
         return None
     least, greatest = min(token_ids), max(token_ids)
@@ -64,7 +64,7 @@ def outside(token_ids: Sequence[int], vocab_size: int) -> int | None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object of the model directory; empty where there is no such file. DataError if it is anything else."""
+    """Read a JSON object from a model directory; empty if there is no such file. DataError if it is not an object."""
     if not path.is_file():
         return {}
     try:
@@ -72,5 +72,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if not isinstance(settings, dict):
-        raise DataError(f"{path}: is no JSON object")
+        raise DataError(f"{path}: is not a JSON object")
     return settings

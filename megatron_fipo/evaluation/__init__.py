@@ -1,1 +1,1 @@
-"""What `megatron-fipo evaluate` is made of: which weights, samples that survive a kill, results with intervals."""
+"""Parts of `megatron-fipo evaluate`: finding the weights, samples that survive a kill, results with intervals."""

@@ -1,7 +1,7 @@
-"""The files of an evaluation's directory, by which `compare` knows one too."""
+"""The files of an evaluation's directory, by which `compare` recognises one."""
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
 PROBLEMS_FILE, RESULTS_FILE = "problems.parquet", "results.json"
 
 ALL = "all"
-"""The name, among data sources, of all of them together."""
+"""The name of the entry for all data sources together."""

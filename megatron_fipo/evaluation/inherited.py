@@ -1,4 +1,4 @@
-"""A run's own problems, rewards and lengths for the evaluation of its checkpoints; what the command line says wins."""
+"""Use a run's own problems, rewards and lengths to evaluate its checkpoints. The command line overrides them."""
 
 import copy
 import dataclasses
@@ -17,13 +17,13 @@ INHERITED = (
     *("data", "reward", "environment", "validation", "run.seed", "model.max_position_embeddings"),
     *("rollout.max_prompt_length", "rollout.max_response_length"),
 )
-"""What a run has learnt with. Servers and machines are the evaluation's own."""
+"""The settings that an evaluation takes from a run. Servers and machines are the evaluation's own."""
 
 
 def with_settings_of(run: Path, config: Config, said: Sequence[str]) -> Config:
-    """`config` with the INHERITED settings of a run's config.yaml, but for those that the command line `said`.
+    """Return `config` with the INHERITED settings of a run's config.yaml, except for those that the command line sets.
 
-    A group that was chosen there (`data=math`) is said as a whole, and with an experiment everything is.
+    `said` is the command line. A chosen group (`data=math`) sets all of its section, and an experiment sets everything.
 
     Raises:
         DataError: config.yaml cannot be read, or has settings that this version does not know.
@@ -46,7 +46,7 @@ def with_settings_of(run: Path, config: Config, said: Sequence[str]) -> Config:
                 _put(merged, name, _get(composed, name))
         found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        remedy = "give an experiment, whose settings are taken then"
+        remedy = "give an experiment; its settings are used then"
         raise DataError(f"{path} cannot be taken over: {one_line(error)} ({remedy})") from error
     assert isinstance(found, Config)
     return found

@@ -1,4 +1,4 @@
-"""What a person sees of an evaluation under way: a bar on a terminal, elsewhere a line now and then."""
+"""The progress of an evaluation: a bar on a terminal, and elsewhere a line from time to time."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ _SIGN_OF_LIFE_S = 30.0
 
 
 class EvaluationProgress:
-    """The terminal of an evaluation; a context manager, which takes the bar down on the way out."""
+    """The terminal of an evaluation. It is a context manager, which removes the bar at the end."""
 
     def __init__(self, total: int, done: int):
         """`done` of the `total` problems were finished by an earlier start."""
@@ -56,7 +56,7 @@ class EvaluationProgress:
         self._console.print(table)
 
     def progress(self, done: int, _total: int, unit: str) -> None:
-        """So many problems of this start have been sampled."""
+        """Show how many problems have been sampled since this start."""
         finished = self._earlier + done
         self._bar.update(self._task, completed=finished)
         silent_s = time.monotonic() - self._last_sign_of_life

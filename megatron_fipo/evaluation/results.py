@@ -1,4 +1,4 @@
-"""An evaluation's results: scores with intervals, of each data set and of all together, as JSON and as a table."""
+"""An evaluation's results: scores with intervals, for each data set and all together, as JSON and as a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from megatron_fipo.tracking.validation import ProblemScores, ValidationScores, c
 
 
 def summarise(sampled: Sequence[SampledProblem], k: int) -> dict[str, Any]:
-    """The scores of all problems under "all", and of each data source by its name, ready for JSON.
+    """Return the scores of all problems under "all", and of each data source by its name, ready for JSON.
 
-    An interval is over problems: other problems of the same kind would have given another score. Where no response of
-    any problem could be judged, there are no accuracies.
+    An interval is over problems: it shows how the score would vary with other problems of the same kind. If no response
+    could be judged, there are no accuracies.
     """
     problems = [problem.scores(k) for problem in sampled]
     result = combine(problems, k)
@@ -54,12 +54,12 @@ def _part(
 
 
 def _powers_of_two(k: int) -> list[int]:
-    """1, 2, 4 … and k itself."""
+    """Return 1, 2, 4 … and k itself."""
     return sorted({1 << power for power in range(k.bit_length())} | {k})
 
 
 def _pass_at(judged: list[ProblemScores], draws: int) -> dict[str, float | None] | None:
-    # Of a problem some of whose checks failed there are fewer samples to draw from.
+    # If some checks of a problem failed, there are fewer samples to draw from.
     return _interval([pass_at_k(problem.judged, problem.right, min(draws, problem.judged)) for problem in judged])
 
 
@@ -72,7 +72,7 @@ def _interval(values: list[float]) -> dict[str, float | None] | None:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """A row for each data set, and one for all where there are several."""
+    """Return a row for each data set, and one for all if there are several."""
     named = [name for name in results if name != ALL]
     rows = named if len(named) == 1 else [*named, ALL]
     k = results[ALL]["samples"]
@@ -80,7 +80,7 @@ def table(results: dict[str, Any]) -> Table:
     shown.caption = f"[ ]: {LEVEL:.0%} interval over problems; length in tokens"
     shown.caption_justify = "left"
     titles = ["data set", "problems", f"avg@{k}", f"cons@{k}", f"pass@{k}", "length", "truncated"]
-    if k == 1:  # one sample a problem is its own majority, and its only chance
+    if k == 1:  # with one sample per problem, cons@k and pass@k are the same as avg@k
         titles = [title for title in titles if not title.startswith(("cons", "pass"))]
     for title in titles:
         shown.add_column(title, justify="left" if title == "data set" else "right")
@@ -94,7 +94,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def in_words(share: dict[str, float | None] | None) -> str:
-    """Such as 0.533 [0.36 0.70]; a dash where nothing could be judged."""
+    """Return a text such as 0.533 [0.36 0.70]; a dash if nothing could be judged."""
     if share is None or share["value"] is None:
         return "-"
     if share["low"] is None or share["high"] is None:

@@ -1,7 +1,6 @@
-"""The samples of an evaluation on disk: one line of JSON a problem, with all of its samples, as soon as it is judged.
+"""The samples of an evaluation on disk: one line of JSON per problem, with all its samples, as soon as it is judged.
 
-A line is whole or was never written as far as a reader can tell: one that a kill cut short is cut off, and its problem
-is sampled again, under the same seed.
+If a kill cuts the last line short, the line is removed, and its problem is sampled again with the same seed.
 """
 
 import os
@@ -18,17 +17,17 @@ from megatron_fipo.tracking.validation import ProblemScores, score_problem
 
 
 class JudgedSample(msgspec.Struct, frozen=True):
-    """One response and what came of it."""
+    """One response and its verdict."""
 
     text: str
     answer: str
-    """What was extracted from it."""
+    """The answer that was extracted from it."""
     accuracy: float | None
-    """None where the check came to no verdict."""
+    """None if the check failed."""
     outcome: str
     tokens: int
     finish_reason: str
-    """stop, or length where rollout.max_response_length cut it off."""
+    """stop, or length if rollout.max_response_length cut it off."""
 
 
 class SampledProblem(msgspec.Struct, frozen=True):
@@ -42,11 +41,11 @@ class SampledProblem(msgspec.Struct, frozen=True):
 
     @property
     def has_failed_checks(self) -> bool:
-        """Whether some response has no verdict."""
+        """Whether the check of some response failed."""
         return any(sample.accuracy is None for sample in self.samples)
 
     def scores(self, k: int) -> ProblemScores:
-        """By the code that scores training's validation."""
+        """Return the scores, computed by the same code as in training's validation."""
         results = [RewardResult(sample.accuracy or 0.0, 0.0, sample.answer, sample.outcome) for sample in self.samples]
         tokens = sum(sample.tokens for sample in self.samples)
         truncated = sum(sample.finish_reason == "length" for sample in self.samples)
@@ -54,17 +53,17 @@ class SampledProblem(msgspec.Struct, frozen=True):
 
 
 class SampleFile:
-    """Appends judged problems, from any thread; a context manager, which closes the file."""
+    """Appends judged problems, from any thread. It is a context manager, which closes the file."""
 
     def __init__(self, path: Path):
-        """Open the file, made if need be, and read what an earlier evaluation has left in it.
+        """Open the file, create it if needed, and read the problems of an earlier start.
 
         Raises:
             DataError: a line before the last is damaged. Names it.
         """
         self._lock = threading.Lock()
         self.done: dict[str, SampledProblem] = {}
-        """The finished problems by their ids; of one that is there twice, the later."""
+        """The finished problems by their ids. If one occurs twice, the later one counts."""
         self._file = path.open("a+b")
         try:
             self._file.seek(0)
@@ -89,7 +88,7 @@ class SampleFile:
         self._file.truncate(whole)
 
     def append(self, group: Group) -> None:
-        """Put a judged group on disk before this returns."""
+        """Write a judged group. It is on disk when this returns."""
         found = SampledProblem(
             problem=group.problem.id,
             data_source=group.problem.data_source,

@@ -1,4 +1,4 @@
-"""Whether servers that somebody else started serve the weights that are to be evaluated, and not a trainer's."""
+"""Check that servers that the user started serve the weights to evaluate, and not weights of a training run."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from megatron_fipo.engines.probes import INITIAL_VERSION, PROBE_TIMEOUT_S
 from megatron_fipo.errors import RolloutError
 
 _UNTOUCHED = ("default", str(INITIAL_VERSION))
-"""Labels of weights that no trainer has replaced: vLLM's own, and a pool's."""
+"""Labels of weights that no trainer has replaced: vLLM's own label, and the pool's."""
 
 
 def check_served(pool: EnginePool, model_dir: Path) -> None:
-    """Raise RolloutError for a server of another model, or one whose weights a run has updated, or that is not there.
+    """Raise RolloutError if a server has another model, or weights that a run has updated, or does not answer.
 
-    To be called before `EnginePool.wait_ready`, which labels weights anew.
+    Call it before `EnginePool.wait_ready`, which sets the weights' labels.
     """
     with httpx.Client(headers=pool.headers, timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
         for server in pool.servers:

@@ -1,4 +1,4 @@
-"""What an evaluation's numbers depend on. Another value is another evaluation, in another directory."""
+"""The settings on which an evaluation's results depend. With another value it is another evaluation and directory."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,9 @@ from megatron_fipo.records.problem import Problem
 
 
 def settings_of(config: Config, weights: Weights, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Flat, by the configuration's keys where there are some."""
+    """Return the settings in a flat dictionary, by the configuration's keys where there are keys."""
     rollout, reward = config.rollout, dataclasses.asdict(config.reward)
-    # How many verifiers there are, what may fail and how long a check may take changes no verdict.
+    # The number of verifiers, the allowed share of failures and the time limit do not change verdicts.
     for name in ("workers", "failed_share_warn", "failed_share_stop", "timeout_s", "overlong_buffer"):
         reward.pop(name)
     prompts = [(problem.id, problem.token_ids.tolist(), problem.ground_truth) for problem in problems]
@@ -53,7 +53,7 @@ def _environment(config: Config) -> dict[str, Any]:
 
 
 def directory_of(config: Config, weights: Weights, settings: dict[str, Any]) -> Path:
-    """Where this evaluation's files go: the same place for the same settings, so that it goes on there.
+    """Return the directory of this evaluation's files. The same settings give the same directory, so that it resumes.
 
     Raises:
         ConfigError: evaluation.directory is empty.
@@ -68,11 +68,11 @@ def directory_of(config: Config, weights: Weights, settings: dict[str, Any]) -> 
 
 
 def keep_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Write them into an evaluation's directory, or hold them against those that are there.
+    """Write the settings into an evaluation's directory, or compare them with those that are already there.
 
     Raises:
-        ConfigError: the directory holds an evaluation with other settings. Names the first that differs.
-        DataError: what is there cannot be read.
+        ConfigError: the directory has an evaluation with other settings. Names the first one that differs.
+        DataError: the saved settings cannot be read.
     """
     path = directory / SETTINGS_FILE
     if not path.exists():

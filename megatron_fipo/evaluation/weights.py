@@ -1,7 +1,8 @@
-"""Which weights `model.path` means to an evaluation, and how vLLM comes to read them.
+"""Find the weights that `model.path` means in an evaluation, and make them readable for vLLM.
 
-A Hugging Face directory is read as it is. A distributed checkpoint, which vLLM cannot read, becomes one for as long as
-the evaluation takes, in a process of its own, since that takes torch. A run's directory means its newest checkpoint.
+A Hugging Face directory is read as it is. vLLM cannot read a distributed checkpoint. So it is converted to a temporary
+Hugging Face directory, in a separate process, since the conversion needs torch. A run's directory means its newest
+checkpoint.
 """
 
 import hashlib
@@ -24,23 +25,23 @@ class Weights:
     """A model to evaluate."""
 
     directory: Path
-    """Where the weights are, with config.json and tokenizer."""
+    """The directory with the weights, config.json and tokenizer."""
     name: str
-    """For directories' and results' names, such as tiny or my-run-step-000024."""
+    """Used in the names of directories and results, such as tiny or my-run-step-000024."""
     run: Path | None
-    """The run that made them, if it is known."""
+    """The run that made the weights, if it is known."""
 
     def fingerprint(self) -> str:
-        """Changes with the files' names, sizes and times; their bytes are not read."""
+        """Return a hash of the files' names, sizes and times. The contents are not read."""
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
         states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return hashlib.sha256(repr((str(self.directory.resolve()), states)).encode()).hexdigest()[:16]
 
 
 def find_weights(path: str, fetch_command: str | None = None) -> Weights:
-    """What `model.path` names; a model of the hub is fetched unless it is there.
+    """Find the weights that `model.path` names. A model of the hub is downloaded if it is not in the cache.
 
-    `fetch_command` makes or fetches the configured model. ConfigError if there is nothing to evaluate.
+    `fetch_command` is the command that gets the configured model. ConfigError if there is nothing to evaluate.
     """
     if not path:
         raise ConfigError("model.path", "is empty", _REMEDY)
@@ -68,15 +69,15 @@ def _weights(directory: Path) -> Weights:
 
 
 def huggingface_directory(weights: Weights, work: Path) -> Path:
-    """The weights where vLLM can read them: as they are, or converted into `work`, there when complete.
+    """Return a directory that vLLM can read: the weights' own, or `work` with the complete conversion.
 
-    A conversion that was stopped goes on. WeightError, naming every tensor that does not fit.
+    A conversion that was stopped continues. WeightError names every tensor that does not fit.
     """
     if not is_checkpoint(weights.directory):
         return weights.directory
     if work.is_dir():
         return work
-    # Spawned: the interpreter that evaluates stays free of torch, and its threads do not get into the way.
+    # Spawned, so that the evaluating process does not import torch, and its threads do not disturb.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             pool.submit(_convert, weights.directory, work).result()

@@ -1,1 +1,1 @@
-"""Parts of the command export: the model card, the upload, the bar that shows how far it is."""
+"""Parts of the command export: the model card, the upload, the progress bar."""

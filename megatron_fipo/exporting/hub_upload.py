@@ -1,4 +1,4 @@
-"""Uploads a model directory to the model hub. Its token comes from HF_TOKEN or a login, never from a command line."""
+"""Upload a model directory to the model hub. The token comes from HF_TOKEN or a login, never from a command line."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ class UploadError(FipoError):
 
 
 def prepare_repository(name: str) -> None:
-    """Make a private repository unless there is one: what the hub would refuse after a conversion, it refuses now."""
+    """Create a private repository if there is none. If the hub refuses, it does so before the conversion."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().create_repo(name, private=True, exist_ok=True)
-    except Exception as error:  # the client's are many, of several libraries
+    except Exception as error:  # the client raises exceptions of several libraries
         raise UploadError(f"push={name}: the hub cannot be reached or refuses: {one_line(error)}; {_REMEDY}") from error
 
 
 def upload(directory: Path, name: str, message: str) -> str:
-    """Upload all files of a model directory as one commit; the address of the repository."""
+    """Upload all files of a model directory as one commit. Return the address of the repository."""
     from huggingface_hub import HfApi
 
     try:

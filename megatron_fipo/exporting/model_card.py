@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it was trained from, how, and what came of it."""
+"""README.md of an exported model: the base model, how it was trained, and the results."""
 
 import json
 from importlib import metadata
@@ -16,10 +16,10 @@ _FENCE = "---\n"
 
 
 def write_card(directory: Path, run: Path | None, step: int | None) -> None:
-    """Write the card into a model directory. A card that is there is the base model's, and is kept beside it.
+    """Write the card into a model directory. The base model's card, if there is one, is kept beside it.
 
-    Without a run there is nothing to tell: a card that is there stays. What the base model's says of its license and
-    languages holds for this one. Directories are named by their last part, so that no card tells a user's name.
+    Without a run there is nothing to report, and an existing card is kept. The license and the languages are copied
+    from the base model's card. Directories are named by their last part, so that no card contains a user's name.
     """
     path = directory / CARD
     base = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -87,7 +87,7 @@ def _facts(config: dict[str, Any], run: Path, step: int | None) -> dict[str, str
 
 
 def _name(path: str) -> str:
-    """A hub id as it is; of a path on a disk its last part."""
+    """Return a hub id as it is, and the last part of a path on a disk."""
     return path if hub_id(path) is not None or ":" in path else Path(path).name
 
 
@@ -103,7 +103,7 @@ def _at(config: dict[str, Any], key: str) -> Any:
 
 
 def _front_matter(card: str) -> dict[str, Any]:
-    """The YAML header of a card; empty where it has none that can be read."""
+    """Return the YAML header of a card; empty if it has no readable header."""
     if not card.startswith(_FENCE):
         return {}
     try:

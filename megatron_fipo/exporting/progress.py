@@ -1,4 +1,4 @@
-"""The bar of a command that moves many bytes."""
+"""The progress bar of a command that reads or writes many bytes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; what is yielded moves it, given the bytes done and all bytes."""
+    """Show a bar on the terminal. The yielded function updates it, given the bytes done and the total bytes."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
     columns += [TransferSpeedColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)

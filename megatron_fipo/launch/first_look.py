@@ -1,7 +1,7 @@
-"""What can be found out before a run's processes start: the data's first rows, and whether code can be imported.
+"""Check what can be checked before a run's processes start: the data's first rows, and the import of the user's code.
 
-In a process of its own: the libraries that read tables and ask the hub would stay in the launcher's memory for the
-whole run, and their threads would take the signals that it waits for.
+This runs in its own process. Otherwise the libraries that read tables and call the hub would stay in the launcher's
+memory for the whole run, and their threads would receive the signals that the launcher waits for.
 
     python -m megatron_fipo.launch.first_look CONFIGURATION SPLIT...
 """
@@ -27,19 +27,19 @@ from megatron_fipo.processes.worker_process import WorkerHung, WorkerProcess
 from megatron_fipo.rewards.process import verifier_process
 
 LONGEST_IMPORT_S = 5.0
-"""How long a module of the user's may take to import here. A longer one is judged when its processes have started."""
+"""Time limit for importing a module of the user's here. If it takes longer, the run's processes check it later."""
 
 
 def splits_read(config: Config) -> tuple[str, ...]:
-    """The splits of the problems that a training run reads."""
+    """Return the splits of the problems that a training run reads."""
     return ("train", "validation") if config.validation.every else ("train",)
 
 
 def look_first(config: Config, splits: tuple[str, ...]) -> None:
-    """Refuse data and code of the user's that a run could not use, and fetch what is on the hub, before it starts.
+    """Refuse data and user code that a run could not use, and download data from the hub, before processes start.
 
     Raises:
-        FipoError: what the run would end with; names the file, the row and the column, or the function.
+        FipoError: the error with which the run would end; names the file, the row and the column, or the function.
     """
     with tempfile.TemporaryDirectory(prefix="megatron_fipo-look-") as place, Listener() as listener:
         file = Path(place) / "config.yaml"
@@ -58,13 +58,13 @@ def look_first(config: Config, splits: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """The process that looks."""
+    """Run as the process that checks."""
     with refusals_in_one_line():
         look_here(resolved.read(Path(sys.argv[1])), tuple(sys.argv[2:]))
 
 
 def look_here(config: Config, splits: tuple[str, ...]) -> None:
-    """`look_first`, in this process."""
+    """Do the checks of `look_first` in this process."""
     with ExitStack() as beside:
         if own_rule(config.reward.rule) is not None:
             beside.enter_context(_imported(verifier_process(config.reward)))
@@ -75,7 +75,7 @@ def look_here(config: Config, splits: tuple[str, ...]) -> None:
 
 @contextmanager
 def _imported(worker: WorkerProcess) -> Iterator[None]:
-    """Import code of the user's own, as a run's worker does, beside what is done in here. FipoError, as a run's."""
+    """Import the user's own code, as a run's worker does, while the block runs. Raises FipoError, as a run would."""
     with ThreadPoolExecutor(1) as threads:
         started = threads.submit(worker.ensure_started, LONGEST_IMPORT_S)
         try:

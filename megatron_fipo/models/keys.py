@@ -1,7 +1,7 @@
-"""Every key that a model's config.json may have: understood, refused unless it changes nothing, or harmless.
+"""Every key that a model's config.json may have: understood, refused unless it has no effect, or harmless.
 
-A key that is in none of the three tables is refused, since nobody has looked at what it does to the model. To allow
-one, find out whether transformers' model or vLLM's reads it, and add it to the table that is right for it.
+A key that is in none of the three tables is refused, since nobody has checked what it does to the model. To allow a
+key, find out whether the model class of transformers or of vLLM reads it, and add it to the right table.
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ _TOKEN = whole(0, 2**31 - 1)
 _DTYPE = only("float32", "bfloat16", "float16", "float64", None)
 
 UNDERSTOOD: Mapping[str, Kind] = {
-    # What is built.
+    # The architecture and its sizes.
     "architectures": Kind(
-        f"a list of one of {', '.join(FAMILIES)}",
+        f"a list with one of {', '.join(FAMILIES)}",
         lambda value: isinstance(value, list) and len(value) == 1 and value[0] in list(FAMILIES),
     ),
     "model_type": only(*(family.model_type for family in FAMILIES.values())),
@@ -43,14 +43,14 @@ UNDERSTOOD: Mapping[str, Kind] = {
     "tie_word_embeddings": BOOLEAN,
     "rms_norm_eps": number(0, 1),
     "eos_token_id": or_null(either(_TOKEN, list_of(_TOKEN))),
-    # Positions; models/rope.py reads what is inside.
+    # Positions. models/rope.py reads the nested values.
     "max_position_embeddings": whole(1, 10**9),
     "original_max_position_embeddings": whole(1, 10**9),
     "rope_theta": number(1, 1e15),
     "rope_parameters": DICTIONARY,
     "rope_scaling": DICTIONARY,
     "partial_rotary_factor": only(1.0, None),
-    # What Megatron-Core could compute otherwise and here does in one way.
+    # Options of which only one value is supported here.
     "hidden_act": only("silu"),
     "attention_bias": only(False),
     "mlp_bias": only(False),
@@ -58,17 +58,17 @@ UNDERSTOOD: Mapping[str, Kind] = {
     "layer_types": or_null(list_of(only("full_attention"))),
     "sliding_window": only(None),
     "max_window_layers": whole(0, 2**31 - 1),
-    # The type of the stored weights; a run's own are model.dtype and rollout.dtype.
+    # The type of the stored weights. A run uses model.dtype and rollout.dtype instead.
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
-    # Not used, but transformers refuses the whole file for other values.
+    # Not used, but with other values transformers refuses the whole file.
     "attention_dropout": UNUSED_NUMBER,
     "initializer_range": Kind("a number from 0.0 to 1.0", lambda value: type(value) is float and 0 <= value <= 1),
     "bos_token_id": or_null(whole(-1, 2**31 - 1)),
 }
-"""Keys that are read, with the values that can be computed. Where one is lacking, `Family.defaults` or null stands.
+"""Keys that are read, with the supported values. A missing key has its value from `Family.defaults`, or null.
 
-A family says which keys mean another thing in it (`Family.keys`), of this table or the next.
+A family can give keys of this table and the next another meaning (`Family.keys`).
 """
 
 _NONE = only(None)
@@ -134,17 +134,17 @@ REFUSED: Mapping[str, Kind] = {
     "alibi": _OFF,
     "position_embedding_type": only(None, "rope"),
 }
-"""Keys that would make another model of it, each with the values that do not. vLLM takes not every null for absent."""
+"""Keys that would change the model, each with the values that do not. vLLM does not treat every null as absent."""
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
-    "Dropout and initialisation: a run draws no weights and trains without dropout": (
+    "Dropout and initialisation: a run does not initialise weights and trains without dropout": (
         "hidden_dropout",
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
         "resid_pdrop",
         "embd_pdrop",
     ),
-    "Tokens: read by the tokenizer, or not at all": (
+    "Tokens: only the tokenizer reads these, if anything does": (
         "pad_token_id",
         "sep_token_id",
         "unk_token_id",
@@ -157,7 +157,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "model_max_length",
         "max_sequence_length",
     ),
-    "Sampling: a run sends its own with every request": (
+    "Sampling: a run sends its own settings with every request": (
         "max_length",
         "min_length",
         "max_new_tokens",
@@ -185,7 +185,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "suppress_tokens",
         "begin_suppress_tokens",
     ),
-    "How the same numbers are computed, or what else is returned": (
+    "How the same numbers are computed, or what is returned in addition": (
         "use_cache",
         "return_dict",
         "output_hidden_states",
@@ -226,6 +226,6 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "unsloth_fixed",
     ),
 }
-"""Keys that change nothing that a run computes, by the reason why."""
+"""Keys that do not change what a run computes, by the reason why."""
 
 HARMLESS_KEYS = frozenset(key for keys in HARMLESS.values() for key in keys)

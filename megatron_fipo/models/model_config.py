@@ -1,7 +1,7 @@
-"""Reads a model's config.json whole: the one owner of what it says. Imports no torch.
+"""Read and check a model's config.json. No other module reads this file. Imports no torch.
 
-Every key is understood, known to be harmless, or refused (`keys.py`, and each family's own file); so is every
-value, before anything is built of it. Preflight, planner, training, conversion and the engines' plugin all read through
+Every key is understood, known to be harmless, or refused (`keys.py`, and each family's own file). Every value is
+checked before anything is built. Preflight, planner, training, conversion and the engines' plugin all use
 `read_architecture`.
 """
 
@@ -22,10 +22,10 @@ from megatron_fipo.models.kinds import shown
 from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
-"""What AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside the weights that they quantise."""
+"""Files that AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside quantised weights."""
 
 ADAPTER_FILE = "adapter_config.json"
-"""What PEFT writes beside an adapter, which transformers would add to the weights and vLLM would not."""
+"""The file that PEFT writes beside an adapter. transformers would add the adapter to the weights, vLLM would not."""
 
 QUANTIZED_REMEDY = "a directory with the original weights, in float32, bfloat16 or float16"
 
@@ -43,7 +43,7 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What config.json says about a model: every number that shapes its weights or its forward pass."""
+    """The contents of config.json: every value that determines the model's weights or its forward pass."""
 
     architecture: str
     """Name in config.json's `architectures`, such as Qwen2ForCausalLM."""
@@ -63,16 +63,16 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     window: int | None = None
-    """Tokens that every layer attends to, a token itself included; None: all before it."""
+    """Number of tokens that a token attends to in every layer, including itself; None: all tokens before it."""
 
     @property
     def family(self) -> Family:
-        """What is the same for all models of the architecture."""
+        """The properties that all models of the architecture have in common."""
         return FAMILIES[self.architecture]
 
     @property
     def original_context(self) -> int:
-        """Tokens of the context that the rotary frequencies were made for, before any stretching."""
+        """Length of the context for which the rotary frequencies were made, before any scaling, in tokens."""
         if isinstance(self.rope_scaling, Llama3Scaling):
             return self.rope_scaling.original_max_position_embeddings
         return self.max_position_embeddings
@@ -80,13 +80,13 @@ class ModelConfig:
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """The vocabulary rounded up to a multiple of the tensor-parallel size.
 
-        The extra rows are zeros on load and dropped on export. Their logits are 0, not −∞: whoever normalises over the
-        vocabulary has to leave them out.
+        The extra rows are zeros on load and dropped on export. Their logits are 0, not −∞, so code that normalises over
+        the vocabulary has to leave them out.
         """
         return math.ceil(self.vocab_size / tensor_parallel_size) * tensor_parallel_size
 
     def dimension(self, name: str) -> int:
-        """The length that a dimension's name in the tables stands for."""
+        """Return the length of a dimension, given its name in the tables."""
         return {
             "vocabulary": self.vocab_size,
             "hidden": self.hidden_size,
@@ -98,10 +98,10 @@ class ModelConfig:
 
 
 def read_architecture(model_dir: str | Path) -> ModelConfig:
-    """What there is to know of the Hugging Face model in `model_dir`, from the config.json of transformers 4 or 5.
+    """Read the config.json, of transformers 4 or 5, of the Hugging Face model in `model_dir`.
 
-    Raises ConfigError, naming the file and the key, for a file that is no config.json, a key that nobody has looked
-    at, a value that cannot be computed exactly, and quantised weights.
+    Raises ConfigError, naming the file and the key, if the file is not a config.json, a key is not known, a value is
+    not supported, or the weights are quantised.
     """
     path = Path(model_dir) / "config.json"
     _check_files_beside(path.parent)
@@ -150,9 +150,9 @@ def _refusal(path: Path, key: str, problem: str, remedy: str) -> ConfigError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in the file. Numbers too long for any use, NaN and infinity are left for the keys' own checks."""
+    """Read the object in the file. NaN, infinity and numbers with too many digits are left for the keys' own checks."""
     remedy = "config.json is a JSON object, as transformers writes it"
-    if not os.path.isfile(path):  # unlike Path's, it never raises
+    if not os.path.isfile(path):  # unlike Path.is_file, it never raises
         raise ConfigError("model.path", f"{path} does not exist", "give a Hugging Face model directory")
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -218,7 +218,7 @@ def _check_key(path: Path, family: Family, key: str, value: Any) -> None:
 
 
 def _heads(path: Path, family: Family, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Query heads, key-value heads and the width of one head."""
+    """Return the numbers of query heads and key-value heads, and the width of one head."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if "num_key_value_heads" not in config:
         raise _refusal(path, "num_key_value_heads", "is missing", "add it; null is as many as num_attention_heads")
@@ -240,7 +240,7 @@ def _heads(path: Path, family: Family, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
-    """What is said of single layers."""
+    """Check the keys that describe single layers."""
     kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
     if kinds is not None and len(kinds) != layers:
         problem = f"has {len(kinds)} entries, num_hidden_layers is {layers}"
@@ -248,7 +248,7 @@ def _check_layers(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _name(key: str) -> str:
-    """A key as it is, or quoted and shortened where it is no plain word."""
+    """Return a key as it is, or quoted and shortened if it is not a plain word."""
     plain = len(key) <= 80 and key.isascii() and key.replace(".", "_").replace("-", "_").isidentifier()
     return key if plain else shown(key)
 

@@ -1,8 +1,8 @@
-"""One table per model: how its Hugging Face tensors become Megatron-Core parameters and how they are cut.
+"""One table per model: how its Hugging Face tensors become Megatron-Core parameters, and how they are cut.
 
-Loading, export, the printed plan and live weight updates all read `parameters(model_config)`, where that is what
-`models/model_config.py` reads from config.json. The rules of a layer are the family's (`models/families/`), those
-outside of layers stand here. Imports no torch, so that a configuration can be checked against it at once.
+Loading, export, the printed plan and live weight updates all use `parameters(model_config)`, where `model_config` comes
+from `models/model_config.py`. The rules of a layer belong to the family (`models/families/`). The rules outside of
+layers are here. Imports no torch, so that a configuration can be checked quickly.
 """
 
 import math
@@ -18,29 +18,29 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Transformer Engine keeps a norm inside the linear layer after it; the tables use the local specification's names."""
+"""Transformer Engine stores a norm in the linear layer after it. The tables use the local specification's names."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A rule with its layer and sizes filled in: one Megatron-Core parameter of the whole model."""
+    """One Megatron-Core parameter of the whole model: a rule with its layer and sizes."""
 
     megatron: str
-    """Name with the global layer index, by the local layer specification."""
+    """Its name in the local layer specification, with the global layer index."""
     names: tuple[str, ...]
-    """Hugging Face tensors it is made of, in the order in which they are joined."""
+    """The Hugging Face tensors that form it, in the order in which they are joined."""
     shapes: tuple[tuple[int, ...], ...]
     """Their full shapes."""
     cut: int | None
     head_groups: int
-    """Groups that the parts are interleaved by, over the whole model; 0: the parts lie one after the other."""
+    """Number of head groups in the whole model by which the parts are interleaved; 0: not interleaved."""
     padded: bool
     """Whether the cut dimension is rounded up to a multiple of the tensor-parallel size, with zeros."""
     exported: bool = True
-    """False for the output layer's copy of a tied embedding."""
+    """Whether it is exported. False for the output layer's copy of a tied embedding."""
 
     def local_shape(self, tensor_parallel_size: int) -> tuple[int, ...]:
-        """Shape of the parameter on each tensor-parallel rank."""
+        """Return the shape of the parameter on each tensor-parallel rank."""
         pieces = [list(shape) for shape in self.shapes]
         if self.cut is not None:
             for piece in pieces:
@@ -49,7 +49,7 @@ class Parameter:
 
 
 def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
-    """Every Megatron-Core parameter of a model by its name, in export order: embedding, layers, final norm, output."""
+    """Return every Megatron-Core parameter by name, in export order: embedding, layers, final norm, output."""
     layer_rules = model_config.family.layer
     table = [_fill(_EMBEDDING, model_config)]
     table += [_fill(rule, model_config, layer) for layer in range(model_config.num_layers) for rule in layer_rules]
@@ -62,10 +62,10 @@ def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
 
 
 def canonical_name(name: str, layer: int | None) -> str:
-    """The name in `parameters` of a model chunk's parameter.
+    """Return the name that a model chunk's parameter has in `parameters`.
 
-    `layer` is the global index of the layer it belongs to (name counts from the chunk's first one), None outside
-    layers.
+    `layer` is the global index of its layer, or None outside of layers. `name` counts layers from the first layer of
+    the chunk.
     """
     if layer is None:
         return name

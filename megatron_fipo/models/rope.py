@@ -1,4 +1,4 @@
-"""The rotary embedding that a config.json describes, in any of the places where transformers 4 and 5 write it."""
+"""Read the rotary embedding from config.json, in all forms in which transformers 4 and 5 write it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ DEFAULT_THETA = 10000.0
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Every frequency divided by the factor."""
+    """Every frequency is divided by the factor."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3's stretching: long wavelengths by the factor, short ones not at all, those between by a part."""
+    """Llama 3's scaling: long wavelengths by the factor, short ones not at all, and those in between by a part."""
 
     factor: float
     low_freq_factor: float
@@ -34,7 +34,7 @@ KEYS_OF_TYPE: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""Rope types that can be computed exactly, and the keys that each has, all of them."""
+"""The supported rope types, with all keys of each."""
 
 _PLACES = ("rope_parameters", "rope_scaling")
 _THETA = "rope_theta"
@@ -43,7 +43,7 @@ _FACTOR = number(0, 1e15)
 
 
 class RopeProblem(Exception):
-    """What is wrong: the key, what is said of it, and what would be right."""
+    """A problem: the key, what is wrong with it, and what would be right."""
 
     def __init__(self, key: str, problem: str, remedy: str):
         super().__init__(key, problem, remedy)
@@ -51,11 +51,11 @@ class RopeProblem(Exception):
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base of the rotary frequencies, and how they are stretched.
+    """Return the base of the rotary frequencies, and how they are scaled.
 
-    `config` is a whole config.json. transformers 5 writes everything into rope_parameters, transformers 4 the base as
-    rope_theta and the rest into rope_scaling. Programs differ in which of two places they follow, so all must agree.
-    Raises RopeProblem.
+    `config` is a whole config.json. transformers 5 writes everything into rope_parameters. transformers 4 writes the
+    base as rope_theta, and the rest into rope_scaling. If there are both, programs differ in which one they read, so
+    they must agree. Raises RopeProblem.
     """
     places = [place for place in _PLACES if config.get(place)] or [_PLACES[0]]
     described = [_read_place(place, config.get(place) or {}, config) for place in places]
@@ -66,7 +66,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What one dictionary says together with the keys beside it: the type as rope_type, then each key of that type."""
+    """Read one dictionary together with the keys beside it: the type as rope_type, then each key of that type."""
     rope = dict(given)
     kind = rope.pop("type", rope.get("rope_type", "default"))
     if rope.setdefault("rope_type", kind) != kind:
@@ -82,7 +82,7 @@ def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any])
     allowed = ("rope_type", _THETA, *KEYS_OF_TYPE[kind])
     for key, value in rope.items():
         if key not in allowed:
-            raise RopeProblem(f"{place}.{key}", f"is no key of rope_type {kind}", f"it has {', '.join(allowed)}")
+            raise RopeProblem(f"{place}.{key}", f"is not a key of rope_type {kind}", f"it has {', '.join(allowed)}")
         if key != "rope_type" and not (right := UNDERSTOOD.get(key, _FACTOR)).accepts(value):
             raise RopeProblem(f"{place}.{key}", f"= {shown(value)} is not supported", f"it must be {right.expected}")
     rope.setdefault(_THETA, config.get(_THETA, DEFAULT_THETA))
@@ -96,7 +96,7 @@ def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any])
 
 
 def _check_beside(place: str, rope: Mapping[str, Any], key: str, value: Any) -> None:
-    """A key beside the dictionary must be in it too, with the same value: programs differ in which they follow."""
+    """Check that a key beside the dictionary has the same value in it: programs differ in which one they read."""
     if key not in rope:
         raise RopeProblem(key, f"= {shown(value)}, but rope_type {rope['rope_type']} has no such key", "remove it")
     if not same_value(rope[key], value):

@@ -1,4 +1,4 @@
-"""How Hugging Face tensors become Megatron-Core parameters: the rules that families are put together from.
+"""Rules of how Hugging Face tensors become Megatron-Core parameters. Each family is a list of such rules.
 
 Names are those of Megatron-Core's local layer specification. `models/parameters.py` fills in layers and sizes.
 """
@@ -10,7 +10,7 @@ LAYER_PREFIX = "decoder.layers."
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor of a rule: its name, with {layer} where it has one, and the names of its dimensions.
+    """One Hugging Face tensor of a rule: its name, with {layer} for the layer, and the names of its dimensions.
 
     Dimensions are vocabulary, hidden, query, key_value, head and ffn.
     """
@@ -21,20 +21,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one Megatron-Core parameter is made of Hugging Face tensors."""
+    """How one Megatron-Core parameter is formed from Hugging Face tensors."""
 
     megatron: str
     sources: tuple[Source, ...]
     cut: int | None
-    """Dimension of each source that tensor parallelism cuts into equal parts; None: every rank has the whole."""
+    """Dimension of each source that tensor parallelism cuts into equal parts; None: every rank has the whole tensor."""
     interleaved: bool = False
-    """How a rank's parts of several sources are joined on dimension 0: by head group, or one after the other."""
+    """Whether a rank's parts of several sources are joined by head group on dimension 0, or one after the other."""
 
 
 def layer_rule(
     megatron: str, *sources: tuple[str, tuple[str, ...]], cut: int | None = None, interleaved: bool = False
 ) -> Rule:
-    """A rule of every layer. `megatron` and the names in `sources` are relative to the layer."""
+    """Return a rule that applies to every layer. `megatron` and the names in `sources` are relative to the layer."""
     return Rule(
         megatron=LAYER_PREFIX + "{layer}." + megatron,
         sources=tuple(Source("model.layers.{layer}." + name, shape) for name, shape in sources),

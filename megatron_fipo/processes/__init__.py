@@ -1,1 +1,1 @@
-"""The processes of a run on one machine: how they end, why they did, and what they leave."""
+"""The processes of a run on one machine: how they end, the reason why, and what they leave behind."""

@@ -1,4 +1,4 @@
-"""Where rank 0 listens for the other ranks: on one address, and on loopback where all of them are on one machine."""
+"""The address on which rank 0 listens for the other ranks. It is loopback if all ranks are on one machine."""
 
 import ipaddress
 import os
@@ -8,23 +8,23 @@ LOOPBACK = "127.0.0.1"
 
 
 def several_nodes() -> bool:
-    """Whether the trainer's ranks are on more than one machine."""
+    """Return whether the trainer's ranks are on more than one machine."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def unlike_elsewhere(address: str) -> bool:
-    """Whether other nodes know the host by another address: some name themselves as 127.0.1.1 in their own hosts file.
+    """Return whether other nodes know this host by another address, as when its hosts file maps its name to 127.0.1.1.
 
-    Then only all interfaces will do.
+    Then rank 0 has to listen on all interfaces.
     """
     return several_nodes() and ipaddress.ip_address(address).is_loopback
 
 
 def listen_for_ranks() -> tuple[socket.socket, str]:
-    """A listening socket on a free port of the interface at which the ranks meet, and its host:port for all of them.
+    """Return a listening socket on a free port of the interface at which ranks meet, and its host:port for all ranks.
 
-    OSError: MASTER_ADDR, where they meet, is no address of this machine.
+    Raises OSError if MASTER_ADDR, where the ranks meet, is not an address of this machine.
     """
     if not several_nodes():
         listener = socket.create_server((LOOPBACK, 0), backlog=1024)

@@ -1,4 +1,4 @@
-"""How the processes of a run end together: with their parent, with their orphans, through their `finally` blocks."""
+"""End the processes of a run together: with their parent, including orphans, and through their `finally` blocks."""
 
 import contextlib
 import ctypes
@@ -14,15 +14,15 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 LISTENER_VARIABLE = "FIPO_STORE_FD"
-"""Names the listening socket, at which a run's ranks meet, that rank 0 inherits from the launcher."""
+"""Variable with the descriptor of the listening socket that rank 0 inherits, at which the ranks meet."""
 
 
 LAUNCHER_PARENT = "FIPO_LAUNCHER_PARENT"
-"""Names the process, such as a notebook's, that has started a launcher, which is not to outlive it."""
+"""Variable with the id of the process, such as a notebook, that started the launcher. The launcher ends with it."""
 
 
 def die_with_library() -> None:
-    """In a launcher: end with the process that LAUNCHER_PARENT names, if one does."""
+    """In a launcher: end with the process that LAUNCHER_PARENT names, if it is set."""
     parent = os.environ.pop(LAUNCHER_PARENT, None)
     if parent is not None:
         die_with_parent(int(parent))
@@ -36,11 +36,11 @@ def _prctl(option: int, value: int) -> None:
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, even by SIGKILL. Outlives exec, but not fork.
+    """Have the kernel kill this process when its parent ends, even by SIGKILL. This survives exec, but not fork.
 
-    Meant for a child between fork and exec (`preexec_fn`), or at its start. `parent_pid` is who the parent was before
-    the fork: a child whose parent has already gone ends at once. The kernel watches the *thread* that forked, so a
-    child that must outlive a thread has to be started from another one.
+    It is called in a child between fork and exec (`preexec_fn`), or at its start. `parent_pid` is the parent before the
+    fork: if that has already ended, the child ends at once. The kernel watches the *thread* that forked. So a child
+    that must outlive a thread has to be started from another thread.
     """
     expected = os.getppid() if parent_pid is None else parent_pid
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -51,8 +51,8 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 def terminate_on_sigterm() -> None:
     """Turn the first SIGTERM or SIGINT into SystemExit, status 143 or 130, in the main thread; ignore later ones.
 
-    So `finally` blocks run, no traceback hides what was asked for, and a second signal (torchrun sends SIGTERM after a
-    terminal's Ctrl-C) does not cut the clean-up short: whoever stops the process for good uses SIGKILL.
+    So `finally` blocks run, and there is no traceback. A second signal does not interrupt the clean-up: torchrun sends
+    SIGTERM after a terminal's Ctrl-C. SIGKILL still ends the process at once.
     """
 
     def unwind(signum: int, _frame: object) -> None:
@@ -61,17 +61,17 @@ def terminate_on_sigterm() -> None:
         sys.exit(128 + signum)
 
     signal.signal(signal.SIGTERM, unwind)
-    # A run started in the background by a script ignores the terminal's Ctrl-C, and goes on doing so.
+    # A run that a script started in the background ignores the terminal's Ctrl-C. Keep it so.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, unwind)
 
 
 @contextlib.contextmanager
 def no_descendant_left(timeout_s: float = 5.0) -> Iterator[set[psutil.Process]]:
-    """On leaving, kill every process that was started inside and still lives, at any depth. Yields the older children.
+    """At exit, kill every process that was started inside the block and is still alive, at any depth.
 
-    Grandchildren whose own parent crashed are handed to this process (as their subreaper) instead of to init, so that
-    they too are found. Children that were there on entry are left alone.
+    Yields the children that existed before; they are not killed. If the parent of a grandchild crashes, this process
+    becomes the new parent (as subreaper) instead of init, so that the grandchild is found too.
     """
     older = set(psutil.Process().children())
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -83,7 +83,7 @@ def no_descendant_left(timeout_s: float = 5.0) -> Iterator[set[psutil.Process]]:
 
 
 def kill_descendants(besides: set[psutil.Process]) -> list[psutil.Process]:
-    """SIGKILL this process's children, but for `besides`, with all that they started; return them, not yet reaped."""
+    """SIGKILL this process's children, except for `besides`, and all their descendants. Return them, not yet reaped."""
     children = [child for child in psutil.Process().children() if child not in besides]
     doomed = list(children)
     for child in children:

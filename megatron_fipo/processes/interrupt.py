@@ -1,7 +1,7 @@
-"""Ctrl-C in a run that this package's launcher has started: the run ends where nothing is lost that was trained.
+"""Handle Ctrl-C in a run that this package's launcher has started: the run stops without losing an update.
 
-The launcher sends one SIGINT, to rank 0, which tells the others where all of them meet. Before the first step and under
-other launchers a SIGINT ends a rank at once: processes.terminate_on_sigterm.
+The launcher sends one SIGINT to rank 0. Rank 0 tells the others at the next point where all ranks meet. Before the
+first step, and under other launchers, a SIGINT ends a rank at once (processes.terminate_on_sigterm).
 """
 
 import asyncio
@@ -14,36 +14,36 @@ from megatron_fipo.processes.ending import LISTENER_VARIABLE
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C broke off what only rank 0 was doing. A KeyboardInterrupt, which asyncio lets through."""
+    """Ctrl-C interrupted work of rank 0 alone. It is a KeyboardInterrupt, since asyncio passes this through."""
 
 
 class CtrlC:
-    """Rank 0's record of a Ctrl-C. On other ranks, and under other launchers, it never hears of one."""
+    """Rank 0's record of a Ctrl-C. On other ranks, and under other launchers, it never receives one."""
 
     def __init__(self, is_led: bool | None = None) -> None:
-        """To be made at the start, before ranks meet: the variable that tells of the launcher goes then.
+        """Create it at the start, before ranks meet: the variable that names the launcher is removed then.
 
-        `is_led` says what is not to be read from that variable.
+        `is_led` is used instead of that variable if it is given.
         """
         self.asked = False
         self.is_led = LISTENER_VARIABLE in os.environ if is_led is None else is_led
-        """Whether this is rank 0 of our own launcher, or a process that gets a SIGINT from another of the run alone."""
+        """Whether this is rank 0 under our own launcher, or a process to which only another one sends SIGINT."""
         self._breaks = False
 
     def begin(self) -> None:
-        """From here on a Ctrl-C asks to stop, and no longer ends this process. In the main thread."""
-        # A script's background ignores the terminal's Ctrl-C, and goes on doing so.
+        """From now on a Ctrl-C requests a stop, and no longer ends this process. Call it in the main thread."""
+        # A run that a script started in the background ignores the terminal's Ctrl-C. Keep it so.
         if self.is_led and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._on_signal)
 
     @contextmanager
     def breaks(self, allowed: bool = True) -> Iterator[None]:
-        """A Ctrl-C raises Interrupted in here, also one from before; or not, inside such a place, unless `allowed`."""
+        """Raise Interrupted on a Ctrl-C in the block, or on an earlier one. With `allowed` false, do not raise it."""
         before, self._breaks = self._breaks, allowed
         try:
             self._raise_if_asked()
             yield
-        except asyncio.CancelledError:  # by `_on_signal`, if that was called
+        except asyncio.CancelledError:  # `_on_signal` cancels, if it was called
             if not self.asked:
                 raise
             raise Interrupted from None
@@ -58,8 +58,8 @@ class CtrlC:
         except RuntimeError:
             self._raise_if_asked()
             return
-        # Raised here, it would come up in one of the loop's tasks, and once more in each that waits for that one, or be
-        # lost in a callback.
+        # If it were raised here, it would appear in one of the loop's tasks and again in each task that waits for it,
+        # or be lost in a callback.
         if self._breaks:
             loop.call_soon_threadsafe(_cancel_all, loop)
 

@@ -1,7 +1,7 @@
-"""What a run puts outside its directory, shared memory and sockets, under names that tell whose it is.
+"""Name and remove the shared memory and sockets that a run creates outside its directory.
 
-A process that is killed removes nothing. Each name begins with the run's directory, as a hash, and the process that put
-it there: once that process is dead, nobody else can need it, and the next run in the directory removes it.
+A killed process cannot remove them. Each name begins with a hash of the run's directory and the id of the process that
+created it. Once that process is dead, nobody needs them, and the next run in the same directory removes them.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 NAMES_VARIABLE = "FIPO_NAMES"
-"""Tells a run's servers how their shared memory has to be called."""
+"""Variable that tells a run's servers how to name their shared memory."""
 
-# write_atomically's files, and a checkpoint that is being written or removed.
+# Files of write_atomically, and a checkpoint that is being written or removed.
 _PARTIAL = re.compile(r"\..+\.\d+\.partial|\.step-\d+(\.removed)?\.partial")
 _PARTIAL_PLACES = (".", "samples", "validation", "checkpoints", "huggingface")
 _CLOCKS_S = 60.0
@@ -32,7 +32,7 @@ _RANDOM_CHARACTERS = 8
 
 
 def prefix(run_directory: Path) -> str:
-    """How the names begin of what this process puts outside the directory of its run."""
+    """Return the beginning of all names that this process creates outside the directory of its run."""
     return f"{_of_run(run_directory)}{os.getpid()}-"
 
 
@@ -41,15 +41,15 @@ def _of_run(run_directory: Path) -> str:
 
 
 def remove_partial_files(run_directory: Path) -> list[Path]:
-    """Remove what dead runs have begun to write in their directory, which the caller has for itself; what it was."""
+    """Remove the partial files of dead runs in this directory, which only the caller uses now. Return their paths."""
     found = [path for place in _PARTIAL_PLACES for path in (run_directory / place).glob(".*.partial")]
     return _remove(path for path in found if _PARTIAL.fullmatch(path.name))
 
 
 def remove_outside(run_directory: Path) -> list[Path]:
-    """Remove what dead processes of runs in this directory have left on this machine; what it was.
+    """Remove what dead processes of runs in this directory have left on this machine. Return the paths.
 
-    To be called before this process puts anything there itself.
+    Call it before this process creates anything there itself.
     """
     own, left = re.compile(rf"(?:sem\.)?{_of_run(run_directory)}(\d+)-.*"), []
     for place in (SHARED_MEMORY, Path(tempfile.gettempdir())):
@@ -60,7 +60,7 @@ def remove_outside(run_directory: Path) -> list[Path]:
 
 
 def say_removed(run_directory: Path, removed: list[Path]) -> None:
-    """One line about it; none where there was nothing."""
+    """Print one line about the removed files, if there are any."""
     if not removed:
         return
     places = Counter(path.parent for path in removed)
@@ -69,7 +69,7 @@ def say_removed(run_directory: Path, removed: list[Path]) -> None:
 
 
 def _is_left(path: Path, pid: int) -> bool:
-    """Whether the process that made it, of this user, is dead: gone, or its number is a younger one's."""
+    """Return whether it is this user's and its process is dead: it is gone, or a younger process has its id."""
     try:
         found = path.lstat()
         if found.st_uid != os.getuid():
@@ -77,7 +77,7 @@ def _is_left(path: Path, pid: int) -> bool:
         return pid == os.getpid() or psutil.Process(pid).create_time() > found.st_mtime + _CLOCKS_S
     except psutil.NoSuchProcess:
         return True
-    except OSError:  # removed meanwhile
+    except OSError:  # it has been removed meanwhile
         return False
 
 
@@ -95,9 +95,9 @@ def _remove(paths: Iterator[Path] | list[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def own_place(run_directory: Path) -> Iterator[Path]:
-    """A directory for sockets and other files of this process and its servers, removed at the end.
+    """Provide a directory for sockets and other files of this process and its servers. It is removed at the end.
 
-    What multiprocessing makes from here on, in this process and its children, is named after the run too.
+    From now on, what multiprocessing creates in this process and its children is named after the run too.
     """
     place = Path(tempfile.mkdtemp(prefix=prefix(run_directory)))
     _settings_of_multiprocessing()["tempdir"] = str(place)
@@ -109,10 +109,10 @@ def own_place(run_directory: Path) -> Iterator[Path]:
 
 
 def server_names(run_directory: Path, place: Path) -> dict[str, str]:
-    """Variables that have a server's sockets lie in `place`, this process's own, and its shared memory named after it.
+    """Return variables that put a server's sockets into `place` and name its shared memory after this process.
 
-    Its other temporary files, a few empty ones, stay where they are without: with TMPDIR set, an engine that was
-    started again did not answer for longer than `rollout.hang_timeout_s`.
+    TMPDIR is not set, so a few other, empty temporary files stay in the usual place. With TMPDIR set, a restarted
+    engine did not answer for longer than `rollout.hang_timeout_s`.
     """
     usual = tempfile.gettempdir()
     fits = len(str(place)) + 1 + 36 <= _LONGEST_SOCKET_PATH  # vLLM's sockets are named by UUIDs
@@ -123,9 +123,9 @@ def server_names(run_directory: Path, place: Path) -> dict[str, str]:
 
 
 def name_shared_memory(beginning: str) -> None:
-    """Have multiprocessing begin the names of shared memory and semaphores so, here and in children.
+    """Make multiprocessing begin the names of shared memory and semaphores in this way, here and in children.
 
-    It has no setting for that. Where a Python has other names for these, they are as they would be without.
+    There is no public setting for it. If another Python stores the names elsewhere, they stay as they are.
     """
     _settings_of_multiprocessing()["semprefix"] = f"/{beginning}"
     module: Any = shared_memory

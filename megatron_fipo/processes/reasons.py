@@ -1,6 +1,7 @@
-"""Why a process of a run has ended, told over a pipe to the process that started it, which says it once.
+"""Report why a process of a run has ended, over a pipe, to the process that started it. That one prints it once.
 
-A rank tells its launcher, and a launcher the library's caller. Without such a pipe a process says it itself.
+A rank reports to its launcher, and a launcher to the library's caller. Without such a pipe a process prints the reason
+itself.
 """
 
 import contextlib
@@ -12,38 +13,38 @@ from dataclasses import dataclass
 from megatron_fipo.errors import FipoError
 
 _VARIABLE = "FIPO_REASON_FD"
-_told_to = os.environ.pop(_VARIABLE, None)  # so that what this process starts does not take the number for its own
+_told_to = os.environ.pop(_VARIABLE, None)  # so that child processes do not use the same descriptor
 if _told_to is not None:
     os.set_inheritable(int(_told_to), False)
 
 _LONGEST = 7000
-"""Characters of a reason: told twice it fits into a pipe, which nobody empties while the process runs."""
+"""Maximum length of a reason. Twice this fits into a pipe, which nobody reads while the process runs."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What a process refused or failed at, in one line, and its exit status."""
+    """The error of a process, in one line, and its exit status."""
 
     text: str
     exit_code: int
 
 
 def tell(error: FipoError) -> bool:
-    """Tell whoever started this process; False where nobody has asked for it."""
+    """Report the error to the process that started this one. Return False if that one does not listen."""
     if _told_to is None:
         return False
     text = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]} …"
     message = json.dumps([text, error.exit_code], ensure_ascii=False)
     try:
         os.write(int(_told_to), f"{message}\n".encode())
-    except OSError:  # whoever asked is gone
+    except OSError:  # the listening process has ended
         return False
     return True
 
 
 @contextlib.contextmanager
 def told_at_once() -> Iterator[None]:
-    """Tell of what fails in here before this process takes leave of others, which may fail because of that."""
+    """If the block fails, report the error at once, before this process leaves groups and others fail because of it."""
     try:
         yield
     except FipoError as error:
@@ -52,7 +53,7 @@ def told_at_once() -> Iterator[None]:
 
 
 class Listener:
-    """The end of a pipe at which one process's reason arrives; a context manager, which closes it."""
+    """The end of a pipe on which one process's reason arrives. It is a context manager, which closes it."""
 
     def __init__(self) -> None:
         self._read, self.descriptor = os.pipe()
@@ -67,13 +68,13 @@ class Listener:
         os.close(self.descriptor)
 
     def environment(self) -> dict[str, str]:
-        """What the process has to have, beside the descriptor itself, to tell its reason here."""
+        """Return the variables that the process needs, besides the descriptor itself, to report its reason here."""
         return {_VARIABLE: str(self.descriptor)}
 
     def heard(self) -> Reason | None:
-        """The reason, once it has arrived."""
+        """Return the reason, or None if none has arrived."""
         with contextlib.suppress(BlockingIOError):
             while arrived := os.read(self._read, 65536):
                 self._text += arrived
-        first, ended, _ = self._text.partition(b"\n")  # a killed process may have written half of it
+        first, ended, _ = self._text.partition(b"\n")  # a killed process may have written only half of it
         return Reason(*json.loads(first)) if ended else None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy
+from numpy.typing import ArrayLike
 
 from megatron_fipo.records.rows import TrainBatch, rows_of, told_stretches
 from megatron_fipo.records.streams import TOKEN_IDS, sampled_streams
@@ -13,7 +14,7 @@ Made = tuple[TrainBatch, SampleStore]
 
 
 def plain_batch(
-    streams: Mapping[str, Sequence[numpy.ndarray]],
+    streams: Mapping[str, Sequence[ArrayLike]],
     prompt_lengths: Sequence[int],
     advantages: Sequence[float],
     weight_lag: Sequence[int] | None = None,

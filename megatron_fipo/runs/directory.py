@@ -1,4 +1,4 @@
-"""Which directory a run has, and what it goes on from there. Rank 0 tells the others; a launcher looks first."""
+"""Find and take a run's directory, and the checkpoint to resume from. Rank 0 tells the other ranks."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,35 +17,35 @@ from megatron_fipo.tracking.run_files import kept_config, set_aside, write_confi
 from megatron_fipo.tracking.run_lock import RunLock
 
 _DIRECTORIES = ("samples", "tensorboard", "validation")
-"""What a run writes to after a while, and must not end then. Checkpoints and what lies beside them may be missing."""
+"""Directories that a run writes to later. They are checked at the start, so that the run does not fail then."""
 _MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run in a directory begins with."""
+    """How a run in a directory starts."""
 
     resume_from: Path | None
-    """The checkpoint that the run goes on from."""
+    """The checkpoint from which the run resumes."""
     changed: Mapping[str, tuple[Any, Any]]
-    """Settings that differ from the checkpoint's, old and new."""
+    """Settings that differ from the checkpoint's, with old and new values."""
     warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """What rank 0 found in a run's place on storage that all ranks share."""
+    """A run's directory, on storage that all ranks share, as rank 0 has found it."""
 
     lock: RunLock
-    """What keeps other runs out."""
+    """The lock that keeps other runs out."""
     start: Start
 
 
 def look(config: Config) -> None:
-    """Refuse what can be refused before any process is started. Makes nothing, takes nothing, waits for nothing.
+    """Check what can be checked before any process is started. This creates nothing, takes no lock and does not wait.
 
     Raises:
-        FipoError: as `take_directory`, which judges again: another run may begin there meanwhile.
+        FipoError: as `take_directory`, which checks again, since another run may start there meanwhile.
     """
     path = Path(config.run.directory)
     if path.is_dir():
@@ -54,11 +54,11 @@ def look(config: Config) -> None:
 
 
 def take_directory(config: Config, stack: ExitStack) -> RunDirectory:
-    """Make the run's directory if need be, and keep other runs out of it until `stack` is left.
+    """Make the run's directory if needed, and keep other runs out of it until `stack` is closed.
 
     Raises:
-        FipoError: another run has it, it holds one that `run.resume` does not go on from, something in the checkpoint
-            to go on from is no file, or the checkpoint was trained with other settings.
+        FipoError: another run has it; it holds a run and `run.resume` is never; something in the checkpoint is not a
+            file; or the checkpoint was trained with other settings.
     """
     path = Path(config.run.directory)
     try:
@@ -71,14 +71,14 @@ def take_directory(config: Config, stack: ExitStack) -> RunDirectory:
 
 
 def directory_refused(path: Path, error: OSError) -> ConfigError:
-    """The refusal of a run's directory that the operating system does not make."""
+    """Return the error for a run's directory that the operating system cannot create."""
     return ConfigError("run.directory", f"{path} cannot be made: {error}", "a directory that can be written")
 
 
 def keep_settings(config: Config, directory: Path, step: int, start: Start) -> list[str]:
-    """Write the configuration where a run of `step` steps keeps it; what is to be warned of.
+    """Write the configuration of a run that starts at `step`. Return the warnings.
 
-    A run that begins anew in a used directory gets files of its own: what an earlier start has left is renamed.
+    If a run starts again from the beginning in a used directory, the files of the earlier start are renamed.
     """
     warnings = list(start.warnings)
     if not step and (renamed := set_aside(directory)):
@@ -92,7 +92,7 @@ def _judge(config: Config, path: Path) -> Start:
     for place in (path / name for name in _DIRECTORIES):
         if place.exists() and not place.is_dir():
             raise ConfigError(
-                "run.directory", f"{place} is no directory", "move it away, or give another run.directory"
+                "run.directory", f"{place} is not a directory", "move it away, or give another run.directory"
             )
     found = newest(path / "checkpoints")
     if config.run.resume == "never" and (found or (path / METRICS_FILE).exists()):
@@ -107,7 +107,7 @@ def _judge(config: Config, path: Path) -> Start:
 
 
 def _compare(config: Config, path: Path, found: Path) -> Start:
-    """Hold the settings against those that the checkpoint was trained with, as the run has kept them."""
+    """Compare the settings with those that the run saved for this checkpoint."""
     try:
         old = read_tree(kept_config(path, step_of(found)))
     except ConfigError as error:
@@ -122,7 +122,7 @@ def _compare(config: Config, path: Path, found: Path) -> Start:
         raise ConfigError(
             "run.directory",
             f"{found} was trained with other settings: {shown}",
-            "give the same settings, or another run.directory, or run.resume_changed=true to go on with the new ones",
+            "give the same settings, or another run.directory, or run.resume_changed=true to resume with the new ones",
         )
-    warnings = (f"goes on with other settings from step {step_of(found)}: {shown}",) if differences else ()
+    warnings = (f"resumes with other settings from step {step_of(found)}: {shown}",) if differences else ()
     return Start(found, changed, warnings)

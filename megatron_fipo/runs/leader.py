@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_fipo.rollout.link import RolloutCalls
+from megatron_fipo.rollout_process.link import RolloutCalls
 from megatron_fipo.runs.directory import RunDirectory
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import Report

@@ -1,4 +1,4 @@
-"""What a run's directory holds, read: for notebooks, and for whoever runs many."""
+"""Read a run's directory, for notebooks and for scripts that start many runs."""
 
 import json
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run, finished or not, as its files tell of it."""
+    """A run, finished or not, as described by its files."""
 
     directory: Path
     summary: Row
     """Accuracy before and after, steps, seconds; empty while the run is not finished."""
     metrics: tuple[Row, ...]
-    """A row per step: docs/algorithm.md explains each metric."""
+    """One row per step. docs/algorithm.md explains each metric."""
     validation: tuple[Row, ...]
-    """A row per validation."""
+    """One row per validation."""
     checkpoints: tuple[Path, ...]
-    """Complete ones, oldest first."""
+    """The complete checkpoints, oldest first."""
 
     @property
     def finished(self) -> bool:
@@ -41,17 +41,17 @@ class RunResult:
 
     @property
     def config(self) -> Path:
-        """The configuration that it began with."""
+        """The configuration with which it began."""
         return self.directory / CONFIG_FILE
 
     def samples(self, step: int | None = None) -> tuple[Row, ...]:
-        """The rollouts that were kept, with their rewards: of one step, or of all. Raises DataError."""
+        """Return the rollouts that were kept, with their rewards, of one step or of all steps. Raises DataError."""
         pattern = "step-*.jsonl" if step is None else f"step-{step:06d}.jsonl"
         return tuple(row for path in sorted((self.directory / "samples").glob(pattern)) for row in _rows(path))
 
 
 def read_run(directory: str | Path) -> RunResult:
-    """The run in a directory.
+    """Read the run in a directory.
 
     Raises:
         DataError: there is no run, or a file of it is damaged.
@@ -74,7 +74,7 @@ def _rows(path: Path) -> tuple[Row, ...]:
 
 
 def _summary(path: Path, steps: int) -> Row:
-    """The result of a run that is finished; one that goes on after an earlier end is not."""
+    """Return the result of a finished run. A run that was extended after an earlier end is not finished."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError) as error:

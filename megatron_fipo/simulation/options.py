@@ -44,6 +44,15 @@ def parser() -> Parser:
         metavar="FILE",
         help="write a page that shows who works when (default ./simulation.html)",
     )
+    _add_lengths(made)
+    _add_troubles(made)
+    _add_measured(made)
+    _add_played(made)
+    return made
+
+
+def _add_lengths(made: Parser) -> None:
+    """What is sampled."""
     lengths = made.add_argument_group("responses and groups")
     lengths.add_argument(
         "--mean",
@@ -70,6 +79,10 @@ def parser() -> Parser:
         metavar="SHARE",
         help="of groups, by dynamic sampling (default 0.5, or 0 where it is off)",
     )
+
+
+def _add_troubles(made: Parser) -> None:
+    """What goes wrong."""
     troubles = made.add_argument_group("what goes wrong")
     troubles.add_argument(
         "--slow",
@@ -91,6 +104,10 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="until a failed engine is back (default %(default)g)",
     )
+
+
+def _add_measured(made: Parser) -> None:
+    """Seconds that stand in for the planner's."""
     measured = made.add_argument_group("measured seconds, in place of the planner's")
     measured.add_argument(
         "--decode-s", type=_pair, metavar="STEP[:SEQUENCE]", help="of a decoding step, and for each sequence in it"
@@ -103,6 +120,10 @@ def parser() -> Parser:
     )
     measured.add_argument("--weights-s", type=_number(0), metavar="SECONDS", help="of a weight update")
     measured.add_argument("--other-s", type=_number(0), default=0.0, metavar="SECONDS", help="of what else a step does")
+
+
+def _add_played(made: Parser) -> None:
+    """How exactly it is played."""
     played = made.add_argument_group("how it is played")
     played.add_argument(
         "--steps", type=_whole(1), default=8, metavar="N", help="steps that are measured (default %(default)s)"
@@ -131,7 +152,6 @@ def parser() -> Parser:
         metavar="GB",
         help="between a GPU and its host per second, when a colocated trainer is put away (default %(default)g)",
     )
-    return made
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

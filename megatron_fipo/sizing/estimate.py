@@ -1,4 +1,4 @@
-"""One layout's memory and time, and what to change where it does not fit: what preflight and planner print."""
+"""Memory and time of one layout, and changes that make it fit, for preflight and planner."""
 
 import copy
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ from megatron_fipo.sizing.placement import check_placement, has_room_to_sample, 
 from megatron_fipo.sizing.timing import StepTime, step_time
 
 _TIGHT = 0.1
-"""Share of the usable memory below which too little is left: the tests hold the estimate to within a tenth."""
+"""If less than this share of the usable memory is left, it is too little: the estimate is exact to a tenth."""
 
 
 @dataclass
 class Estimate:
-    """What a run under one layout needs."""
+    """The memory and time that a run needs under one layout."""
 
     world_size: int
     data_parallel_size: int
     stages: list[StageMemory]
     time: StepTime
     usable_bytes: int
-    """A GPU's memory without what the hardware section reserves."""
+    """A GPU's memory without the part that the hardware section reserves."""
 
     @property
     def fullest(self) -> StageMemory:
-        """The stage that decides whether the run fits."""
+        """The stage that needs the most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property
@@ -43,11 +43,11 @@ class Estimate:
 
     @property
     def tight(self) -> bool:
-        """Whether it fits with less to spare than the estimate may be wrong by."""
+        """Whether it fits, but with less memory left than the estimate's error."""
         return self.fits and self.fullest.total > (1 - _TIGHT) * self.usable_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form. Bytes and seconds."""
+        """Return the estimate in a form for JSON, in bytes and seconds."""
         stages = [asdict(stage) | {"total": stage.total} for stage in self.stages]
         return (
             asdict(self)
@@ -61,7 +61,7 @@ class Estimate:
 
 
 def trainer_world_size(config: Config) -> int:
-    """Trainer processes: by the layout where it has a data-parallel size, else a GPU each of the trainer nodes."""
+    """Return the number of trainer processes: from the layout if it has a data-parallel size, else all trainer GPUs."""
     parallel = config.parallel
     if parallel.data is not None:
         return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
@@ -69,11 +69,11 @@ def trainer_world_size(config: Config) -> int:
 
 
 def estimate(config: Config, model_config: ModelConfig) -> Estimate:
-    """Memory and time of a run on GPUs.
+    """Estimate memory and time of a run on GPUs.
 
     Raises:
-        ConfigError: the layout does not divide the ranks or the model, servers need GPUs that are not there, or the
-            layers cannot have the model's window.
+        ConfigError: the layout does not divide the ranks or the model, servers need more GPUs than there are, or the
+            layers do not support the model's window.
     """
     if config.model.layers != "local":
         check_window(config, model_config)
@@ -83,7 +83,7 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     if world_size % replica:
         raise ConfigError(
             "parallel",
-            f"{world_size} trainer GPUs do not divide by the {replica} of one replica",
+            f"{world_size} trainer GPUs are not a multiple of the {replica} of one replica",
             "another layout, cluster.trainer_nodes or cluster.gpus_per_node",
         )
     check_placement(config, world_size)
@@ -99,7 +99,7 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
 
 
 def remedies(config: Config, model_config: ModelConfig) -> list[str]:
-    """Changes, each alone, after which the run fits with room to spare; fastest first, with peak and step time."""
+    """Return single changes with which the run fits well, fastest first, each with its peak memory and step time."""
     found = []
     for text, changed in _changes(config, model_config):
         try:
@@ -113,7 +113,7 @@ def remedies(config: Config, model_config: ModelConfig) -> list[str]:
 
 
 def one_node(config: Config, model_config: ModelConfig) -> tuple[str, Estimate] | None:
-    """Overrides by which the run fits on one node whose GPUs trainer and servers share, the fastest such; or None."""
+    """Return the fastest overrides with which the run fits on one node with shared GPUs, or None."""
     found: list[tuple[str, Estimate]] = []
     for width in (1, 2, 4, 8):
         if config.cluster.gpus_per_node % width:
@@ -143,7 +143,7 @@ def _one_node_overrides(before: Config, after: Config) -> str:
 
 
 def _largest_share(config: Config, model_config: ModelConfig) -> float:
-    """Of a GPU for a shared server, with room to spare; 0 where the trainer leaves none."""
+    """Return the largest share of a GPU for a shared server, with a margin; 0 if the trainer leaves no space."""
     current = estimate(config, model_config)
     return round(max(0.0, utilisation(config, current.stages, (1 - _TIGHT) * current.usable_bytes)), 2)
 
@@ -153,7 +153,7 @@ def _changes(config: Config, model_config: ModelConfig) -> Iterator[tuple[str, C
     part = -(-longest // (2 * parallel.context))
     options: list[dict[str, Any]] = [
         {"model.recompute": "full"},
-        # A micro-batch is counted in tokens of one rank, which then has a smaller part of the longest sequence.
+        # The tokens of a micro-batch are those of one rank, which then has a smaller part of the longest sequence.
         {
             "parallel.context": parallel.context * 2,
             "parallel.micro_batch_tokens": min(parallel.micro_batch_tokens, part),
@@ -178,7 +178,7 @@ def _changes(config: Config, model_config: ModelConfig) -> Iterator[tuple[str, C
 
 
 def _within_a_node(config: Config) -> list[dict[str, Any]]:
-    """Layouts as large as one whose tensor parallelism leaves its node, but within it; with less memory too."""
+    """Return layouts of the same size whose tensor parallelism stays within a node, also with less memory."""
     parallel, gpus = config.parallel, config.cluster.gpus_per_node
     if parallel.tensor <= gpus:
         return []
@@ -196,7 +196,7 @@ def _within_a_node(config: Config) -> list[dict[str, Any]]:
 
 
 def model_directory(model_path: str) -> tuple[Path, bool]:
-    """Where to read the model's config.json, and whether it is this package's copy, since the model is not here."""
+    """Return the directory of the model's config.json, and whether it is this package's copy: the model is not here."""
     shipped = resolve_embedded(f"embedded:{Path(model_path).name}")
     has_copy = (shipped / "config.json").is_file()
     try:

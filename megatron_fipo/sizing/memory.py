@@ -1,7 +1,7 @@
-"""Bytes that each rank of a pipeline stage needs, worked out from the run's and the model's configuration.
+"""Compute the bytes that each rank of a pipeline stage needs, from the configurations of the run and the model.
 
-Tensors are counted as Megatron-Core's code keeps them; tests compare the counts with bytes really allocated. Peak
-memory is in an update or in a weight update, whichever is larger: they do not overlap.
+Tensors are counted as Megatron-Core's code keeps them. Tests compare the counts with the bytes that are really
+allocated. The peak is in an update or in a weight update, whichever is larger: they do not overlap.
 """
 
 import functools
@@ -15,7 +15,7 @@ from megatron_fipo.weights.plan import parameters_per_rank, plan
 
 GIB = 1 << 30
 _LOG_PROB_CHUNK_ELEMENTS = 1 << 25
-"""Logits that exist in fp32 at once (policy/logprobs.py)."""
+"""Number of logits that exist in fp32 at the same time (policy/logprobs.py)."""
 
 
 @dataclass
@@ -28,31 +28,31 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: int
-    """Kept for backward, with as many micro-batches in flight as the schedule has, each as full as it may be."""
+    """Kept for the backward pass, for all micro-batches in flight, each of the largest allowed size."""
     logits: int
     """Logits and the fp32 pieces of the log-probs; last stage only."""
     working: int
-    """What a layer's backward pass holds beside what was kept for it: gradients, and tokens gathered for it."""
+    """Additional memory of a layer's backward pass: gradients, and gathered tokens."""
     refit: int
-    """A bucket of a weight update, the packed copy of the one before and the shards it is gathered from, beside the
-    weights of a server that shares the GPU."""
+    """A bucket of a weight update, the packed copy of the previous one, the shards from which it is gathered, and the
+    weights of a server on the same GPU."""
     server: int = 0
-    """Of a server that shares the GPU, while it samples; it sleeps during updates."""
+    """A server that shares the GPU, while it samples. It sleeps during updates."""
 
     @property
     def always(self) -> int:
-        """What the trainer never gives back."""
+        """The part that the trainer never releases."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The peak: what is always there, and the largest need of an update, a weight update and a shared server."""
+        """The peak: the permanent part, plus the largest of an update, a weight update and a shared server."""
         update = self.activations + max(self.logits, self.working)
         return self.always + max(update, self.refit, self.server)
 
 
 def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: int) -> list[StageMemory]:
-    """Memory of every pipeline stage, under the layout of `config.parallel`. Raises ConfigError if it cannot be."""
+    """Return the memory of every pipeline stage under the layout of `config.parallel`, or raise ConfigError."""
     parallel = config.parallel
     counts = _parameters_per_rank(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
     width = _width(config)
@@ -77,30 +77,30 @@ def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: 
     return stages
 
 
-# Cached, because the planner asks again for every layout.
+# Cached, because the planner calls it for every layout.
 @functools.cache
 def _parameters_per_rank(model_config: ModelConfig, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
     return parameters_per_rank(plan(model_config, tensor, pipeline, chunks))
 
 
 def server_weights(config: Config, model_config: ModelConfig) -> int:
-    """Bytes of the model's weights on each GPU of one server."""
+    """Return the bytes of the model's weights on each GPU of one server."""
     width = 2 if config.rollout.dtype == "bfloat16" else 4
     return math.ceil(parameter_counts(model_config)[0] * width / config.rollout.tensor_parallel)
 
 
 def longest_sequence(config: Config) -> int:
-    """Tokens of the longest sequence that a run can sample."""
+    """Return the length of the longest sequence that a run can sample, in tokens."""
     return config.rollout.max_prompt_length + config.rollout.max_response_length
 
 
 def micro_batch_tokens(config: Config) -> int:
-    """Most tokens of a micro-batch on one rank: the budget, or its part of a longer sequence."""
+    """Return the most tokens of a micro-batch on one rank: the budget, or its part of a longer sequence."""
     return max(config.parallel.micro_batch_tokens, math.ceil(longest_sequence(config) / config.parallel.context))
 
 
 def micro_batches(config: Config, data_parallel_size: int, length: float) -> int:
-    """Micro-batches of one update on each rank, for sequences of `length` tokens."""
+    """Return the number of micro-batches per update on each rank, for sequences of `length` tokens."""
     sequences = math.ceil(
         config.algorithm.mini_batch_prompts * config.algorithm.samples_per_prompt / data_parallel_size
     )
@@ -111,26 +111,26 @@ def micro_batches(config: Config, data_parallel_size: int, length: float) -> int
 
 
 def layer_bytes_per_token(config: Config, model_config: ModelConfig) -> float:
-    """What one layer keeps for backward, a token of the rank's part of a sequence, without recomputation."""
+    """Return the bytes that one layer keeps for the backward pass per token of this rank, without recomputation."""
     width, tensor = _width(config), config.parallel.tensor
     query, key_value = model_config.dimension("query"), model_config.dimension("key_value")
     local = config.model.layers == "local"
-    # The local norm is made of plain operations: input and normalised input in fp32, and output. Transformer Engine's
-    # keeps input and output.
+    # The local norm consists of plain operations, and keeps its input and the normalised input in fp32, and its output.
+    # Transformer Engine's norm keeps input and output.
     norm = (8 + width if local else 2 * width) * model_config.hidden_size
-    # Rotated query and attention output; the joint projection, which value is a view of; rotated key; normalisers.
+    # Rotated query and attention output; the joint projection, of which value is a view; rotated key; normalisers.
     attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * model_config.num_attention_heads
-    # Cosines and sines that query and key were rotated by, which every rank needs whole; Transformer Engine's kernel
-    # keeps none.
+    # Cosines and sines for rotating query and key, which every rank needs for whole sequences. Transformer Engine's
+    # kernel does not keep them.
     rotary = 4 * model_config.head_dim * width if local else 0
-    # Gate and up as one tensor, and the product; plain operations keep the activated gate, and up and an offset of
-    # zero, too.
+    # Gate and up as one tensor, and their product. Plain operations also keep the activated gate, and up with an offset
+    # of zero.
     feed_forward = (5 if local else 3) * model_config.ffn_hidden_size * width
     return 2 * norm / _sequence_cut(config) + rotary + (attention + feed_forward) / tensor
 
 
 def _shares_a_gpu(config: Config, stage: int, data_parallel_size: int) -> bool:
-    """Whether a rank of the stage is on a server's GPU: servers take the first ones of the first node."""
+    """Return whether a rank of the stage is on a server's GPU. Servers use the first GPUs of the first node."""
     parallel, rollout = config.parallel, config.rollout
     first_rank = stage * parallel.tensor * parallel.context * data_parallel_size
     return rollout.shared_gpu and first_rank < rollout.servers * rollout.tensor_parallel
@@ -141,12 +141,12 @@ def _width(config: Config) -> int:
 
 
 def _sequence_cut(config: Config) -> int:
-    """Ranks that share the tokens outside attention and feed-forward."""
+    """Return the number of ranks that share the tokens outside attention and feed-forward."""
     return config.parallel.tensor if config.parallel.sequence else 1
 
 
 def _optimizer_bytes(config: Config, count: int, data_parallel_size: int) -> int:
-    """Two fp32 moments, and the fp32 copy that bfloat16 weights are rounded from."""
+    """Return the bytes of two fp32 moments, and of the fp32 master copy of bfloat16 weights."""
     a_parameter = 12 if _width(config) == 2 else 8
     shards = data_parallel_size * config.parallel.context if config.parallel.distributed_optimizer else 1
     return math.ceil(count / shards) * a_parameter
@@ -164,7 +164,7 @@ def _activation_bytes(config: Config, model_config: ModelConfig, stage: int, dat
     layer = layer_bytes_per_token(config, model_config)
     boundary = model_config.hidden_size * _width(config) / _sequence_cut(config)
     if config.model.recompute == "full":
-        # Each layer's input, and all of the one layer that is being recomputed.
+        # The input of each layer, and everything of the one layer that is being recomputed.
         a_token = in_flight * layers * boundary + layer
     else:
         a_token = in_flight * (layers * layer + boundary)
@@ -180,7 +180,7 @@ def _logits_bytes(config: Config, model_config: ModelConfig) -> int:
 
 
 def _log_prob_bytes(config: Config, model_config: ModelConfig) -> int:
-    """Logits, over which their gradient is written, and two fp32 pieces; a GPU's kernels need no pieces."""
+    """Return the bytes of the logits, which their gradient overwrites, and of two fp32 pieces (not on a GPU)."""
     logits = _logits_bytes(config, model_config)
     piece = min(logits // _width(config), _LOG_PROB_CHUNK_ELEMENTS)
     return logits + 8 * piece
@@ -188,10 +188,11 @@ def _log_prob_bytes(config: Config, model_config: ModelConfig) -> int:
 
 def _working_bytes(config: Config, model_config: ModelConfig, stage: int) -> int:
     parallel, hidden, width = config.parallel, model_config.hidden_size, _width(config)
-    # Under sequence parallelism a layer's input is gathered once more, and its gradient exists before it is scattered.
+    # Under sequence parallelism a layer's input is gathered again, and its whole gradient exists before it is
+    # scattered.
     a_token = (2 if parallel.sequence else 1) * hidden + hidden / _sequence_cut(config)
     a_token += model_config.ffn_hidden_size / parallel.tensor
-    # A weight's gradient in the weights' own type, before it is added to the fp32 one.
+    # The gradient of a weight in the weights' own type, before it is added to the fp32 gradient.
     largest = 2 * model_config.ffn_hidden_size * hidden // parallel.tensor
     if stage in (0, parallel.pipeline - 1):
         largest = max(largest, _local_vocab_size(config, model_config) * hidden)

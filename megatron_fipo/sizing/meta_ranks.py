@@ -1,7 +1,7 @@
-"""Builds the real Megatron-Core model of each pipeline stage of a run on one CPU, without memory for a single weight.
+"""Build the real Megatron-Core model of each pipeline stage of a run on one CPU, without memory for weights.
 
-A fake process group of the run's full size stands in for the other ranks, and tensors are on the meta device, so what
-`policy/model.py` builds on a cluster's rank is built here, parameter for parameter.
+A fake process group of the run's full size replaces the other ranks, and tensors are on the meta device. So this builds
+the same parameters that `policy/model.py` builds on a rank of the cluster.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _META = torch.device("meta")
 
 @dataclass
 class BuiltStage:
-    """What each rank of one pipeline stage holds; its ranks are alike, since every cut is into equal parts."""
+    """The parameters of each rank of one pipeline stage. All ranks of a stage are equal, since all cuts are equal."""
 
     stage: int
     rank: int
@@ -36,13 +36,13 @@ class BuiltStage:
     weight_bytes: int
     layers: int
     exported: list[TensorInfo]
-    """Hugging Face names, whole shapes and types of what the stage sends to the rollout service."""
+    """Hugging Face names, full shapes and types of the tensors that the stage sends to the rollout service."""
 
 
 def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> list[BuiltStage]:
     """Build one rank of each pipeline stage of a run of `world_size` ranks, one after the other.
 
-    The layers are Megatron-Core's local ones, whose parameters are as many as Transformer Engine's. No process group
+    The layers are Megatron-Core's local layers, with the same parameters as Transformer Engine's. No process group
     may be joined in this process.
     """
     platform.install()
@@ -71,7 +71,7 @@ def _build(config: Config, model_config: ModelConfig, stage: int, rank: int, wor
 
 @contextlib.contextmanager
 def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
-    """Megatron-Core's parallel state as rank `rank` has it; collectives do nothing."""
+    """Provide Megatron-Core's parallel state of rank `rank`. Collectives do nothing."""
     torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         parallel_state.initialize_model_parallel(
@@ -81,7 +81,7 @@ def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
             context_parallel_size=parallel.context,
             create_gloo_process_groups=False,  # those would wait for the other ranks
         )
-        model_parallel_cuda_manual_seed(1)  # of the initialisation, which draws nothing on the meta device
+        model_parallel_cuda_manual_seed(1)  # for the initialisation, which uses no random numbers on the meta device
         yield
     finally:
         parallel_state.destroy_model_parallel()
@@ -90,7 +90,7 @@ def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
 
 @contextlib.contextmanager
 def _allocating_nothing() -> Iterator[None]:
-    """Have tensors made on the meta device, those too that Megatron-Core places on the current CUDA device."""
+    """Create tensors on the meta device, including those that Megatron-Core places on the current CUDA device."""
     current_device = torch.cuda.current_device
     torch.cuda.current_device = lambda: _META  # type: ignore[assignment,return-value]
     try:

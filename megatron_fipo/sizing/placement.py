@@ -1,4 +1,4 @@
-"""Where trainer and servers are on a job's nodes: what is said of it, what cannot be, and a whole run on one node."""
+"""The placement of trainer and servers on a job's nodes: descriptions, checks, and a whole run on one node."""
 
 import copy
 import math
@@ -12,11 +12,11 @@ from megatron_fipo.sizing.timing import rollout_servers, step_time
 
 _UTILISATION_STEP = 0.05
 _LONGEST_AT_ONCE = 8
-"""Longest sequences that a server's cache has to hold at once, so that sampling is not one sequence after the other."""
+"""Number of longest sequences that must fit into a server's cache at once, so that it can sample them in parallel."""
 
 
 def servers_text(config: Config) -> str:
-    """How many servers the run has, and where."""
+    """Describe how many servers the run has, and where."""
     count, rollout = rollout_servers(config), config.rollout
     servers = f"{count} rollout server{'s' if count > 1 else ''}"
     if config.cluster.rollout_nodes:
@@ -31,7 +31,7 @@ def servers_text(config: Config) -> str:
 
 
 def check_placement(config: Config, world_size: int) -> None:
-    """Raise ConfigError where servers that share GPUs take more than the first node has of the trainer's."""
+    """Raise ConfigError if servers that share GPUs need more GPUs than the trainer has on the first node."""
     rollout = config.rollout
     here = min(world_size, config.cluster.gpus_per_node)
     needed = rollout.servers * rollout.tensor_parallel
@@ -47,7 +47,7 @@ def check_placement(config: Config, world_size: int) -> None:
 
 
 def notes(config: Config, model_config: ModelConfig, world_size: int, data_parallel_size: int) -> Iterator[str]:
-    """What costs more than its user may think, each with its price or its mend."""
+    """Yield notes about hidden costs, each with the cost or with a better setting."""
     cluster, rollout, parallel, hardware = config.cluster, config.rollout, config.parallel, config.hardware
     if parallel.tensor > cluster.gpus_per_node:
         yield _tensor_across_nodes(config, model_config, data_parallel_size)
@@ -62,7 +62,7 @@ def notes(config: Config, model_config: ModelConfig, world_size: int, data_paral
     if rollout.shared_gpu and used < world_size:
         most = here // rollout.tensor_parallel
         mend = f"; rollout.servers={most} samples on {most * rollout.tensor_parallel}" if most > rollout.servers else ""
-        elsewhere = " (servers are started on the first node alone)" if world_size > here else ""
+        elsewhere = " (servers are started only on the first node)" if world_size > here else ""
         yield (
             f"rollout.servers: {used} of {world_size} trainer GPUs sample, the others wait meanwhile{elsewhere}{mend}"
         )
@@ -85,13 +85,13 @@ def _tensor_across_nodes(config: Config, model_config: ModelConfig, data_paralle
 
 
 def utilisation(config: Config, stages: list[StageMemory], usable: float) -> float:
-    """The largest share of a GPU that `usable` bytes leave a shared server, in steps of 5 %."""
+    """Return the largest share of a GPU that is left for a shared server, given `usable` bytes, in steps of 5 %."""
     free = usable - max(stage.always for stage in stages)
     return math.floor(free / (config.hardware.memory_gib * GIB) / _UTILISATION_STEP) * _UTILISATION_STEP
 
 
 def on_one_node(config: Config, tensor_parallel: int) -> Config:
-    """The run with trainer and servers in turns on all GPUs of one node; the servers' share is still to be chosen."""
+    """Return the run with trainer and servers in turns on all GPUs of one node. The servers' share is not yet set."""
     changed = copy.deepcopy(config)
     changed.cluster.trainer_nodes, changed.cluster.rollout_nodes = 1, 0
     changed.parallel.data = None
@@ -103,7 +103,7 @@ def on_one_node(config: Config, tensor_parallel: int) -> Config:
 
 
 def has_room_to_sample(config: Config, model_config: ModelConfig) -> bool:
-    """Whether a server's share holds its weights and the cache of some of the longest sequences."""
+    """Return whether a server's weights and the cache of some of the longest sequences fit into its share."""
     rollout = config.rollout
     width = 2 if rollout.dtype == "bfloat16" else 4
     token = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel

@@ -1,9 +1,9 @@
 """Seconds of a training step by phase, from arithmetic and the hardware's published rates.
 
-An estimate to compare layouts with and to size a job by, not a measurement. Its constants are from updates on one H200,
-which it meets within 15 % (docs/gpu.md); what was not measured, networks above all, is the `hardware` section's.
-Responses are taken to be half as long as they may be, which is where the published FIPO run ends (10,970 of 20,480
-tokens).
+This is an estimate, for comparing layouts and choosing the size of a job. Its constants come from updates on one H200,
+and it is within 15 % of these measurements (docs/gpu.md). Rates that were not measured, such as those of networks, are
+in the section `hardware`. Responses are assumed to have half the maximum length, as at the end of the published FIPO
+run (10,970 of 20,480 tokens).
 """
 
 import math
@@ -26,44 +26,44 @@ from megatron_fipo.sizing.memory import (
 )
 
 MEAN_SHARE = 0.5
-"""Mean length as a share of the longest."""
+"""Mean length of responses, relative to the maximum."""
 KEPT_SHARE = 0.5
-"""Groups that dynamic sampling keeps: those whose samples differ in accuracy."""
+"""Share of groups that dynamic sampling keeps: those whose samples differ in accuracy."""
 _TRAFFIC = 1.9
-"""How often, for each third of an update, the bytes that a layer keeps for backward go through memory."""
+"""Memory traffic of each third of an update, as a multiple of the bytes that a layer keeps for the backward pass."""
 _LAUNCH_S = 0.0024
-"""The processor's, for each third of an update, a layer and a micro-batch: what a GPU waits for if layers are small."""
+"""CPU time to launch kernels, per third of an update, layer and micro-batch. A GPU waits for it if layers are small."""
 _FP8_EFFICIENCY = 0.76
-"""Of FP8 products' share of their peak, by that of bf16's: quantising costs."""
+"""Efficiency of FP8 products relative to that of bf16 products. Quantising takes time."""
 _ATTENTION_HEAD = 128
-"""Head size from which on attention reaches what products do; half of it reaches half."""
+"""Head size at which attention is as efficient as matrix products. With half the size it is half as efficient."""
 _ENGINE_OVERHEAD_S = 0.004
-"""Of one decoding step of vLLM: launches, sampling, scheduling."""
+"""Fixed time of one decoding step of vLLM: launches, sampling, scheduling."""
 
 
 @dataclass
 class StepTime:
-    """Seconds of one step, validation and checkpoints apart."""
+    """Seconds of one step, without validation and checkpoints."""
 
     sample: float
     log_probs: float
     update: float
     weights: float
     bubble: float
-    """Share of an update in which a stage waits for others."""
+    """Share of an update in which a pipeline stage waits for other stages."""
     micro_batches: int
-    """Of one update on each rank."""
+    """Micro-batches per update on each rank."""
     whole_sample: float
-    """Seconds of sampling as many whole generation batches as a step needs when none is left over from the last."""
+    """Seconds of sampling all generation batches of a step if no groups are left over from the last step."""
 
     @property
     def total(self) -> float:
-        """Seconds of the step: the phases follow each other."""
+        """Seconds of the step: the phases follow one another."""
         return self.sample + self.log_probs + self.update + self.weights
 
     @property
     def longest(self) -> float:
-        """Seconds of a step that samples whole generation batches: what a job needs between request and time limit."""
+        """Seconds of a step that samples whole generation batches. A job needs this time to stop before its limit."""
         return self.whole_sample + self.log_probs + self.update + self.weights
 
 
@@ -137,12 +137,12 @@ def trainer_time(
 
 
 def model_bytes(config: Config, model_config: ModelConfig) -> int:
-    """Bytes of the whole model as it travels to the rollout service."""
+    """Return the bytes of the whole model as it is sent to the rollout service."""
     return parameter_counts(model_config)[0] * (2 if config.model.dtype == "bfloat16" else 4)
 
 
 def weight_sync_s(config: Config, model_config: ModelConfig) -> float:
-    """One stage's sender after the other sends all tensors, gathered within its node, to every engine at once."""
+    """Return the seconds of a weight update. Stages send one after the other, and each sends to all engines at once."""
     size, hardware = model_bytes(config, model_config), config.hardware
     gather = size / (hardware.node_gb_s * 1e9) if config.parallel.tensor > 1 else 0.0
     return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency
@@ -151,10 +151,10 @@ def weight_sync_s(config: Config, model_config: ModelConfig) -> float:
 def forward_s(
     config: Config, model_config: ModelConfig, tokens: float, data_parallel_size: int, length: float
 ) -> float:
-    """Seconds of a forward pass over sequences of `length` tokens, `tokens` in all, without bubble.
+    """Return the seconds of a forward pass over `tokens` tokens in sequences of `length` tokens, without bubble.
 
-    A third of a forward and backward pass. The GPU works while the processor launches what comes next: the slower of
-    the two counts.
+    It is a third of a forward and backward pass. The GPU computes while the CPU launches the next kernels, so the
+    slower of the two counts.
     """
     parallel, hardware = config.parallel, config.hardware
     ranks = parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size
@@ -168,25 +168,25 @@ def forward_s(
 
 
 def _products_s(config: Config, model_config: ModelConfig, length: float) -> float:
-    """Seconds of one GPU for a token's matrix products and attention, forward."""
+    """Return the seconds of one GPU for a token's matrix products and attention, forward."""
     hardware, layer = config.hardware, layer_products(model_config)
-    # The first and the last layer stay in bf16, but for the recipe that cannot tell layers apart.
+    # The first and the last layer stay in bf16, except with the recipe that treats all layers alike.
     in_fp8 = {"off": 0, "delayed": model_config.num_layers}.get(config.model.fp8, max(0, model_config.num_layers - 2))
     in_bf16 = products(model_config) - in_fp8 * layer
     attended = attention_operations(model_config, attended_tokens(model_config, length))
     attention = attended / min(1.0, model_config.head_dim / _ATTENTION_HEAD)
     seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
-    if hardware.fp8_tflops is not None:  # else nothing is in FP8: estimate() has refused it
+    if hardware.fp8_tflops is not None:  # otherwise nothing is in FP8: estimate() has refused it
         seconds += 2 * in_fp8 * layer / (hardware.fp8_tflops * 1e12 * _FP8_EFFICIENCY)
     return seconds / hardware.compute_efficiency
 
 
 def _communication_s(config: Config, model_config: ModelConfig, tokens_of_rank: float) -> float:
-    """Seconds of what tensor and context parallelism send in a forward pass."""
+    """Return the seconds of communication for tensor and context parallelism in a forward pass."""
     parallel, hardware = config.parallel, config.hardware
     width = 2 if config.model.dtype == "bfloat16" else 4
     layers = model_config.num_layers / parallel.pipeline
-    # Two all-reduces a layer, or the all-gathers and reduce-scatters that they are made of.
+    # Two all-reduces per layer, or the all-gathers and reduce-scatters of which they consist.
     sent = 4 * tokens_of_rank * layers * model_config.hidden_size * width * (parallel.tensor - 1) / parallel.tensor
     inside = hardware.node_gb_s if parallel.tensor <= config.cluster.gpus_per_node else hardware.network_gb_s
     gathered = 2 * tokens_of_rank * layers * model_config.dimension("key_value") * width / parallel.tensor
@@ -197,7 +197,7 @@ def _communication_s(config: Config, model_config: ModelConfig, tokens_of_rank: 
 
 
 def _reduce_s(config: Config, model_config: ModelConfig, data_parallel_size: int) -> float:
-    """Seconds of one update's gradient reduction (fp32) and gathering of new weights, over the network or in a node."""
+    """Return the seconds of one update's gradient reduction (fp32) and gathering of new weights."""
     parallel, hardware = config.parallel, config.hardware
     replicas = data_parallel_size * parallel.context
     width = 2 if config.model.dtype == "bfloat16" else 4
@@ -209,14 +209,14 @@ def _reduce_s(config: Config, model_config: ModelConfig, data_parallel_size: int
 
 
 def rollout_servers(config: Config) -> int:
-    """vLLM servers of the run: as many as fit on the rollout nodes, or those that it starts itself."""
+    """Return the number of vLLM servers: as many as fit on the rollout nodes, or those that the run starts itself."""
     if config.cluster.rollout_nodes:
         return config.cluster.rollout_nodes * (config.cluster.gpus_per_node // config.rollout.tensor_parallel)
     return max(1, config.rollout.servers or len(config.rollout.addresses))
 
 
 def _sampled_prompts(config: Config) -> float:
-    """Prompts sampled a step, on average. A surplus that is carried over is not sampled again."""
+    """Return the mean number of prompts sampled per step. A surplus that is carried over is not sampled again."""
     filtered = config.algorithm.filter_groups
     if filtered.enable and filtered.surplus == "carry":
         return config.algorithm.prompts_per_step / KEPT_SHARE
@@ -224,7 +224,7 @@ def _sampled_prompts(config: Config) -> float:
 
 
 def _whole_batches_prompts(config: Config) -> int:
-    """Prompts of as many generation batches as fill a step that has nothing left over."""
+    """Return the prompts of the generation batches that fill a step if nothing is left over from the last step."""
     algorithm = config.algorithm
     if not algorithm.filter_groups.enable:
         return algorithm.prompts_per_step
@@ -233,7 +233,7 @@ def _whole_batches_prompts(config: Config) -> int:
 
 
 def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
-    """One rollout server's, on `config.hardware`."""
+    """Return the costs of one rollout server on `config.hardware`."""
     rollout, hardware = config.rollout, config.hardware
     width = 2 if rollout.dtype == "bfloat16" else 4
     token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
@@ -249,7 +249,7 @@ def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
 
 
 def _sample_s(config: Config, model_config: ModelConfig, prompts: float) -> float:
-    """Seconds of the generation for `prompts`: each decoding step reads the weights once and every sequence's cache."""
+    """Return the seconds to sample `prompts`: each decoding step reads the weights once, and every sequence's cache."""
     rollout, costs = config.rollout, engine_costs(config, model_config)
     mean_response = MEAN_SHARE * rollout.max_response_length
     sequences = prompts * config.algorithm.samples_per_prompt / rollout_servers(config)
@@ -257,7 +257,7 @@ def _sample_s(config: Config, model_config: ModelConfig, prompts: float) -> floa
     at_once = max(1.0, min(rollout.max_num_seqs, sequences, in_memory))
     held = attended_tokens(model_config, mean_response)
     full = sequences * mean_response / at_once * costs.decode_s(at_once, at_once * held)
-    # At the end a few of the longest responses are left, alone in their batch.
+    # At the end only a few of the longest responses are left in the batch.
     alone = max(1.0, at_once / 16)
     tail = (rollout.max_response_length - mean_response) * costs.decode_s(alone, alone * held)
     return full + tail

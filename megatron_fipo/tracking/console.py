@@ -1,8 +1,8 @@
-"""What a person sees of a run: a live bar with the phase, one line a step, held-out accuracy before and after.
+"""A run's output on the terminal: a progress bar with the phase, one line per step, held-out accuracy before and after.
 
-On a terminal the bar stays at the bottom and lines scroll above it. Elsewhere (a file, a Slurm log, CI) there are plain
-lines without control characters, and a sign of life in a long phase. Every rank has a console; only rank 0's is
-enabled, the others' only measure the phases' seconds.
+On a terminal the bar stays at the bottom, and lines scroll above it. Elsewhere (a file, a Slurm log, CI) the output is
+plain lines without control characters, and in a long phase a line from time to time. Every rank has a console. Only
+rank 0's console prints; the others only measure the seconds of the phases.
 """
 
 import sys
@@ -30,7 +30,7 @@ _SIGN_OF_LIFE_S = 60.0
 _FILES = {
     "summary.json": "the result",
     "report.html": "curves; open it in a browser",
-    "metrics.jsonl": "one line a step",
+    "metrics.jsonl": "one line per step",
     "validation.jsonl": "scores on held-out problems",
     "validation": "scores of each held-out problem, for compare",
     "samples": "rollouts to read, with rewards",
@@ -44,7 +44,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Span:
-    """A phase that has ended. Nested ones have spans of their own, inside this one's."""
+    """A phase that has ended. Nested phases have their own spans, inside this span."""
 
     phase: str
     start: float
@@ -53,13 +53,13 @@ class Span:
 
 
 class Phase:
-    """A part of a step that is under way."""
+    """A part of a step that is in progress."""
 
     def __init__(self, console: "Console", name: str) -> None:
         self.name = name
         self.started = time.monotonic()
         self.nested_s = 0.0
-        """Seconds spent in phases inside this one, which count there and not here."""
+        """Seconds spent in nested phases, which do not count in this phase."""
         self._console = console
 
     def progress(self, done: int, total: int, unit: str = "") -> None:
@@ -68,7 +68,7 @@ class Phase:
 
 
 class Console:
-    """Rank 0's terminal; a context manager, which takes the live bar down on the way out, errors included."""
+    """Rank 0's terminal. It is a context manager, which removes the progress bar at the end, also after an error."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Console:
         file: TextIO | None = None,
         width: int | None = None,
     ) -> None:
-        """`file` and `width` (columns) are for other places than standard output."""
+        """Print to standard output, or to `file` with `width` columns."""
         self._enabled = enabled
         self._step, self._total_steps = resumed_step, total_steps
         self._phases: list[Phase] = []
@@ -123,7 +123,8 @@ class Console:
     def phase(self, name: str) -> Iterator[Phase]:
         """Show and time a phase: sample, verify, log-probs, update, weights, validate, checkpoint.
 
-        Of nested phases each counts only its own seconds, so that the phases' seconds add up to the time that passed.
+        A phase does not include the seconds of its nested phases, so that all phases add up to the time that has
+        passed.
         """
         phase = Phase(self, name)
         self._phases.append(phase)
@@ -146,18 +147,18 @@ class Console:
             self._phases[-1].progress(done, total, unit)
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds spent in each phase since the last call, as metrics: `seconds_log_probs` …"""
+        """Return the seconds spent in each phase since the last call, as metrics: `seconds_log_probs` …"""
         taken = {f"seconds_{name.replace('-', '_').replace(' ', '_')}": value for name, value in self._seconds.items()}
         self._seconds.clear()
         return taken
 
     def take_spans(self) -> list[Span]:
-        """Rank 0's phases that have ended since the last call, in the order of their ends."""
+        """Return rank 0's phases that have ended since the last call, in the order in which they ended."""
         taken, self._spans = self._spans, []
         return taken
 
     def step_line(self, metrics: Mapping[str, Any]) -> None:
-        """Print one step's line and move the bar. `metrics` is the step's row; a metric it lacks is shown as `-`."""
+        """Print one step's line and advance the bar. `metrics` is the step's row. A missing metric is shown as `-`."""
         self._step = int(metrics.get("step", self._step + 1))
         self._move_bar(self._step)
         if not self._enabled:
@@ -180,7 +181,7 @@ class Console:
         self._print(Text("warning: ", style="bold yellow").append(text, style="not bold default"))
 
     def validation(self, step: int, result: ValidationResult) -> None:
-        """Print the scores on held-out problems after `step` steps, beside the first ones of this run."""
+        """Print the scores on held-out problems after `step` steps, and their change since this run's first scores."""
         now, first = result.overall, self._first_validation
         self._first_validation = first or now
         change = f" ({now.avg - first.avg:+.3f})" if first else ""
@@ -194,7 +195,7 @@ class Console:
             self.warn(f"{now.not_judged} held-out responses could not be judged and are left out{without}")
 
     def finish(self, summary: Mapping[str, Any], run_directory: Path) -> None:
-        """Print what came of the run, held-out scores before and after, and where its files are."""
+        """Print the run's result, held-out scores before and after, and the list of its files."""
         self._progress.stop()
         if not self._enabled:
             return
@@ -212,7 +213,7 @@ class Console:
 
     def _print(self, content: Text | Table) -> None:
         if self._enabled:
-            # Wrapping is left to the terminal: a path broken into two lines cannot be copied.
+            # The terminal wraps long lines: a path that is broken into two lines cannot be copied.
             self._rich.print(content, soft_wrap=isinstance(content, Text))
 
     def _show_progress(self, phase: Phase, detail: str) -> None:
@@ -225,7 +226,7 @@ class Console:
 
 
 class _PhaseColumn(TextColumn):
-    """The phase, its progress, and for how long it has been going on."""
+    """The phase, its progress, and how long it has taken so far."""
 
     def render(self, task: Task) -> Text:
         text = super().render(task)

@@ -1,4 +1,4 @@
-"""The line per step: which columns fit the terminal, and numbers of a steady width."""
+"""The line per step: the columns that fit on the terminal, and numbers of a fixed width."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ Value = float | None
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 12 s, 3 min 05 s, 2 h 07 min."""
+    """Return seconds in a readable form: 12 s, 3 min 05 s, 2 h 07 min."""
     whole = int(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -23,7 +23,7 @@ def _fixed(places: int) -> Callable[[float], str]:
 
 
 def _scientific(value: float) -> str:
-    """Two digits in few characters: 1.2e-4 and not 1.2e-04."""
+    """Return two digits in few characters: 1.2e-4 and not 1.2e-04."""
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -31,7 +31,7 @@ def _scientific(value: float) -> str:
 
 
 def _thousands(value: float) -> str:
-    """Three digits and a unit: 950, 12.3k, 4.56M."""
+    """Return three digits and a unit: 950, 12.3k, 4.56M."""
     for divisor, unit in ((1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * divisor:
             return f"{value / divisor:#.3g}".rstrip(".") + unit
@@ -39,7 +39,7 @@ def _thousands(value: float) -> str:
 
 
 def tenths(value: float) -> str:
-    """One decimal, as long as it matters: 29.4, 10423."""
+    """Return one decimal for numbers that are not large: 29.4, 10423."""
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
@@ -62,12 +62,12 @@ class Column:
     value: Callable[[Mapping[str, Any]], Value]
     text: Callable[[float], str]
     rank: int
-    """Its place in the queue for a narrow terminal's columns; the lowest gets in first."""
+    """Its priority on a narrow terminal. Columns with the lowest ranks are shown first."""
 
 
-LEGEND = "f: influence weight, its spread and its share at the band's bounds; times in s"
+LEGEND = "f: influence weight, its std and its share at the band's bounds; times in s"
 
-# Ranks 0 to 5 make 75 characters: what a run learns, whether it is sound, how fast it is. Then what the time goes into.
+# Ranks 0 to 5 take 75 characters: how well a run learns, whether it is stable, how fast it is. Then the phases' times.
 COLUMNS = (
     Column("step", 4, _metric("step"), _fixed(0), 0),
     Column("reward", 6, _metric("reward_mean"), _fixed(3), 1),
@@ -91,25 +91,25 @@ COLUMNS = (
 
 
 class StepTable:
-    """Lays the columns out for a terminal's width."""
+    """The layout of the columns for a terminal's width."""
 
     def __init__(self, width: int) -> None:
         self._width = width
         self._columns = _fitting(width)
 
     def fit(self, width: int) -> bool:
-        """Lay out anew for a terminal that was resized; whether the columns changed."""
+        """Choose the columns for a new width. Return whether they have changed."""
         if width == self._width:
             return False
         old, self._width, self._columns = self._columns, width, _fitting(width)
         return old != self._columns
 
     def header(self) -> str:
-        """The columns' titles."""
+        """Return the titles of the columns."""
         return " ".join(column.title.rjust(column.width) for column in self._columns)
 
     def line(self, metrics: Mapping[str, Any]) -> str:
-        """One step's numbers; `-` for one that is missing or not a number."""
+        """Return one step's numbers, with `-` for a number that is missing or not finite."""
         return " ".join(_cell(column, metrics).rjust(column.width) for column in self._columns)
 
 
@@ -121,7 +121,7 @@ def _cell(column: Column, metrics: Mapping[str, Any]) -> str:
 
 
 def _fitting(width: int) -> list[Column]:
-    """The columns that fit, by their rank, in the table's order."""
+    """Return the columns that fit, chosen by rank, in the table's order."""
     chosen: list[Column] = []
     for column in sorted(COLUMNS, key=lambda column: column.rank):
         if sum(taken.width + 1 for taken in chosen) + column.width <= width:

@@ -1,14 +1,15 @@
-"""Confidence intervals of a mean over problems, and over problems and seeds, by bootstrap. All vectorised by NumPy.
+"""Confidence intervals of a mean over problems, and over problems and seeds, by bootstrap. Vectorised by NumPy.
 
-Problems and seeds are two samples of their own: other problems would have given another score, and so would another
-seed. Both are drawn again, with replacement and independently of each other, and a score's mean is taken over the rows
-and columns drawn: Owen's pigeonhole bootstrap (The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007). The
-samples of one problem are never drawn apart: they are alike, and counting each by itself makes an interval too narrow.
+Problems and seeds are two separate samples: other problems would give another score, and so would other seeds. Both are
+resampled, with replacement and independently of each other. The mean is taken over the drawn rows and columns. This is
+Owen's pigeonhole bootstrap (The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007). The samples of one problem
+are always drawn together: they are similar, and counting each separately would make the interval too narrow.
 
-A bootstrap of m things has too little spread, by √((m − 1)/m), and a normal quantile where Student's would be right;
-with 3 seeds that is an interval of 37 % of its length. Hesterberg (What Teachers Should Know About the Bootstrap, The
-American Statistician 69, 2015) mends both through the level of the percentiles. That needs more different draws than
-3 seeds have, so here the same factor, √(m/(m − 1)) · t/z, spreads the weights of each draw around 1.
+A bootstrap over m items has two faults: its spread is too small by √((m − 1)/m), and it uses a normal quantile where
+Student's is right. With 3 seeds the interval has only 37 % of the right length. Hesterberg (What Teachers Should Know
+About the Bootstrap, The American Statistician 69, 2015) corrects both by changing the level of the percentiles. That
+needs more distinct draws than 3 seeds allow. So here the same factor, √(m/(m − 1)) · t/z, spreads the weights of each
+draw around 1.
 """
 
 import functools
@@ -24,13 +25,13 @@ Values = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES = 10_000
 _SEED = 20_260_319
-"""Of the draws: the same numbers give the same interval."""
+"""Seed of the draws, so that the same scores always give the same interval."""
 _BLOCK = 1000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its interval; the ends are None where nothing can be said of them."""
+    """A mean with the ends of its interval. The ends are None if they cannot be computed."""
 
     mean: float
     low: float | None
@@ -38,25 +39,25 @@ class Interval:
 
     @property
     def is_known(self) -> bool:
-        """Whether there are ends."""
+        """Whether the ends are known."""
         return self.low is not None
 
     def excludes_zero(self) -> bool:
-        """Whether a difference of this interval is one."""
+        """Whether the interval excludes 0, so that a difference is significant."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def mean_interval(scores: Values, level: float = LEVEL) -> Interval:
-    """The mean of `scores`, (seeds, problems), each in [0, 1], with its interval over both.
+    """Return the mean of `scores`, (seeds, problems), each in [0, 1], with its interval over both.
 
-    With one seed it is over problems alone, with one column (the means of whole runs) over seeds alone, and with one of
-    both unknown. Where all scores are 0, or all are 1, no draw differs; the interval is then the exact one of Clopper
-    and Pearson for the number of problems.
+    With one seed the interval covers only problems. With one column (the means of whole runs) it covers only seeds.
+    With one seed and one column it is unknown. If all scores are 0, or all are 1, all draws are the same. The interval
+    is then the exact one of Clopper and Pearson for the number of problems.
     """
     seeds, problems = scores.shape
     mean = float(scores.mean())
     is_constant = float(scores.min()) == float(scores.max())
-    if problems == 1 and is_constant:  # one number, or means of whole runs that do not say how sure they are
+    if problems == 1 and is_constant:  # one number, or equal means of whole runs, whose uncertainty is not known
         return Interval(mean, None, None)
     if is_constant and mean in (0.0, 1.0):
         reach = 1.0 - ((1.0 - level) / 2) ** (1.0 / problems)
@@ -72,10 +73,11 @@ def mean_interval(scores: Values, level: float = LEVEL) -> Interval:
 
 
 def difference_interval(scores: Values, baseline: Values, level: float = LEVEL) -> Interval:
-    """The mean of `scores` less that of `baseline`, (seeds, problems) over the same problems, with its interval.
+    """Return the mean of `scores` minus that of `baseline`, with its interval; both (seeds, problems), same problems.
 
-    Paired by problem: a draw takes the same problems for both, so that hard problems, hard for both, do not count as
-    noise. Seeds are drawn apart; the fifth run of one algorithm has nothing in common with the fifth of another.
+    The two are paired by problem: a draw takes the same problems for both, so that a problem that is hard for both does
+    not count as noise. Seeds are drawn separately, since the fifth run of one algorithm has nothing in common with the
+    fifth run of another.
     """
     if scores.shape[1] != baseline.shape[1]:
         raise ValueError(f"{scores.shape[1]} problems against {baseline.shape[1]}; pairs need the same ones")
@@ -94,12 +96,12 @@ def difference_interval(scores: Values, baseline: Values, level: float = LEVEL) 
 
 
 def _blocks(draw: Callable[[int], Values]) -> Values:
-    """RESAMPLES draws, in blocks that bound the memory: 10,000 problems take 80 MB."""
+    """Return RESAMPLES draws, computed in blocks to limit memory: 10,000 problems take 80 MB."""
     return np.concatenate([draw(_BLOCK) for _ in range(RESAMPLES // _BLOCK)])
 
 
 def _weights(generator: np.random.Generator, size: int, count: int, level: float) -> Values:
-    """(count, size) weights with mean 1 a row: how often each of `size` was drawn, spread as the module says."""
+    """Return (count, size) weights with mean 1 per row: how often each item was drawn, spread as described above."""
     if size == 1:
         return np.ones((count, 1))
     # Ten times as fast as the multinomial distribution's own generator.
@@ -109,7 +111,7 @@ def _weights(generator: np.random.Generator, size: int, count: int, level: float
 
 
 def _means(scores: Values, seeds: Values, problems: Values) -> Values:
-    """(count,) means of (seeds, problems) scores under (count, seeds) and (count, problems) weights."""
+    """Return the (count,) means of (seeds, problems) scores under (count, seeds) and (count, problems) weights."""
     return np.asarray(((seeds @ scores) * problems).mean(axis=1) / scores.shape[0])
 
 
@@ -127,8 +129,8 @@ def _spread(size: int, level: float) -> float:
 
 @functools.cache
 def student_quantile(probability: float, degrees: int) -> float:
-    """The quantile, for probabilities above one half, of Student's distribution."""
-    # Imported here: who asks for help alone need not wait for it.
+    """Return a quantile of Student's distribution, for probabilities above one half."""
+    # Imported here, so that --help does not wait for it.
     from mpmath import betainc
 
     low, high = 0.0, 1000.0  # for one degree the 97.5 % quantile is 12.7

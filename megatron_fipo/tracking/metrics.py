@@ -1,7 +1,7 @@
-"""The run's numbers on disk, JSONL files and TensorBoard, whole after a crash and after a resume.
+"""Write the run's numbers to JSONL files and TensorBoard, so that they are complete after a crash and a resume.
 
-A row is on disk before `log_step` returns. Logged before its step's checkpoint, a step that a resume skips has its row;
-and a resume cuts off the rows of the steps it will repeat. So no step is lost and none is there twice.
+A row is on disk before `log_step` returns. It is written before the checkpoint of its step, so every step in a
+checkpoint has its row. A resume removes the rows of steps that it will repeat. So no step is missing or appears twice.
 """
 
 import json
@@ -21,7 +21,7 @@ VALIDATION_FILE = "validation.jsonl"
 
 
 class MetricsWriter:
-    """Writes a run's metrics on rank 0. `resumed_step`: the last step that the loaded checkpoint holds, or 0."""
+    """Writes a run's metrics on rank 0. `resumed_step` is the last step in the loaded checkpoint, or 0."""
 
     def __init__(self, run_directory: Path, config: TrackingConfig, resumed_step: int = 0) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
@@ -33,8 +33,8 @@ class MetricsWriter:
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one training step's numbers, and return the row.
 
-        Values may be Python, NumPy or zero-dimensional torch numbers. NaN and infinities become null, which JSON has,
-        and are missing in TensorBoard.
+        Values may be Python, NumPy or zero-dimensional torch numbers. NaN and infinities become null in JSON, and are
+        left out in TensorBoard.
         """
         return self._append(METRICS_FILE, "train", step, metrics)
 
@@ -43,11 +43,11 @@ class MetricsWriter:
         return self._append(VALIDATION_FILE, "validation", step, metrics)
 
     def has_validation(self, step: int) -> bool:
-        """Whether the scores after `step` steps are there."""
+        """Return whether the scores after `step` steps have been written."""
         return any(row["step"] == step for row in read_rows(self._files[VALIDATION_FILE]))
 
     def close(self) -> None:
-        """Flush TensorBoard's file; the others are on disk already."""
+        """Flush TensorBoard's file. The other files are already on disk."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -65,14 +65,15 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first; none if it is not there. A last line cut short by a crash is left out.
+    """Return the rows of a metrics file, oldest first. Without a file there are none.
 
-    Raises DataError for a broken line before the last, for one that is no row, and for what is no file of text.
+    A last line that a crash cut short is left out. Raises DataError for any other broken line, for a line that is not a
+    row, and if the path is not a text file.
     """
     if not path.exists():
         return []
     if not path.is_file():
-        raise DataError(f"{path} is no file; remove it")
+        raise DataError(f"{path} is not a file; remove it")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -86,15 +87,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}, line {number}: not JSON ({error}); repair or remove it") from error
             continue
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise DataError(f"{path}, line {number}: no row of a step; repair or remove it")
+            raise DataError(f"{path}, line {number}: not the row of a step; repair or remove it")
         rows.append(row)
     return rows
 
 
 def cut_after_step(path: Path, step: int) -> None:
-    """Remove rows of later steps, and a line that a crash cut short. A fresh run (step 0) keeps nothing.
+    """Remove the rows of later steps, and a line that a crash cut short. A new run (step 0) keeps no rows.
 
-    The validation before the first step is row 0: it stays when a run resumes from a checkpoint, and only then.
+    The validation before the first step has the row of step 0. It is kept only if a run resumes from a checkpoint.
     """
     if not path.exists():
         return
@@ -105,14 +106,14 @@ def cut_after_step(path: Path, step: int) -> None:
 def _plain(key: str, value: Any) -> float | int | None:
     number = value.item() if hasattr(value, "item") else value
     if number is not None and not isinstance(number, int | float):
-        raise TypeError(f"metric {key} is no number but {type(value).__name__}")
+        raise TypeError(f"metric {key} is of type {type(value).__name__}, not a number")
     if isinstance(number, float) and not math.isfinite(number):
         return None
     return number
 
 
 class _TensorBoard:
-    """Scalars by TensorBoard's own writer, which needs neither torch nor TensorFlow."""
+    """Writes scalars by TensorBoard's own writer, which needs neither torch nor TensorFlow."""
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         # Imported here: a run without TensorBoard files does not need the package.
@@ -122,7 +123,7 @@ class _TensorBoard:
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(directory))
-        # TensorBoard then hides what earlier files of this directory hold from this step on.
+        # TensorBoard then hides the values of earlier files in this directory from this step on.
         first_step = resumed_step + 1 if resumed_step else 0
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))

@@ -1,7 +1,7 @@
-"""What the pages of a run share: light and dark colours, a shell that needs no network, and charts drawn by Plotly.
+"""The common parts of a run's HTML pages: light and dark colours, a frame that needs no network, charts by Plotly.
 
-Plotly's JavaScript is taken out of its Python package and put into the page, which so is one file that can be copied
-anywhere. Nothing of plotly's Python is imported: it takes a second, and the browser does the drawing.
+Plotly's JavaScript is copied from its Python package into the page. So the page is one file that can be copied
+anywhere. Plotly's Python code is not imported: this would take a second, and the browser draws the charts.
 """
 
 import html
@@ -24,26 +24,26 @@ class Line:
     y: Sequence[float | None]
     low: Sequence[float | None] | None = None
     high: Sequence[float | None] | None = None
-    """With `low`: a shaded band around the line."""
+    """The upper edge of a shaded band around the line; `low` is the lower edge."""
     dash: str = "solid"
     """solid, dot, dash or dashdot."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart over the steps; charts.js has the kinds that only JavaScript makes."""
+    """A chart over the steps. charts.js has further kinds that only JavaScript makes."""
 
     title: str
     y: str
-    """The vertical axis' name, with its unit."""
+    """The name of the vertical axis, with its unit."""
     lines: Sequence[Line]
     x: str = "step"
     percent: bool = False
-    """Show shares as per cent."""
+    """Show shares as percentages."""
 
 
 def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
-    """A whole HTML page. `title` is text, `body` HTML; `scripts` are run one after the other, after the body."""
+    """Return a whole HTML page. `title` is text, and `body` HTML. `scripts` run one after the other, after the body."""
     shown = html.escape(title)
     run = "\n".join(f"<script>\n{script}</script>" for script in scripts)
     return f"""<!doctype html>
@@ -66,24 +66,24 @@ def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
 
 
 def chart_scripts() -> list[str]:
-    """The scripts that draw charts, 5 MB; after them `charts.drawAll(element, charts)` is there."""
+    """Return the scripts that draw charts, of 5 MB. They define `charts.drawAll(element, charts)`."""
     return [_plotly(), asset("charts.js")]
 
 
 def draw_charts(element_id: str, charts: Sequence[Chart]) -> str:
-    """A script, for after `chart_scripts`, that draws charts into the element of this id (of class `charts`)."""
+    """Return a whole HTML page. `title` is text, and `body` HTML. `scripts` run one after another, after the body."""
     values = in_script([asdict(chart) for chart in charts])
     return f"charts.drawAll(document.getElementById({in_script(element_id)}), {values});\n"
 
 
 def in_script(value: Any) -> str:
-    """A value as JSON that cannot end the <script> around it. Raises ValueError for NaN and infinities."""
+    """Return a value as JSON that cannot end the <script> around it. Raises ValueError for NaN and infinities."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def asset(name: str) -> str:
-    """A file of assets/page."""
+    """Return the text of a file in assets/page."""
     return (_ASSETS / name).read_text()
 
 

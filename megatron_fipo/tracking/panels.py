@@ -1,4 +1,4 @@
-"""The charts of report.html: which metric is a line of which chart. report.js fills them with a run's numbers."""
+"""The charts of report.html, with the metrics that each one shows. report.js fills them with a run's numbers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ class Curve:
     key: str
     """Its name in metrics.jsonl, or in validation.jsonl."""
     name: str
-    """What the legend calls it; "{k}" is the number of samples per held-out problem."""
+    """Its name in the legend. "{k}" stands for the number of samples per held-out problem."""
     held_out: bool = False
-    """From validation.jsonl."""
+    """Whether the metric is in validation.jsonl."""
     low: str | None = None
     high: str | None = None
-    """Metrics between which to shade."""
+    """The metrics that bound a shaded band."""
     spread: str | None = None
-    """Instead: a metric to shade by, to both sides of the line."""
+    """Instead of `low` and `high`: a metric that is the half-width of the shaded band around the line."""
     dash: str = "solid"
     symbol: str = "circle"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart over the steps. A curve whose metric a run lacks is left out, and so is a chart without curves."""
+    """One chart over the steps. A curve is left out if the run lacks its metric, and a chart if it has no curves."""
 
     title: str
     y: str
@@ -33,11 +33,11 @@ class Panel:
     lines: tuple[Curve, ...]
     percent: bool = False
     kind: str = "lines"
-    """lines, or stack: bars on each other."""
+    """lines, or stack for stacked bars."""
 
 
 PHASES = ("start", "sample", "verify", "log-probs", "update", "weights", "validate", "checkpoint")
-"""In a step's order, which is that of colours and of the timeline's lanes."""
+"""In the order of a step. Colours and the rows of the timeline have the same order."""
 
 
 def _phase_curve(phase: str) -> Curve:
@@ -126,6 +126,6 @@ PANELS = (
 
 
 def columns(held_out: bool) -> Iterator[str]:
-    """Every metric that a chart needs of metrics.jsonl, or of validation.jsonl; some twice."""
+    """Yield every metric of metrics.jsonl, or of validation.jsonl, that some chart needs. Some appear twice."""
     for line in (line for panel in PANELS for line in panel.lines if line.held_out == held_out):
         yield from (key for key in (line.key, line.low, line.high, line.spread) if key is not None)

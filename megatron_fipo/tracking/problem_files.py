@@ -1,6 +1,6 @@
-"""The scores of each problem on disk: validation/step-NNNNNN.parquet of a run, problems.parquet of an evaluation.
+"""The scores of each problem as files: validation/step-NNNNNN.parquet of a run, problems.parquet of an evaluation.
 
-An interval needs the problems: a mean of 30 of them says nothing about how much the choice of these 30 matters.
+Confidence intervals need the scores of each problem: a mean over 30 problems does not show how much it depends on them.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ DIRECTORY = "validation"
 
 
 def path_of_step(run_directory: Path, step: int) -> Path:
-    """Where a run keeps the problems' scores of the validation after `step`."""
+    """Return the path of the problems' scores in the validation after `step`."""
     return run_directory / DIRECTORY / f"step-{step:06d}.parquet"
 
 
 def write_problems(path: Path, problems: Sequence[ProblemScores]) -> None:
-    """Put one row a problem, with the columns of ProblemScores, at `path`, whose directory is made if need be."""
-    # Imported here: what only reads a run's metrics need not wait for it.
+    """Write one row per problem, with the columns of ProblemScores, to `path`. Make its directory if needed."""
+    # Imported here, so that code that only reads a run's metrics does not wait for it.
     import pyarrow
     import pyarrow.parquet
 
@@ -35,7 +35,7 @@ def write_problems(path: Path, problems: Sequence[ProblemScores]) -> None:
 
 
 def read_problems(path: Path) -> list[ProblemScores]:
-    """The rows of such a file. DataError, naming it, if it cannot be read or has other columns."""
+    """Read the rows of such a file. DataError, naming the file, if it cannot be read or has other columns."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,8 +1,9 @@
-"""report.html: a run's curves, result, settings and versions, to look at while it trains and after.
+"""report.html: a run's curves, result, settings and versions, to look at during training and afterwards.
 
-The page is one file with everything in it, Plotly too, written when a run starts and when it ends, however it ends.
-Between, report-data.js beside it has the numbers, which an open page loads anew every few seconds by a <script>: that
-works from a file too, where browsers let a page fetch nothing. Writing takes at most a hundredth of the run's time.
+The page is one file that contains everything, including Plotly. It is written when a run starts and when it ends in any
+way. In between, report-data.js beside it has the numbers. An open page reloads it every few seconds by a <script>
+element, which also works for local files, from which browsers do not allow fetch. Writing takes at most 1 % of the
+run's time.
 """
 
 import html
@@ -31,11 +32,11 @@ DATA_FILE = "report-data.js"
 _SHORTEST_INTERVAL_S = 2.0
 _SHARE_OF_TIME = 0.01
 _SPANS = 400
-"""Phases in the timeline: the latest ones."""
+"""Number of phases in the timeline: the latest ones."""
 _POINTS = 1000
-"""Most points of a curve."""
+"""Largest number of points in a curve."""
 _SAMPLES = 12
-"""Links to the rollouts of steps: the latest ones."""
+"""Number of links to rollouts of steps: the latest ones."""
 _FILES = {
     "config.yaml": "every setting",
     "environment.json": "versions, commit, command",
@@ -65,12 +66,12 @@ _BODY = """<p class="quiet">{subtitle}</p>
 
 
 class Report:
-    """Keeps a run's report up to date, on rank 0; a context manager, which notes how the run ended."""
+    """Keeps a run's report up to date, on rank 0. It is a context manager, which records how the run ended."""
 
     def __init__(self, directory: Path, config: Config, warn: Callable[[str], None]) -> None:
-        """Begin with the rows that the run's files have, after a resume.
+        """Begin with the rows that are already in the run's files, which matters after a resume.
 
-        `warn` gets a line where the report cannot be written, which ends no run. DataError if a file is broken.
+        `warn` is called with a line if the report cannot be written; the run continues. DataError if a file is broken.
         """
         self._directory, self._config, self._warn = directory, config, warn
         self._training = [_needed(row) for row in read_rows(directory / METRICS_FILE)]
@@ -89,27 +90,27 @@ class Report:
         if isinstance(error, Exception):
             named = "" if isinstance(error, FipoError) else f"{type(error).__name__}: "
             self._write("failed", f"{named}{error}"[:2000], whole=True)
-        elif not self._finished:  # asked to stop, or by a signal
+        elif not self._finished:  # the run was asked to stop, or a signal ended it
             self._write("stopped", whole=True)
 
     def add_step(self, row: Mapping[str, Any], spans: Iterable[Span]) -> None:
-        """Show a step's row of metrics.jsonl, and the phases that have ended since the last call."""
+        """Add a step's row of metrics.jsonl, and the phases that have ended since the last call."""
         self._training.append(_needed(row))
         self._update(spans)
 
     def add_validation(self, row: dict[str, Any], spans: Iterable[Span]) -> None:
-        """Show a row of validation.jsonl."""
+        """Add a row of validation.jsonl."""
         self._held_out.append(row)
         self._update(spans)
 
     def finish(self, seconds: float, spans: Iterable[Span]) -> None:
-        """Note that the run has done all its steps, in so many seconds, and write the whole page."""
+        """Record that the run has done all its steps in `seconds`, and write the whole page."""
         self._finished = True
         self._spans.extend(spans)
         self._write("finished", duration(seconds), whole=True)
 
     def _update(self, spans: Iterable[Span]) -> None:
-        """Write the numbers, unless that was done a moment ago."""
+        """Write the numbers, unless they were written a moment ago."""
         self._spans.extend(spans)
         started = time.monotonic()
         if started >= self._next_at:
@@ -127,7 +128,7 @@ class Report:
             self._warn(f"{self._directory / PAGE_FILE} is not up to date: {error}")
 
     def _data(self, state: str, words: str) -> dict[str, Any]:
-        """What report.js shows."""
+        """Return the data that report.js shows."""
         rows_per_point = -(-len(self._training) // _POINTS) or 1
         return {
             "written": time.time(),
@@ -154,7 +155,7 @@ def _needed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _means(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Each `count` rows as one, of the last one's step: a browser draws a thousand points well, and no more is seen."""
+    """Replace each `count` rows by their mean, at the step of the last one. More points would not be visible."""
     if count == 1:
         return rows
     parts = (rows[start : start + count] for start in range(0, len(rows), count))
@@ -167,7 +168,7 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _columns(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, list[float | None]]:
-    """Each metric that some row has, over the rows, to six digits; and `step`."""
+    """Return, for `step` and each metric that some row has, the values over the rows, rounded to six digits."""
     found = {key: [_short(row.get(key)) for row in rows] for key in sorted(set(keys))}
     shown = {key: values for key, values in found.items() if any(value is not None for value in values)}
     return {"step": [row["step"] for row in rows], **shown}
@@ -178,14 +179,14 @@ def _short(value: Any) -> float | None:
 
 
 def _by_source(held_out: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
-    """The scores of each data source, where there are several."""
+    """Return the scores of each data source, if there are several."""
     names = sorted({key.partition("/")[2] for row in held_out for key in row if key.startswith("accuracy/")})
     wanted = ("accuracy", "cons_at_k", "pass_at_k", "response_length_mean")
     return {name: {key: [_short(row.get(f"{key}/{name}")) for row in held_out] for key in wanted} for name in names}
 
 
 def _kept(directory: Path, name: str) -> list[str]:
-    """The files of rollouts, oldest first."""
+    """Return the files of rollouts, oldest first."""
     return sorted(path.name for path in (directory / "samples").glob(f"{name}-*.txt"))
 
 

@@ -1,4 +1,4 @@
-"""A few rollouts of each step and validation as files: text for a person, JSONL beside it for a program."""
+"""Write a few rollouts of each step and validation to files: as text for people, and as JSONL for programs."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ def log_rollouts(
     decode: Decode,
     of: Literal["step", "validation"] = "step",
 ) -> Path | None:
-    """Write about `count` of the responses to samples/step-NNNNNN.{txt,jsonl}; return the text file's path.
+    """Write about `count` of the responses to samples/step-NNNNNN.{txt,jsonl}, and return the text file's path.
 
-    Those of held-out problems, after so many steps, go to validation-NNNNNN. Up to four responses each of groups spread
-    over the batch, from the group's worst reward to its best, so that what is rewarded can be read off. With nothing to
-    keep, writes nothing and returns None. `decode` gives the text of each turn.
+    Responses to held-out problems are written to validation-NNNNNN. The groups are spread evenly over the batch. Each
+    has up to four responses, from the worst reward to the best, so that a reader sees what is rewarded. If there is
+    nothing to write, no file is written, and the result is None. `decode` gives the text of each turn.
     """
     chosen = list(_choose(groups, count))
     if not chosen:
@@ -42,7 +42,7 @@ def log_rollouts(
 
 
 def _choose(groups: Sequence[Group], count: int) -> Iterator[tuple[Group, list[int]]]:
-    """Groups, each with the indices of its responses to keep, worst reward first; `count` indices in all at most."""
+    """Yield groups with the indices of their responses to write, worst reward first; at most `count` indices."""
     judged = [group for group in groups if group.samples]
     most = min(_PER_GROUP, max((len(group.samples) for group in judged), default=1))
     shown = min(len(judged), -(-count // most))
@@ -55,7 +55,7 @@ def _choose(groups: Sequence[Group], count: int) -> Iterator[tuple[Group, list[i
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """`count` positions spread evenly over `size`, both ends among them."""
+    """Return `count` positions spread evenly over `size`, including both ends."""
     if count < 2:
         return list(range(count))
     return [round(index * (size - 1) / (count - 1)) for index in range(count)]
@@ -122,5 +122,5 @@ def _size(sample: Sample) -> str:
 
 
 def _without_control_characters(text: str) -> str:
-    """A model can sample a terminal's escape sequences: show them, so that reading the file does not run them."""
+    """Make control characters visible. A model can sample escape sequences, which a terminal would execute."""
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""What a run says about itself: config.yaml and its successors, the user's code, environment.json, summary.json."""
+"""Files that describe a run: config.yaml and its later versions, the user's code, environment.json, summary.json."""
 
 import dataclasses
 import datetime
@@ -19,7 +19,7 @@ from megatron_fipo.plugins import source_file
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE
 
 CONFIG_FILE = "config.yaml"
-"""The configuration that a run began with; config-000012.yaml beside it: what it went on with after step 12."""
+"""The configuration with which a run began. config-000012.yaml has the one with which it resumed after step 12."""
 SUMMARY_FILE = "summary.json"
 
 _KEPT = re.compile(r"config-(\d{6,10})\.yaml")
@@ -38,11 +38,11 @@ _PACKAGES = (
 
 
 def write_config(run_directory: Path, config: Config, step: int = 0, changed: bool = False) -> None:
-    """Write the run's configuration, every key resolved, to config.yaml. Passwords inside URLs are blotted out.
+    """Write the run's configuration, with every key, to config.yaml. Passwords inside URLs are masked.
 
-    `step` is the one that the run goes on from: config.yaml stays what it is then, and where `changed` says that this
-    is another configuration it is kept beside it, as config-STEP.yaml. A loss of the user's is copied to code/: what it
-    was when the run started, or went on with other settings.
+    `step` is the step from which the run resumes, or 0. A resume does not change config.yaml. If `changed` says that
+    the configuration is a different one, it is written to config-STEP.yaml. The user's own loss is copied to code/ when
+    the run starts, and when it resumes with other settings.
     """
     path = run_directory / CONFIG_FILE
     if step and path.exists():
@@ -56,7 +56,7 @@ def write_config(run_directory: Path, config: Config, step: int = 0, changed: bo
 
 
 def kept_config(run_directory: Path, step: int) -> Path:
-    """Where the configuration is that a run had when it had done `step` steps: the newest one up to there."""
+    """Return the file with the configuration that a run had after `step` steps: the newest one up to that step."""
     kept = {
         int(match[1]): path for path in run_directory.glob("config-*.yaml") if (match := _KEPT.fullmatch(path.name))
     }
@@ -64,9 +64,9 @@ def kept_config(run_directory: Path, step: int) -> Path:
 
 
 def set_aside(run_directory: Path) -> list[Path]:
-    """Rename what a run without a checkpoint has left of its numbers and settings, as metrics-TIME.jsonl; their places.
+    """Rename the files of a run without a checkpoint, for example to metrics-TIME.jsonl. Return the new paths.
 
-    For a run that begins anew in the directory: it writes files of its own.
+    This is for a run that starts again from the beginning in the same directory, and writes its own files.
     """
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     rows = [path for name in (METRICS_FILE, VALIDATION_FILE) if (path := run_directory / name).is_file()]
@@ -78,7 +78,7 @@ def set_aside(run_directory: Path) -> list[Path]:
 
 
 def write_environment(run_directory: Path, **more: Any) -> None:
-    """Write what the run was made with to environment.json: versions, commit, command line, machine, and `more`."""
+    """Write environment.json: versions, commit, command line, machine, and `more`."""
     write_json_atomically(
         run_directory / "environment.json",
         {
@@ -98,14 +98,14 @@ def write_environment(run_directory: Path, **more: Any) -> None:
 def write_summary(run_directory: Path, summary: Mapping[str, Any]) -> None:
     """Write a finished run's result to summary.json.
 
-    The loop gives accuracy_before, accuracy_after, response_length_before, response_length_after (None without
-    validation), steps, seconds, and whatever else a reader of many runs will want beside them.
+    The loop passes accuracy_before, accuracy_after, response_length_before, response_length_after (None without
+    validation), steps, seconds, and other numbers that help to compare many runs.
     """
     write_json_atomically(run_directory / SUMMARY_FILE, dict(summary))
 
 
 def distinguishing(config: Config) -> dict[str, Any]:
-    """What tells a run from others beside it, for its summary: the recipe's names and the settings that differ most."""
+    """Return what identifies a run in its summary: names, and the settings in which runs usually differ."""
     algorithm = config.algorithm
     return {
         "name": config.run.name,
@@ -132,9 +132,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit(directory: Path) -> str | None:
-    """The commit of the source tree, marked when files differ from it; None for an installed package."""
+    """Return the commit of the source tree, with a mark if files differ from it; None for an installed package."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    # An installed package can lie inside some other project's repository: ask only where this file is tracked.
+    # An installed package can be inside another project's repository, so ask only if this file is tracked there.
     tracked = ["git", "-C", str(directory), "ls-files", "--error-unmatch", Path(__file__).name]
     try:
         subprocess.run(tracked, check=True, capture_output=True, timeout=10)

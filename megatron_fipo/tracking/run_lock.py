@@ -1,7 +1,8 @@
-"""One run a directory: a lease on it that a living run keeps renewing, also on NFS and Lustre.
+"""Allow only one run per directory, by a lease that a running run keeps renewing. This works on NFS and Lustre too.
 
-filelock's lease is a file made with O_EXCL, which every shared file system has, and renewed by a thread. On one machine
-a dead holder is known at once by its process; on another its lease has to run out. Beside it lies who holds it.
+filelock's lease is a file that is created with O_EXCL, which every shared file system supports. A thread renews it. On
+the same machine a dead holder is recognised at once by its process. On another machine, its lease has to expire. A file
+beside the lease says who holds it.
 """
 
 import contextlib
@@ -20,23 +21,23 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_json_atomically
 
 LEASE_S = 60.0
-"""How long another machine's run may be silent before it counts as dead, in s; it renews three times as often."""
+"""How long a run on another machine may be silent before it counts as dead, in s. It renews three times as often."""
 
 _NAMELESS_S = 5.0
-"""Wait for a lock that names nobody, in s: another run has just made it, or a crash cut it short, and it is replaced
-when it has not changed for two of them."""
+"""How long to wait for a lock file that names no holder, in s. Either another run has just created it, or a crash cut
+it short. It is replaced if it has not changed for 2 s."""
 
 _CLOCKS_S = 5.0
-"""How far a file's time and a process's may be apart, in s."""
+"""How much the times of a file and of a process may differ, in s."""
 
 _LOCK_FILE, _OWNER_FILE = "run.lock", "run.lock.json"
 
 
 class RunLock:
-    """Holds a run's directory while it is entered. On rank 0 alone."""
+    """Holds a run's directory while the context is entered. Used on rank 0 only."""
 
     def __init__(self, directory: Path, note: Callable[[str], None], lease_s: float = LEASE_S):
-        """`note` gets a line where the wait for another machine's run begins, and where a dead run is succeeded."""
+        """`note` is called with a line when a wait for another machine's run begins and when a dead run is replaced."""
         self._directory, self._note, self._lease_s = directory, note, lease_s
         self._lease = filelock.SoftFileLease(directory / _LOCK_FILE, lease_duration=lease_s)
 
@@ -49,7 +50,8 @@ class RunLock:
         try:
             self._acquire(0)
         except filelock.Timeout:
-            # A run that is alive here is alive; of another machine's only silence can tell.
+            # A live process on this machine is certain. For another machine, only a long silence shows that a run is
+            # dead.
             owner = self._lease.owner
             if owner is not None and owner.hostname == platform.node():
                 raise self._taken() from None
@@ -71,9 +73,9 @@ class RunLock:
         return self
 
     def refuse_if_taken(self) -> None:
-        """Raise FipoError if a run that lives on this machine has the directory; takes nothing, and waits for nothing.
+        """Raise FipoError if a live run on this machine holds the directory. This takes no lease and does not wait.
 
-        For a launcher, before it starts anything. What other machines' runs do only `__enter__` can tell.
+        A launcher calls it before it starts anything. Only `__enter__` can decide about runs on other machines.
         """
         owner = self._lease.owner
         if owner is None or owner.hostname != platform.node():
@@ -81,7 +83,7 @@ class RunLock:
         with contextlib.suppress(psutil.NoSuchProcess, OSError):
             renewed = (self._directory / _LOCK_FILE).stat().st_mtime
             holder = psutil.Process(owner.pid)
-            # A zombie is dead, and a process that is younger than the lock has a number that is used again.
+            # A zombie is dead. A process that is younger than the lock is another one that has the same number.
             if holder.status() != psutil.STATUS_ZOMBIE and holder.create_time() < renewed + _CLOCKS_S:
                 raise self._taken()
 
@@ -93,7 +95,7 @@ class RunLock:
         self._lease.release()
 
     def check(self) -> None:
-        """Raise FipoError if another run has taken the directory meanwhile, as after a long suspension."""
+        """Raise FipoError if another run has taken the directory meanwhile, for example after a long suspension."""
         if self._lease.compromise is not None:
             raise FipoError(
                 f"{self._directory}: its lease was lost ({self._lease.compromise.reason}), and {self._holder()} may be "
@@ -107,24 +109,24 @@ class RunLock:
             raise
         except OSError as error:
             raise FipoError(f"{self._directory / _LOCK_FILE} cannot be written: {error}") from error
-        except filelock.LeaseSettingsMismatch as error:  # of another version of this package, and alive
+        except filelock.LeaseSettingsMismatch as error:  # a live run of another version of this package
             raise self._taken() from error
 
     def _taken(self) -> FipoError:
         lock = self._directory / _LOCK_FILE
-        if self._lease.owner is None and lock.exists():  # empty, which could be another version's
+        if self._lease.owner is None and lock.exists():  # empty: it could be from another version
             return FipoError(f"{lock} does not say whose it is: remove it if no run writes to {self._directory}")
         return FipoError(
             f"{self._directory} is in use by {self._holder()}: give this run another run.directory, or end that one"
         )
 
     def _holder(self) -> str:
-        """Who holds the directory, or held it last."""
+        """Return who holds the directory, or held it last."""
         path = self._directory / _OWNER_FILE
         try:
             owner = json.loads(path.read_text()) if path.is_file() else {}
             job = f", Slurm job {owner['job']}" if "job" in owner else ""
             holder = f"the run with process {owner['pid']} on {owner['host']}{job}"
             return holder if holder.isprintable() else "another run"
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not written yet, or removed just now
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # not yet written, or just removed
             return "another run"

@@ -1,4 +1,4 @@
-"""Metrics of a step's sampling: over all that was sampled in it, trained on or not."""
+"""Metrics of a step's sampling, over all responses sampled in it, trained on or not."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from megatron_fipo.rollout.ledger import SURPLUS
 
 
 def sampling_metrics(batch: Batch) -> dict[str, float]:
-    """One step's metrics of dynamic sampling, of verdicts and of responses.
+    """Return one step's metrics of dynamic sampling, verdicts and responses.
 
-    Means of reward and accuracy are over the responses that were judged, and are left out where none was.
+    Means of reward and accuracy are over the responses that were judged. Without any, they are left out.
     """
     rejected = batch.counts.rejected
     metrics: dict[str, float] = {

@@ -1,10 +1,10 @@
-"""One step's metrics from those of its updates."""
+"""Combine the metrics of a step's updates."""
 
 from collections import defaultdict
 
 
 def over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """A step's metrics from its updates': least, greatest, sum or mean by name; ppo_kl of the first by itself."""
+    """Combine the updates' metrics: minimum, maximum, sum or mean, by name. ppo_kl of the first update is kept too."""
     collected: dict[str, list[float]] = defaultdict(list)
     for metrics in updates:
         for name, value in metrics.items():

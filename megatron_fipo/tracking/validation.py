@@ -1,11 +1,10 @@
 """Accuracy on held-out problems: avg@k, cons@k, pass@k over the k samples of each problem.
 
-Training scores its held-out problems by this module, `evaluate` whatever problems it is given, and `compare` adds
-intervals to the per-problem scores that both keep.
+Training and `evaluate` score problems by this module, and write the scores of each problem. `compare` computes
+intervals from these files.
 
-Choices worth knowing: a response whose check failed (timeout, crash) counts in no accuracy, only in the rates of failed
-checks, and a problem without any verdict is left out of the means; answers vote as extracted strings, so `1/2` and
-`0.5` are two candidates.
+A response whose check failed (timeout, crash) counts in no accuracy, only in the rates of failed checks. A problem
+without any verdict is left out of the means. Answers vote as the strings that the rule has extracted.
 """
 
 from collections import Counter, defaultdict
@@ -19,22 +18,22 @@ from megatron_fipo.records.sample import FAILED_CHECKS, Group, RewardResult
 
 @dataclass(frozen=True)
 class ProblemScores:
-    """What came of one problem. The three accuracies are in [0, 1], or NaN without any verdict."""
+    """The scores of one problem. The three accuracies are in [0, 1], or NaN without any verdict."""
 
     problem: str
     """The problem's id, a hash of its prompt: the same in every run with this prompt."""
     data_source: str
     samples: int
     judged: int
-    """Samples with a verdict; the others' checks timed out or crashed."""
+    """Samples with a verdict. The checks of the others timed out or crashed."""
     right: int
-    """Samples that are wholly right."""
+    """Samples that are fully right."""
     accuracy: float
     """The mean accuracy of the judged samples."""
     cons: float
     pass_at_k: float
     tokens: int
-    """Length of all responses together."""
+    """Total length of all responses."""
     truncated: int
     """Responses that the length limit cut off."""
     timeout: int
@@ -47,21 +46,21 @@ class ValidationScores:
 
     problems: int
     problems_not_judged: int
-    """Problems without any verdict, which the accuracies leave out."""
+    """Problems without any verdict, which are left out of the accuracies."""
     k: int
     avg: float
     """avg@k: the mean accuracy of a single sample."""
     cons: float
-    """cons@k: the accuracy of the majority's answer."""
+    """cons@k: the accuracy of the most frequent answer."""
     pass_at_k: float
-    """pass@k: the chance that one of k samples is right."""
+    """pass@k: the probability that at least one of k samples is right."""
     response_length_mean: float
     truncated: float
     """Share of responses that the length limit cut off."""
     not_judged: int
     """Responses whose check timed out or crashed."""
     failed_rates: dict[str, float]
-    """Share of responses a kind of failed check."""
+    """Share of responses for each kind of failed check."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class ValidationResult:
     problems: list[ProblemScores]
 
     def metrics(self) -> dict[str, float]:
-        """Flat and ready for the metrics file: accuracy, cons_at_k …, and `accuracy/<source>` with several sources."""
+        """Return flat metrics for the metrics file: accuracy, cons_at_k … If needed, also `accuracy/<source>`."""
         flat = _metrics(self.overall, suffix="")
         if len(self.by_source) > 1:
             for source, scores in self.by_source.items():
@@ -84,11 +83,11 @@ class ValidationResult:
 def score(groups: list[Group], k: int) -> ValidationResult:
     """Score judged groups of k samples or more.
 
-    With more than k verdicts on a problem, avg@k and pass@k are the unbiased estimates from all of them, and cons@k
-    votes among the first k; with fewer, since checks failed, all three are of those there are.
+    If a problem has more than k verdicts, avg@k and pass@k are the unbiased estimates from all of them, and cons@k is
+    the vote among the first k. If it has fewer, because checks failed, all three use the verdicts that there are.
 
     Raises:
-        ValueError: no group at all, or one with fewer samples than k, or not judged.
+        ValueError: there is no group, or a group has fewer than k samples or is not judged.
     """
     if not groups:
         raise ValueError("no problems to validate on")
@@ -101,7 +100,7 @@ def score(groups: list[Group], k: int) -> ValidationResult:
 
 
 def score_group(group: Group, k: int) -> ProblemScores:
-    """The scores of one problem's judged samples."""
+    """Return the scores of one problem's judged samples."""
     truncated = sum(sample.finish_reason == "length" for sample in group.samples)
     tokens = sum(sample.actions for sample in group.samples)
     return score_problem(group.problem.id, group.problem.data_source, group.results, tokens, truncated, k)
@@ -110,7 +109,7 @@ def score_group(group: Group, k: int) -> ProblemScores:
 def score_problem(
     problem: str, data_source: str, results: Sequence[RewardResult], tokens: int, truncated: int, k: int
 ) -> ProblemScores:
-    """As `score_group`, from its parts: `tokens` is the length of all responses, `truncated` counts those cut off."""
+    """Do the work of `score_group`. `tokens` is the total length of all responses; `truncated` counts those cut off."""
     verdicts = [result for result in results if result.was_judged]
     outcomes = Counter(result.outcome for result in results)
     right, judged = _right(verdicts), len(verdicts)
@@ -131,7 +130,7 @@ def score_problem(
 
 
 def combine(problems: list[ProblemScores], k: int) -> ValidationResult:
-    """The scores of problems together, and of each data source among them. ValueError if there are none."""
+    """Return the scores over all problems and for each data source. ValueError if there are no problems."""
     if not problems:
         raise ValueError("no problems to validate on")
     by_source: dict[str, list[ProblemScores]] = defaultdict(list)
@@ -142,7 +141,7 @@ def combine(problems: list[ProblemScores], k: int) -> ValidationResult:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of `samples` responses, drawn without replacement, hold one of the `right` ones.
+    """Return the probability that k of `samples` responses, drawn without replacement, contain one of the `right` ones.
 
     The unbiased estimator of Chen et al., Evaluating Large Language Models Trained on Code (2021), in exact integers.
     """
@@ -150,11 +149,11 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def consensus(results: Sequence[RewardResult]) -> float:
-    """Accuracy of the most frequent answer.
+    """Return the accuracy of the most frequent answer.
 
-    Only judged, non-empty answers vote: to find no answer is not to agree. Without a vote the accuracy is 0. Tied
-    answers share: the result is the mean of their accuracies, what a coin toss between them would give on average. An
-    answer's accuracy is the mean over its voters (they differ only where a scorer also judges the form).
+    Only judged, non-empty answers vote: two responses without an answer do not agree. Without any vote the accuracy is
+    0. If several answers are equally frequent, the result is the mean of their accuracies, as if one were chosen at
+    random. The accuracy of an answer is the mean over its voters. These differ only if a scorer also judges the form.
     """
     votes: dict[str, list[float]] = defaultdict(list)
     for result in results:
@@ -190,7 +189,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _right(results: Sequence[RewardResult]) -> int:
-    # A scorer's partial credit is not a solved problem.
+    # A response with partial credit does not solve the problem.
     return sum(result.accuracy >= 1.0 for result in results)
 
 

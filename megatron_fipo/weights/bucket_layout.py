@@ -25,7 +25,7 @@ class BucketLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def spans(self) -> list[tuple[int, int]]:
         """(start, length) in bytes of each tensor in the packed buffer."""
         # Here: a process that only samples never imports torch.
-        from megatron_fipo.weights.buckets import torch_dtype
+        from megatron_fipo.weights.dtypes import torch_dtype
 
         spans, offset = [], 0
         for shape, dtype in zip(self.shapes, self.dtypes, strict=True):

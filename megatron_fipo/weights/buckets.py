@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.weights.bucket_layout import BucketLayout
+from megatron_fipo.weights.dtypes import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,6 @@ def checksum(tensor: Tensor) -> int:
 
 _CHECKSUM_WORDS = 1 << 18
 """At once: what bounds the memory that a checksum takes beside the tensor, and keeps it in a cache."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype called `name` ("bfloat16"); ValueError for anything else, since names come from another process."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no torch dtype")
-    return dtype
 
 
 def unpack(buffer: Tensor, layout: BucketLayout) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-# The one launch library of slurm/*.sh. Sourced, with bash. What differs from site to site is in site.sh beside it.
+# The launch library of slurm/*.sh, sourced by bash. site.sh beside it handles the differences between sites.
 # shellcheck shell=bash
 
 set -uo pipefail
@@ -9,7 +9,7 @@ die() {
   exit "$1"
 }
 
-# Print the calling script's head, if that is what was asked for.
+# Print the comment at the top of the calling script, if --help was given.
 usage_if_asked() {
   case ${1:-} in
     -h | --help)
@@ -22,8 +22,8 @@ usage_if_asked() {
 # shellcheck source=slurm/lib/site.sh
 . "${BASH_SOURCE[0]%/*}/site.sh" || exit 1
 
-# All tasks of a step end when one fails, but not because one is done early. A step of this job never waits for another's
-# resources. Its tasks use all cores: bound as a site may do by default, each would have one.
+# If a task of a step fails, all tasks end, but not if one is only done early. A step of this job never waits for another
+# step's resources. Its tasks use all cores: with the CPU binding of some sites, each task would have only one core.
 step() {
   local options=()
   while [ "${1#--}" != "$1" ]; do
@@ -33,8 +33,8 @@ step() {
   srun --overlap --kill-on-bad-exit=1 --wait=0 --cpu-bind=none "${container[@]}" "${options[@]}" "${inside[@]}" "$@"
 }
 
-# One process: in the container, if there is one, since only that may have what it needs. pyxis is srun's, and so not on a
-# login node; there it has to be an interpreter of the host.
+# Run one Python process: in the container, if there is one, since only the container may have the packages. pyxis works
+# only in srun, not on a login node, so the host's interpreter is used there.
 alone() {
   if [ "${#container[@]}" -gt 0 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     step --nodes=1 --ntasks=1 "$@"
@@ -47,10 +47,10 @@ alone() {
   fi
 }
 
-# What launch/job.py prints.
+# The values that launch/job.py prints.
 trainer_nodes=0 rollout_nodes=0 gpus_per_node=0 max_retries=0 start_timeout_s=0 run_directory=
 
-# Judge the overrides, and learn how many nodes of which kind they want.
+# Check the overrides, and find out how many nodes of each kind they need.
 read_job() {
   local facts name value
   facts=$(alone "$python" -m megatron_fipo.launch.job "$@") || exit $?
@@ -64,7 +64,7 @@ read_job() {
   done <<<"$facts"
 }
 
-# Wait for a background process to its end, whatever signals the traps have taken meanwhile. Returns its status.
+# Wait until a background process ends, even if traps handle signals meanwhile. Returns its status.
 wait_for() {
   local status
   while :; do
@@ -72,7 +72,7 @@ wait_for() {
     status=$?
     if [ "$status" -le 128 ]; then return "$status"; fi
     if ! kill -0 "$1" 2>/dev/null; then
-      # It may have ended after a signal's trap ended the wait above, whose status is the signal's; bash keeps its own.
+      # A trap may have ended the wait above with the signal's status. bash still has the status of the process.
       wait "$1"
       return
     fi
@@ -88,7 +88,7 @@ newest_checkpoint() {
   find "$run_directory/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
 }
 
-# Count starts in a row that found no newer checkpoint than the one before; give up above cluster.max_retries.
+# Count consecutive starts without a new checkpoint, and give up above cluster.max_retries.
 count_attempt() {
   local last='' count=0
   began_from=$(newest_checkpoint)
@@ -103,7 +103,7 @@ count_attempt() {
   fi
 }
 
-# Nodes whose servers failed in this job.
+# Nodes whose servers have failed in this job.
 failed_nodes=()
 
 remember_failed() {
@@ -111,7 +111,7 @@ remember_failed() {
   say "used from now on only where no other is left: $*"
 }
 
-# Put the good nodes that failed before behind the others, and so behind the spares.
+# Put good nodes that failed before at the end of the list, after the spares.
 failed_last() {
   local node sound=() failed=()
   for node in "${good_nodes[@]}"; do
@@ -120,8 +120,8 @@ failed_last() {
   good_nodes=("${sound[@]}" "${failed[@]}")
 }
 
-# Sets good_nodes to the nodes that can be used; status 1 if they are too few or do not reach each other. 20 minutes of
-# patience: a container's image may have to be fetched.
+# Set good_nodes to the nodes that can be used. Status 1 if they are too few or cannot reach each other. The time limit is
+# 20 minutes, since a container's image may have to be downloaded.
 check_nodes() {
   local facts=$run_directory/nodes list
   rm -rf "$facts"
@@ -136,7 +136,7 @@ check_nodes() {
     return 1
   fi
   failed_last
-  # The warnings left out are about addresses without a name.
+  # The warnings that are filtered out are about addresses without a name.
   TORCH_CPP_LOG_LEVEL=ERROR step --time=20 --nodes="$needed" --ntasks="$needed" --ntasks-per-node=1 \
     --nodelist="$(join "${good_nodes[@]:0:$needed}")" "$python" -m megatron_fipo.launch.node_check all-reduce 180 || {
     say "the nodes cannot add numbers up together: a node that failed at once says why above;" \
@@ -149,7 +149,7 @@ start_servers() {
   addresses=$run_directory/addresses
   rm -rf "$addresses"
   mkdir -m 700 "$addresses"
-  # One node's end is not the others': the trainer goes on with those that are left.
+  # If one node ends, the others continue: the trainer uses the remaining servers.
   FIPO_ADDRESSES=$addresses step --kill-on-bad-exit=0 --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
     --nodelist="$(join "${good_nodes[@]:trainer_nodes:rollout_nodes}")" --label \
     --output="$run_directory/logs/rollout-%N.log" \
@@ -172,7 +172,7 @@ start_servers() {
   done
 }
 
-# The rollout nodes that have not written their servers' addresses.
+# Print the rollout nodes that have not written their servers' addresses.
 silent_nodes() {
   local node
   for node in "${good_nodes[@]:trainer_nodes:rollout_nodes}"; do
@@ -188,18 +188,18 @@ stop_servers() {
   fi
 }
 
-# The line in which srun tells of the first task that failed; status 1 if none has.
+# Print srun's line about the first task that failed. Status 1 if none has.
 failed_task() { grep -m 1 -E 'srun: error: [^:]+: tasks? [0-9]' "$run_directory/logs/$1.err"; }
 
-# first_status WHAT STATUS: the first failed task's status. srun's own, STATUS, is the highest, and so that of the tasks
-# that it killed for the first one's sake.
+# first_status WHAT STATUS: print the status of the task that failed first. srun's own status, STATUS, is the highest of
+# all tasks, including those that srun killed because of the first.
 first_status() {
   local code
   code=$(failed_task "$1" | sed -n -E 's/.*exit code ([0-9]+).*/\1/p')
   printf '%s' "${code:-$2}"
 }
 
-# Show the last lines of the task that srun saw fail first.
+# Show the last lines of the task that failed first, as seen by srun.
 first_failure() {
   local what=$1 line node task log
   line=$(failed_task "$what")
@@ -214,7 +214,7 @@ first_failure() {
   grep -E "^ *$task: " "$log" | tail -n 30 >&2
 }
 
-# Show which rollout node failed first, and remember all that did.
+# Show which rollout node failed first, and remember all that failed.
 rollout_failure() {
   local names failed
   first_failure rollout
@@ -252,7 +252,7 @@ attempt() {
   status=$(first_status trainer $?)
   if [ "$status" -ne 0 ] && [ "$status" -ne 75 ] && [ -z "$stopping" ]; then
     first_failure trainer
-    # It may have been lost hours before.
+    # A rollout node may have been lost hours before.
     if [ -n "$servers" ] && failed_task rollout >/dev/null; then rollout_failure; fi
   fi
   stop_servers
@@ -262,7 +262,7 @@ attempt() {
 prepare_directory() {
   mkdir -p "$run_directory/logs"
   rm -f "$run_directory/stop"
-  # A new submission is somebody's decision to try again.
+  # A new submission means that the user has decided to try again.
   if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then rm -f "$run_directory/attempts"; fi
   (
     umask 077
@@ -278,7 +278,7 @@ prepare_directory() {
   } >>"$run_directory/job.txt"
 }
 
-# submit NODES [ARGUMENT...]: give the script that the user called to sbatch. One that has read no job asks for no GPUs.
+# submit NODES [ARGUMENT...]: pass the script that the user called to sbatch. Without a job's values, request no GPUs.
 submit() {
   local nodes=$1 gpus=() script
   shift
@@ -306,7 +306,7 @@ launch_run() {
     read_job "$@"
     submit $((trainer_nodes + rollout_nodes)) "$@"
   fi
-  # A requeued job has its number again, and so finds its directory.
+  # A requeued job keeps its number, and so finds its directory.
   set -- "run.directory=$runs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
   read_job "$@"
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -327,7 +327,7 @@ launch_run() {
       scontrol requeue "$SLURM_JOB_ID" && sleep 300
       exit 75
     fi
-    # 0: done; 2: a configuration that no retry makes right; 75: somebody put the stop file there.
+    # 0: done; 2: a wrong configuration, which no retry can fix; 75: somebody has created the stop file.
     case $status in 0 | 2 | 75) exit "$status" ;; esac
     say "the run ended with status $status and starts again from its newest checkpoint: $(newest_checkpoint)"
   done

@@ -1,4 +1,4 @@
-# What a site is like: its file's values as sbatch's options, the interpreter, the container and the environment of a job.
+# The site's settings as sbatch's options, and the interpreter, container and environment of a job.
 # Sourced by launch.sh. slurm/site.example.sh explains every FIPO_… variable; megatron_fipo/launch/site.py checks them.
 # shellcheck shell=bash disable=SC2034 # launch.sh reads what is set here
 
@@ -27,7 +27,7 @@ load_software() {
   python=${FIPO_PYTHON:-$FIPO_ROOT/.venv/bin/python}
   set +u # the scripts of modules and conda read variables that are not set
   if [ -n "${FIPO_MODULES:-}" ]; then
-    # A batch script's shell has not always read what defines the command.
+    # The shell of a batch script may not have read the file that defines the command.
     # shellcheck source=/dev/null
     type module >/dev/null 2>&1 || . /etc/profile.d/modules.sh 2>/dev/null || . /etc/profile.d/lmod.sh 2>/dev/null
     # shellcheck disable=SC2086 # several modules
@@ -68,19 +68,19 @@ container_values() {
       container=("--container-image=$FIPO_CONTAINER_IMAGE" "--container-mounts=$mounts" "--container-workdir=$FIPO_ROOT")
       ;;
     apptainer | singularity)
-      # The environment goes into it as it is: no value of it, such as a token, is on a command line.
+      # Environment variables are passed in unchanged, so that no value, such as a token, is on a command line.
       inside=("$FIPO_CONTAINER_RUNTIME" exec --nv --bind "$mounts" --pwd "$FIPO_ROOT" "$FIPO_CONTAINER_IMAGE")
       ;;
     *) die 2 "$site: FIPO_CONTAINER_RUNTIME=$FIPO_CONTAINER_RUNTIME is none of pyxis, apptainer, singularity" ;;
   esac
 }
 
-# gpu_options COUNT: how GPUs are asked for here.
+# gpu_options COUNT: the options that request GPUs at this site.
 gpu_options() {
   if [ -n "${FIPO_GRES:-}" ]; then printf '%s' "--gres=$FIPO_GRES:$1"; else printf '%s' "--gpus-per-node=$1"; fi
 }
 
-# On a login node: have what is wrong in the site's file said in a line each, before a job waits in the queue for it.
+# On a login node: print each problem of the site's file in one line, before a job waits in the queue.
 check_site() {
   if [ -s "$site" ] && "$host_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     "$host_python" -m megatron_fipo.launch.site "$site" || exit $?

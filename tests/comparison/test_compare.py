@@ -170,7 +170,7 @@ def test_the_baseline_is_a_group_its_beginning_or_a_run(sweep):
     ("spoil", "message"),
     [
         (lambda run: (run / "config.yaml").write_text("run: ["), "config.yaml cannot be read"),
-        (lambda run: (run / "config.yaml").write_text("a: 1"), "is no configuration of a run"),
+        (lambda run: (run / "config.yaml").write_text("a: 1"), "is not a configuration of a run"),
         (lambda run: (run / METRICS_FILE).write_text("x\n{}\n"), "metrics.jsonl, line 1: not JSON"),
         (lambda run: (run / "validation" / "step-000020.parquet").write_bytes(b""), "step-000020.parquet cannot be"),
         (lambda run: (run / "config.yaml").unlink(), "holds no run"),

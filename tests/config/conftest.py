@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def model_directory(tmp_path: Path):
-    """Writes a config.json, Qwen2.5-0.5B's figures unless told otherwise, and gives the override that names it."""
+    """Write a config.json, by default with the sizes of Qwen2.5-0.5B, and return the override that names it."""
 
     def write(**changes: Any) -> str:
         architecture = {
@@ -32,7 +32,7 @@ def model_directory(tmp_path: Path):
 
 @pytest.fixture
 def tiny_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Overrides for problem files that exist, so that what comes after their check is reached."""
+    """Return overrides for problem files that exist, so that later checks are reached."""
     path = tmp_path / "problems.jsonl"
     path.touch()
     return [f"data.train=[{path}]", f"data.validation=[{path}]"]

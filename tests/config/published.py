@@ -1,4 +1,4 @@
-"""What stands in published models' own config.json, and the keys that transformers 4 wrote."""
+"""The contents of published models' own config.json, and the keys that transformers 4 wrote."""
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -1,6 +1,6 @@
-"""algorithm.name is a label. A run that says dapo and trains FIPO would be compared as DAPO ever after.
+"""algorithm.name is a label. Why: a run that is called dapo but trains FIPO would always be compared as DAPO.
 
-Not covered: two algorithms of one loss_mode, such as dapo and grpo, whose names nothing can tell from their settings.
+Not covered: two algorithms with the same loss_mode, such as dapo and grpo, which the settings cannot distinguish.
 """
 
 import pytest
@@ -20,7 +20,9 @@ def test_the_names_are_those_of_the_group() -> None:
 
 
 def test_the_name_of_another_algorithm_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^algorithm\.name: says dapo, .*algorithm=dapo without \.name chooses it"):
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.name: says dapo, .*algorithm=dapo, without \.name, to choose it"
+    ):
         judge("algorithm.name=dapo")
     assert judge("algorithm=dapo") == []
 

@@ -1,4 +1,4 @@
-"""What cannot run is refused by the key's name and with what would be right; what is hardly meant gets a warning.
+"""Configurations that cannot run are refused with the key and what would be right. Probable mistakes get a warning.
 
 Why: a mistake on the command line must cost seconds, not a cluster hour.
 
@@ -144,7 +144,7 @@ def test_mistakes_are_refused_with_the_key_and_the_remedy(command_line: str) -> 
 
 
 def test_allowed_sampling_modes_are_allowed() -> None:
-    """The control of the refusals above: the neighbours that they name do run."""
+    """The control of the refusals above: the settings that they propose do run."""
     assert judge("rollout.temperature=0.7", "rollout.logprobs_mode=processed_logprobs") == []
     assert "biased" in judge("rollout.top_p=0.9")[0]
     assert judge("rollout.servers=0", "rollout.addresses=[http://127.0.0.1:8000,'http://[::1]:8001']") == []
@@ -154,8 +154,8 @@ WARNED = {
     "algorithm.mini_batch_prompts=16": "this FIPO is DAPO",
     "rollout.dtype=bfloat16": "rounding",
     "algorithm=grpo algorithm.generation_batch_prompts=64": "without dynamic sampling",
-    "validation.temperature=0 validation.samples=4": "alike",
-    "optimizer.warmup_updates=1000": "warm up",
+    "validation.temperature=0 validation.samples=4": "are the same",
+    "optimizer.warmup_updates=1000": "warm-up takes 1000",
     "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "tis_cap",
     "data=chain_sum": "reward.rule=reasoning_gym",
     "reward.rule=exact_match reward.math_tolerance=0.01": "not read",
@@ -195,7 +195,7 @@ def test_layouts_that_fit_are_accepted() -> None:
 
 
 def test_every_number_has_a_range_and_its_default_lies_inside() -> None:
-    """A number without an upper bound is one that overflows a clock, a socket or the memory some day."""
+    """A number without an upper bound could overflow a clock, a socket or the memory."""
     for key, entry in every_setting():
         kinds = {int, float} & {entry.type, *get_args(entry.type)}
         if not kinds:

@@ -1,6 +1,7 @@
 """The section `data` of a configuration: columns, templates, dates, files.
 
-Why: what is wrong there would otherwise show after servers and processes have started. What files hold is tests/data.
+Why: mistakes there would otherwise show only after servers and processes have started. tests/data tests the contents of
+files.
 """
 
 from pathlib import Path

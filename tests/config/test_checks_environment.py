@@ -15,10 +15,13 @@ from megatron_fipo.errors import ConfigError
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["environment.name=two_turns"], "environment.name: 'two_turns' is no environment (single_turn, package.mod"),
-        (["environment.name='a b:c'"], "environment.name: 'a b:c' names no function"),
+        (
+            ["environment.name=two_turns"],
+            "environment.name: 'two_turns' is not an environment (single_turn, package.mod",
+        ),
+        (["environment.name='a b:c'"], "environment.name: 'a b:c' does not name a function"),
         (["+environment.options.told=x"], "environment.options: is not read by single_turn"),
-        (["environment.variables=[a-b]"], "environment.variables: 'a-b' is no name of a variable"),
+        (["environment.variables=[a-b]"], "environment.variables: 'a-b' is not the name of a variable"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_key(overrides: list[str], said: str) -> None:

@@ -1,6 +1,7 @@
 """What a configuration needs on this machine: the model's files and its config.json, problems, a token, CUDA.
 
-Why: a path that is wrong or a layout that the model does not divide by would otherwise show after all processes start.
+Why: a wrong path, or a layout that does not divide the model, would otherwise show only after all processes have
+started.
 """
 
 from pathlib import Path
@@ -106,10 +107,10 @@ def test_what_needs_cuda_is_refused_without(command_line: str, key: str, remedy:
 @pytest.mark.parametrize(
     ("override", "key", "said"),
     [
-        ("run.directory=FILE", "run.directory", "is no directory"),
-        ("run.directory=FILE/run", "run.directory", "is no directory"),
+        ("run.directory=FILE", "run.directory", "is not a directory"),
+        ("run.directory=FILE/run", "run.directory", "is not a directory"),
         (f"run.directory={'x' * 300}", "run.directory", "more than 255 bytes"),
-        ("rollout.host=192.0.2.1", "rollout.host", "is no address of this machine"),
+        ("rollout.host=192.0.2.1", "rollout.host", "is not an address of this machine"),
         ("reward.workers=1024", "reward.workers", "1024 verifier processes of 4 GiB each take more than"),
         ("rollout.cpu_kv_cache_gib=100000", "rollout.cpu_kv_cache_gib", "of memory here"),
         ("parallel.data=20000 algorithm.mini_batch_prompts=100000 PROMPTS", "parallel", "trainer processes"),

@@ -1,7 +1,6 @@
 """The section `reward` of a configuration: names of rules, files of the user's own, variables.
 
-Why: a wrong name has to be answered before processes start. What importing a function says is in
-tests/rewards/test_own.py.
+Why: a wrong name has to be reported before processes start. tests/rewards/test_own.py tests the import of functions.
 """
 
 from pathlib import Path
@@ -16,15 +15,15 @@ from tests.config.judging import judge
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("exactmatch", "'exactmatch' is no rule .*did you mean exact_match"),
-        ("mine.py", r"mine\.py names no function of that file \(mine\.py:score or mine\.py:other\)"),
-        ("missing.py", r"missing\.py names no function of that file \(missing\.py:FUNCTION\)"),
+        ("exactmatch", "'exactmatch' is not a rule .*did you mean exact_match"),
+        ("mine.py", r"mine\.py does not name a function of that file \(mine\.py:score or mine\.py:other\)"),
+        ("missing.py", r"missing\.py does not name a function of that file \(missing\.py:FUNCTION\)"),
         ("missing.py:score", r"missing\.py is not found from .*package\.module:function"),
         ("mine.py:scor", r"mine\.py has no function scor \(its functions: score, other\)"),
         ("broken.py:f", r"broken\.py, line 2: "),
         ("'a b:c'", "a b is neither a module nor a file"),
-        ("'mine.py:'", "is no rule"),
-        ("':score'", "is no rule"),
+        ("'mine.py:'", "is not a rule"),
+        ("':score'", "is not a rule"),
     ],
 )
 def test_a_wrong_rule_is_refused(
@@ -48,7 +47,7 @@ def test_a_wrong_rule_is_refused(
 
 def test_variables_are_names_that_are_set(tiny_files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     own = ("reward.rule=package.module:score", *tiny_files)
-    with pytest.raises(ConfigError, match=r"^reward\.environment: 'A=b' is no name"):
+    with pytest.raises(ConfigError, match=r"^reward\.environment: 'A=b' is not the name"):
         judge(*own, "reward.environment=['A=b']")
     with pytest.raises(ConfigError, match=r"^reward\.environment: JUDGE_KEY is not set .export JUDGE_KEY=…"):
         judge(*own, "reward.environment=[JUDGE_KEY]", local=True)
@@ -65,7 +64,9 @@ def test_what_a_rule_of_ones_own_does_not_read_is_warned_about() -> None:
 
 
 def test_no_answers_take_a_rule_of_ones_own() -> None:
-    with pytest.raises(ConfigError, match=r"^data\.columns\.answer: is null, and reward\.rule=math_verify compares"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.columns\.answer: is null, but reward\.rule=math_verify needs a right answer"
+    ):
         judge("data.columns.answer=null")
     assert judge("data.columns.answer=null", "reward.rule=package.module:score") == []
 
@@ -74,7 +75,7 @@ def test_no_answers_take_a_rule_of_ones_own() -> None:
     ("pattern", "message"),
     [
         ("null", "is not set"),
-        ("'a(b'", "is no regular expression"),
+        ("'a(b'", "is not a regular expression"),
         ("'a'", "has 0 groups"),
         ("'(a)(b)'", "has 2 groups"),
     ],
@@ -87,7 +88,7 @@ def test_an_answer_pattern_has_one_group(pattern: str, message: str) -> None:
 
 
 def test_an_answer_pattern_that_nothing_reads_is_refused() -> None:
-    """Without its format the whole answer would be the truth, and every response wrong."""
+    """Without its format the whole text would be the right answer, and every response would be wrong."""
     with pytest.raises(ConfigError, match=r"data.answer_pattern: is not read with data.answer_format=plain"):
         judge("data.answer_pattern='(c)'")
     own = ["data.validation_columns.answer_format=pattern", "data.answer_pattern='(c)'"]

@@ -1,5 +1,5 @@
-"""A run is described by the command line alone: the recipes hold to their published figures, one override wins over
-the experiment, and the entry point starts light and refuses in one line.
+"""The command line alone describes a run: the recipes have their published figures, an override replaces the
+experiment's value, and the entry point starts quickly and refuses in one line.
 
 Not covered: which combinations are refused (test_checks.py).
 """
@@ -48,7 +48,7 @@ def run_probe(directory: Path, *arguments: str, **environment: str) -> Ended:
 
 
 class TestCommandLine:
-    """The entry point as a user sees it: one process each."""
+    """The entry point as a user sees it, in a separate process."""
 
     def test_a_mistake_costs_one_line_and_two_seconds(self, tmp_path: Path) -> None:
         ended = run_probe(tmp_path, "run.stepz=1")
@@ -170,7 +170,7 @@ def test_embedded_paths_lie_in_the_package() -> None:
 
 
 def test_config_is_plain_dataclasses() -> None:
-    """Nothing of OmegaConf reaches the code: dictionaries and lists are Python's own."""
+    """The configuration contains no objects of OmegaConf: dictionaries and lists are Python's own."""
     config = load_config(["data=chain_sum", "+data.task_options.extra=1"])
     assert isinstance(config, Config)
     assert type(config.data.task_options) is dict and type(config.data.train) is list
@@ -186,7 +186,7 @@ def test_config_is_plain_dataclasses() -> None:
     ],
 )
 def test_a_home_directory_is_told_how_to_be_quoted(override: str, quoted: str) -> None:
-    """Neither the shell nor Hydra expands it there; the remedy has to work as it stands."""
+    """Neither the shell nor Hydra expands ~ there. The proposed text has to work as it is."""
     with pytest.raises(ConfigError, match=r"has a ~ that is not quoted \(quote it twice: ") as refusal:
         load_config([override])
     assert str(refusal.value).endswith(f"quote it twice: {quoted})")

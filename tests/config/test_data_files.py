@@ -1,7 +1,7 @@
-"""Which files an entry means, and what is said where it means none.
+"""Which files an entry means, and the error if it means none.
 
-Why: a directory that is read with its test split, or a pattern that takes a description for problems, trains on what it
-should not. What the files hold is tests/data.
+Why: a run that reads a directory together with its test split, or a description file as problems, trains on the wrong
+data. tests/data tests the contents of files.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Why: `model.path=owner/name` has to fetch once, what is needed and no pickles, and say in one line what it lacks.
+"""Why: `model.path=owner/name` has to download once, only the needed files and no pickles, and fail in one line.
 
-Against a hub on loopback, by real HTTP and huggingface_hub's own client, in processes of their own: the client reads
-its settings when it is imported. A whole run of a fetched model is in tests/end_to_end/test_train.py. Does not cover
-the storage that the real hub sends large files from (Xet).
+The tests use a hub on loopback, by real HTTP and huggingface_hub's own client, in separate processes, since the client
+reads its settings when it is imported. tests/end_to_end/test_train.py has a whole run of a downloaded model. Not
+covered: the storage from which the real hub sends large files (Xet).
 """
 
 import json
@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
-    """One with owner/small, which has what a run must not fetch, and owner/old, whose weights are pickles alone."""
+    """A hub with owner/small, which also has files that a run must not download, and owner/old with only pickles."""
     tiny = shutil.copytree(resolve_embedded("embedded:tiny"), tmp_path / "served")
     (tiny / "pytorch_model.bin").write_bytes(b"a pickle")
     (tiny / "original").mkdir()
@@ -40,7 +40,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 def call(hub: FakeHub, home: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`code` with everything of model_places, in a process that takes `hub` for the model hub."""
+    """Run `code`, with all names of model_places, in a process that uses `hub` as the model hub."""
     lines = f"from megatron_fipo.config.model_places import *\n{code}"
     given = hub.environment(home) | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
@@ -112,7 +112,7 @@ def test_a_broken_off_download_is_finished(hub: FakeHub, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "environment", "said"),
     [
-        ("owner/none", {}, "the hub has no such model, or shows it after `hf auth login` alone"),
+        ("owner/none", {}, "the hub has no such model, or shows it only after `hf auth login`"),
         ("owner/old", {}, "owner/old has no complete safetensors"),
         ("owner/small", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set (`hf download owner/small` where there is a"),
         ("owner/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached ("),
@@ -127,7 +127,7 @@ def test_what_cannot_be_fetched_is_one_line(
 
 @pytest.mark.slow
 def test_a_hub_out_of_reach_is_said_at_once(hub: FakeHub, tmp_path: Path) -> None:
-    """The client's own download of one file tries six times, for 25 seconds and with two lines each."""
+    """The client's own download of a single file would try six times, for 25 seconds, with two lines each time."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     refused = call(hub, tmp_path / "home", "fetch_config('owner/small')", **nowhere)
     assert "the hub cannot be reached (" in refusal(refused) and "Retrying" not in refused.stderr

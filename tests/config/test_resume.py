@@ -1,4 +1,4 @@
-"""Why: a run that goes on under other settings, in silence, is a result that nobody can explain.
+"""Why: if a run resumes with other settings without a message, nobody can explain its result.
 
 Not covered: that a run refuses before it starts a process (end_to_end/test_train.py).
 """
@@ -81,7 +81,7 @@ def test_the_length_of_a_decay_may_not_change() -> None:
 
 
 def test_another_algorithm_is_named_key_by_key() -> None:
-    """The section that it does not have is one key."""
+    """A section that is null in one of them counts as one key."""
     said = differences([], ["algorithm=dapo"])
     assert {"algorithm.loss_mode: future_kl → vanilla", "algorithm.future_kl: set → null"} <= {*said}
     assert not any(text.startswith("algorithm.future_kl.") for text in said)

@@ -23,7 +23,7 @@ def row(content: str, answer: object = "7") -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict[str, Any]] | pa.Table) -> str:
-    """Writes rows in the format that the file's name says; the name."""
+    """Write rows in the format given by the file's name. Return the name."""
     if path.suffix in (".parquet", ".arrow"):
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
         if path.suffix == ".parquet":

@@ -1,4 +1,4 @@
-"""Why: a value that is no answer, turned into text in silence, makes every response to its problem wrong for weeks."""
+"""Why: if a value that is not an answer is silently turned into text, every response to its problem is wrong."""
 
 import datetime
 from decimal import Decimal
@@ -86,7 +86,7 @@ def test_texts_are_kept_and_numbers_become_plain_digits(value: Any, text: str) -
         ("{'answer': 42}", "the text of a JSON object"),
         ("{}", "the text of a JSON object"),
         *((text, "text of a missing value") for text in ("None", "nan", "NaN", "null", "<NA>")),
-        ("\ud800", "no valid Unicode"),
+        ("\ud800", "not valid Unicode"),
         ("6 * 7 = 42\n#### 42", "data.answer_format=gsm8k reads it"),
         ("#### 42", "data.answer_format=gsm8k reads it"),
     ],

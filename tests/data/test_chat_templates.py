@@ -1,6 +1,6 @@
-"""Why: a template that is passed over, misread or filled with today's date changes every prompt, and nothing shows it.
+"""Why: a template that is ignored, misread or filled with today's date changes every prompt without any error.
 
-How rendered text becomes token ids is test_tokenizers.py.
+test_tokenizers.py tests how rendered text becomes token ids.
 """
 
 import json

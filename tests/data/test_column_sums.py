@@ -1,7 +1,7 @@
-"""Why: the embedded task is what `make train` learns; its files must be what this code makes, and held out
-means disjoint.
+"""Why: `make train` trains on the embedded task. Its files must be the ones that this code makes, and the held-out
+problems must not be among the training problems.
 
-Does not cover the base model that is trained on it.
+Not covered: the base model that is trained on it.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Why: a run that goes on with other data goes on in silence, and its curves compare two things.
+"""Why: a run that resumes with other data would show no error, and its curves would mix two data sets.
 
-What the loop makes of a difference is tests/rollout/test_training_rollouts.py.
+tests/rollout/test_training_rollouts.py tests what the loop does if the data differ.
 """
 
 from pathlib import Path
@@ -48,9 +48,9 @@ def test_the_same_problems_have_the_same_fingerprint_in_every_format(load) -> No
     ("rows", "words"),
     [
         (ROWS[:2], "2 training problems, the checkpoint was trained on 3"),
-        (ROWS[::-1], "3 training problems as the checkpoint, but others, in another order or with other answers"),
-        ([*ROWS[:2], row("3+3=?", "7")], "with other answers"),
-        ([*ROWS[:2], row("3+4=?", "6")], "but others"),
+        (ROWS[::-1], "3 training problems as in the checkpoint, but they, their order, their answers or"),
+        ([*ROWS[:2], row("3+3=?", "7")], "their answers or data.prompt_template"),
+        ([*ROWS[:2], row("3+4=?", "6")], "in the checkpoint, but they"),
     ],
 )
 def test_other_problems_answers_and_orders_differ(load, rows: list[dict], words: str) -> None:

@@ -1,6 +1,6 @@
-"""Why: a glob over a data set's files mixes its splits, and a run then trains on what it is judged by.
+"""Why: a glob over all files of a data set mixes its splits, and a run would then train on its test problems.
 
-The hub cannot be reached here: data sets lie in directories and in the hub's cache, as a download leaves them.
+The hub cannot be reached here. Data sets are in directories and in the hub's cache, as after a download.
 """
 
 import json
@@ -30,7 +30,7 @@ configs:
 
 
 def lay_out(directory: Path, files: dict[str, str]) -> Path:
-    """Writes question files, each with the question that is given, and a card where one is."""
+    """Write question files, each with the given question, and a card if one is given."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def test_a_data_set_in_the_hubs_cache_needs_no_hub(tmp_path: Path, with_card: Pa
         r"`hf download owner/other --repo-type dataset --local-dir other` fetches",
     ):
         fetch_split("owner/other", "train")
-    with pytest.raises(DataError, match="is no dataset"):
+    with pytest.raises(DataError, match="is not a dataset"):
         fetch_split("a/b/c/d", "train")
 
 

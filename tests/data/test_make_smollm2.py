@@ -1,4 +1,4 @@
-"""Why: a wrongly dequantised or mistokenised model still talks, only worse; so the answer itself is compared.
+"""Why: a wrongly dequantised or tokenised model still writes text, but worse text. So the answer itself is compared.
 
 Needs models/smollm2-135m, which tools/make_smollm2.py makes; the download itself is not tested.
 """

@@ -1,4 +1,4 @@
-"""Why: prompts skipped or repeated at a resume change what a run has seen, and nothing else shows it."""
+"""Why: if prompts are skipped or repeated at a resume, the run trains on other data, and nothing else shows it."""
 
 import pytest
 from hypothesis import given
@@ -40,7 +40,7 @@ def test_state_of_other_data_is_refused(other):
 
 
 def test_a_position_beyond_the_data_is_refused_and_does_not_draw_for_ever():
-    """What a file may hold besides is tests/loop_state's."""
+    """tests/loop_state tests other damage of the file."""
     order = PromptSampler(10, 0, True)
     with pytest.raises(DataError, match=r"order\.position is 11, and should be at most order\.size, 10"):
         order.load(replace(order.state(), position=11))

@@ -1,8 +1,8 @@
-"""A newcomer's files, as docs/data.md has them: each is read with the keys beside it, in every format.
+"""A newcomer's files, as in docs/data.md: each is read with the keys beside it, in every format.
 
-Why: most people's first file is not DAPO-Math-17k. A row whose columns the keys do not name has to be answered with the
-keys that read it, which is tried by taking the answer at its word. Not covered: what is refused whatever the keys are
-(test_sources.py, test_answers.py), and a training run (tests/end_to_end/test_own_reward.py).
+Why: most people's first file is not DAPO-Math-17k. If the keys do not fit the columns of a row, the error has to name
+keys that do. The test uses the proposed keys. Not covered: rows that are refused with any keys (test_sources.py,
+test_answers.py), and a training run (tests/end_to_end/test_own_reward.py).
 """
 
 import functools
@@ -43,7 +43,7 @@ def compose(keys: str) -> Config:
 
 
 def load(keys: str, file: str = "train.jsonl") -> ProblemSet:
-    """The training problems of a command line, which has to pass the checks before a run, too."""
+    """Return the training problems of a command line, which also has to pass the checks before a run."""
     config = compose(keys)
     config = replace(config, data=replace(config.data, train=[file]))
     check(config, local=True)
@@ -68,7 +68,7 @@ def test_each_row_is_read_with_its_keys_in_every_format(text: str, keys: str) ->
 
 @pytest.mark.parametrize(("text", "keys"), EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
 def test_the_keys_that_a_refusal_names_read_the_row(text: str, keys: str) -> None:
-    """Where the columns are recognisable; a pattern and the lack of any answer are for the user to say."""
+    """For recognisable columns. The user has to give a pattern, and to say that there are no answers."""
     for suffix in FORMATS:
         file = write(Path(f"train{suffix}"), [json.loads(text)])
         try:

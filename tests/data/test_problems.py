@@ -1,7 +1,7 @@
-"""Why: a row that is lost, doubled or misread in silence is trained on, or not, for weeks.
+"""Why: if a row is silently lost, repeated or misread, a run trains on wrong data for weeks.
 
-Files are written here in the published column layout. Other columns, formats and damaged files are test_sources.py,
-answers test_answers.py, the hub test_hub.py.
+The files here have the published columns. test_sources.py tests other columns, formats and damaged files,
+test_answers.py answers, and test_hub.py the hub.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Why: generated problems must repeat from run to run and stay apart from the held-out ones.
 
-Scoring is tests/rewards/test_rules.py.
+tests/rewards/test_rules.py tests scoring.
 """
 
 import json

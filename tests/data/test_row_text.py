@@ -1,7 +1,6 @@
-"""All columns of a row as JSON, as rewards get them.
+"""All columns of a row as JSON, as rewards receive them.
 
-Why: a value that JSON does not know would end a run in the middle of loading, or reach a reward as another thing in one
-format than in the next.
+Why: a value that JSON does not have would end a run during loading, or would depend on the file's format.
 """
 
 import datetime

@@ -1,6 +1,6 @@
-"""Why: data sets name their columns as they like, and files break in many ways; each has to load as it is, or be named.
+"""Why: data sets have different column names, and files can be damaged in many ways. Each loads correctly or is named.
 
-What counts as an answer is test_answers.py; random damage is tests/fuzz.
+test_answers.py tests which values are answers, and tests/fuzz tests random damage.
 """
 
 import gzip
@@ -147,8 +147,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         ),
         ('[{"role": "user", "content": "a"}]', "is the text of a list of chat messages"),
         ("[{'content': 'a', 'role': 'user'}]", "is the text of a list of chat messages"),
-        ("\ud800", "no valid Unicode text"),
-        ([{"role": "user", "content": "\ud800"}], "no valid Unicode text"),
+        ("\ud800", "not valid Unicode text"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode text"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_row_and_column(tmp_path, prompt, message):
@@ -194,7 +194,7 @@ def text_of(rows: list[dict]) -> str:
             "row 1: cannot be read",
         ),
         ("a.jsonl", b'{"prompt": "a", "x": 1e99999999999999999999}', "row 1: cannot be read .*exponent"),
-        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "row 1: cannot be read .*'prompt' stands twice"),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "row 1: cannot be read .*'prompt' occurs twice"),
         ("a.jsonl", b"3\n", "row 1: not a JSON object"),
         ("a.json", b'[{"prompt": 1}, 3]', "row 1, column prompt"),
         ("a.json", b'[{"prompt": 1}', "not JSON"),
@@ -228,7 +228,7 @@ def test_a_truncated_table_is_named_at_every_length(tmp_path, suffix):
 
 
 def test_an_arrow_stream_that_ends_between_two_batches_is_refused(tmp_path):
-    """Arrow itself takes that for its end."""
+    """Arrow itself would treat that as the end of the file."""
     table = pa.Table.from_pylist([row("1"), row("2")])
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as sink:
         sink.write_table(table, max_chunksize=1)
@@ -276,7 +276,7 @@ def test_the_recipes_prompt_is_recognised_around_a_question(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"prompt": 1}, {"prompt": 1, "prompt": 2}]', "row 2: cannot be read .*'prompt' stands twice"),
+        (b'[{"prompt": 1}, {"prompt": 1, "prompt": 2}]', "row 2: cannot be read .*'prompt' occurs twice"),
         (b'[{"prompt": 1}, {"prompt": ' + b"9" * 5000 + b"}]", "row 2: cannot be read .*digits"),
         (b'[{"prompt": 1}, ' + b"[" * 100_000, "row 2: nested too deeply"),
         (b'[{"prompt": 1}, {"prompt"', "row 2: not JSON"),
@@ -338,8 +338,8 @@ def test_names_that_no_file_has_are_named(tmp_path):
         (f"{tmp_path}/{'x' * 300}.jsonl", "is not found"),
         ("~no_such_user/a.jsonl", "~no_such_user/a.jsonl is not found"),
         (f"{tmp_path}/a\x00b.jsonl", r"a\\x00b\.jsonl is not found"),
-        (f"{tmp_path}/loop.jsonl", "is no regular file"),
-        (f"{tmp_path}/pipe.jsonl", "is no regular file"),
+        (f"{tmp_path}/loop.jsonl", "is not a regular file"),
+        (f"{tmp_path}/pipe.jsonl", "is not a regular file"),
     ):
         with pytest.raises(DataError, match=message):
             read(name)

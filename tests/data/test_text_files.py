@@ -1,7 +1,7 @@
-"""Why: tokenizer.json is what others read, and one that gives other ids than the run's makes a model of another text.
+"""Why: other programs read tokenizer.json. If it gives other ids than in the run, the exported model is useless.
 
-Small real sentencepiece models of the kinds that language models have. What vLLM says of such a directory is in
-tests/test_export.py. Does not cover the published models themselves, which cannot be had here.
+The tests use small real sentencepiece models of the kinds that language models have. tests/test_export.py reads such a
+directory by vLLM. Not covered: the published models themselves, which are not available here.
 """
 
 import io
@@ -24,7 +24,7 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def save_model(directory: Path, **changes: object) -> None:
-    """A sentencepiece model as Llama's, but for `changes` of its training, in a Llama's directory."""
+    """Make a sentencepiece model as for Llama, except for `changes` of its training, in a Llama directory."""
     rng, model = random.Random(0), io.BytesIO()
     settings = {
         "model_type": "bpe",
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_be_expressed_stays_as_it_was_and_is_named(
 
 
 def test_every_token_that_ends_a_response_ends_a_generation(tmp_path: Path) -> None:
-    """transformers and vLLM read generation_config.json alone."""
+    """transformers and vLLM read only generation_config.json."""
     save_byte_tokenizer(tmp_path, CHAT)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"eos_token_id": 9}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 7}))
@@ -132,4 +132,4 @@ def test_a_directory_without_a_tokenizer_stays_as_it_is(tmp_path: Path, caplog: 
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"] and not caplog.records
     (tmp_path / "tokenizer.model").write_bytes(b"damaged")
     complete_text_files(tmp_path)
-    assert "is no sentencepiece model" in caplog.text
+    assert "is not a sentencepiece model" in caplog.text

@@ -180,9 +180,9 @@ def test_added_tokens_are_decoded_unless_they_are_special(tmp_path):
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token"])
 def test_a_special_token_that_does_not_exist_is_refused(tmp_path, name):
-    """sentencepiece's own </s> stood for it in silence, and no chat turn ended."""
+    """sentencepiece's own </s> was silently used instead, and no chat turn ended."""
     save_sentencepiece(tmp_path, CHAT, **{name: "<|nope|>"})
-    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {name} '<\|nope\|>' is no token"):
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {name} '<\|nope\|>' is not a token"):
         load_tokenizer(tmp_path)
 
 
@@ -216,12 +216,12 @@ def test_without_a_template_the_name_of_a_special_token_is_text(tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer.model", b"", "sentencepiece model"),
-        ("tokenizer.model", b"not a model", "is no sentencepiece model"),
+        ("tokenizer.model", b"not a model", "is not a sentencepiece model"),
         ("tokenizer_config.json", b"{", "cannot be read"),
-        ("tokenizer_config.json", b"[]", "is no JSON object"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added tokens are no table"),
-        ("added_tokens.json", b'{"<a>": "b"}', "added tokens are no table"),
-        ("generation_config.json", b'{"eos_token_id": "2"}', r"eos_token_id is '2', which is no token id"),
+        ("tokenizer_config.json", b"[]", "is not a JSON object"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added tokens are not a table"),
+        ("added_tokens.json", b'{"<a>": "b"}', "added tokens are not a table"),
+        ("generation_config.json", b'{"eos_token_id": "2"}', r"eos_token_id is '2', which is not a token id"),
         ("config.json", b'{"eos_token_id": [1, -1]}', r"config\.json: eos_token_id is -1"),
         ("config.json", b'{"eos_token_id": true}', r"config\.json: eos_token_id is True"),
         ("tokenizer.json", b"{}", "transformers cannot read its tokenizer"),

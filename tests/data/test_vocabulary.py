@@ -1,4 +1,4 @@
-"""Why: an id beyond the embedding raises in one layout and trains on another rank's rows in the next."""
+"""Why: an id outside the embedding raises an error in one layout, and trains on another rank's rows in another."""
 
 import json
 from pathlib import Path

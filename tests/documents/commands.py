@@ -1,4 +1,4 @@
-"""The commands in the README and the pages of docs/, as one would copy them."""
+"""The commands in the README and the pages of docs/, as a reader would copy them."""
 
 import re
 import shlex
@@ -32,7 +32,7 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As the shell splits it, without placeholders such as [OVERRIDE...]."""
+        """Its words as the shell splits them, without placeholders such as [OVERRIDE...]."""
         return shlex.split(_PLACEHOLDERS.sub("", self.text))
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Command:
 
 
 def commands_of(page: Path) -> Iterator[Command]:
-    """Every command in the page's indented and fenced blocks."""
+    """Return every command in the page's indented and fenced blocks."""
     lines = page.read_text(encoding="utf-8").splitlines()
     is_fenced, number = False, 0
     while number < len(lines):

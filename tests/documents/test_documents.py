@@ -1,7 +1,7 @@
-"""Why: a command that a page shows and that fails costs each reader an evening. Each one is run here, its settings are
-judged here as a run would, or the table below says which test runs it, or what it needs that no test has.
+"""Why: a command in a page that fails costs each reader much time. So each command is run here, or its settings are
+checked here as in a run, or the table below says which test runs it, or what it needs that no test has.
 
-Not covered: what the commands print, which the pages quote.
+Not covered: the output of the commands, which the pages quote.
 """
 
 import re
@@ -46,7 +46,7 @@ def is_setting(word: str) -> bool:
 
 
 def settings_of(command: Command) -> list[str] | None:
-    """The overrides of a command that composes a configuration; None for other commands."""
+    """Return the overrides of a command that composes a configuration; None for other commands."""
     words = command.words
     if words[0] == "srun":
         words = words[1:]

@@ -279,7 +279,7 @@ def test_interrupted_run_is_saved_leaves_nothing_and_goes_on_honestly(tmp_path: 
     output = runs.output(tmp_path)
     assert "Traceback" not in output and f"run directory: {tmp_path}\n" in output
     assert "Ctrl-C: step 2, half sampled, is dropped" in output
-    assert "this goes on from there:\n" in output and output.endswith(f"run.directory={tmp_path}\n")
+    assert "this command resumes the run:\n" in output and output.endswith(f"run.directory={tmp_path}\n")
     assert runs.report(tmp_path)["state"]["kind"] == "stopped"
     beginning = leftovers.prefix(tmp_path).removesuffix(f"{os.getpid()}-")
     places = (leftovers.SHARED_MEMORY, Path(tempfile.gettempdir()))
@@ -322,7 +322,7 @@ def test_a_killed_rollout_process_ends_the_run(tmp_path: Path) -> None:
     """In bounded time, with one line for all ranks; its servers and verifiers go with it."""
     with runs.started(tmp_path, *SMALL, "run.steps=1000", "parallel.data=2") as process:
         runs.wait_until(lambda: runs.rows(tmp_path), "the first step", timeout_s=200)
-        (rollouts,) = (p for p in runs.processes_of(tmp_path) if "megatron_fipo.rollout.process" in p.cmdline())
+        (rollouts,) = (p for p in runs.processes_of(tmp_path) if "megatron_fipo.rollout_process.process" in p.cmdline())
         assert len(rollouts.children(recursive=True)) > 1, "a server and verifiers"
         rollouts.kill()
         assert process.wait(timeout=60) == 1

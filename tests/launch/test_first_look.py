@@ -78,7 +78,7 @@ def test_what_a_run_would_end_with_is_said_first(override: str, exit_code: int, 
 
 
 def test_what_can_run_passes() -> None:
-    """The control of the refusals: without it a look that always fails would do. Bad answers may be left out."""
+    """The control of the refusals: a check that always fails would not pass it. Bad answers may be left out."""
     for overrides in ((), ("data.train=[gap.jsonl]", "data.bad_answers=drop"), ("data=chain_sum",), OWN):
         config = config_of(*overrides)
         look_here(config, splits_read(config))

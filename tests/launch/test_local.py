@@ -1,7 +1,7 @@
-"""The one-machine launcher with tiny scripts as ranks: whatever ends the run, no process is left, the reason is shown.
+"""The one-machine launcher with small scripts as ranks: however the run ends, no process is left, and the reason shows.
 
-Each test runs the launcher in a process of its own, since it changes signal masks and adopts orphans. Not covered:
-ranks that use torch.distributed (tests of the trainer), and a process that outlives SIGKILL.
+Each test runs the launcher in a separate process, since it changes signal masks and adopts orphans. Not covered: ranks
+that use torch.distributed (tests of the trainer), and a process that survives SIGKILL.
 """
 
 import json
@@ -55,7 +55,7 @@ class Launched:
         )
 
     def wait_until_started(self) -> None:
-        """Until every rank called started()."""
+        """Wait until every rank has called started()."""
         files = [self.directory / f"pid-{rank}" for rank in range(self.world_size)]
         self.wait_for(lambda: all(file.exists() and file.read_text() for file in files))
 
@@ -66,7 +66,7 @@ class Launched:
             time.sleep(0.01)
 
     def finish(self) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error; the ranks that started are gone by then."""
+        """Return exit status, standard output and standard error. All started ranks have ended by then."""
         output, errors = self.process.communicate(timeout=20)
         return self.process.returncode, output, errors
 
@@ -149,7 +149,7 @@ os._exit(1)
 
 @starts_processes
 def test_a_run_that_was_asked_to_stop_is_no_failure_and_ends_in_peace(start, tmp_path):
-    """The ranks end one after the other, and the last, which still closes its servers, gets no SIGTERM."""
+    """The ranks end one after the other. The last one, which is still closing its servers, receives no SIGTERM."""
     script = """
 started()
 if rank == 0:
@@ -159,7 +159,7 @@ sys.exit(75)
 """
     status, _, errors = start(2, script).finish()
     assert status == 75
-    assert errors.startswith("launch: stopped; this goes on from there:\n  ")
+    assert errors.startswith("launch: stopped; this command resumes the run:\n  ")
     assert errors.endswith(f"run.directory={tmp_path}\n") and errors.count("\n") == 2
     assert (tmp_path / "clean").exists()
 
@@ -237,7 +237,7 @@ while True: time.sleep(0.1)
 
 @starts_processes
 def test_after_a_ctrl_c_the_ranks_end_by_themselves_and_what_goes_on_is_shown(start, tmp_path):
-    """Rank 0 takes its time to save, longer than the grace time of a SIGTERM; the other hears of it from rank 0."""
+    """Rank 0 takes longer to save than the grace time after SIGTERM. It tells the other rank itself."""
     script = """
 signal.signal(signal.SIGINT, lambda *_: (directory / f"asked-{rank}").write_text("once"))
 started()
@@ -250,7 +250,7 @@ sys.exit(75)
     launched.process.send_signal(signal.SIGINT)
     status, _, errors = launched.finish()
     assert status == 130 and not (tmp_path / "asked-1").exists()
-    assert "this goes on from there:\n  " in errors and "still running" not in errors
+    assert "this command resumes the run:\n  " in errors and "still running" not in errors
 
 
 @starts_processes
@@ -278,7 +278,7 @@ with refusals_in_one_line():
 @starts_processes
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_refusal_is_one_line_from_one_process(start, tmp_path, world_size):
-    """Whichever rank ends first."""
+    """This does not depend on which rank ends first."""
     status, output, errors = start(world_size, REFUSAL).finish()
     assert (status, output, errors) == (1, "", "error: the reason\n")
     assert all(not log.read_text() for log in (tmp_path / "logs").glob("*.log"))
@@ -286,7 +286,7 @@ def test_a_refusal_is_one_line_from_one_process(start, tmp_path, world_size):
 
 @starts_processes
 def test_a_rank_that_fails_because_another_has_given_up_is_not_shown(start):
-    """Rank 0 has told why, and still closes its servers when rank 1 finds it gone."""
+    """Rank 0 has reported the reason, and is still closing its servers when rank 1 fails because of it."""
     script = """
 from megatron_fipo.config.configure import refusals_in_one_line
 from megatron_fipo.errors import FipoError
@@ -309,7 +309,7 @@ with refusals_in_one_line():
 
 @starts_processes
 def test_a_rank_that_fails_without_a_reason_is_shown_beside_the_reason_of_another(start):
-    """That of rank 0 may only follow from what has happened to rank 1."""
+    """The failure of rank 0 may only be a consequence of that of rank 1."""
     script = """
 if rank == 1:
     print("the cause")
@@ -339,7 +339,7 @@ def test_killing_the_launcher_leaves_no_rank(start):
 
 @starts_processes
 def test_what_a_crashed_rank_started_is_found_and_killed(start):
-    """A segmentation fault of rank 0 leaves its vLLM servers orphans, in sessions of their own."""
+    """After a segmentation fault of rank 0, its vLLM servers are orphans in their own sessions."""
     script = """
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 (directory / "pid-child").write_text(str(child.pid))

@@ -1,8 +1,8 @@
-"""Which nodes are called bad, and why, and what is made of nvidia-smi's answers.
+"""Which nodes are called bad, and why, and how nvidia-smi's output is read.
 
-Why: a node that is not named costs the whole job an hour. The one stand-in is nvidia-smi: a script on PATH that prints
-what the real one is known to print and checks how it is called. Not covered: a real driver; tests/slurm runs the check
-on real nodes, which have none.
+Why: a bad node that is not found costs the whole job an hour. Only nvidia-smi is replaced: by a script on PATH that
+prints what the real one is known to print, and checks how it is called. Not covered: a real driver. tests/slurm runs
+the check on real nodes, which have no driver.
 """
 
 import json
@@ -54,7 +54,7 @@ def test_each_bad_node_is_named_with_its_reason() -> None:
 
 
 def look(directory: Path, prints: str, status: int = 0) -> dict[str, Any]:
-    """What `node_check look` writes of a node whose nvidia-smi prints this and ends like this."""
+    """Return what `node_check look` writes if nvidia-smi has this output and exit status."""
     programs, facts = directory / "bin", directory / "facts"
     programs.mkdir(exist_ok=True)
     facts.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def look(directory: Path, prints: str, status: int = 0) -> dict[str, Any]:
 
 
 def verdict(directory: Path, prints: str, status: int = 0) -> str:
-    """Why a node of two GPUs is bad beside two good ones, or ''."""
+    """Return why a node of two GPUs is bad, compared with two good nodes; '' if it is good."""
     good = look(directory, WELL * 2)
     return judge({"a": good, "b": good, "node7": look(directory, prints, status)}, 2).get("node7", "")
 

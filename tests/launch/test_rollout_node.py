@@ -24,7 +24,7 @@ def test_only_ipv4_is_taken() -> None:
 
 
 def test_the_interface_that_is_named_wins_over_the_name() -> None:
-    """The first of them that is here: nodes of one job may call theirs otherwise."""
+    """The first interface that exists here is used: nodes of one job may have different names for it."""
     assert own_address("no-such-node.invalid", "no-such0,lo", nodes=1) == "127.0.0.1"
     with pytest.raises(RolloutError, match="which the job's other nodes cannot reach"):
         own_address("no-such-node.invalid", "lo", nodes=2)

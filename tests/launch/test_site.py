@@ -1,7 +1,8 @@
-"""A site's settings are judged in a line each, without Slurm.
+"""Each wrong setting of a site is reported in one line, without Slurm.
 
-Why: a wrong one is found after hours in a queue otherwise. tests/slurm/test_site.py has what Slurm itself is asked.
-Not covered: real modules, pyxis and Apptainer, which are not installed here; programs of those names stand in.
+Why: otherwise a wrong setting is found only after hours in a queue. tests/slurm/test_site.py tests the questions to
+Slurm itself. Not covered: real modules, pyxis and Apptainer, which are not installed here. Programs with these names
+replace them.
 """
 
 import os
@@ -43,7 +44,7 @@ def program(tmp_path: Path, name: str, script: str = "") -> None:
 
 
 def test_the_example_names_every_setting_and_the_library_reads_each() -> None:
-    """One list of names: in the example, which a user copies, in the library, and in what judges them."""
+    """The example that users copy, the library and the check have the same list of names."""
     example = (ROOT / "slurm" / "site.example.sh").read_text()
     library = (ROOT / "slurm" / "lib" / "site.sh").read_text() + (ROOT / "slurm" / "lib" / "launch.sh").read_text()
     for text, others in ((example, {"FIPO_SITE"}), (library, {"FIPO_SITE", "FIPO_ROOT"})):
@@ -82,10 +83,10 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
     [
         (["FIPO_PARTITON=gpu"], "FIPO_PARTITON: is read by nothing", "FIPO_PARTITION"),
         (["FIPO_OFFLINE=yes"], "FIPO_OFFLINE: is yes", "1: offline, or 0"),
-        (["FIPO_MODELS=models"], "FIPO_MODELS: models is relative", "a path from /"),
+        (["FIPO_MODELS=models"], "FIPO_MODELS: models is relative", "an absolute path"),
         (["FIPO_DATA=/nowhere/at/all"], "FIPO_DATA: there is no directory /nowhere/at/all", "that is there"),
         (["FIPO_RUNS=/nowhere/runs"], "FIPO_RUNS: there is no directory", "mkdir -p /nowhere/runs"),
-        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is no program", "bin/python"),
+        (["FIPO_PYTHON=/nowhere/python"], "FIPO_PYTHON: /nowhere/python is not a program", "bin/python"),
         (["FIPO_ACTIVATE='/nowhere/activate fipo'"], "FIPO_ACTIVATE: there is no file /nowhere/activate", "activate"),
         (["FIPO_MODULES=cuda/13"], "FIPO_MODULES: module load cuda/13: ", "module avail"),
         (["FIPO_CONTAINER_RUNTIME=aptainer"], "FIPO_CONTAINER_RUNTIME: aptainer is not known", "apptainer"),
@@ -107,7 +108,11 @@ def test_a_sound_site_has_no_problems(tmp_path: Path) -> None:
             "FIPO_CONTAINER_MOUNTS: there is no /nowhere",
             "SOURCE:TARGET",
         ),
-        (["FIPO_CONTAINER_IMAGE=nvcr.io#x", "FIPO_MODULES=cuda"], "FIPO_MODULES: is the host's", "one of them"),
+        (
+            ["FIPO_CONTAINER_IMAGE=nvcr.io#x", "FIPO_MODULES=cuda"],
+            "FIPO_MODULES: is for software of the host",
+            "unset FIPO_MODULES",
+        ),
         (["FIPO_RUNS=$(nonsense)"], "bash says line 1: nonsense: command not found", "NAME=VALUE"),
     ],
 )
@@ -126,7 +131,7 @@ def test_srun_without_pyxis_is_told(tmp_path: Path) -> None:
 
 
 def test_a_secret_that_others_may_read_is_told(tmp_path: Path) -> None:
-    """And its value is not."""
+    """The value of the secret is not shown."""
     (told,) = problems(tmp_path, "HF_TOKEN=hf_verysecret")
     assert "chmod 600" in told and "verysecret" not in told
     assert problems(tmp_path, "HF_TOKEN_PATH=/home/me/.token") == [], "the control"

@@ -59,7 +59,7 @@ def test_steps_of_one_job_differ_in_port_and_the_users_choice_wins():
     ],
 )
 def test_the_ranks_of_this_node_are_counted(variables, tasks):
-    """Servers that a run starts itself take the GPUs after these."""
+    """Servers that a run starts itself use the GPUs after these."""
     assert distributed_environment(TASK | variables)["LOCAL_WORLD_SIZE"] == tasks
 
 

@@ -82,9 +82,9 @@ def test_each_run_is_judged_before_the_first_starts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(tmp_path: Path) -> None:
-    """Two seeds, of which the first has something in the way of its logs; the same command again does the rest.
+    """A sweep of two seeds, of which the first cannot write its logs. The same command again completes the sweep.
 
-    The second time it is interrupted, which ends the run in progress and the sweep.
+    The second call is interrupted, which ends the run in progress and the sweep.
     """
     settings = [*SMALL, "parallel=single", "run.steps=1", "checkpoint.every=1", "run.seed=1,2"]
     command = [sys.executable, "-m", "megatron_fipo", "train", "-m", *settings, f"run.directory={tmp_path}"]

@@ -1,8 +1,8 @@
-"""config.json mutated in every key, against what transformers makes of the same file: refused in one line, or right.
+"""Every key of config.json is changed, and the result compared with transformers: refused in one line, or the same.
 
-Why: a key that is passed over trains another model than the one that was given, in silence, and a size that is not
-checked ends in a traceback or takes all memory. Does not cover that the model built of one computes what
-transformers' does: tests/policy/test_rotary.py and tests/weights/test_reshard.py do.
+Why: if a key is ignored, another model than the given one is trained without any error. A size that is not checked ends
+in a traceback, or takes all memory. Not covered: that the built model computes the same as transformers'
+(tests/policy/test_rotary.py and tests/weights/test_reshard.py).
 """
 
 import copy
@@ -92,7 +92,7 @@ def read(directory: Path, config: dict[str, Any]) -> ModelConfig:
 
 
 def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
-    """None where the model configuration is the one that transformers has; else the refusal, which is one line."""
+    """Return None if the model configuration is the same as transformers'; else the refusal, which is one line."""
     try:
         model_config = read(directory, config)
     except ConfigError as refusal:
@@ -104,7 +104,7 @@ def judge(directory: Path, config: dict[str, Any]) -> ConfigError | None:
 
 
 def transformers_model_config(config: dict[str, Any]) -> ModelConfig:
-    """The same record from transformers' own reading, which fills in its own defaults."""
+    """Return the same record, read by transformers, which fills in its own defaults."""
     family = FAMILIES[config["architectures"][0]]
     kind = family.architecture.replace("ForCausalLM", "Config")
     found = getattr(transformers, kind).from_dict(copy.deepcopy(config))
@@ -141,7 +141,7 @@ def transformers_model_config(config: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_key_with_every_value_is_refused_or_right(tmp_path: Path, name: str) -> None:
-    """Some 4,000 files a model. The unchanged one is accepted, so that not everything is refused."""
+    """About 4,000 files per model. The unchanged file is accepted, so not everything is refused."""
     assert judge(tmp_path, MODELS[name]) is None
     accepted = []
     own = FAMILIES[MODELS[name]["architectures"][0]].keys
@@ -320,7 +320,7 @@ def test_a_quantisation_config_is_refused(tmp_path: Path, method: str) -> None:
 def test_what_transformers_would_refuse_late_is_refused_at_once(
     tmp_path: Path, key: str, value: Any, right: Any
 ) -> None:
-    """Falcon 3's activation says of a Llama what it does anyway."""
+    """Falcon 3's key `activation` only repeats what a Llama does anyway."""
     refusal = judge(tmp_path, MODELS["llama"] | {key: value})
     assert refusal is not None and f"{key} = " in str(refusal)
     assert judge(tmp_path, MODELS["llama"] | {key: right}) is None
@@ -334,7 +334,7 @@ def test_every_key_is_in_one_list() -> None:
 
 @pytest.mark.parametrize(("window", "found"), [(8, 8), (None, None), ("lacking", 4096)])
 def test_a_window_is_read_or_refused_by_its_name(tmp_path: Path, window: Any, found: int | None) -> None:
-    """Mistral's own default is 4096; to the other families' models a window is another model."""
+    """Mistral's default is 4096. In other families, a window would make it another model."""
     config = {key: value for key, value in MODELS["mistral"].items() if key != "sliding_window"}
     config |= {} if window == "lacking" else {"sliding_window": window}
     assert judge(tmp_path, config) is None and read_architecture(tmp_path).window == found
@@ -348,7 +348,7 @@ def test_a_window_is_read_or_refused_by_its_name(tmp_path: Path, window: Any, fo
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma"])
 def test_what_transformers_writes_is_accepted(tmp_path: Path, kind: str) -> None:
-    """All keys of its dictionary, and the file that it saves."""
+    """This tests all keys of transformers' dictionary, and the file that it saves."""
     found = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], eos_token_id=2)
     assert judge(tmp_path, found.to_dict()) is None
     found.save_pretrained(tmp_path)
@@ -366,5 +366,5 @@ def test_what_transformers_4_wrote_is_listed() -> None:
     ids=["qwen25", "qwen3", "llama", "smol", "mistral", "nemo", "gemma"],
 )
 def test_published_models_are_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
-    """What stands in these models' own config.json, of transformers 4's time."""
+    """The contents of these models' own config.json, written by transformers 4."""
     assert judge(tmp_path, config) is None

@@ -1,6 +1,6 @@
-"""The tables and the cutting of tensors, without processes or models: a slip would train a scrambled model in silence.
+"""The tables and the cutting of tensors, without processes or models. Why: an error would scramble a model silently.
 
-Does not cover that the tables agree with Megatron-Core's and transformers' models: test_reshard.py compares the logits.
+Not covered: that the tables agree with the models of Megatron-Core and transformers (test_reshard.py compares logits).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def read(tmp_path: Path, config: dict[str, Any]) -> ModelConfig:
 
 @st.composite
 def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, int]:
-    """A random small model and a tensor-parallel size that divides it, the vocabulary left aside."""
+    """Return a random small model, and a tensor-parallel size that divides it, except for the vocabulary."""
     size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = size * draw(st.integers(1, 2))
     model_config = ModelConfig(
@@ -199,7 +199,7 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
 
 
 def test_a_rule_with_sources_swapped_is_noticed(tmp_path: Path) -> None:
-    """Negative control of the bijection test: merging in another order than cutting does not give the tensors back."""
+    """Negative control of the bijection test: merging in another order than cutting does not restore the tensors."""
     model_config = read(tmp_path, LLAMA_31_8B | {"intermediate_size": 4, "hidden_size": 64, "num_key_value_heads": 32})
     entry = parameters(model_config)["decoder.layers.0.self_attention.linear_qkv.weight"]
     whole = [torch.randn(shape) for shape in entry.shapes]

@@ -9,7 +9,7 @@ import sys
 
 ASK = """
 import json, sys
-import megatron_fipo.rollout.calls, megatron_fipo.rollout.process
+import megatron_fipo.rollout_process.calls, megatron_fipo.rollout_process.process
 print(json.dumps([name for name in ("torch", "megatron.core", "transformers", "vllm") if name in sys.modules]))
 """
 

@@ -68,7 +68,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
 @pytest.mark.parametrize("name", ["samples", "tensorboard"])
 def test_what_is_in_the_way_of_later_files_is_refused_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(FipoError, match=rf"run\.directory: .*{name} is no directory \(move it away"):
+    with pytest.raises(FipoError, match=rf"run\.directory: .*{name} is not a directory \(move it away"):
         resumed_from(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
@@ -123,7 +123,7 @@ def test_other_settings_are_refused_or_kept_beside_the_first(tmp_path: Path) -> 
     with pytest.raises(FipoError, match=r"was trained with other settings: optimizer\.lr: 1e-05 → 1e-06 \("):
         judged(tmp_path, lr)
     start = judged(tmp_path, lr, taken)
-    assert start.warnings == ("goes on with other settings from step 2: optimizer.lr: 1e-05 → 1e-06",)
+    assert start.warnings == ("resumes with other settings from step 2: optimizer.lr: 1e-05 → 1e-06",)
     keep_settings(load_config([lr]), tmp_path, 2, start)
     assert "lr: 1.0e-05" in (tmp_path / "config.yaml").read_text()
     assert "lr: 1.0e-06" in (tmp_path / "config-000002.yaml").read_text()

@@ -65,7 +65,7 @@ def test_a_page_shows_trainer_and_engines(capsys: pytest.CaptureFixture[str], tm
         (["--steps=none"], "invalid whole number value: 'none'"),
         (["--sede=1"], "did you mean --seed?"),
         (["run.stepz=1"], "run.stepz"),
-        (["experiment=fipo_32b", "parallel.tensor=3"], "do not divide by 12"),
+        (["experiment=fipo_32b", "parallel.tensor=3"], "multiple of 12"),
         (["--html=nowhere/page.html", "--modes=rounds", *QUICK], "nowhere/page.html cannot be written"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What test_memory.py runs on a rank: a real policy, and a real rank of a larger layout, their bytes counted."""
+"""Functions that test_memory.py runs on a rank: count the bytes of a real policy, and of a rank of a larger layout."""
 
 import dataclasses
 import weakref
@@ -20,7 +20,7 @@ LAYOUT_TOKENS = 2048
 
 
 def estimate_config(dtype: str) -> tuple[Config, ModelConfig]:
-    """The embedded model on one rank, with micro-batches of just ROWS sequences of the greatest length."""
+    """Return the embedded model on one rank, with micro-batches of exactly ROWS sequences of the greatest length."""
     config = load_config(["parallel=single", f"model.dtype={dtype}", "model.layers=local"])
     config.rollout.max_prompt_length, config.rollout.max_response_length = 64, TOKENS - 64
     config.parallel.micro_batch_tokens = ROWS * TOKENS
@@ -84,9 +84,9 @@ def peaks(layouts: list[tuple[list[str], int]], fused: bool) -> list[int]:
 
 
 def _peak(config: Config, model_config: ModelConfig, stage: int, fused: bool) -> int:
-    """Most bytes that one rank of a stage holds beside its weights: forward passes until the first backward, and that.
+    """Return the peak bytes of one rank of a stage, besides its weights, up to the end of the first backward pass.
 
-    The other ranks are a fake process group: what they would send is not there, but the room for it is.
+    The other ranks are a fake process group: their data are missing, but the memory for them is allocated.
     """
     from megatron.core.transformer.module import Float16Module
 
@@ -160,7 +160,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, held: set[int]) -> int:
-    """Moments, and the master copies that are no view of a weight."""
+    """Return the moments, and the master copies that are not views of weights."""
     tensors = []
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:

@@ -1,8 +1,9 @@
-"""Why: a planner that is off by a factor sizes a job wrongly, and nobody notices before the job has run.
+"""Why: if the planner is wrong by a factor, jobs have the wrong size, and nobody notices before a job has run.
 
-Its seconds and bytes of an update against those measured on a GPU (benchmarks/gpu_h200.jsonl): within 15 % and 5 %.
-The constants were chosen by some of these figures, so this holds them, and proves little for other shapes. Not covered:
-several GPUs, and so communication; sampling; scoring alone, where it is off by up to 30 % for small models.
+The estimated seconds and bytes of an update are compared with those measured on a GPU (benchmarks/gpu_h200.jsonl): they
+agree within 15 % and 5 %. Some of these figures were used to choose the constants, so this proves little for other
+shapes. Not covered: several GPUs, and so communication; sampling; log-probs alone, where the estimate is wrong by up to
+30 % for small models.
 """
 
 import dataclasses
@@ -38,13 +39,13 @@ def test_an_update_takes_what_it_took(row: dict[str, Any]) -> None:
 
 
 def test_there_are_measured_cases() -> None:
-    """Else the one above would pass by having nothing to do."""
+    """Otherwise the test above would pass because there is nothing to compare."""
     assert {row["model.layers"] for row in ROWS} == {"local", "transformer_engine"} and len(ROWS) >= 9
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(str(row[name]) for name in list(row)[:5]))
 def test_an_update_held_what_it_held(row: dict[str, Any]) -> None:
-    """The peak of what torch gave out. Local layers are counted as on a CPU; on a GPU they keep less."""
+    """Compare the peak of torch's allocations. Local layers are counted as on a CPU; on a GPU they keep less."""
     shape = SHAPES[row["shape"]]
     config = configuration(shape, row["model.fp8"], packing=True, layers=row["model.layers"])
     (stage,) = stage_memory(config, dataclasses.replace(shape.model_config, num_layers=row["layers"]), 1)

@@ -1,11 +1,10 @@
-"""The memory estimate against bytes really allocated, within 10%.
+"""The memory estimate agrees with the bytes that are really allocated, within 10 %.
 
-By the real Policy of the embedded model on one rank; and by the real model of a rank of larger layouts, whose other
-ranks are a fake process group.
+The tests use the real Policy of the embedded model on one rank, and the real model of one rank of larger layouts, whose
+other ranks are a fake process group.
 
-Why: an estimate that nobody compares with reality decides whether a cluster hour is spent. Not covered: Transformer
-Engine's activations and the CUDA allocator, which need a GPU; parameter counts, which tests/test_preflight.py takes
-from the real models.
+Why: users decide by this estimate whether to spend a cluster hour. Not covered: Transformer Engine's activations and
+the CUDA allocator, which need a GPU; parameter counts, which tests/test_preflight.py compares with the real models.
 """
 
 import pytest

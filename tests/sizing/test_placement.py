@@ -1,8 +1,8 @@
-"""Where servers and trainer are, as preflight counts it, on nodes of four and eight GPUs.
+"""The placement of servers and trainer in preflight, on nodes with four and eight GPUs.
 
-Why: a shared GPU's server, tensor parallelism over two nodes and servers without GPUs cost a night each when they are
-found out on the cluster. The expected bytes and seconds are worked out from the configuration, not taken from a run.
-Not covered: a shared GPU itself, which docs/gpu.md reports on.
+Why: a server on a shared GPU, tensor parallelism over two nodes, and servers without GPUs cost a night if they are only
+found on the cluster. The expected bytes and seconds are computed from the configuration, not taken from a run. Not
+covered: a shared GPU itself (docs/gpu.md).
 """
 
 import re
@@ -56,7 +56,7 @@ def test_only_stages_on_a_servers_gpus_pay_for_it() -> None:
 @pytest.mark.parametrize("gpus", [4, 8])
 @pytest.mark.parametrize("hardware", ["h100", "h200", "a100", "gh200", "gb200"])
 def test_the_7b_recipe_gets_a_command_for_one_node(gpus: int, hardware: str) -> None:
-    """What preflight proposes passes the checks, fits with room to spare and gives the seconds that were said."""
+    """The overrides that preflight proposes pass the checks, fit well, and give the stated seconds."""
     start = ["experiment=fipo_7b", f"hardware={hardware}", f"cluster.gpus_per_node={gpus}"]
     config, model_config, _ = told(*start)
     proposal = one_node(config, model_config)
@@ -84,7 +84,7 @@ def test_32b_gets_none_since_its_optimizer_alone_fills_a_node() -> None:
     ],
 )
 def test_servers_are_said_to_be_where_they_are(overrides: list[str], text: str) -> None:
-    """Never on 0 nodes."""
+    """The text never says "on 0 nodes"."""
     assert servers_text(load_config(overrides)) == text
 
 
@@ -105,7 +105,7 @@ def test_idle_gpus_and_servers_without_gpus_are_told() -> None:
     (idle,) = notes_of("experiment=fipo_7b", *SHARED, "rollout.servers=1")
     assert "1 of 8 trainer GPUs sample" in idle and "rollout.servers=8 samples on 8" in idle
     (far,) = notes_of("experiment=fipo_7b", *SHARED, "cluster.trainer_nodes=2")
-    assert "8 of 16 trainer GPUs sample" in far and "first node alone" in far
+    assert "8 of 16 trainer GPUs sample" in far and "only on the first node" in far
     (none,) = notes_of("experiment=fipo_7b", *ONE_NODE, "rollout.servers=2")
     assert "beside the trainer's 8, but a node has 8" in none
     assert notes_of("experiment=fipo_7b", *SHARED) == [], "the control"

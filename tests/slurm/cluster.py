@@ -27,7 +27,7 @@ _HOSTS, _MARK = Path("/etc/hosts"), "# fipo-slurm"
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here, or None."""
+    """Return why no cluster can be started here, or None."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]
     if absent:
         return f"Slurm is not installed ({', '.join(absent)}): apt-get install {PACKAGES}"
@@ -211,7 +211,7 @@ PartitionName=urgent Nodes={",".join(self._large)} MaxTime=INFINITE State=UP Pri
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, tell: Callable[[], str] = lambda: "") -> None:
-    """Poll a condition, with a deadline; `tell` says what there was instead."""
+    """Poll a condition, with a deadline. `tell` describes the state if the deadline passes."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s\n{tell()}"

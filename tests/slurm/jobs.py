@@ -33,17 +33,17 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What the job has printed so far."""
+        """Return the output of the job so far."""
         path = self.directory / "job.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def state(self) -> str:
-        """Its state, such as PENDING, also after its end."""
+        """Return its state, such as PENDING, also after its end."""
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", self.number, "-o", "%T").strip()
 
     def wait_for(self, *states: str, timeout_s: float) -> None:
-        """Until the job is in one of these states."""
+        """Wait until the job is in one of these states."""
         wait_until(lambda: self.state in states, timeout_s, self.told)
 
     def update(self, **settings: object) -> None:
@@ -52,11 +52,11 @@ class Job:
         self.cluster.run("scontrol", "update", f"jobid={self.number}", *changes)
 
     def start_again(self) -> None:
-        """Have a requeued job wait no longer, but for the second in which Slurm still refuses its credential."""
+        """Let a requeued job start at once, after the second in which Slurm still refuses its credential."""
         self.update(starttime="now+2")
 
     def told(self) -> str:
-        """What a failing test shows."""
+        """Return the text that a failing test shows."""
         return f"{self.state}\n{self.output[-4000:]}\n{self.cluster.log()}"
 
 
@@ -67,7 +67,7 @@ def submit(cluster: Cluster, directory: Path, script: str, arguments: list[str],
 
 
 def call(cluster: Cluster, directory: Path, script: str, arguments: list[str], *options: str) -> Job:
-    """Call a script of slurm/ by itself, from somewhere else: it calls sbatch."""
+    """Call a script of slurm/ directly, from another directory. It calls sbatch."""
     environment = cluster.environment | {
         "FIPO_SBATCH_OPTIONS": " ".join(["--parsable", f"--output={directory}/job.out", *options])
     }

@@ -1,7 +1,7 @@
-"""slurm/convert.sh on a real Slurm, there and back, through sbatch and called by itself.
+"""slurm/convert.sh on a real Slurm, in both directions, through sbatch and called directly.
 
-Why: a script that only ever ran in its author's head fails on the day when a run's result is needed. Not covered:
-large models, which tests/weights has, and containers.
+Why: a script that has never run fails when somebody needs the result of a run. Not covered: large models
+(tests/weights) and containers.
 """
 
 from pathlib import Path

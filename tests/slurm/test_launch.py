@@ -1,7 +1,6 @@
-"""Single functions of the launch library, in a bash of their own.
+"""Single functions of the launch library, each in its own bash.
 
-Why: what they guard against is too rare to wait for on a cluster. Not covered: the jobs that they are parts of, which
-test_slurm.py runs.
+Why: they handle cases that are too rare to test on a cluster. Not covered: whole jobs, which test_slurm.py runs.
 """
 
 import subprocess
@@ -54,7 +53,7 @@ echo "after a silent one: ${good_nodes[*]}"
 
 
 def test_nodes_whose_servers_failed_are_used_last(tmp_path: Path) -> None:
-    """So that a spare one takes the place, where there is one. scontrol stands in, since it needs a cluster."""
+    """A spare node takes its place, if there is one. scontrol is replaced, since it needs a cluster."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rollout.err").write_text(
         "srun: warning: something\nsrun: error: node[3,5]: tasks 0,2: Exited with exit code 1\n"

@@ -1,6 +1,6 @@
 """The launch library's check of nodes, on a real Slurm: how many it needs, and what it says of those that fail.
 
-Why: it runs before every start, so that what it gets wrong no run survives. Not covered: GPUs and NCCL.
+Why: it runs before every start, so an error in it stops every run. Not covered: GPUs and NCCL.
 """
 
 import shlex
@@ -34,14 +34,14 @@ def check(cluster: Cluster, directory: Path, trainer_nodes: int) -> Job:
 
 
 def test_one_node_is_enough_for_a_run_that_needs_one(cluster: Cluster, tmp_path: Path) -> None:
-    """Its step has one task, for which Slurm's variables are read otherwise than for several."""
+    """Its step has one task, for which Slurm's variables are read in another way than for several tasks."""
     job = check(cluster, tmp_path, 1)
     assert f"status 0, good: {cluster.names[0]}" in job.output, job.told()
     assert "cannot add numbers up" not in job.output
 
 
 def test_too_few_nodes_are_left_to_the_caller(cluster: Cluster, tmp_path: Path) -> None:
-    """It may have a request to stop, after which the job is to go back into the queue."""
+    """There may be a request to stop, after which the job has to be requeued."""
     job = check(cluster, tmp_path, 2)
     assert "2 nodes are needed, and 1 were given, of which these are good:" in job.output, job.told()
     assert "status 1" in job.output

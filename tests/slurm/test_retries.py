@@ -1,7 +1,7 @@
-"""The cap on restarts that bring nothing (cluster.max_retries): its counting, and a job that gives up on a real Slurm.
+"""The limit of restarts without a new checkpoint (cluster.max_retries): its counting, and a real job that gives up.
 
-Why: a run that can never start would otherwise hold its nodes, or come back into the queue, for ever. Not covered: a
-run that fails after hours, for which the counting is the same.
+Why: a run that can never start would otherwise keep its nodes, or be requeued, for ever. Not covered: a run that fails
+after hours, for which the counting is the same.
 """
 
 import subprocess
@@ -24,7 +24,7 @@ def start(run: Path) -> subprocess.CompletedProcess[str]:
 
 
 def attempts(run: Path) -> str:
-    """What the job has counted; nothing in the moment in which it begins anew."""
+    """Return what the job has counted; nothing at the moment when it starts again."""
     try:
         return (run / "attempts").read_text()
     except FileNotFoundError:

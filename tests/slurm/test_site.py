@@ -1,9 +1,9 @@
-"""A site's values reach Slurm's commands, from a file or the environment, and Slurm itself judges them.
+"""A site's values are passed to Slurm's commands, from a file or the environment, and Slurm itself checks them.
 
-Why: they are all that a site may change. The stand-ins: srun, a shell function that prints what it is called with,
-where pyxis is meant, since its options are refused by a Slurm without it; and a program called apptainer, which takes
-the options of the real one, notes them and runs the command. Not covered: containers themselves; accounts and QoS,
-which a Slurm without a database takes as they are.
+Why: they are the only thing that a site may change. Two programs are replaced. For pyxis, srun is a shell function that
+prints its arguments, since a Slurm without pyxis refuses these options. A program called apptainer accepts the options
+of the real one, records them and runs the command. Not covered: containers themselves; accounts and QoS, which a Slurm
+without a database accepts unchecked.
 """
 
 import json
@@ -44,7 +44,7 @@ def test_a_container_is_given_to_every_step_of_a_job(tmp_path: Path) -> None:
 
 
 def test_without_a_container_srun_gets_no_option_of_pyxis() -> None:
-    """And what one process can do alone needs no srun."""
+    """Work of a single process does not need srun."""
     script = SOURCE + 'srun() { printf "[%s]" "$@"; }; step hostname; alone echo here'
     ended = run(script, FIPO_SITE="/dev/null", SLURM_JOB_ID="1")
     assert ended.stdout == f"{STEP}[hostname]here\n"
@@ -56,7 +56,7 @@ def test_a_site_file_that_is_named_has_to_exist(tmp_path: Path) -> None:
 
 
 def test_paths_caches_and_options_are_the_sites(tmp_path: Path) -> None:
-    """A cache that the site has elsewhere stays there, and the hub is out of reach unless the site says otherwise."""
+    """A cache that the site has set is kept, and the hub is not used unless the site allows it."""
     site = tmp_path / "site.sh"
     site.write_text(
         "FIPO_PARTITION=gpu FIPO_ACCOUNT=project FIPO_QOS=high FIPO_GRES=gpu:a100 FIPO_MODELS=/m FIPO_RUNS=/r\n"

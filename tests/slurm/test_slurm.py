@@ -1,8 +1,8 @@
 """The launch scripts on a real Slurm: nodes with their own addresses, a trainer on two of them and vLLM on a third.
 
-Why: a job that only works on one machine, loses a step at a requeue, or finds a typing mistake after an hour in the
-queue is a mistake that nothing else would show. Not covered: GPUs, containers, and a pre-emption without grace time,
-after which a run repeats the steps since its last checkpoint.
+Why: no other test shows that a job only works on one machine, loses a step at a requeue, or reports a typing mistake
+only after an hour in the queue. Not covered: GPUs, containers, and a pre-emption without grace time, after which a run
+repeats the steps since its last checkpoint.
 """
 
 import json
@@ -55,7 +55,7 @@ def test_a_bad_override_is_refused_before_a_node_is_used(cluster: Cluster, tmp_p
 
 
 def test_a_script_that_is_called_asks_for_what_the_run_wants(cluster: Cluster, tmp_path: Path) -> None:
-    """As many nodes, and as many GPUs of each; an option of the site's wins."""
+    """The job requests as many nodes and GPUs as the run needs. An option of the site takes precedence."""
     wanted = [*TINY, "cluster.gpus_per_node=4"]
     for options, gpus in ((["--hold"], 4), (["--hold", "--gpus-per-node=2"], 2)):
         job = call(cluster, tmp_path, "fipo_32b.sh", wanted, *options)
@@ -76,7 +76,7 @@ def processes(module: str, run: Path) -> list[psutil.Process]:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Halt the trainer's ranks, so that a run of a few seconds is still there when its time is up, or its node lost."""
+    """Halt the trainer's ranks, so that a run of a few seconds still exists when its time is up or its node is lost."""
     ranks = processes("megatron_fipo.train", run)
     assert ranks
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""What the tests of the tools run on each rank."""
+"""Functions that the tests of the tools run on each rank."""
 
 from pathlib import Path
 

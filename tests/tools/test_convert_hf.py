@@ -1,4 +1,4 @@
-"""Why: users hand over models by this tool, and a run's checkpoints are worth nothing if nobody else can read them.
+"""Why: users share models by this tool, and a run's checkpoints are useless if no other program can read them.
 
 The command line as a user calls it, on what a parallel training run wrote, and for Megatron-Core to load; its memory.
 Bad inputs, kills and full disks are in tests/weights/test_conversion.py. Does not cover Transformer Engine.

@@ -1,6 +1,6 @@
-"""Why: the recipe's experiments name three files, and whoever has none of them needs one command that makes all.
+"""Why: the recipe's experiments need three files, and one command has to get all of them.
 
-From a hub on loopback, with rows as the real data sets have them. Does not cover that the real ones are still there.
+The tests use a hub on loopback, with rows like those of the real data sets. Not covered: whether the real ones exist.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Why: a bundle that lacks one wheel is found out on the machine without a network, where nothing can be done about it.
+"""Why: a missing wheel of a bundle shows only on the machine without a network, where it cannot be fixed.
 
 Real pip on both sides, over wheels that are made here, since tests have no network. Not covered: wheels for another
 platform than this one's, and compiling.
@@ -44,7 +44,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def machine() -> dict[str, Any]:
-    """This one, by the half that runs there, with two packages that it has not."""
+    """Describe this machine, as the other machine would, with two packages that it does not have."""
     described = run(ROOT / "tools/offline_install.py", "describe")
     assert described.returncode == 0, described.stderr
     found: dict[str, Any] = json.loads(described.stdout)
@@ -110,7 +110,7 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_installed(collected: tu
     finally:
         part.write_bytes(content)
     assert missing.returncode == damaged.returncode == 1 and not (tmp_path / "site").exists()
-    assert f"{part.relative_to(bundle)} is missing: carry the folder {part.parent.name} to {bundle}" in missing.stderr
+    assert f"{part.relative_to(bundle)} is missing: copy the folder {part.parent.name} to {bundle}" in missing.stderr
     assert "second-2.5-py3-none-any.whl is damaged" in damaged.stderr
     assert run(bundle / "install.py", "check").returncode == 0, "the control"
 

@@ -7,8 +7,8 @@ from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 def make_group(
     answers: str, right: str, name: str = "p", source: str = "toy", lengths: list[int] | None = None
 ) -> Group:
-    """A group with one response a character: its answer; a space is no answer, T a check that timed out, C one that
-    crashed, L an answer too long to be judged anything but wrong.
+    """Make a group with one response per character, which is its answer. A space means no answer, T a check that timed
+    out, C a check that crashed, and L an answer that is too long and therefore wrong.
     """
     lengths = lengths or [3] * len(answers)
     results = []

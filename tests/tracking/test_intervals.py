@@ -1,5 +1,5 @@
-"""Why: an interval that is too narrow makes a lucky seed a discovery. Known answers, and how often intervals hold what
-they should on simulated problems, beside a naive interval that fails there.
+"""Why: with intervals that are too narrow, a lucky seed looks like a discovery. The tests compare with known answers,
+and count how often intervals contain the true value on simulated problems, where a naive interval fails.
 
 Not covered: scores far from those simulated, such as a benchmark of three problems.
 """

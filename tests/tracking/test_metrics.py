@@ -1,4 +1,4 @@
-"""Metrics on disk, above all over a crash and a resume: no step lost, none twice. TensorBoard's own reader reads it."""
+"""Metrics on disk after a crash and a resume: no step is missing or repeated. TensorBoard's own reader reads them."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_one_row_a_step_on_disk_at_once(tmp_path):
     row = writer.log_step(2, {"grad_norm": math.inf, "ppo_kl": math.nan})
     assert row == read_rows(tmp_path / "metrics.jsonl")[1]
     assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "grad_norm": None, "ppo_kl": None}
-    with pytest.raises(TypeError, match="finish_reason is no number but str"):
+    with pytest.raises(TypeError, match="finish_reason is of type str, not a number"):
         writer.log_step(3, {"finish_reason": "stop"})
     assert steps_of(tmp_path) == [1, 2]
 
@@ -86,15 +86,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"reward_mean": 1}\n', "line 1: no row of a step"),
-        (b'{"step": "2"}\n', "line 1: no row of a step"),
-        (b"[1]\n", "line 1: no row of a step"),
+        (b'{"reward_mean": 1}\n', "line 1: not the row of a step"),
+        (b'{"step": "2"}\n', "line 1: not the row of a step"),
+        (b"[1]\n", "line 1: not the row of a step"),
         (b"[" * 100_000 + b"\n" + b"{}", "line 1: not JSON"),
         (b'{"step": 1}\n\xff\n', "cannot be read: .*utf-8"),
     ],
 )
 def test_what_is_no_row_is_an_error_and_stays(tmp_path, content, words):
-    """A resume cuts the file, and must not cut what it does not understand."""
+    """A resume removes rows from the file, and must not remove rows that it cannot read."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=words):
@@ -106,5 +106,5 @@ def test_what_is_no_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")  # whose reader would wait for ever
     (tmp_path / "validation.jsonl").mkdir()
     for name in ("metrics.jsonl", "validation.jsonl"):
-        with pytest.raises(DataError, match=f"{name} is no file"):
+        with pytest.raises(DataError, match=f"{name} is not a file"):
             cut_after_step(tmp_path / name, 3)

@@ -1,4 +1,4 @@
-"""Why: text of a run goes into pages, where it must stay text. How pages look is in test_report_in_a_browser.py."""
+"""Why: a run's texts are written into pages, where they must not act as HTML. Not covered: how pages look."""
 
 import pytest
 

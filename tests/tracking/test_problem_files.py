@@ -1,6 +1,6 @@
-"""Why: intervals are computed from these files long after a run; one that is damaged must say so, by name.
+"""Why: intervals are computed from these files long after a run. An error must name a damaged file.
 
-Not covered: files of other versions, of which there are none.
+Not covered: files of other versions, which do not exist yet.
 """
 
 import math

@@ -45,9 +45,9 @@ const report = (() => {
     const done = training.step.at(-1) ?? 0;
     const silent = Date.now() / 1000 - written;
     const words = {
-      running: done ? `Under way: ${done} of ${total} steps done.` : "Under way: no step is done yet.",
+      running: done ? `In progress: ${done} of ${total} steps done.` : "In progress: no step is done yet.",
       finished: `Finished: ${done} steps in ${state.words}.`,
-      stopped: `Stopped after step ${done} of ${total}, by request or by a signal. Started again with the same run.directory, it goes on from its newest checkpoint.`,
+      stopped: `Stopped after step ${done} of ${total}, by request or by a signal. To resume it from its newest checkpoint, start it again with the same run.directory.`,
       failed: `Failed after step ${done} of ${total}: ${state.words}`,
     };
     by("state").textContent = words[state.kind];
@@ -55,7 +55,7 @@ const report = (() => {
     const usual = Math.max(LONGEST_SILENCE_S, 5 * median(training.seconds_step ?? []));
     let note = "";
     if (state.kind === "running" && missing) {
-      note = `${page.data_file} was not found beside this page, which shows the run as of ${time(written)}. Copy that file too, or look again when the run has ended: the page then has everything in it.`;
+      note = `${page.data_file} was not found beside this page, which shows the run as of ${time(written)}. Copy that file too, or open the page again when the run has ended: it then contains everything.`;
     } else if (state.kind === "running" && silent > usual) {
       note = `Nothing new for ${duration(silent)}: a long step, or the run was killed.`;
     }
@@ -88,7 +88,7 @@ const report = (() => {
     add(training, "response_length_mean", "tokens per response", (value) => value.toFixed(value < 1000 ? 1 : 0));
     const step = median(training.seconds_step ?? []);
     if (step) tiles.push([duration(step), "per step (median)"]);
-    if (step && state.kind === "running" && done < total) tiles.push([`≈ ${duration(step * (total - done))}`, "left, validations aside"]);
+    if (step && state.kind === "running" && done < total) tiles.push([`≈ ${duration(step * (total - done))}`, "left, without validations"]);
     by("tiles").replaceChildren(...tiles.map(([value, words]) => {
       const tile = element("div", element("b", value), { className: "tile" });
       tile.append(element("span", words));
@@ -142,7 +142,7 @@ const report = (() => {
       };
     });
     const whole = latest[0][0] === "start";
-    const since = whole ? "the last start" : "the first one shown";
+    const since = whole ? "the last start" : "the first phase shown";
     return [{ title: "Timeline of the latest phases", kind: "timeline", wide: true, x: `${unit} since ${since}`, y: "", lines }];
   }
 

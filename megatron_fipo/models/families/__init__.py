@@ -1,6 +1,6 @@
-"""The model families that are covered, one file each: `FAMILIES` has what every module here names FAMILY.
+"""The supported model families, one file each. `FAMILIES` collects the object FAMILY of every module here.
 
-docs/adding_a_family.md says how to add one. Imports no torch, so that a configuration can be checked at once.
+docs/adding_a_family.md explains how to add one. Imports no torch, so that a configuration can be checked quickly.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ __all__ = ["FAMILIES", "Family", "family_modules"]
 
 
 def family_modules() -> list[ModuleType]:
-    """The modules of this package that declare a family, by name."""
+    """Return the modules of this package that declare a family, sorted by name."""
     modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
     return [module for module in modules if hasattr(module, "FAMILY")]
 
 
 FAMILIES: Mapping[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in family_modules()}
-"""By the value of config.json's `architectures`."""
+"""The families, by the value of config.json's `architectures`."""

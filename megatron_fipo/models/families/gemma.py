@@ -10,7 +10,7 @@ FAMILY = Family(
     layer=DENSE_LAYER,
     defaults={"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True},
     keys={
-        # The released files say gelu and mean its approximation: transformers and vLLM compute that for both.
+        # The released files say gelu and mean its tanh approximation. transformers and vLLM use that for both values.
         "hidden_act": only("gelu_pytorch_tanh", "gelu"),
         "hidden_activation": only(None, "gelu_pytorch_tanh"),
         "num_key_value_heads": whole(1, 2**16),

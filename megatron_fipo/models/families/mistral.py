@@ -13,7 +13,7 @@ FAMILY = Family(
         "num_key_value_heads": whole(1, 2**16),
         "head_dim": or_null(whole(2, 2**16)),
         "sliding_window": or_null(whole(1, 2**31 - 1)),
-        # transformers reads neither of these here, and vLLM the second.
+        # For Mistral, transformers reads neither of these, and vLLM reads only the second.
         "use_sliding_window": only(True),
         "layer_types": only(None),
     },

@@ -9,7 +9,7 @@ FAMILY = Family(
     model_type="qwen2",
     layer=(*DENSE_LAYER, QKV_BIAS),
     defaults={"max_position_embeddings": 32768},
-    # Read only where use_sliding_window is true, which is refused: vLLM has no window for some of the layers.
+    # Read only if use_sliding_window is true, which is refused: vLLM does not support a window for some of the layers.
     keys={"sliding_window": or_null(whole(0, 2**31 - 1))},
     free_head_dim=False,
     heads_divide_hidden=True,

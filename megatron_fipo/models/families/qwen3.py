@@ -9,6 +9,6 @@ FAMILY = Family(
     model_type="qwen3",
     layer=(*DENSE_LAYER, *QK_NORM),
     defaults={"max_position_embeddings": 32768, "head_dim": 128},
-    # Read only where use_sliding_window is true, which is refused: vLLM has no window for some of the layers.
+    # Read only if use_sliding_window is true, which is refused: vLLM does not support a window for some of the layers.
     keys={"sliding_window": or_null(whole(0, 2**31 - 1))},
 )

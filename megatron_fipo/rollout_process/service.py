@@ -15,11 +15,11 @@ from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import Batch
 from megatron_fipo.rollout.events import Ongoing, Ready, WeightsWanted
-from megatron_fipo.rollout.link import Offer, Resumed
 from megatron_fipo.rollout.listener import Listener, Progress
 from megatron_fipo.rollout.offers import Offers
 from megatron_fipo.rollout.snapshot import Encoded
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
+from megatron_fipo.rollout_process.link import Offer, Resumed
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.sampling import sampling_metrics

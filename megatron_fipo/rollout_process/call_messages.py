@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from megatron_fipo.rollout.link import RolloutCalls
+from megatron_fipo.rollout_process.link import RolloutCalls
 
 CALL_PATH = "/fipo/rollouts/"
 OPEN = "open"

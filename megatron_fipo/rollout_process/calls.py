@@ -22,7 +22,8 @@ from megatron_fipo.engines.access import Receive, Scope, Send
 from megatron_fipo.errors import FipoError, RolloutError, one_line
 from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.leftovers import own_place
-from megatron_fipo.rollout.call_messages import (
+from megatron_fipo.rollout.store_server import body_of, say
+from megatron_fipo.rollout_process.call_messages import (
     CALL_PATH,
     METHODS,
     OPEN,
@@ -40,8 +41,7 @@ from megatron_fipo.rollout.call_messages import (
     decode_arguments,
     encode,
 )
-from megatron_fipo.rollout.service import RolloutService
-from megatron_fipo.rollout.store_server import body_of, say
+from megatron_fipo.rollout_process.service import RolloutService
 
 ALIVE_EVERY_S = 5.0
 BESIDE = "write_snapshot"

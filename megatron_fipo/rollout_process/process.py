@@ -34,8 +34,8 @@ def main() -> None:
     threading.Thread(target=_end_with_rank_0, name="lifeline", daemon=True).start()
     start_early(config.rollout)
     # After the server's process has begun, whose start takes longest.
-    from megatron_fipo.rollout.calls import Desk
     from megatron_fipo.rollout.store_server import TokenServer
+    from megatron_fipo.rollout_process.calls import Desk
 
     desk = Desk(config, ctrl_c)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -14,7 +14,7 @@ def start_rollout_process(config: Config) -> "subprocess.Popen[bytes]":
     """Start the rollout process of a run, which begins to import what it needs; in the main thread."""
     process = subprocess.Popen(
         # The run's directory is for whoever lists processes.
-        [sys.executable, "-m", "megatron_fipo.rollout.process", config.run.directory],
+        [sys.executable, "-m", "megatron_fipo.rollout_process.process", config.run.directory],
         env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

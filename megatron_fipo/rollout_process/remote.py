@@ -16,7 +16,8 @@ import msgspec
 from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.errors import FipoError, RolloutError, RunFailed, WeightsRefused
 from megatron_fipo.records.rows import StoreAddress
-from megatron_fipo.rollout.call_messages import (
+from megatron_fipo.rollout.events import Ready, WeightsWanted
+from megatron_fipo.rollout_process.call_messages import (
     CALL_PATH,
     OPEN,
     Message,
@@ -31,8 +32,7 @@ from megatron_fipo.rollout.call_messages import (
     Warned,
     decode_result,
 )
-from megatron_fipo.rollout.events import Ready, WeightsWanted
-from megatron_fipo.rollout.link import Offer, Resumed, RolloutCalls
+from megatron_fipo.rollout_process.link import Offer, Resumed, RolloutCalls
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.validation import ValidationResult
 from megatron_fipo.weights.deadline import Deadline

@@ -14,7 +14,7 @@ from torch.distributed import HashStore, Store, TCPStore
 
 from megatron_fipo.errors import ConfigError, FipoError, RefusedOnRank0
 from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, Steps, WeightsWanted
-from megatron_fipo.weights.sampling_events import SamplingEvents
+from megatron_fipo.runs.sampling_events import SamplingEvents
 
 WORLD = 3
 

@@ -26,8 +26,9 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.errors import FipoError, RolloutError
-from megatron_fipo.rollout import link
-from megatron_fipo.rollout.call_messages import (
+from megatron_fipo.rollout.events import WeightsWanted
+from megatron_fipo.rollout_process import link
+from megatron_fipo.rollout_process.call_messages import (
     CALL_PATH,
     METHODS,
     Alive,
@@ -39,10 +40,9 @@ from megatron_fipo.rollout.call_messages import (
     decode_result,
     encode,
 )
-from megatron_fipo.rollout.events import WeightsWanted
-from megatron_fipo.rollout.process_start import start_rollout_process
-from megatron_fipo.rollout.remote import RemoteRollouts
-from megatron_fipo.rollout.service import RolloutService
+from megatron_fipo.rollout_process.process_start import start_rollout_process
+from megatron_fipo.rollout_process.remote import RemoteRollouts
+from megatron_fipo.rollout_process.service import RolloutService
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.weights.bucket_layout import BucketLayout
 from megatron_fipo.weights.transport_records import BucketFile, BucketHeader
