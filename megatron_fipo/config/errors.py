@@ -61,6 +61,8 @@ def readable(error: Exception, groups: Iterable[str]) -> ConfigError:
     key = cause.full_key or "configuration"
     if isinstance(cause, ValidationError) and "is not a ListConfig" in str(cause):
         return ConfigError(key, "takes a list, not a single value", f"write it in brackets: {key}=[A,B], or {key}=[A]")
+    if isinstance(cause, ValidationError) and (item := re.fullmatch(r"(.+)\[\d+\]", key)) and "NoneType" in str(cause):
+        return ConfigError(key, "is null, but the list has no empty items", f"{item[1]}=[A,B]")
     if isinstance(cause, ValidationError):
         return ConfigError(key, _one_line(cause), _expected(key))
     if key and "not in" in str(cause):

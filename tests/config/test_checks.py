@@ -37,6 +37,7 @@ REFUSED = {
     "run.steps=abc": ("run.steps", "a whole number"),
     "run.steps=1.5": ("run.steps", "a whole number"),
     "run.steps=null": ("run.steps", "a whole number"),
+    "rollout.addresses=[null]": ("rollout.addresses[0]", "is null"),
     "data.train=a.parquet": ("data.train", "data.train=[A]"),
     "algorithm.is_bounds=[0.5]": ("algorithm.is_bounds", "[low, high]"),
     "algorithm.is_bounds=[2,5]": ("algorithm.is_bounds", "low < 1 < high"),

@@ -30,6 +30,7 @@ def outcome(arguments: list[str]) -> str:
         assert others[0].startswith("error: ") and others[0].isprintable() and len(others[0]) < 2000, others
         # As far as it is a key and as a terminal shows it.
         key = re.split(r"[\\=:…]", others[0].removeprefix("error: "))[0].strip()
+        key = re.sub(r"\[\d+\]$", "", key)  # an item of a list
         # Of a file as a whole Hydra says "configuration"; then its name follows.
         said = [*arguments, *KEYS, *SECTIONS, *GROUPS, "command line"]
         is_a_file = key.split("/")[0] in GROUPS or "mine" in others[0] or key.startswith("configuration of ")

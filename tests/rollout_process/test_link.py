@@ -150,7 +150,7 @@ class TestProcess:
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
     def test_it_goes_with_rank_0(self, tmp_path: Path, how: signal.Signals) -> None:
         program = (
-            "import sys, time; from pathlib import Path; from tests.rollout.test_link import opened\n"
+            "import sys, time; from pathlib import Path; from tests.rollout_process.test_link import opened\n"
             "with opened(Path(sys.argv[1])) as (_, process, shown):\n"
             "    print(process.pid, flush=True); time.sleep(600)\n"
         )

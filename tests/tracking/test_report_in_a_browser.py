@@ -97,7 +97,7 @@ def new_report(directory: Path) -> Report:
 def write_run(directory: Path, steps: int) -> None:
     report = new_report(directory)
     with report:
-        log_rollouts(directory, 0, [make_group("98", "9")], 2, of="validation")
+        log_rollouts(directory, 0, [make_group("98", "9")], 2, str, of="validation")
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):
