@@ -6,17 +6,14 @@ learnt from it.
 """
 
 import json
-import os
 import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end import runs
+from tests.end_to_end import pages, runs
 
 pytestmark = pytest.mark.slow
 
@@ -27,23 +24,11 @@ SMALL += ("environment.workers=1", "tracking.samples_per_validation=8")
 
 
 def block(language: str) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0]
+    return pages.block(PAGE, language)
 
 
 def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The page's command with a few keys more, as a shell in that directory runs it."""
-    command = " ".join([block("sh").strip(), *map(shlex.quote, [*SMALL, *overrides])])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return pages.run(PAGE, directory, [*SMALL, *overrides])
 
 
 def kept(directory: Path, name: str) -> list[dict[str, Any]]:

@@ -5,17 +5,13 @@ after a resume too, and in validation. Not covered: that anything is learnt from
 """
 
 import json
-import os
-import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.rewards.failures import FAILURES_FILE
-from tests.end_to_end import runs
+from tests.end_to_end import pages, runs
 
 pytestmark = pytest.mark.slow
 
@@ -25,23 +21,11 @@ SMALL += ("checkpoint.every=1", "tracking.samples_per_step=64", "run.directory=r
 
 
 def block(language: str, number: int = 0) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[number]
+    return pages.block(PAGE, language, number)
 
 
 def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The page's command with a few keys more, as a shell in that directory runs it."""
-    command = " ".join([block("sh").strip(), *map(shlex.quote, [*SMALL, *overrides])])
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return pages.run(PAGE, directory, [*SMALL, *overrides])
 
 
 def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
