@@ -14,7 +14,7 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.admission import rounds
+from megatron_fipo.rollout.admission import admission_of
 from megatron_fipo.rollout.collector import Batch, RolloutCollector
 from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.filters import group_filter
@@ -52,7 +52,7 @@ class TrainingRollouts(JudgedRollouts):
         self._collector = RolloutCollector(
             self.problems,
             self._prompts,
-            rounds(config.algorithm),
+            admission_of(config.algorithm, config.rollout.max_off_policy_steps),
             group_filter(config.algorithm.filter_groups),
             self._sample_step,
             lambda number: self.seed_of("train", number),
