@@ -94,10 +94,12 @@ class Trainer:
         self.progress.step += 1
 
     def undo_step(self) -> None:
-        """Go back to the end of the step before; nothing of this one has been trained."""
+        """Go back to the end of the step before: nothing of this one has been trained."""
         self.progress.step -= 1
-        self._on_rank_0(lambda rollouts: rollouts.undo())
-        self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
+        self._on_rank_0(lambda rollouts: rollouts.break_off())
+        overlaps = self.config.rollout.max_off_policy_steps > 0
+        kept = "what is sampled of it is kept" if overlaps else "half sampled, is dropped; nothing else is lost"
+        self._console.note(f"Ctrl-C: step {self.step + 1}{':' if overlaps else ','} {kept}")
 
     def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
         """What this rank trains on in this step, and rank 0's metrics of how that came about.

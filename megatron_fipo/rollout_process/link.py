@@ -64,8 +64,11 @@ class Rollouts(Protocol):
     def settle(self, version: int) -> None:
         """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
 
-    def undo(self) -> None:
-        """Drop what was sampled since the last `settle`."""
+    def break_off(self) -> None:
+        """Nobody waits for the batch that was begun.
+
+        Where sampling and training take turns, what was sampled since the last `settle` is dropped; else nothing is.
+        """
 
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""

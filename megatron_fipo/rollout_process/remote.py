@@ -108,8 +108,8 @@ class RemoteRollouts:
     def settle(self, version: int) -> None:
         self._ask("settle", version)
 
-    def undo(self) -> None:
-        self._ask("undo")
+    def break_off(self) -> None:
+        self._ask("break_off")
 
     def end_step(self) -> dict[str, int | float]:
         return self._ask("end_step")

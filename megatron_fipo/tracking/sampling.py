@@ -19,7 +19,7 @@ def sampling_metrics(batch: Batch) -> dict[str, float]:
     """
     rejected = batch.counts.rejected
     metrics: dict[str, float] = {
-        "num_gen_batches": batch.counts.rounds,
+        "num_gen_batches": batch.generation_batches,
         "groups_kept": len(batch.groups),
         "groups_dropped": sum(count for reason, count in rejected.items() if reason != SURPLUS),
         "groups_dropped_all_right": rejected.get(ALL_RIGHT, 0),
