@@ -92,10 +92,9 @@ class Sample:
         if not isinstance(other, Sample):
             return NotImplemented
         ours, theirs = (
-            (each.finish_reason, each.versions, each.text, each.result, each.segments, set(each.streams))
-            for each in (self, other)
+            (each.finish_reason, each.versions, each.text, each.result, each.segments) for each in (self, other)
         )
-        return ours == theirs and all(numpy.array_equal(self.streams[name], other.streams[name]) for name in ours[-1])
+        return ours == theirs and _are_equal(self.streams, other.streams)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +119,19 @@ class Partial:
         """Sampled tokens."""
         return len(self.streams[TOKEN_IDS])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Partial):
+            return NotImplemented
+        return self.versions == other.versions and _are_equal(self.streams, other.streams)
+
     def followed_by(self, streams: Mapping[str, numpy.ndarray]) -> Mapping[str, numpy.ndarray]:
         """Its streams with those of the tokens that came next."""
         joined = {name: numpy.concatenate([self.streams[name], values]) for name, values in streams.items()}
         return checked(joined, "a sample")
+
+
+def _are_equal(ours: Mapping[str, numpy.ndarray], theirs: Mapping[str, numpy.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(numpy.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def sample_from_lists(

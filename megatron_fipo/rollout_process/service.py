@@ -97,7 +97,7 @@ class RolloutService:
                 "generation batches; training on those"
             )
         batch = self._offers.offer(taken.groups, self._step, self._weight_version)
-        return Offer(batch, sampling_metrics(taken))
+        return Offer(batch, sampling_metrics(taken, self._weight_version))
 
     def validated(self) -> ValidationResult:
         assert self._validation is not None, "a validation is begun first"
