@@ -32,6 +32,7 @@ from megatron_fipo.records.wire import WireError
 from megatron_fipo.rollout.answers import BadAnswer
 from megatron_fipo.rollout.events import WeightsWanted
 from megatron_fipo.rollout.main_loop import MainLoop, all_of
+from megatron_fipo.rollout.occupancy import Occupancy
 from megatron_fipo.rollout.requests import NotAnswered, Requests
 from megatron_fipo.rollout.work import Job, Sampling, Work, WorkQueue
 from megatron_fipo.weights.deadline import Deadline
@@ -77,6 +78,7 @@ class EngineGenerator:
             verify=tls(),
         )
         self._outstanding: Counter[str] = Counter()
+        self._occupancy = Occupancy()
         self._scarcity: Deadline | None = None
         """How long there may be no descriptor for a request; None while there are."""
         self._queue = WorkQueue()
@@ -161,10 +163,14 @@ class EngineGenerator:
                 )
 
     def end_step(self) -> dict[str, int | float]:
-        """A step is done: requests that were sent again in it, and tokens that these did not lose."""
+        """A step is done: requests that were sent again in it, tokens that these did not lose, and how busy it was."""
         retries, continued = self.retries - self._told[0], self.continued - self._told[1]
         self._told = self.retries, self.continued
-        return {"requests_repeated": retries, "tokens_continued": continued}
+        return {"requests_repeated": retries, "tokens_continued": continued, **self._occupancy.metrics()}
+
+    def busy(self) -> list[tuple[float, float]]:
+        """See Occupancy.take."""
+        return self._occupancy.take()
 
     def close(self) -> None:
         """Closes the connections; the servers stay. May be called twice."""
@@ -197,7 +203,7 @@ class EngineGenerator:
                 if (server := self._with_room()) is not None:
                     job = self._queue.take()
                     # Counted here: the task begins later, and the next work would find the server free.
-                    self._outstanding[server.url] += len(job.work.missing())
+                    self._count(server, len(job.work.missing()))
                     job.asking = asyncio.ensure_future(self._ask(_Asking(job, server, server.life, requests, watch)))
                     continue
                 if not self._pool.serving and not self._queue.asked:
@@ -207,6 +213,11 @@ class EngineGenerator:
             self._queue.fail(error)
         finally:
             await watch.stop()
+
+    def _count(self, server: Server, samples: int) -> None:
+        """So many more samples are outstanding at this server; fewer, if negative."""
+        self._outstanding[server.url] += samples
+        self._occupancy.add(samples)
 
     def _with_room(self) -> Server | None:
         """The server with the fewest outstanding samples, if it has places for the next work.
@@ -230,7 +241,7 @@ class EngineGenerator:
         except Exception as error:
             job.fail(error)
         finally:
-            self._outstanding[server.url] -= left[0]
+            self._count(server, -left[0])
             self._queue.give_back(job)
             self._changed.set()
 
@@ -246,7 +257,7 @@ class EngineGenerator:
                     if isinstance(sample, Partial):
                         continue
                     left[0] -= 1
-                    self._outstanding[server.url] -= 1
+                    self._count(server, -1)
                     self._scarcity = None
                     self._changed.set()
             self._pool.answered(server)

@@ -106,6 +106,10 @@ class TrainingRollouts(JudgedRollouts):
         self.loop.run(self._collector.break_off())
         self._in_step.clear()
 
+    def busy(self) -> list[tuple[float, float]]:
+        """Stretches of time, since the last call, in which some server sampled: begin and seconds."""
+        return self.client.busy() if self.client else []
+
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
         requests = self.client.end_step() if self.client else {}

@@ -70,6 +70,9 @@ class Rollouts(Protocol):
         Where sampling and training take turns, what was sampled since the last `settle` is dropped; else nothing is.
         """
 
+    def busy(self) -> list[tuple[float, float]]:
+        """Stretches of time, since the last call, in which some server sampled: begin, since 1970, and seconds."""
+
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
 

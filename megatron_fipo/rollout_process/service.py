@@ -119,6 +119,9 @@ class RolloutService:
     def break_off(self) -> None:
         self._rollouts.break_off()
 
+    def busy(self) -> list[tuple[float, float]]:
+        return self._rollouts.busy()
+
     def end_step(self) -> dict[str, int | float]:
         return self._rollouts.end_step()
 
