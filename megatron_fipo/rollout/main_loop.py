@@ -17,6 +17,7 @@ class MainLoop:
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner(loop_factory=_loop)
+        self._is_closed = False
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """What `work` returns. What was begun before goes on meanwhile, and stays where it is afterwards.
@@ -40,16 +41,18 @@ class MainLoop:
 
     def close(self) -> None:
         """Cancel what was begun. May be called twice."""
-        self._cancel_all()
-        self._runner.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self._cancel_all()
+            self._runner.close()
 
     def _cancel_all(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it is closed
-            while True:
-                # What a handler has raised in one task comes up again in each one that waits for it.
-                with contextlib.suppress(KeyboardInterrupt, SystemExit):
-                    self._runner.run(_cancel_others())
-                    return
+        is_done = False
+        while not is_done:
+            # What a handler has raised in one task comes up again in each one that waits for it.
+            with contextlib.suppress(KeyboardInterrupt, SystemExit, asyncio.CancelledError):
+                self._runner.run(_cancel_others())
+                is_done = True
 
 
 async def all_of(parts: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
