@@ -80,6 +80,7 @@ COLUMNS = (
     Column("entropy", 7, _metric("entropy"), _fixed(3), 4),
     Column("grad", 7, _metric("grad_norm"), _scientific, 4),
     Column("|Δlogp|", 7, _metric("log_prob_diff_mean"), _scientific, 3),
+    Column("lag", 4, _metric("lag_mean"), _fixed(2), 9),
     Column("tok/s", 5, _metric("tokens_per_second"), _thousands, 5),
     Column("sample", 6, _metric("seconds_sample"), tenths, 7),
     Column("verify", 6, _metric("seconds_verify"), tenths, 9),
