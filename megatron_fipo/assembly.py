@@ -72,7 +72,8 @@ def assemble(
     start_model_parallel(config.parallel, config.run.seed)
     place = _take_place(config, stack)
     is_first = place.taken is not None
-    console = stack.enter_context(Console(config.run.steps, place.step, enabled=is_first))
+    overlaps = config.rollout.max_off_policy_steps > 0
+    console = stack.enter_context(Console(config.run.steps, place.step, enabled=is_first, overlaps=overlaps))
     console.note(implementation if ctrl_c.is_led else f"run directory: {place.directory}; {implementation}")
     leader = only_rank_0(lambda: _open_leader(config, place, model_dir, process, console, stack))
     with console.phase("start"):
