@@ -44,7 +44,7 @@ def main() -> None:
     from megatron_fipo.policy.agreement import AgreementCheck
     from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
-    from megatron_fipo.policy.step import train_step
+    from megatron_fipo.policy.step import StepData, train_step
     from megatron_fipo.policy.update import Policy
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -58,7 +58,8 @@ def main() -> None:
             check.judge(
                 {"log_prob_diff_mean": 0.0}
             )  # in the first step of a process, a separate pass computes all log-probs
-        train_step(policy, made_alike(policy, *made), check, lambda _: contextlib.nullcontext(), lambda _: None)
+        data = StepData([], made_alike(policy, *made))
+        train_step(policy, data, check, lambda _: contextlib.nullcontext(), lambda _: None)
 
     print(f"{machine()}; {SEQUENCES} sequences, {PAIRS - 1} pairs\n")
     print(

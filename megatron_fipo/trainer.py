@@ -19,7 +19,7 @@ from megatron_fipo.policy.feed import Feed
 from megatron_fipo.policy.finite_updates import FiniteUpdates
 from megatron_fipo.policy.micro_batch import MiniBatch
 from megatron_fipo.policy.publishing import PolicyPublisher
-from megatron_fipo.policy.step import train_step
+from megatron_fipo.policy.step import Part, StepData, score_part, train_step
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.processes.interrupt import CtrlC, Interrupted
 from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
@@ -103,28 +103,28 @@ class Trainer:
         else:
             self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
-    def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
+    def next_batch(self) -> tuple[StepData | None, dict[str, float]]:
         """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
         None: a Ctrl-C broke it off.
         """
+        parts: list[Part] = []
         with self._console.phase("sample"):
-            if not self._is_sampled(lambda rollouts: rollouts.begin_batch(self.step, self._version)):
+            if not self._is_sampled(lambda rollouts: rollouts.begin_batch(self.step, self._version), parts):
                 return None, {}
             if self.config.rollout.shared_gpu:  # the servers sleep from here to the next weight update
                 self._on_rank_0(lambda rollouts: rollouts.make_room())
             offer: Offer | None = self._on_rank_0(lambda rollouts: rollouts.taken())
-            offers = self._leader.rollouts if self._leader else None
-            mini_batches = self._feed.get(offer.batch if offer else None, offers, self._policy.plan)
-        return mini_batches, dict(offer.metrics) if offer else {}
+            mini_batches = self._fetch(offer.batch if offer else None)
+        return StepData(parts, mini_batches), dict(offer.metrics) if offer else {}
 
-    def update(self, mini_batches: list[MiniBatch]) -> dict[str, float]:
+    def update(self, data: StepData) -> dict[str, float]:
         """All updates of a step, none if it has no sequences; their metrics together."""
 
         def warn(text: str) -> None:
             self._console.warn(f"step {self.step}: {text}")
 
-        metrics = train_step(self._policy, mini_batches, self._agreement, self._console.phase, warn)
+        metrics = train_step(self._policy, data, self._agreement, self._console.phase, warn)
         if warning := self._finite_updates.judge(metrics):
             warn(warning)
         return metrics
@@ -155,7 +155,7 @@ class Trainer:
             return
         with self._console.phase("validate"):
             started = time.monotonic()
-            broken_off = not self._is_sampled(lambda rollouts: rollouts.begin_validation(self.step))
+            broken_off = not self._is_sampled(lambda rollouts: rollouts.begin_validation(self.step), [])
             seconds = time.monotonic() - started
         self._console.take_seconds()  # they are in no step
         if broken_off:
@@ -229,17 +229,29 @@ class Trainer:
         with self._console.phase("log-probs"):
             self._published = published | self._publisher.probe()
 
-    def _is_sampled(self, begin: Callable[[RolloutCalls], None]) -> bool:
+    def _is_sampled(self, begin: Callable[[RolloutCalls], None], parts: list[Part]) -> bool:
         """Wait until what rank 0 has begun to sample is there, and give weights to servers that start again meanwhile.
 
-        The one place where the trainer waits for sampling. False after a Ctrl-C. FipoError, on every rank: it cannot go
-        on.
+        The one place where the trainer waits for sampling. `parts` gets what is certain of a batch before it is whole,
+        with its old log-probs. False after a Ctrl-C. FipoError, on every rank: it cannot go on.
         """
         event = self._sampling_events.next(lambda: self._next_event(begin))
-        while isinstance(event, WeightsWanted):
-            self._publish()
+        while not isinstance(event, Ready | BrokenOff):
+            if isinstance(event, WeightsWanted):
+                self._publish()
+            else:
+                parts.append(self._next_part(is_first=not parts))
             event = self._sampling_events.next(self._next_event)
-        return not isinstance(event, BrokenOff)
+        return isinstance(event, Ready)
+
+    def _next_part(self, *, is_first: bool) -> Part:
+        mini_batches = self._fetch(self._on_rank_0(lambda rollouts: rollouts.part()))
+        with self._console.phase("log-probs"):
+            return score_part(self._policy, mini_batches, self._agreement, is_first=is_first)
+
+    def _fetch(self, frame: bytes | None) -> list[MiniBatch]:
+        """This rank's mini-batches of what was offered, which rank 0 has the frame of."""
+        return self._feed.get(frame, self._leader.rollouts if self._leader else None, self._policy.plan)
 
     def _next_event(self, begin: Callable[[RolloutCalls], None] | None = None) -> Event:
         """What sampling says next, on rank 0; `begin` begins it."""

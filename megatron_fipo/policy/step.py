@@ -2,18 +2,41 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.micro_batch import MiniBatch
-from megatron_fipo.policy.update import Differences, Policy, gather_parameters
+from megatron_fipo.policy.update import Differences, Policy, StepLogProbs, gather_parameters
 from megatron_fipo.tracking.updates import over_updates
 
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """The first updates of a step, whose old log-probs were computed while the others were still sampled."""
+
+    mini_batches: Sequence[MiniBatch]
+    known: StepLogProbs
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step trains on, in the order of its updates."""
+
+    parts: Sequence[Part]
+    mini_batches: Sequence[MiniBatch]
+    """Those after all parts."""
+
+
+def score_part(policy: Policy, mini_batches: Sequence[MiniBatch], check: AgreementCheck, *, is_first: bool) -> Part:
+    """The next updates of a step, with their old log-probs. Every rank calls this before the step's first update."""
+    return Part(mini_batches, policy.log_probs(mini_batches, without_first=is_first and not check.may_stop))
+
+
 def train_step(
     policy: Policy,
-    mini_batches: Sequence[MiniBatch],
+    data: StepData,
     check: AgreementCheck,
     phase: Phase,
     warn: Callable[[str], None],
@@ -40,14 +63,18 @@ def train_step(
 
     alone, agreement, updates = check.may_stop, {}, []
     with phase("log-probs"):
-        known = policy.log_probs(mini_batches, without_first=not alone)
+        rest = score_part(policy, data.mini_batches, check, is_first=not data.parts)
+    parts = [*data.parts, rest]
+    mini_batches = [mini_batch for part in parts for mini_batch in part.mini_batches]
+    streams = [added for part in parts for added in part.known.streams]
+    known = [difference for part in parts for difference in part.known.differences]
     if alone and mini_batches:
-        agreement = judged(known.differences)
+        agreement = judged(known)
     with phase("update"):
-        for number, (mini_batch, added) in enumerate(zip(mini_batches, known.streams, strict=True)):
+        for number, (mini_batch, added) in enumerate(zip(mini_batches, streams, strict=True)):
             if number == 0 and not alone:
                 metrics, differences = policy.first_update(mini_batch, added)
-                agreement = judged([*differences, *known.differences])
+                agreement = judged([*differences, *known])
             else:
                 metrics = policy.update(mini_batch, added)
             updates.append(metrics)

@@ -140,12 +140,12 @@ class Policy:
         return self._run(mini_batch, measure, forward_only=True, collect_non_loss_data=True)
 
     def agreement(self, differences: Differences) -> dict[str, float]:
-        """log_prob_diff_mean and the others of `agreement.log_prob_differences` over a step; every rank calls this.
+        """What `agreement.log_prob_differences` names, over a step; every rank calls this.
 
         The same on every rank.
         """
         reported = self._combine_over_ranks(differences)
-        return {name: value for name, value in reported.items() if name.startswith("log_prob_diff")}
+        return {name: value for name, value in reported.items() if name.startswith(("log_prob_diff", "behaviour_kl"))}
 
     def first_update(self, mini_batch: MiniBatch, added: TrainerStreams = ()) -> tuple[dict[str, float], Differences]:
         """The first update of a step, whose own forward pass gives old log-probs: the weights are still those.

@@ -154,6 +154,17 @@ class Window:
         return ledger.step.opened / self.prompts_per_step
 
 
+def certain(ledger: Ledger, prompts_per_step: int) -> list[Ticket]:
+    """The first tickets of the next batch, as far as they are in it whatever is still to come.
+
+    READY tickets before the first that is still being sampled: each admission takes batches in the order of numbers.
+    """
+    if ledger.has_batch_out:
+        return []
+    ready, unfinished = ledger.tickets(State.READY)[:prompts_per_step], _unfinished(ledger)
+    return [ticket for ticket in ready if not unfinished or ticket.number < unfinished[0].number]
+
+
 def admission_of(algorithm: AlgorithmConfig, max_off_policy_steps: int) -> Admission:
     """The admission that the configuration asks for."""
     prompts, filtered = algorithm.prompts_per_step, algorithm.filter_groups

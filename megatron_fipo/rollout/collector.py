@@ -17,7 +17,7 @@ from megatron_fipo.data.order import OrderState, PromptSampler
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.admission import Admission
+from megatron_fipo.rollout.admission import Admission, certain
 from megatron_fipo.rollout.filters import GroupFilter
 from megatron_fipo.rollout.ledger import SURPLUS, Ledger, LedgerState, State, StepCounts, Ticket
 from megatron_fipo.rollout.work import Begun, Work
@@ -51,6 +51,17 @@ class Batch:
     left: int
     """Tickets that have not ended and are not in the batch."""
     gave_up: bool
+    in_parts: int = 0
+    """The first so many groups have been handed over in parts before."""
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """How a batch is handed over before it is whole."""
+
+    prompts_per_step: int
+    prompts: int
+    """Of one part; a multiple of an update's."""
 
 
 class CollectorState(Struct, frozen=True):
@@ -77,8 +88,15 @@ class RolloutCollector:
         seed_of: Callable[[int], int],
         *,
         overlaps: bool = False,
+        parts: PartSize | None = None,
     ):
-        """`seed_of` gives the seed of a ticket's number. `overlaps`: sampling goes on while a batch is trained on."""
+        """Nothing is opened yet.
+
+        Args:
+            seed_of: gives the seed of a ticket's number.
+            overlaps: sampling goes on while a batch is trained on.
+            parts: in which parts a batch is handed over before it is whole; None: in none.
+        """
         self._prompts, self._admission, self._reject = prompts, admission, reject
         self._sampler, self._seed_of, self._overlaps = sampler, seed_of, overlaps
         self._drawn_from = problems
@@ -91,6 +109,9 @@ class RolloutCollector:
         self._sampled: dict[int, Group] = {}
         self._failures: list[Exception] = []
         self._changed = asyncio.Event()
+        self._parts, self._in_parts = parts, 0
+        self.part_ready = asyncio.Event()
+        """Set while `part` has something new."""
         self._is_wanted = False
         """Whether a batch has been asked for in this process."""
         self._settled = self.snapshot()
@@ -108,6 +129,14 @@ class RolloutCollector:
             if not self._tasks:
                 raise RolloutError(f"no batch is there, and none of {len(self._ledger)} tickets waits to be sampled")
             await self._changed.wait()
+
+    def part(self) -> list[Group]:
+        """The next groups of the batch that is being sampled, which are in it whatever is still to come."""
+        tickets = self._certain_parts()
+        groups = [self._groups[ticket.number] for ticket in tickets]
+        self._in_parts += len(groups)
+        self.part_ready.clear()
+        return groups
 
     def give_back(self) -> None:
         """Nothing of the batch was trained: it is the next one again."""
@@ -142,6 +171,8 @@ class RolloutCollector:
             self.restore(self._settled)
         elif self._ledger.has_batch_out:
             self._ledger.give_back()
+        self._in_parts = 0
+        self.part_ready.clear()
 
     def metrics(self) -> dict[str, float]:
         """Tickets of the run so far, by how they ended."""
@@ -221,6 +252,8 @@ class RolloutCollector:
                 if reason is None:
                     self._groups[ticket.number] = group
             del self._work[ticket.number], self._tasks[ticket.number]
+            if self._certain_parts():
+                self.part_ready.set()
             if self._overlaps:
                 self._open_and_start()
         except Exception as error:
@@ -240,7 +273,16 @@ class RolloutCollector:
         sampled = self._sampled_until(taken.tickets)
         groups = [self._groups[ticket.number] for ticket in taken.tickets]
         left = len(self._ledger) - len(taken.tickets)
-        return Batch(taken.tickets, groups, sampled, self._ledger.step, batches, left, taken.gave_up)
+        in_parts, self._in_parts = self._in_parts, 0
+        self.part_ready.clear()
+        return Batch(taken.tickets, groups, sampled, self._ledger.step, batches, left, taken.gave_up, in_parts)
+
+    def _certain_parts(self) -> list[Ticket]:
+        """The tickets of the next parts, if these are certain."""
+        if self._parts is None:
+            return []
+        sure = certain(self._ledger, self._parts.prompts_per_step)[self._in_parts :]
+        return sure[: len(sure) // self._parts.prompts * self._parts.prompts]
 
     def _sampled_until(self, tickets: Sequence[Ticket]) -> list[Group]:
         """See Batch.sampled."""

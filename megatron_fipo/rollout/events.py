@@ -10,6 +10,10 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """All is sampled that was asked for."""
 
 
+class PartReady(msgspec.Struct, frozen=True, tag="part_ready"):
+    """The next updates of the batch are certain. The trainer can score them while the others are sampled."""
+
+
 class WeightsWanted(msgspec.Struct, frozen=True, tag="weights_wanted"):
     """No server is left that samples. These start again, or may come back; they need weights."""
 
@@ -27,4 +31,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     exit_code: int
 
 
-Event = Ready | WeightsWanted | BrokenOff | Failed
+Event = Ready | PartReady | WeightsWanted | BrokenOff | Failed

@@ -136,15 +136,14 @@ class EngineGenerator:
             self._queue.remove(job)
             self._changed.set()
 
-    async def until(self, done: "asyncio.Future[Any]") -> bool:
-        """Wait until `done` is done, or no server is left: whether it is done."""
-        starved = asyncio.ensure_future(self._starved.wait())
-        either: set[asyncio.Future[Any]] = {done, starved}
+    async def until(self, done: "asyncio.Future[Any]", also: asyncio.Event | None = None) -> None:
+        """Wait until `done` is done, no server is left, or `also` is set."""
+        events = [asyncio.ensure_future(each.wait()) for each in (self._starved, also) if each is not None]
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({done, *events}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            starved.cancel()
-        return done.done()
+            for event in events:
+                event.cancel()
 
     def wanted(self) -> WeightsWanted:
         """Which servers may sample again, where none is left. RolloutError: none will return."""

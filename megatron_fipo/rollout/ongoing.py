@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from megatron_fipo.rollout.events import Ready, WeightsWanted
+from megatron_fipo.rollout.events import PartReady, Ready, WeightsWanted
 from megatron_fipo.rollout.generator import EngineGenerator
 
 _T = TypeVar("_T")
@@ -18,12 +18,13 @@ class Ongoing(Generic[_T]):
         self._engines = engines
         self._task: asyncio.Task[_T] = engines.loop.begin(work)
 
-    def wait(self) -> Ready | WeightsWanted:
-        """Let it go on until all is there, or no server is left. Raises why it has ended before."""
-        if not self._engines.loop.run(self._engines.until(self._task)):
-            return self._engines.wanted()
-        self._task.result()
-        return Ready()
+    def wait(self, part: asyncio.Event | None = None) -> Ready | PartReady | WeightsWanted:
+        """Let it go on until all is there, no server is left, or `part` is set. Raises why it has ended before."""
+        self._engines.loop.run(self._engines.until(self._task, part))
+        if self._task.done():
+            self._task.result()
+            return Ready()
+        return PartReady() if part is not None and part.is_set() else self._engines.wanted()
 
     def cancel(self) -> None:
         """It does not go on. Whoever waits for it hears of asyncio.CancelledError. In the loop's thread."""

@@ -1,5 +1,6 @@
 """A training run's rollouts, complete: problems, servers and verifiers, and the collector of its batches."""
 
+import asyncio
 from pathlib import Path
 
 from megatron_fipo.config import Config
@@ -13,7 +14,7 @@ from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.admission import admission_of
-from megatron_fipo.rollout.collector import Batch, RolloutCollector, Sampler
+from megatron_fipo.rollout.collector import Batch, PartSize, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import group_filter
 from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.rollout.listener import Listener, Progress
@@ -22,6 +23,9 @@ from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.snapshot import RolloutState
 from megatron_fipo.rollout.work import Work
 from megatron_fipo.weights.deadline import Deadline
+
+_PARTS = 4
+"""Of a batch, at most about: each costs a few collectives."""
 
 
 class TrainingRollouts(JudgedRollouts):
@@ -58,6 +62,7 @@ class TrainingRollouts(JudgedRollouts):
             Sampler(self._work, self._judged, loop.begin),
             lambda number: self.seed_of("train", number),
             overlaps=overlaps,
+            parts=part_size(config),
         )
         self._progress: Progress = _nobody_hears
         self._in_step: list[Group] = []
@@ -96,6 +101,15 @@ class TrainingRollouts(JudgedRollouts):
         assert self.client is not None, "connect() comes first"
         self.pool.lose_unfit()
         return Ongoing(self.client, self._validate(progress))
+
+    @property
+    def part_ready(self) -> asyncio.Event:
+        """Set while `part` has something new."""
+        return self._collector.part_ready
+
+    def part(self) -> list[Group]:
+        """See RolloutCollector.part."""
+        return self._collector.part()
 
     def settle(self, version: int) -> None:
         """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
@@ -190,6 +204,18 @@ class TrainingRollouts(JudgedRollouts):
                     f"tickets has a {name} of {found} tokens, which was sampled before rollout.max_{name}_length="
                     f"{limit}: resume with at least {found}, or with checkpoint.in_flight=discard"
                 )
+
+
+def part_size(config: Config) -> PartSize | None:
+    """In which parts a batch is handed over, so that idle trainers can score them; None: in none.
+
+    A trainer that shares its GPUs with the engines is not idle. The first update scores what it trains on by itself.
+    """
+    algorithm = config.algorithm
+    updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
+    if updates < _PARTS or config.rollout.shared_gpu:
+        return None
+    return PartSize(algorithm.prompts_per_step, updates // _PARTS * algorithm.mini_batch_prompts)
 
 
 def _nobody_hears(done: int, total: int, unit: str, /) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from megatron_fipo.rollout.events import Ready, WeightsWanted
+from megatron_fipo.rollout.events import PartReady, Ready, WeightsWanted
 from megatron_fipo.tracking.validation import ValidationResult
 from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
 
@@ -46,11 +46,14 @@ class Rollouts(Protocol):
     def begin_validation(self, step: int) -> None:
         """Begin to sample the held-out problems, after `step`; `wait` goes on."""
 
-    def wait(self) -> Ready | WeightsWanted:
-        """Sample what was begun until all is there, or no server is left."""
+    def wait(self) -> Ready | PartReady | WeightsWanted:
+        """Sample what was begun until all is there, a part of the batch is certain, or no server is left."""
+
+    def part(self) -> bytes:
+        """The part, once `wait` has said PartReady: `TrainBatch.to_bytes`."""
 
     def taken(self) -> Offer:
-        """The batch, once `wait` has said Ready."""
+        """The batch without its parts before, once `wait` has said Ready."""
 
     def validated(self) -> ValidationResult:
         """The scores of the held-out problems, once `wait` has said Ready."""

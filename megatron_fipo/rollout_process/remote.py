@@ -18,7 +18,7 @@ from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.errors import FipoError, RolloutError, RunFailed, WeightsRefused
 from megatron_fipo.processes.interrupt import Interrupted
 from megatron_fipo.records.rows import StoreAddress
-from megatron_fipo.rollout.events import Ready, WeightsWanted
+from megatron_fipo.rollout.events import PartReady, Ready, WeightsWanted
 from megatron_fipo.rollout_process.call_messages import (
     CALL_PATH,
     OPEN,
@@ -102,7 +102,10 @@ class RemoteRollouts:
     def begin_validation(self, step: int) -> None:
         self._ask("begin_validation", step)
 
-    def wait(self) -> Ready | WeightsWanted:
+    def part(self) -> bytes:
+        return self._ask("part")
+
+    def wait(self) -> Ready | PartReady | WeightsWanted:
         return self._ask("wait", breaks=self._stops_waiting)
 
     def taken(self) -> Offer:
@@ -282,8 +285,9 @@ class _Phases:
         self._open.append(phase)
 
     def end(self) -> None:
-        """The innermost."""
-        self._open.pop().close()
+        """The innermost; none where it has ended with the call that it began in."""
+        if self._open:
+            self._open.pop().close()
 
 
 class RemoteControl:

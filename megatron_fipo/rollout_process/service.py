@@ -13,7 +13,7 @@ from megatron_fipo.errors import CheckpointError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import Batch
-from megatron_fipo.rollout.events import Ready, WeightsWanted
+from megatron_fipo.rollout.events import PartReady, Ready, WeightsWanted
 from megatron_fipo.rollout.listener import Listener, Progress
 from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.offers import Offers
@@ -77,10 +77,14 @@ class RolloutService:
         self._step = step
         self._batch, self._validation = None, self._rollouts.begin_validation(self._progress)
 
-    def wait(self) -> Ready | WeightsWanted:
-        ongoing = self._batch or self._validation
-        assert ongoing is not None, "something is begun first"
-        return ongoing.wait()
+    def wait(self) -> Ready | PartReady | WeightsWanted:
+        if self._batch is not None:
+            return self._batch.wait(self._rollouts.part_ready)
+        assert self._validation is not None, "something is begun first"
+        return self._validation.wait()
+
+    def part(self) -> bytes:
+        return self._offers.offer(self._rollouts.part(), self._step, self._weight_version)
 
     def break_wait(self) -> None:
         """Have a `wait` that is under way end with asyncio.CancelledError. In the loop's thread, while it turns."""
@@ -96,7 +100,7 @@ class RolloutService:
                 f"step {self._step}: {len(taken.groups)} of {wanted} groups after {taken.generation_batches:g} "
                 "generation batches; training on those"
             )
-        batch = self._offers.offer(taken.groups, self._step, self._weight_version)
+        batch = self._offers.offer(taken.groups[taken.in_parts :], self._step, self._weight_version)
         return Offer(batch, sampling_metrics(taken, self._weight_version))
 
     def validated(self) -> ValidationResult:

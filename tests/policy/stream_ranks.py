@@ -29,7 +29,7 @@ from megatron_fipo.policy.agreement import AgreementCheck  # noqa: E402
 from megatron_fipo.policy.feed import FetchFailed, feed_of  # noqa: E402
 from megatron_fipo.policy.micro_batch import MicroBatch, MiniBatch  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
-from megatron_fipo.policy.step import train_step  # noqa: E402
+from megatron_fipo.policy.step import StepData, score_part, train_step  # noqa: E402
 from megatron_fipo.policy.train_batch import share  # noqa: E402
 from megatron_fipo.policy.update import Policy  # noqa: E402
 from megatron_fipo.records.rows import TrainBatch  # noqa: E402
@@ -107,7 +107,7 @@ def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
         stretches = [batch.told.tolist() for batch in batches]
         seen = {name: _seen(policy, batch) for name, batch in zip(("sampled", "resumed"), batches, strict=True)}
         streams.STREAMS = plain
-        steps = {way: _step(config, batches[0], way) for way in ("apart", "own", "own for all", "stopped")}
+        steps = {way: _step(config, batches[0], way) for way in ("apart", "own", "own for all", "stopped", "parts")}
         if offers:
             offers.close()
         place = {
@@ -163,7 +163,7 @@ def _step(config: Any, batch: TrainBatch, way: str) -> dict[str, Any]:
     policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
     before = _weights(policy)
     check = AgreementCheck(Limits(warn=1e-9, stop=1e-9 if way == "stopped" else 1e9))
-    if way == "own":
+    if way in ("own", "parts"):
         check.judge({"log_prob_diff_mean": 0.0})
     said: list[str] = []
     try:
@@ -173,9 +173,13 @@ def _step(config: Any, batch: TrainBatch, way: str) -> dict[str, Any]:
             updates = [policy.first_update(*pair)[0] for pair in zip(mini_batches, known, strict=True)]
             metrics = over_updates(updates)
         else:
-            metrics = train_step(
-                policy, _fetched(policy, batch), check, lambda _: contextlib.nullcontext(), said.append
-            )
+            data = StepData([], _fetched(policy, batch))
+            if way == "parts":  # those of the first update are known before the others are fetched
+                first, *others = data.mini_batches
+                parts = [score_part(policy, [first], check, is_first=True)]
+                parts.append(score_part(policy, others[:1], check, is_first=False))
+                data = StepData(parts, others[1:])
+            metrics = train_step(policy, data, check, lambda _: contextlib.nullcontext(), said.append)
     except FipoError:
         metrics = {}
     weights = _weights(policy)

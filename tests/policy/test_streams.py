@@ -89,6 +89,7 @@ def test_the_first_update_gives_the_old_log_probs_of_a_pass_of_its_own(
     for rank in ranks:
         steps = rank[packed]["steps"]
         assert steps["own"] == steps["apart"] and not steps["own"]["unchanged"]
+        assert steps["parts"] == steps["own"], "scored while the others were still sampled"
         metrics = steps["own"]["metrics"]
         assert metrics["updates"] == 3 and metrics["ppo_kl_first"] == 0.0 and metrics["ppo_kl"] != 0.0
         assert metrics["log_prob_diff_mean"] > 0.1 and "log_prob_diff_quarter_4" in metrics

@@ -25,7 +25,7 @@ from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.records.streams import checked
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window
-from megatron_fipo.rollout.collector import Batch, CollectorState, RolloutCollector, Sampler
+from megatron_fipo.rollout.collector import Batch, CollectorState, PartSize, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import differing_accuracies
 from megatron_fipo.rollout.ledger import State
 from megatron_fipo.rollout.main_loop import MainLoop
@@ -93,7 +93,12 @@ class Engines:
 
 
 def collector(
-    admission: Admission, engines: Engines, problems: Sequence[Problem] = PROBLEMS, *, overlaps: bool = False
+    admission: Admission,
+    engines: Engines,
+    problems: Sequence[Problem] = PROBLEMS,
+    *,
+    overlaps: bool = False,
+    parts: PartSize | None = None,
 ) -> RolloutCollector:
     prompts = PromptSampler(len(problems), seed=1, shuffle=True)
     sampler = Sampler(engines.work, engines.judged, engines.loop.begin)
@@ -105,6 +110,7 @@ def collector(
         sampler,
         lambda n: request_seed(1, "train", n),
         overlaps=overlaps,
+        parts=parts,
     )
 
 
@@ -258,6 +264,42 @@ def test_stopped_groups_are_sampled_no_further_and_their_problems_come_next() ->
     drawn = len(seen) + len(waiting)
     assert sorted(seen + waiting) == sorted(PROBLEMS[index].id for index in order[:drawn]), "none is lost"
     assert rollouts.snapshot().ledger.ends.rejected.get("stopped", 0) > 0, "the control"
+
+
+@pytest.mark.parametrize("kind", ["rounds", "refill", "window"])
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_are_the_beginning_of_the_batch(kind: str, seed: int) -> None:
+    """Whatever is rejected, carried over or broken off on the way."""
+    drawn, engines = random.Random(seed), Engines(rejects=0.4)
+    size = PartSize(prompts_per_step=6, prompts=2)
+    admission = {
+        "rounds": Rounds(6, drawn.randint(1, 9), 50, carries_surplus=True),
+        "refill": Refill(6, 1.5, 10**6, carries_surplus=drawn.random() < 0.5),
+        "window": Window(6, 1),
+    }[kind]
+    rollouts = collector(admission, engines, overlaps=kind == "window", parts=size)
+    rollouts.settle(0)
+    sizes: list[int] = []
+    for step in range(1, 13):
+        waiting, handed_over = engines.loop.begin(rollouts.next_batch()), list[Group]()
+        breaks_off = drawn.random() < 0.3
+        while not waiting.done():
+            engines.go_on(drawn.randint(1, 20))
+            if rollouts.part_ready.is_set() and not waiting.done():
+                part = rollouts.part()
+                sizes.append(len(part))
+                handed_over += part
+                if breaks_off:
+                    break
+        if not waiting.done():
+            waiting.cancel()
+            engines.loop.run(rollouts.break_off())
+            handed_over = []
+            waiting = engines.loop.begin(rollouts.next_batch())
+        batch = engines.loop.run(asyncio.wait_for(waiting, 60))
+        assert batch.in_parts == len(handed_over) and batch.groups[: batch.in_parts] == handed_over
+        rollouts.settle(step)
+    assert sizes and all(each and each % 2 == 0 for each in sizes), "the control: some came in parts"
 
 
 def test_what_ends_a_group_ends_the_wait_for_the_batch() -> None:
