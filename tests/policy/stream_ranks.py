@@ -83,7 +83,7 @@ def from_checkpoint(groups: list[Group], folder: str) -> list[Group]:
     save_file(arrays, path)
     restored = saved_groups.read(path, rows, described_by=path)
     saved_groups.check(restored, path, VOCABULARY)
-    return saved_groups.unpack(rows, restored, path)
+    return [saved.whole() for saved in saved_groups.unpack(rows, restored, path)]
 
 
 def both(folder: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
