@@ -98,15 +98,18 @@ class Trainer:
         """Go back to the end of the step before: nothing of this one has been trained."""
         self.progress.step -= 1
         self._on_rank_0(lambda rollouts: rollouts.break_off())
-        if self.config.rollout.max_off_policy_steps:
-            self._console.note(f"stopped before step {self.step + 1}; what is sampled for it is kept")
-        else:
+        if not self.config.rollout.max_off_policy_steps:
             self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
+        elif self.step == self._checkpoints.saved_step:
+            kept = f"the checkpoint of step {self.step} has" if self.step else "nothing is kept of"
+            self._console.note(f"stopped before step {self.step + 1}; {kept} what was sampled for it by then")
+        else:
+            self._console.note(f"stopped before step {self.step + 1}; what is sampled for it is kept")
 
     def next_batch(self) -> tuple[StepData | None, dict[str, float]]:
         """What this rank trains on in this step, and rank 0's metrics of how that came about.
 
-        None: a Ctrl-C broke it off.
+        None: a stop, such as Ctrl-C, broke it off.
         """
         parts: list[Part] = []
         with self._console.phase("sample"):
@@ -159,7 +162,7 @@ class Trainer:
             seconds = time.monotonic() - started
         self._console.take_seconds()  # they are in no step
         if broken_off:
-            self._console.note(f"Ctrl-C: the validation after step {self.step} is broken off; a resume does it again")
+            self._console.note(f"stopped: the validation after step {self.step} is broken off; a resume does it again")
             return
         if (leader := self._leader) is None:
             return
@@ -233,7 +236,7 @@ class Trainer:
         """Wait until what rank 0 has begun to sample is there, and give weights to servers that start again meanwhile.
 
         The one place where the trainer waits for sampling. `parts` gets what is certain of a batch before it is whole,
-        with its old log-probs. False after a Ctrl-C. FipoError, on every rank: it cannot go on.
+        with its old log-probs. False after a stop. FipoError, on every rank: it cannot go on.
         """
         event = self._sampling_events.next(lambda: self._next_event(begin))
         while not isinstance(event, Ready | BrokenOff):

@@ -47,8 +47,8 @@ class FilterGroupsConfig:
     max_num_gen_batches: int = setting(
         10,
         "Largest number of generation batches per step. After them the step trains on the groups it has, with a "
-        "warning. Without generation batches: so many times prompts_per_step rejected groups, which end a run with "
-        "rollout.max_off_policy_steps=1 or more.",
+        "warning. Without generation batches: so many times prompts_per_step rejected groups; with "
+        "rollout.max_off_policy_steps=k, (k + 1) times as many in one step end the run.",
         minimum=1,
         maximum=10**4,
     )

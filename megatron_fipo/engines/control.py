@@ -77,6 +77,8 @@ class EngineControl:
         """Tells each server, in the pool's order, to join a sender's transport, whatever state it was left in."""
         await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
         bodies = [{"init_info": to_wire(request)} for request in request_of_server]
+        if len(bodies) != (count := len(self._pool.in_service)):
+            raise RolloutError(f"{count} servers are in service, and the weight update began with {len(bodies)}")
         await self._call_all("/init_weight_transfer_engine", deadline, bodies)
 
     async def start_weight_update(self, deadline: Deadline) -> None:

@@ -74,6 +74,8 @@ class EnginePool:
         self._restarts = 0
         self._updated: list[tuple[Server, int]] | None = None
         """What the update that was begun last is for, each with the life that it was in; None before one."""
+        self._admitted: list[tuple[Server, int]] = []
+        """As that, of the last `admit`."""
         self._starter: Starter | None = None
         if config.addresses:
             token = os.environ.get(TOKEN_VARIABLE, "")
@@ -183,6 +185,11 @@ class EnginePool:
             if server.process is not None and server.state is State.GIVEN_UP:
                 raise RolloutError(server.reason)
         return bool(lost)
+
+    def replace_failed(self) -> bool:
+        """After a weight update that failed: `repair`; whether a server that was there at `admit` is lost."""
+        self.repair()
+        return any(server.life != life for server, life in self._admitted)
 
     def _restart(self, server: Server) -> None:
         assert self._starter is not None, "ours are started here"
@@ -314,6 +321,7 @@ class EnginePool:
                 await asyncio.sleep(PROBE_EVERY_S)
         if not self.in_service:
             raise RolloutError(f"no vLLM server is left: {self.losses_in_words()}")
+        self._admitted = [(server, server.life) for server in self.in_service]
 
     async def _take_back(self, http: httpx.AsyncClient) -> list[tuple[Server, str]]:
         """Puts servers back that are ready; those that are worth waiting for, each with why it is not ready."""

@@ -20,7 +20,8 @@ class Watch:
     def __init__(self, pool: EnginePool, http: httpx.AsyncClient, changed: Callable[[], None]):
         """Start watching, in a running loop. `changed` is called when a server has left or entered service."""
         self._pool, self._http, self._changed = pool, http, changed
-        self._gone: dict[Server, asyncio.Future[str]] = {}
+        self._gone: dict[Server, tuple[int, asyncio.Future[str]]] = {}
+        """What tells of a server's end in this life."""
         self._tasks = [asyncio.ensure_future(self._follow(server)) for server in pool.servers]
 
     async def stop(self) -> None:
@@ -35,9 +36,17 @@ class Watch:
             ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             ended.set_result(server.reason)
             return ended
+        self.look()
         if server not in self._gone:
-            self._gone[server] = asyncio.get_running_loop().create_future()
-        return self._gone[server]
+            self._gone[server] = life, asyncio.get_running_loop().create_future()
+        return self._gone[server][1]
+
+    def look(self) -> None:
+        """Tell of servers that the pool has lost by whatever else, such as a weight update that failed."""
+        for server, (life, gone) in list(self._gone.items()):
+            if server.life != life:
+                del self._gone[server]
+                gone.set_result(server.reason)
 
     def lose(self, server: Server, life: int, reason: str) -> None:
         """Have the pool lose a server in this life, and tell who waits for it."""
@@ -46,8 +55,7 @@ class Watch:
 
     def left(self, server: Server) -> None:
         """The pool has lost a server: its requests will not be answered."""
-        if (gone := self._gone.pop(server, None)) is not None:
-            gone.set_result(server.reason)
+        self.look()
         self._changed()
 
     async def has_fallen_silent(self, server: Server, life: int, problem: str) -> bool:
@@ -59,9 +67,11 @@ class Watch:
     async def _follow(self, server: Server) -> None:
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            life = server.life
+            life, version = server.life, self._pool.weight_version
             if server.state is State.SERVING:
-                if (silent := await self._silence(server)) is not None:
+                silent = await self._silence(server)
+                # During a weight update it has no time to answer.
+                if silent is not None and server.state is State.SERVING and self._pool.weight_version == version:
                     self.lose(server, life, silent)
             elif server.state in RETURNING and self._pool.serves_own_weights:
                 # Later ones wait for the next weights, and are asked before those are sent.

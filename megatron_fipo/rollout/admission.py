@@ -57,7 +57,7 @@ class Rounds:
 
     def admit(self, ledger: Ledger) -> int:
         """A generation batch, if the step is not full and has batches left."""
-        if ledger.has_batch_out or _unfinished(ledger) or ledger.step.rounds >= self.most_rounds:
+        if ledger.has_batch_out or _unfinished(ledger) or self.generation_batches(ledger) >= self.most_rounds:
             return 0
         return self.batch if len(ledger.tickets(State.READY)) < self.prompts_per_step else 0
 
@@ -70,8 +70,8 @@ class Rounds:
         return Take(chosen, () if self.carries_surplus else beyond, gave_up=len(chosen) < self.prompts_per_step)
 
     def generation_batches(self, ledger: Ledger) -> float:
-        """Whole ones."""
-        return ledger.step.rounds
+        """Whole ones; as many prompts where a resume has another admission."""
+        return -(-ledger.step.opened // self.batch)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def admission_of(algorithm: AlgorithmConfig, max_off_policy_steps: int) -> Admis
     prompts, filtered = algorithm.prompts_per_step, algorithm.filter_groups
     most, carries = filtered.max_num_gen_batches, filtered.surplus == "carry"
     if max_off_policy_steps:
-        return Window(prompts, max_off_policy_steps, most * prompts)
+        # The first step fills the whole window.
+        return Window(prompts, max_off_policy_steps, (max_off_policy_steps + 1) * most * prompts)
     if filtered.enable and filtered.over_sampling is not None:
         return Refill(prompts, filtered.over_sampling, most * prompts, carries)
     return rounds(algorithm)

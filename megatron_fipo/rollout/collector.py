@@ -114,7 +114,7 @@ class RolloutCollector:
         """Set while `part` has something new."""
         self._is_wanted = False
         """Whether a batch has been asked for in this process."""
-        self._settled = self.snapshot()
+        self._settled = None if overlaps else self.snapshot()
 
     async def next_batch(self) -> Batch:
         """Sample until admission says that a batch is there. Raises what a group's sampling does."""
@@ -142,8 +142,11 @@ class RolloutCollector:
         """Nothing of the batch was trained: it is the next one again."""
         self._ledger.give_back()
 
-    def settle(self, version: int) -> list[Ticket]:
+    def settle(self, version: int, *, opens: bool = True) -> list[Ticket]:
         """The engines have the weights `version`: those after the step of the batch that was taken, if one was.
+
+        Args:
+            opens: whether more tickets may be opened at once; none are after the last step.
 
         Returns:
             The tickets that were trained.
@@ -154,10 +157,10 @@ class RolloutCollector:
         trained = self._ledger.settle(version)
         for ticket in trained:
             del self._groups[ticket.number]
-        if self._overlaps and self._is_wanted:
-            self._open_and_start()
         if not self._overlaps:
             self._settled = self.snapshot()
+        elif self._is_wanted and opens:
+            self._open_and_start()
         return trained
 
     async def break_off(self) -> None:
@@ -166,11 +169,12 @@ class RolloutCollector:
         What was begun since the last `settle` or `restore` is dropped where sampling and training take turns. Else
         nothing is.
         """
-        if not self._overlaps:
+        if self._settled is not None:
             await self._cancel(list(self._tasks))
             self.restore(self._settled)
         elif self._ledger.has_batch_out:
-            self._ledger.give_back()
+            self.give_back()
+            self._sampled |= {number: self._groups[number] for number in self._groups if number not in self._sampled}
         self._in_parts = 0
         self.part_ready.clear()
 
@@ -215,16 +219,19 @@ class RolloutCollector:
         else:
             self._prompts.load(state.order)
         self._ledger.load(state.ledger)
-        self._groups, self._sampled, self._failures = dict(state.groups), {}, []
+        self._groups, self._failures = dict(state.groups), []
+        # Those that were rejected before the checkpoint are known by their number only.
+        self._sampled = dict(self._groups) if self._overlaps else {}
         discarded = self._ledger.discard_all() if discard else []
         if discarded:
             self._put_back(discarded)
-            self._groups = {}
+            self._groups, self._sampled = {}, {}
         self._work = {ticket.number: self._work_of(ticket) for ticket in self._ledger.tickets(State.OPEN)}
         for number, work in self._work.items():
             if number in state.begun:
                 _go_on(work, state.begun[number], number)
-        self._settled = self.snapshot()
+        if not self._overlaps:
+            self._settled = self.snapshot()
         return len(discarded)
 
     def _open_and_start(self) -> None:
@@ -318,6 +325,9 @@ def _go_on(work: Work, begun: Begun, number: int) -> None:
             "(checkpoint.in_flight=discard begins it anew)"
         )
     if beyond := [index for index in begun.parts if index >= work.samples]:
-        raise DataError(f"ticket {number} has a sample {beyond[0]}, and a group has {work.samples} now")
+        raise DataError(
+            f"ticket {number} has a sample {beyond[0]}, and algorithm.samples_per_prompt is {work.samples} now "
+            "(checkpoint.in_flight=discard begins it anew)"
+        )
     for index, part in begun.parts.items():
         work.add(index, part)

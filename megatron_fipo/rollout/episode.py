@@ -72,7 +72,8 @@ class Episodes:
     def __init__(self, engines: EngineGenerator, around: Surroundings):
         """Nothing is begun."""
         self._engines, self._around = engines, around
-        self._places = asyncio.Semaphore(around.most_open)
+        # What comes first does not wait for what does not.
+        self._places = {first: asyncio.Semaphore(around.most_open) for first in (False, True)}
 
     async def complete(self, work: Work, *, first: bool = False) -> None:
         """Make the samples that the work lacks. What has begun and not ended begins anew.
@@ -86,7 +87,7 @@ class Episodes:
         await all_of(sample(index) for index in work.missing())
 
     async def _sample(self, work: Work, seed: int, first: bool) -> Sample:
-        async with self._places:
+        async with self._places[first]:
             for attempts_left in reversed(range(self._around.attempts)):
                 transcript = Transcript(work.problem)
                 environment = self._around.environments.open()

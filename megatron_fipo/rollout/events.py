@@ -21,7 +21,7 @@ class WeightsWanted(msgspec.Struct, frozen=True, tag="weights_wanted"):
 
 
 class BrokenOff(msgspec.Struct, frozen=True, tag="broken_off"):
-    """Ctrl-C has ended the sampling before its end."""
+    """A stop that was asked for has ended the wait before its end."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

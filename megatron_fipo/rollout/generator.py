@@ -167,6 +167,10 @@ class EngineGenerator:
         self._told = self.retries, self.continued
         return {"requests_repeated": retries, "tokens_continued": continued, **self._occupancy.metrics()}
 
+    def forget_occupancy(self) -> None:
+        """Leave out of the next `end_step` how busy servers were until now."""
+        self._occupancy.metrics()
+
     def busy(self) -> list[tuple[float, float]]:
         """See Occupancy.take."""
         return self._occupancy.take()
@@ -193,25 +197,42 @@ class EngineGenerator:
 
     async def _dispatch(self) -> None:
         """Ask servers for what waits, until nothing does. A failure is told to all who wait."""
-        watch = Watch(self._pool, self._http, self._changed.set)
-        requests = Requests(self._pool, self._http, watch, self._queue, self._vocab_size, self._salt)
-        try:
-            while self._queue:
-                self._changed.clear()
-                self._pool.repair()
-                if (server := self._with_room()) is not None:
-                    job = self._queue.take()
-                    # Counted here: the task begins later, and the next work would find the server free.
-                    self._count(server, len(job.work.missing()))
-                    job.asking = asyncio.ensure_future(self._ask(_Asking(job, server, server.life, requests, watch)))
-                    continue
-                if not self._pool.serving and not self._queue.asked:
-                    self._starved.set()
-                await self._changed.wait()
-        except Exception as error:
-            self._queue.fail(error)
-        finally:
-            await watch.stop()
+        while self._queue:  # there may be more by the time that the watch has stopped
+            watch = Watch(self._pool, self._http, self._changed.set)
+            requests = Requests(self._pool, self._http, watch, self._queue, self._vocab_size, self._salt)
+            try:
+                await self._ask_until_empty(requests, watch)
+            except Exception as error:
+                self._queue.fail(error)
+            finally:
+                self._starved.clear()
+                await watch.stop()
+
+    async def _ask_until_empty(self, requests: Requests, watch: Watch) -> None:
+        while self._queue:
+            self._changed.clear()
+            watch.look()
+            self._pool.repair()
+            if (server := self._with_room()) is not None:
+                self._begin_to_ask(server, requests, watch)
+                continue
+            if not self._pool.serving and not self._queue.asked:
+                self._starved.set()
+            await self._changed.wait()
+
+    def _begin_to_ask(self, server: Server, requests: Requests, watch: Watch) -> None:
+        job = self._queue.take()
+        asking = _Asking(job, server, server.life, requests, watch, job.work.missing(), [len(job.work.missing())])
+        # Counted here: the task begins later, and the next work would find the server free.
+        self._count(server, asking.left[0])
+        job.asking = asyncio.ensure_future(self._ask(asking))
+        # Not in the task, which may be cancelled before it begins.
+        job.asking.add_done_callback(lambda _: self._has_asked(asking))
+
+    def _has_asked(self, asking: "_Asking") -> None:
+        self._count(asking.server, -asking.left[0])
+        self._queue.give_back(asking.job)
+        self._changed.set()
 
     def _count(self, server: Server, samples: int) -> None:
         """So many more samples are outstanding at this server; fewer, if negative."""
@@ -233,29 +254,22 @@ class EngineGenerator:
 
     async def _ask(self, asking: "_Asking") -> None:
         """One request for what the work lacks. If it fails, the work waits for another."""
-        job, server = asking.job, asking.server
-        missing, left = job.work.missing(), [len(job.work.missing())]
         try:
-            await self._request(asking, missing, left)
+            await self._request(asking)
         except Exception as error:
-            job.fail(error)
-        finally:
-            self._count(server, -left[0])
-            self._queue.give_back(job)
-            self._changed.set()
+            asking.job.fail(error)
 
-    async def _request(self, asking: "_Asking", missing: list[int], left: list[int]) -> None:
-        """`left` has how many of the samples `missing` have not arrived."""
+    async def _request(self, asking: "_Asking") -> None:
         work, server = asking.job.work, asking.server
         before = dict(work.arrived), dict(work.begun)
         self.continued += sum(map(len, work.begun.values()))
         try:
-            async with aclosing(asking.requests.samples(server, asking.life, work, missing)) as samples:
+            async with aclosing(asking.requests.samples(server, asking.life, work, asking.missing)) as samples:
                 async for index, sample in samples:
                     work.add(index, sample)
                     if isinstance(sample, Partial):
                         continue
-                    left[0] -= 1
+                    asking.left[0] -= 1
                     self._count(server, -1)
                     self._scarcity = None
                     self._changed.set()
@@ -303,3 +317,7 @@ class _Asking:
     life: int
     requests: Requests
     watch: Watch
+    missing: list[int]
+    """Indices of the samples that are asked for."""
+    left: list[int]
+    """How many of them have not arrived; one number."""

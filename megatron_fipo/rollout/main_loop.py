@@ -17,6 +17,7 @@ class MainLoop:
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner(loop_factory=_loop)
+        self._runner.get_loop()  # made here, before another thread calls
         self._is_closed = False
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:

@@ -12,9 +12,9 @@ from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
-from megatron_fipo.records.sample import Group
+from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.rollout.admission import admission_of
-from megatron_fipo.rollout.collector import Batch, PartSize, RolloutCollector, Sampler
+from megatron_fipo.rollout.collector import Batch, CollectorState, PartSize, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import group_filter
 from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.rollout.listener import Listener, Progress
@@ -84,7 +84,7 @@ class TrainingRollouts(JudgedRollouts):
     def replace_failed(self) -> bool:
         """Replace the servers that made a weight update fail; False if none did, or if that was tried too often."""
         try:
-            return self.pool.repair()
+            return self.pool.replace_failed()
         except RolloutError as error:
             self._listener.warn(str(error))
             return False
@@ -113,7 +113,7 @@ class TrainingRollouts(JudgedRollouts):
 
     def settle(self, version: int) -> None:
         """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
-        self._collector.settle(version)
+        self._collector.settle(version, opens=version < self.config.run.steps)
 
     def break_off(self) -> None:
         """Nobody waits for the batch that was begun; see RolloutCollector.break_off."""
@@ -123,6 +123,11 @@ class TrainingRollouts(JudgedRollouts):
     def busy(self) -> list[tuple[float, float]]:
         """Stretches of time, since the last call, in which some server sampled: begin and seconds."""
         return self.client.busy() if self.client else []
+
+    def forget_occupancy(self) -> None:
+        """Leave out of the next `end_step` how busy servers were until now."""
+        if self.client is not None:
+            self.client.forget_occupancy()
 
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
@@ -148,7 +153,7 @@ class TrainingRollouts(JudgedRollouts):
             self._listener.warn(warning)
         discards = config.checkpoint.in_flight == "discard"
         if not discards:
-            self._check_lengths(list(collected.groups.values()))
+            self._check_lengths(collected)
         is_another = resumes_changed and self._prompts.is_another(collected.order)
         new_order = is_another or not keeps_order
         if count := self._collector.restore(collected, new_order=new_order, discard=discards):
@@ -158,6 +163,7 @@ class TrainingRollouts(JudgedRollouts):
         batch = await self._collector.next_batch()
         warning = self._warn_of_failed_checks()
         self._in_step.clear()
+        self._progress = _nobody_hears
         if warning:
             self._listener.warn(warning)
         return batch
@@ -190,11 +196,15 @@ class TrainingRollouts(JudgedRollouts):
         """A warning of the groups since the last batch. RewardError: too many failed."""
         return self.failed_checks(self._in_step, "in this step", self._listener.note)
 
-    def _check_lengths(self, groups: list[Group]) -> None:
+    def _check_lengths(self, collected: CollectorState) -> None:
         """Raise DataError for a group that micro-batches of this configuration may have no room for."""
-        rollout = self.config.rollout
-        prompt = max((len(group.problem.token_ids) for group in groups), default=0)
-        response = max((len(sample) for group in groups for sample in group.samples), default=0)
+        rollout, groups, begun = self.config.rollout, collected.groups.values(), collected.begun.values()
+        problems = [*(group.problem for group in groups), *(found.problem for found in begun)]
+        prompt = max((len(problem.token_ids) for problem in problems), default=0)
+        samples = [sample for group in groups for sample in group.samples]
+        # One that goes on has a token more at least.
+        parts = [len(part) + isinstance(part, Partial) for found in begun for part in found.parts.values()]
+        response = max([*map(len, samples), *parts], default=0)
         for name, found, limit in (
             ("prompt", prompt, rollout.max_prompt_length),
             ("response", response, rollout.max_response_length),

@@ -190,9 +190,11 @@ class WorkQueue:
             heapq.heapify(self._waiting)
 
     def fail(self, error: Exception) -> None:
-        """Tell all who wait."""
+        """Tell all who wait. None waits any more then."""
         for job in (*self._waiting, *self.asked):
             job.fail(error)
+        self._waiting.clear()
+        self.asked.clear()
 
     def late(self, work: Work, seconds: float) -> str:
         """What to say of work that took longer than `seconds`."""

@@ -89,7 +89,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
-        self._waiting: list[Heard] = []
+        self._waiting: list[Warned | Noted] = []
 
     @contextlib.contextmanager
     def during(self, call: Call) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Reporter:
     def _report(self, message: Heard) -> None:
         if self._calls:
             self._calls[-1].say(message)
-        else:
+        elif isinstance(message, Warned | Noted):  # the others are of a call
             self._waiting.append(message)
 
 

@@ -106,6 +106,7 @@ class RolloutService:
     def validated(self) -> ValidationResult:
         assert self._validation is not None, "a validation is begun first"
         groups = self._validation.result
+        self._rollouts.forget_occupancy()  # it is in no step
         result = score(groups, self._config.validation.samples)
         self._log(groups, self._config.tracking.samples_per_validation, "validation")
         write_problems(path_of_step(self._run_dir, self._step), result.problems)
@@ -121,6 +122,7 @@ class RolloutService:
         self._rollouts.settle(version)
 
     def break_off(self) -> None:
+        self.break_wait()
         self._rollouts.break_off()
 
     def busy(self) -> list[tuple[float, float]]:

@@ -8,7 +8,6 @@ docs/overlap.md. Not covered: CUDA, several machines.
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def test_a_resume_goes_on_with_every_sample_that_had_begun(tmp_path: Path) -> No
 
 def test_servers_that_die_or_hang_cost_no_prompt_and_a_stop_waits_for_no_answer(tmp_path: Path) -> None:
     """At k = 1: a server is killed, its successor hangs, and the next hangs where a stop is asked for."""
-    settings = [*OVERLAPS, "rollout.max_off_policy_steps=1", "run.steps=1000", "rollout.hang_timeout_s=5"]
+    settings = [*OVERLAPS, "rollout.max_off_policy_steps=1", "run.steps=1000", "rollout.hang_timeout_s=8"]
     with runs.started(tmp_path, *settings) as process:
         runs.wait_until(lambda: len(runs.rows(tmp_path)) >= 2, "step 2", timeout_s=200)
         runs.kill_servers_of(tmp_path)
@@ -72,10 +71,8 @@ def test_servers_that_die_or_hang_cost_no_prompt_and_a_stop_waits_for_no_answer(
         stop_servers(tmp_path)
         runs.wait_until(lambda: restarts(tmp_path) == 2, "a step with a third server", timeout_s=120)
         stop_servers(tmp_path)
-        asked = time.monotonic()
         (tmp_path / "stop").touch()
-        assert process.wait(timeout=60) == 75
-        assert time.monotonic() - asked < 30, "no answer is waited for"
+        assert process.wait(timeout=120) == 75, "no answer is waited for, which would take an hour"
     output = runs.output(tmp_path)
     assert "Traceback" not in output and "restart 1 of at most 3" in output
     rows = runs.rows(tmp_path)
