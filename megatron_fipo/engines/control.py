@@ -14,7 +14,8 @@ from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError, WeightsRefused
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, to_wire
+from megatron_fipo.weights.local_senders import memory_of
+from megatron_fipo.weights.transport_records import BucketHeader, BucketMemory, JoinRequest, WorkerPlace, to_wire
 
 
 class EngineControl:
@@ -39,9 +40,9 @@ class EngineControl:
         self._pool.admit()
 
     @property
-    def workers_of_server(self) -> list[int]:
-        """Engine workers of each server, in the pool's order."""
-        return [self._pool.config.tensor_parallel for _ in self._pool.in_service]
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
+        """Where the engine workers of each server run, in the pool's order."""
+        return [server.workers for server in self._pool.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation between two tokens. Requests that run, or come in, go on at `resume`.
@@ -84,7 +85,11 @@ class EngineControl:
         await self._call_all("/start_weight_update", deadline)
 
     async def update_weights(self, header: BucketHeader, deadline: Deadline) -> None:
-        """Makes the engines take one bucket; returns when all have it."""
+        """Makes the engines take one bucket; returns when all have it. Each is told of its own workers' memory."""
+        if isinstance(header.place, BucketMemory):
+            headers = [memory_of(header, header.place, server.workers) for server in self._pool.in_service]
+            await self._call_all("/update_weights", deadline, [{"update_info": to_wire(each)} for each in headers])
+            return
         await self._call_all("/update_weights", deadline, {"update_info": to_wire(header)})
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:

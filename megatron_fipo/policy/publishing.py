@@ -1,9 +1,13 @@
 """How the policy's weights get to the engines, as the training loop sees it: published, repeated, and probed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed
+
+from megatron_fipo.config import RolloutConfig
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy import platform
@@ -11,13 +15,44 @@ from megatron_fipo.policy.update import Policy
 from megatron_fipo.policy.weight_probe import Scorer, beyond, probe_differences, probe_tokens
 from megatron_fipo.weights.conductor import WeightControl
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.everywhere import WholeModel, places_of_ranks, sending_ranks
 from megatron_fipo.weights.gather import HeldWeights
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import open_publisher
 from megatron_fipo.weights.ranks import fact_of_rank_0
+from megatron_fipo.weights.sender import GroupWeights
 
 
 class Engines(WeightControl, Scorer, Protocol):
     """The engines, as rank 0 drives them."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's part of every weight update."""
+
+    senders: Senders
+    number: int
+    """Of the sender that this rank gathers for."""
+    sends: bool
+    """Whether this rank is that sender."""
+    weights: GroupWeights | None
+    """What it gathers; None: nothing."""
+
+
+def _part_of_one_stage(held: HeldWeights) -> _Part:
+    """Each pipeline stage has a sender, which reaches every engine: this rank gathers its stage, or looks on."""
+    senders = Senders(len(held.plan.groups))
+    return _Part(senders, held.group.number, held.sends, held if held.is_in_group else None)
+
+
+def _part_of_all(rollout: RolloutConfig, held: HeldWeights) -> _Part:
+    """Each machine, or each GPU, has a sender for the engines there: every rank gathers the whole model."""
+    device = platform.device()
+    places = places_of_ranks(rollout, device)
+    numbers, rank = sending_ranks(places), torch.distributed.get_rank()
+    senders = Senders(len(numbers), tuple(places[sender] for sender in numbers))
+    return _Part(senders, numbers.get(rank, 0), rank in numbers, WholeModel(held, device))
 
 
 class PolicyPublisher:
@@ -33,14 +68,11 @@ class PolicyPublisher:
         self._probe = probe_tokens(policy.model_config.vocab_size, longest)
         # Every forward pass moves the scales of delayed scaling: the probe would change what is trained.
         self._probes = config.model.fp8 != "delayed" and longest > 1
-        self._weights = HeldWeights(policy.chunks, policy.model_config, config.rollout.bucket_mib << 20)
+        held = HeldWeights(policy.chunks, policy.model_config, config.rollout.bucket_mib << 20)
+        part = _part_of_all(config.rollout, held) if config.rollout.shared_gpu else _part_of_one_stage(held)
+        self._weights = part.weights
         self._publisher = open_publisher(
-            config.rollout,
-            control,
-            number=self._weights.group.number,
-            senders=len(self._weights.plan.groups),
-            sends=self._weights.sends,
-            run_dir=run_dir,
+            config.rollout, control, number=part.number, senders=part.senders, sends=part.sends, run_dir=run_dir
         )
 
     def publish(self, version: int, replace_failed: Callable[[], bool]) -> dict[str, float]:
@@ -55,10 +87,9 @@ class PolicyPublisher:
         """
         if self._rollout.shared_gpu:
             platform.release_memory()
-        weights = self._weights if self._weights.is_in_group else None
         while True:
             try:
-                return self._publisher.publish(weights, version).metrics()
+                return self._publisher.publish(self._weights, version).metrics()
             except RolloutError:
                 if not fact_of_rank_0(self._control is not None and replace_failed()):
                     raise

@@ -1,5 +1,8 @@
 """Weight updates: from the trainer's ranks, sender after sender, to every vLLM worker.
 
+Where every rank shares its GPU or its machine with engines, each of these has a sender of its own, and all of them send
+the same buckets at the same time (local_senders.py, everywhere.py).
+
 Every rank of the trainer calls `publish` (SPMD). Who sends what is the plan's to say (transfer_plan.py). Three roles:
 
 * the *conductor*, a thread on rank 0, drives vLLM's control plane over HTTP and gives each sender its turn;
@@ -22,6 +25,7 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import FipoError, RolloutError, WeightError
 from megatron_fipo.weights.conductor import FAILED, VERDICT, Conductor, Update, WeightControl
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.mailbox import Mailbox, UpdateAborted, trainer_store
 from megatron_fipo.weights.sender import GroupWeights, Sender
 from megatron_fipo.weights.transports import WeightTransport, make_transport
@@ -34,18 +38,19 @@ CANCEL_TIMEOUT_S = 5.0
 
 
 def open_publisher(
-    rollout: RolloutConfig, control: WeightControl | None, *, number: int, senders: int, sends: bool, run_dir: Path
+    rollout: RolloutConfig, control: WeightControl | None, *, number: int, senders: Senders, sends: bool, run_dir: Path
 ) -> "WeightPublisher":
     """This rank's part of all weight updates of a run.
 
     Args:
         control: given on global rank 0, None elsewhere.
-        number: of the sender's group that this rank's weights belong to, out of `senders`.
-        sends: whether this rank is its sender.
+        number: of the sender whose weights this rank gathers, out of `senders`.
+        sends: whether this rank is that sender.
         run_dir: the run's directory, by whose name what is left of a killed run is found.
     """
     return WeightPublisher(
-        make_transport(rollout, number, run_dir) if sends else None,
+        # Senders of the same buckets on several machines have one number to the engines.
+        make_transport(rollout, number if senders.places is None else 0, run_dir) if sends else None,
         control,
         trainer_store(),
         number=number,
@@ -66,7 +71,7 @@ class WeightPublisher:
         store: Store,
         *,
         number: int,
-        senders: int,
+        senders: Senders,
         timeout_s: float,
         begin_timeout_s: float,
         checksum_every: int = 0,

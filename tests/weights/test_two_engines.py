@@ -26,6 +26,7 @@ from megatron_fipo.engines.states import Server, State
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.weight_probe import beyond, mean_difference, probe_tokens
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import WeightPublisher
 from megatron_fipo.weights.transports import make_transport
 from tests.rollout.engines import VOCABULARY, rollout_config, save_tiny_model
@@ -45,7 +46,7 @@ def _publisher(pool: EnginePool, run_dir: Path) -> WeightPublisher:
         EngineControl(pool),
         HashStore(),
         number=0,
-        senders=1,
+        senders=Senders(1),
         timeout_s=60.0,
         begin_timeout_s=60.0,
     )
