@@ -109,6 +109,7 @@ class Trainer:
                 return None, {}
             if self.config.rollout.shared_gpu:  # the servers sleep from here to the next weight update
                 self._on_rank_0(lambda rollouts: rollouts.make_room())
+                self._policy.return_to_gpu()
             offer: Offer | None = self._on_rank_0(lambda rollouts: rollouts.taken())
             offers = self._leader.rollouts if self._leader else None
             mini_batches = self._feed.get(offer.batch if offer else None, offers, self._policy.plan)

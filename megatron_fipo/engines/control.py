@@ -8,7 +8,7 @@ import httpx
 from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import NoDescriptors, raise_if_exhausted
 from megatron_fipo.engines.pool import EnginePool
-from megatron_fipo.engines.probes import engine_message
+from megatron_fipo.engines.probes import engine_message, probing
 from megatron_fipo.engines.scoring import score
 from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
@@ -53,6 +53,7 @@ class EngineControl:
         """
         self._pool.begin_update()
         if self._pool.config.shared_gpu:
+            await self._have_all_asleep(deadline)
             # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
             await self._call_all("/wake_up?tags=weights", deadline)
         # Said either way: the default empties them in mode keep too, which the route's description denies.
@@ -73,6 +74,26 @@ class EngineControl:
         """
         self._pool.begin_update()
         await self._call_all("/sleep?level=1&mode=abort", deadline)
+
+    async def _have_all_asleep(self, deadline: Deadline) -> None:
+        """Put those to sleep that have started again since the last update, with memory that the trainer needs now.
+
+        Others sleep, or have only their weights since an update failed; to sleep twice is an error in vLLM.
+        """
+        async with probing(self._pool.headers) as http:
+
+            async def is_awake(server: Server) -> bool:
+                try:
+                    answer = (await http.get(f"{server.url}/is_sleeping")).raise_for_status()
+                except httpx.HTTPError:
+                    return True  # the next call finds out what is wrong with it
+                return not answer.json()["is_sleeping"]
+
+            servers = self._pool.in_service
+            awake = await asyncio.gather(*map(is_awake, servers))
+        if any(awake):
+            chosen = [server for server, is_it in zip(servers, awake, strict=True) if is_it]
+            await self._call_all("/sleep?level=1&mode=abort", deadline, servers=chosen)
 
     async def join_transport(self, request_of_server: list[JoinRequest], deadline: Deadline) -> None:
         """Tells each server, in the pool's order, to join a sender's transport, whatever state it was left in."""
@@ -106,9 +127,10 @@ class EngineControl:
         path: str,
         deadline: Deadline,
         body: dict[str, Any] | list[dict[str, Any]] | None = None,
+        servers: list[Server] | None = None,
     ) -> None:
-        """POST to every server. `body` is for all, or one for each server."""
-        servers = self._pool.in_service
+        """POST to every server in service, or to `servers`. `body` is for all, or one for each server."""
+        servers = self._pool.in_service if servers is None else servers
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
         limits = httpx.Limits(max_connections=None)

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch.distributed
+from torch import Tensor
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy import platform
+from megatron_fipo.policy.offload import Offload
 from megatron_fipo.policy.update import Policy
-from megatron_fipo.policy.weight_probe import Scorer, beyond, probe_differences, probe_tokens
+from megatron_fipo.policy.weight_probe import Scorer, beyond, probe_differences, probe_tokens, trainer_scores
 from megatron_fipo.weights.conductor import WeightControl
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.everywhere import WholeModel, places_of_ranks, sending_ranks
@@ -55,6 +57,23 @@ def _part_of_all(rollout: RolloutConfig, held: HeldWeights) -> _Part:
     return _Part(senders, numbers.get(rank, 0), rank in numbers, WholeModel(held, device))
 
 
+class _InTurns:
+    """This rank's turns on a GPU that it shares with engines, in a weight update."""
+
+    def __init__(self, offload: Offload, before_leaving: Callable[[], None]):
+        self._offload, self._before_leaving = offload, before_leaving
+        self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def come(self) -> None:
+        """See SharedGpu."""
+        self._offload.bring_weights()
+
+    def leave(self) -> None:
+        """See SharedGpu."""
+        self._before_leaving()
+        self._offload.leave()
+
+
 class PolicyPublisher:
     """Hands the policy's weights to the engines. Every method is called by every rank together."""
 
@@ -72,8 +91,16 @@ class PolicyPublisher:
         part = _part_of_all(config.rollout, held) if config.rollout.shared_gpu else _part_of_one_stage(held)
         self._weights = part.weights
         self._publisher = open_publisher(
-            config.rollout, control, number=part.number, senders=part.senders, sends=part.sends, run_dir=run_dir
+            config.rollout,
+            control,
+            number=part.number,
+            senders=part.senders,
+            sends=part.sends,
+            run_dir=run_dir,
+            shared_gpu=_InTurns(policy.offload, self._score) if policy.offload else None,
         )
+        self._own_scores: Tensor | None = None
+        """The policy's log-probs of the probe's text under the published weights."""
 
     def publish(self, version: int, replace_failed: Callable[[], bool]) -> dict[str, float]:
         """Hand the present weights to all engines as `version`; what that took and found, for the step's metrics.
@@ -85,9 +112,12 @@ class PolicyPublisher:
         Raises:
             FipoError: on every rank, if the weights cannot be published.
         """
-        if self._rollout.shared_gpu:
-            platform.release_memory()
+        self._own_scores = None
         while True:
+            if self._policy.offload is not None:
+                self._policy.offload.leave()
+                # An engine takes memory as soon as rank 0 begins.
+                torch.distributed.all_reduce(torch.zeros(1))
             try:
                 return self._publisher.publish(self._weights, version).metrics()
             except RolloutError:
@@ -101,14 +131,22 @@ class PolicyPublisher:
         """
         if not self._probes:
             return {}
+        if self._own_scores is None:
+            self._score()
+        assert self._own_scores is not None
         deadline = Deadline(self._rollout.hang_timeout_s)
-        differences = probe_differences(self._policy, self._control, self._probe, deadline)
+        differences = probe_differences(self._own_scores, self._control, self._probe, deadline)
         for url in beyond(differences, self._limit):
             self._warn(
                 f"the weights of the engine at {url} are not the trainer's: its log-probs of a fixed text differ by "
                 f"{differences[url]:.2g} nats per token, above rollout.log_prob_diff_stop={self._limit:g}"
             )
         return {"probe_diff_max": max(differences.values())} if differences else {}
+
+    def _score(self) -> None:
+        """Have the policy score the probe's text, while its weights are there. Collective."""
+        if self._probes:
+            self._own_scores = trainer_scores(self._policy, self._probe)
 
     def close(self) -> None:
         """Release what updates use. May be called twice."""

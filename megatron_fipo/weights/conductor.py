@@ -19,6 +19,8 @@ from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, W
 from megatron_fipo.weights.update_records import Cue, Failure, Join, Opened, Part, Published, Sent, Totals, Verdict
 
 VERDICT, FAILED = "verdict", "failed"
+COME, LEAVE = "come", "leave"
+"""Rank 0 to all ranks that share their GPUs with the engines: there is room for the weights; room is needed."""
 SENDER_WATCH_S = 0.05
 
 
@@ -55,8 +57,12 @@ class WeightControl(Protocol):
 class Update:
     """What rank 0 does in one update, step by step."""
 
-    def __init__(self, control: WeightControl, mailbox: Mailbox, senders: Senders, deadline: Deadline):
+    def __init__(
+        self, control: WeightControl, mailbox: Mailbox, senders: Senders, deadline: Deadline, sharing_ranks: int = 0
+    ):
+        """`sharing_ranks`: how many ranks share their GPUs with the engines, all or none."""
         self._control, self._mailbox, self._senders, self._deadline = control, mailbox, senders, deadline
+        self._sharing_ranks = sharing_ranks
 
     async def conduct(self, version: int, *, join: bool) -> Published:
         """The whole update, `join` with engine workers joining the senders' transports first.
@@ -68,19 +74,29 @@ class Update:
         for sender in range(self._senders.count):
             serves = any(sender in found for turn in turns for found in turn)
             self._mailbox.post(f"part/{sender}", Part(serves))
+        started = time.monotonic()
+        await self._control.pause(self._deadline)
+        if self._sharing_ranks:
+            self._mailbox.post(COME, Cue())
         if join:
             for turn in turns:
                 await self._join(turn, workers)
-        started = time.monotonic()
-        await self._control.pause(self._deadline)
         await self._control.start_weight_update(self._deadline)
         totals = Totals()
         for turn in turns:
             totals += await self._turn(sorted({sender for senders in turn for sender in senders}))
         await self._control.finish_weight_update(version, self._deadline)
+        if self._sharing_ranks:
+            await self._see_the_trainer_out()
         await self._control.resume(self._deadline)
         seconds = time.monotonic() - started
         return Published(totals.tensors, totals.bytes, totals.buckets, totals.checked, seconds)
+
+    async def _see_the_trainer_out(self) -> None:
+        """Have all ranks free their GPUs for the engines' caches."""
+        self._mailbox.post(LEAVE, Cue())
+        for rank in range(self._sharing_ranks):
+            await self._take(f"left/{rank}", Cue, f"rank {rank} of the trainer to free its GPU")
 
     async def _join(self, of_servers: list[tuple[int, ...]], workers_of_server: list[tuple[WorkerPlace, ...]]) -> None:
         """Connect each server with the senders that serve it in one turn."""

@@ -59,12 +59,19 @@ def test_a_server_sleeps_and_wakes_around_a_weight_update(rollout: Rollout, monk
 
 @pytest.mark.slow
 def test_a_server_that_never_slept_is_updated_all_the_same(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has started again since the last update, and has to sleep first: its caches are where weights have to be."""
     monkeypatch.setattr(rollout.pool, "config", dataclasses.replace(rollout.pool.config, shared_gpu=True))
-    control = EngineControl(rollout.pool)
+    control, (server,) = EngineControl(rollout.pool), rollout.pool.servers
+
+    def asleep() -> bool:
+        answer = httpx.get(f"{server.url}/is_sleeping", headers=rollout.pool.headers, trust_env=False)
+        return answer.json()["is_sleeping"]
 
     async def step() -> None:
         deadline = Deadline(60)
+        assert not asleep()
         await control.pause(deadline)
+        assert asleep(), "its caches"
         await control.resume(deadline)
 
     asyncio.run(step())
