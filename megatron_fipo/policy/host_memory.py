@@ -7,8 +7,13 @@ here. These are exact. A forked process does not get them: the driver writes to 
 import logging
 import mmap
 
+import psutil
 import torch
 from torch import Tensor
+
+from megatron_fipo.errors import ConfigError
+
+_GIB = 1 << 30
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +25,18 @@ def reserve(nbytes: int) -> Tensor:
     """Memory for the rest of the process's life, uint8 [nbytes]; page-locked where there is CUDA.
 
     If the driver cannot lock so much, it is ordinary memory, to which copies are slower: a warning says so.
+
+    Raises:
+        ConfigError: so much is not free.
     """
+    free = psutil.virtual_memory().available
+    if nbytes > free:
+        raise ConfigError(
+            "rollout.shared_gpu",
+            f"{nbytes / _GIB:.1f} GiB of weights and optimizer state have to be in host memory while servers sample, "
+            f"and {free / _GIB:.1f} GiB are free here",
+            "more nodes, or rollout.shared_gpu=false",
+        )
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
     reserved = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
@@ -30,7 +46,7 @@ def reserve(nbytes: int) -> Tensor:
         if int(failure) != 0:
             logger.warning(
                 "CUDA cannot page-lock %.1f GiB of host memory (error %d; ulimit -l?): offloading is slow",
-                nbytes / (1 << 30),
+                nbytes / _GIB,
                 int(failure),
             )
     return reserved

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.policy.host_memory import own_memory, reserve
 from tests.distributed import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -45,3 +48,18 @@ def test_training_is_bitwise_the_same(name: str, tmp_path: Path) -> None:
         # Read and saved where it is, in host memory.
         assert leaves["at the end"] == stays["at the end"]
         assert leaves["saved"] == stays["saved"] == stays["at the end"]
+
+
+def test_more_than_is_free_is_refused_before_it_is_touched() -> None:
+    with pytest.raises(ConfigError, match=r"rollout.shared_gpu: 1048576.0 GiB of weights .* have to be in host memory"):
+        reserve(1 << 50)
+
+
+def test_what_a_forked_process_could_not_read_is_copied() -> None:
+    """A child that touched it would be killed."""
+    reserved = reserve(4096)
+    reserved.fill_(7)
+    part = reserved[512:1024].view(torch.float32)
+    assert own_memory(part).data_ptr() != part.data_ptr() and torch.equal(own_memory(part), part)
+    ordinary = torch.zeros(4)
+    assert own_memory(ordinary) is ordinary, "the control"
