@@ -1,8 +1,8 @@
 """The policy's state on the GPU or in host memory, for a GPU that trainer and engine use in turns.
 
 Storages are moved and not tensors, so that Megatron-Core's many views of them (parameters, buckets, the optimizer's
-shards) stay what they are. While a storage is away, the parameters and the optimizer's tensors show its copy in host
-memory, so that a checkpoint can be written from there.
+shards) stay what they are. While a storage is away, the optimizer's tensors show its copy in host memory, and
+weights/away.py has that of a parameter, so that a checkpoint can be written from there.
 
 Gradients are not moved: each update begins by zeroing them, so Megatron-Core frees their buffers. Its own offloading of
 optimizer state copies to fresh pageable memory every time, tensor by tensor, and waits for each copy.
@@ -13,12 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import is_float8tensor
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, nn
 
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.host_memory import reserve
+from megatron_fipo.weights.away import brought_back, put_away, readable
 
 _ALIGNMENT = 512
 """Bytes that each storage's place in host memory begins at a multiple of."""
@@ -41,7 +45,7 @@ class _Part:
     def add(self, tensor: Tensor) -> None:
         """One more tensor. Before anything is moved."""
         storage = tensor.untyped_storage()
-        if not storage.nbytes():
+        if not storage.nbytes() or any(known is tensor for known, _ in self._tensors):
             return
         self._storages.setdefault(storage.data_ptr(), storage)
         self._tensors.append((tensor, storage.data_ptr()))
@@ -81,7 +85,10 @@ class _Part:
     def leave(self) -> None:
         """Free the storages, whose copies are done."""
         for (tensor, _), away in zip(self._tensors, self._away, strict=True):
-            tensor.data = away
+            if isinstance(tensor, nn.Parameter):
+                put_away(tensor, away)
+            else:
+                tensor.data = away
         for storage in self._storages.values():
             storage.resize_(0)
         self.is_away = True
@@ -91,7 +98,10 @@ class _Part:
         for key, storage in self._storages.items():
             storage.resize_(self._sizes[key])
         for (tensor, _), at_home in zip(self._tensors, self._at_home, strict=True):
-            tensor.data = at_home
+            if isinstance(tensor, nn.Parameter):
+                brought_back(tensor)
+            else:
+                tensor.data = at_home
         self.is_away = False
 
     @torch.no_grad()
@@ -162,6 +172,16 @@ class Offload:
             self._optimizer.allocate()
             with self._beside():
                 self._optimizer.copy_in()
+
+    def show(self, state: dict[str, Any]) -> None:
+        """Have a sharded state dict hold copies in host memory of parameters that are away."""
+
+        def shown(entry: Any) -> Any:
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, Tensor):
+                entry.data = readable(entry.data)
+            return entry
+
+        dict_list_map_inplace(shown, state)
 
     def wait(self) -> None:
         """Have what is computed from here on wait for what is on its way."""

@@ -1,19 +1,24 @@
 """What the ranks of test_offload.py run."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_fipo.config import Config, PolicySection
 from megatron_fipo.policy import platform
 
 platform.install()
 
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
 from megatron_fipo.policy import checkpoint  # noqa: E402
 from megatron_fipo.policy.feed import made_alike  # noqa: E402
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.offload import Offload  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
+from megatron_fipo.weights.away import readable  # noqa: E402
 from tests.policy.training import MODEL, _batch, _policy  # noqa: E402
 
 UPDATES = 3
@@ -43,6 +48,31 @@ def train(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> di
         found[name] = {"updates": seen, "saved": _digests(fresh), "at the end": _digests(policy)}
     platform.stop_process_group()
     return found
+
+
+def free_bytes() -> dict[str, int]:
+    """What the driver has free with a model of 0.1 B parameters at home, away and back, and what its state takes."""
+    platform.start_process_group(60)
+    config = Config(model=PolicySection(dtype="bfloat16", layers="local"))
+    start_model_parallel(config.parallel, 0)
+    architecture = dataclasses.replace(read_architecture(MODEL), hidden_size=1024, ffn_hidden_size=8192)
+    policy = Policy(config, architecture, None, updates=1)
+    offload = Offload(policy.chunks, policy.optimizer)
+    found = {"at home": _free()}
+    offload.leave()
+    found["away"] = _free()
+    offload.bring_all()
+    offload.wait()
+    found["back"] = _free()
+    gradients = sum(buffer.grad_data.nbytes for chunk in policy.chunks for buffer in chunk.buffers)
+    found["state"] = offload.host_bytes + gradients
+    platform.stop_process_group()
+    return found
+
+
+def _free() -> int:
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def _update(policy: Policy) -> dict[str, Any]:
@@ -84,5 +114,8 @@ def _digests(policy: Policy) -> dict[str, str]:
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{place}.{key}.{number}"] = part.optimizer.state[master][key]
     # Copies, since numpy pins the storage that it shows.
-    copies = {name: tensor.detach().clone().view(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    copies = {
+        name: readable(tensor).detach().clone().cpu().view(-1).view(torch.uint8).numpy()
+        for name, tensor in tensors.items()
+    }
     return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in copies.items()}
