@@ -169,12 +169,12 @@ def test_what_has_no_gpus_or_no_fp8_is_refused(overrides: list[str], key: str, m
 
 
 def test_the_commands_of_the_cluster_page_fit() -> None:
-    """Those for nodes of four GPUs and for one node, on an H100, as the page says."""
+    """Those for nodes of four GPUs, for all GPUs in turns, and for one node, on an H100, as the page says."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    slurm/(\w+)\.sh((?: +\S+=\S+){3,})", page, re.MULTILINE)
-    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_7b"]
-    for (experiment, overrides), gpus in zip(commands, (4, 8), strict=True):
+    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_32b", "fipo_7b"]
+    for (experiment, overrides), gpus in zip(commands, (4, 8, 8), strict=True):
         start = [f"experiment={experiment}", f"cluster.gpus_per_node={gpus}", *overrides.split()]
         assert told(*start)[2].fits and notes_of(*start) == []
     proposed = one_node(*told("experiment=fipo_7b")[:2])
-    assert proposed is not None and proposed[0].split() == commands[1][1].split()
+    assert proposed is not None and proposed[0].split() == commands[2][1].split()
