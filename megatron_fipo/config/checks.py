@@ -16,6 +16,7 @@ from megatron_fipo.config.algorithm_names import label
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_environment import environment
 from megatron_fipo.config.checks_here import check_here
+from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
@@ -44,7 +45,19 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     directory, the problem files, servers to sample from and their token.
     """
     check_values(config)
-    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, environment, reward, _schedule)
+    judges = (
+        _layout,
+        precision,
+        _batches,
+        _algorithm,
+        overlap,
+        _sampling,
+        _service,
+        data,
+        environment,
+        reward,
+        _schedule,
+    )
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
