@@ -20,7 +20,7 @@ from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
-from megatron_fipo.config.servers import job_starts_servers
+from megatron_fipo.config.servers import job_starts_servers, servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.keys import shown
 from megatron_fipo.plugins import check_form
@@ -38,11 +38,13 @@ def check_evaluation(config: Config) -> list[str]:
     return warnings
 
 
-def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
+def check(
+    config: Config, *, world_size: int | None = None, local: bool = True, on_login_node: bool = False
+) -> list[str]:
     """Raise ConfigError if `config` cannot run. Return a warning for each setting that is probably a mistake.
 
     `world_size` is the number of ranks, if it is known. `local` also checks what must be on this machine: the model
-    directory, the problem files, servers to sample from and their token.
+    directory, the problem files, servers to sample from and their token. A login node need not have GPUs.
     """
     check_values(config)
     judges = (
@@ -62,7 +64,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     _check_world(config, world_size)
     if local:
         _check_servers(config)
-        warnings += check_here(config)
+        warnings += check_here(config, on_login_node=on_login_node)
     return warnings
 
 
@@ -352,9 +354,10 @@ def _schedule(config: Config) -> Iterator[str]:
 
 def _check_servers(config: Config) -> None:
     if not config.rollout.servers and not config.rollout.addresses:
+        only_in_a_job = ": those on every node of the trainer are started by a Slurm job's script"
         raise ConfigError(
             "rollout.addresses",
-            "there is no server to sample from",
+            f"there is no server to sample from{only_in_a_job if servers_on_every_node(config) else ''}",
             "rollout.servers=1 starts one here, with rollout.shared_gpu=true on the trainer's GPUs; "
             "rollout.addresses=[http://HOST:PORT] uses running ones; on a cluster cluster.rollout_nodes=1 or more, or "
             "rollout=colocated",

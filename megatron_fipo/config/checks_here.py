@@ -11,7 +11,6 @@ from megatron_fipo.config.checks_machine import check_host, check_machine, has_c
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_places import fetch_config, how_to_get
-from megatron_fipo.config.servers import servers_on_every_node, servers_per_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.plugins import check_call, load_function
@@ -19,18 +18,18 @@ from megatron_fipo.plugins import check_call, load_function
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 
-def check_here(config: Config) -> list[str]:
+def check_here(config: Config, *, on_login_node: bool = False) -> list[str]:
     """Raise ConfigError if something is missing here, or if the model's config.json does not allow the layout.
 
-    Return a warning for each setting that this machine can run, but only badly.
+    Return a warning for each setting that this machine can run, but only badly. A login node may have no GPU.
     """
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
     check_reward_here(config.reward)
     check_environment_here(config.environment)
     _check_token(config)
-    _check_servers_are_there(config)
-    _check_gpu(config)
+    if not on_login_node:
+        _check_gpu(config)
     _check_model(config)
     warnings = check_machine(config)
     _check_loss(config)
@@ -85,17 +84,6 @@ def _check_token(config: Config) -> None:
             "rollout.addresses",
             f"the environment variable {ROLLOUT_TOKEN_VARIABLE} is not set",
             "export the token that the servers were started with",
-        )
-
-
-def _check_servers_are_there(config: Config) -> None:
-    """Check that a run on every node's GPUs, whose servers the Slurm job starts, is not started without the job."""
-    if servers_on_every_node(config):
-        raise ConfigError(
-            "rollout.servers",
-            "0 with rollout.shared_gpu leaves the start of the servers to a Slurm job, which this is not",
-            f"the scripts in slurm/, or rollout.servers={servers_per_node(config)} on one machine of "
-            f"{config.cluster.gpus_per_node} GPUs",
         )
 
 

@@ -28,7 +28,7 @@ def main(config: Config) -> None:
         complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
         os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
     world_size = cluster.trainer_nodes * cluster.gpus_per_node
-    for warning in check(complete, world_size=world_size):
+    for warning in check(complete, world_size=world_size, on_login_node=True):
         print(f"warning: {warning}", file=sys.stderr)
     check_placement(complete, world_size)
     facts = {
