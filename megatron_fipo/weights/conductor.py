@@ -74,12 +74,15 @@ class Update:
         for sender in range(self._senders.count):
             serves = any(sender in found for turn in turns for found in turn)
             self._mailbox.post(f"part/{sender}", Part(serves))
+        to_join = turns if join else []
+        if not self._sharing_ranks:  # the engines still sample
+            for turn in to_join:
+                await self._join(turn, workers)
         started = time.monotonic()
         await self._control.pause(self._deadline)
         if self._sharing_ranks:
             self._mailbox.post(COME, Cue())
-        if join:
-            for turn in turns:
+            for turn in to_join:
                 await self._join(turn, workers)
         await self._control.start_weight_update(self._deadline)
         totals = Totals()
