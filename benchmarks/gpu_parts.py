@@ -229,7 +229,8 @@ def ipc(tiny: bool) -> Iterator[Row]:
         def send() -> None:
             place = transport.send(Bucket(tensors)).place
             assert isinstance(place, BucketMemory)
-            print(msgspec.json.encode(place.handles[0]).decode(), file=asked, flush=True)
+            (handle,) = place.handles.values()
+            print(msgspec.json.encode(handle).decode(), file=asked, flush=True)
             answered.readline()
             transport.sent()
 

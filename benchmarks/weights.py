@@ -31,6 +31,7 @@ from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import open_publisher
 from megatron_fipo.weights.transfer_plan import cut_by_size, plan_transfers, transfer_plan
 
@@ -171,7 +172,9 @@ def _costs_of_updates(
         pool.start()
         pool.wait_ready()
         server = psutil.Process(pool.servers[0].process.pid)  # type: ignore[union-attr]
-        publisher = open_publisher(config, EngineControl(pool), number=0, senders=1, sends=True, run_dir=run_dir)
+        publisher = open_publisher(
+            config, EngineControl(pool), number=0, senders=Senders(1), sends=True, run_dir=run_dir
+        )
         weights = _Whole(tensors, config.bucket_mib << 20)
         try:
             publisher.publish(weights, version=1)  # the first one allocates all memory

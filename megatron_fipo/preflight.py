@@ -70,7 +70,7 @@ _MEANINGS = {
     "working": "additional memory of one layer's backward pass",
     "refit": "buffers of a weight update to the servers, beside the weights of a server on the same GPU",
     "server": "a server on the same GPU while it samples; it sleeps during updates",
-    "total": "the peak: weights, gradients and optimizer, and the largest of an update, a refit and a server",
+    "total": "the peak: the largest of an update, a refit and a server, with what else is on the GPU then",
 }
 """Explanations of the columns whose names are not clear."""
 
@@ -263,6 +263,13 @@ def _print_memory(console: Console, config: Config, result: Estimate, counted: d
     for name, meaning in _MEANINGS.items():
         if name in columns:
             console.print(f"  {name + ':':<13}{meaning}", style="dim", soft_wrap=True)
+    if result.host_bytes:
+        console.print(
+            "  Trainer and servers use the GPUs in turns: weights and optimizer state are in host memory while servers "
+            f"sample, and servers' weights while they sleep, {result.host_bytes / GIB:.0f} GiB per node.",
+            style="dim",
+            soft_wrap=True,
+        )
     console.print(
         f"  A micro-batch has up to {micro_batch_tokens(config):,} tokens (parallel.micro_batch_tokens); the longest "
         f"sequence has {longest_sequence(config):,}.",

@@ -117,6 +117,7 @@ class Trainer:
                 return None, {}
             if self.config.rollout.shared_gpu:  # the servers sleep from here to the next weight update
                 self._on_rank_0(lambda rollouts: rollouts.make_room())
+                self._policy.return_to_gpu()
             offer: Offer | None = self._on_rank_0(lambda rollouts: rollouts.taken())
             mini_batches = self._fetch(offer.batch if offer else None)
         return StepData(parts, mini_batches), dict(offer.metrics) if offer else {}

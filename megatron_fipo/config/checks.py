@@ -20,6 +20,7 @@ from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
+from megatron_fipo.config.servers import job_starts_servers, servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.keys import shown
 from megatron_fipo.plugins import check_form
@@ -37,11 +38,13 @@ def check_evaluation(config: Config) -> list[str]:
     return warnings
 
 
-def check(config: Config, *, world_size: int | None = None, local: bool = True) -> list[str]:
+def check(
+    config: Config, *, world_size: int | None = None, local: bool = True, on_login_node: bool = False
+) -> list[str]:
     """Raise ConfigError if `config` cannot run. Return a warning for each setting that is probably a mistake.
 
     `world_size` is the number of ranks, if it is known. `local` also checks what must be on this machine: the model
-    directory, the problem files, servers to sample from and their token.
+    directory, the problem files, servers to sample from and their token. A login node need not have GPUs.
     """
     check_values(config)
     judges = (
@@ -61,7 +64,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     _check_world(config, world_size)
     if local:
         _check_servers(config)
-        warnings += check_here(config)
+        warnings += check_here(config, on_login_node=on_login_node)
     return warnings
 
 
@@ -240,13 +243,15 @@ def _service(config: Config) -> Iterator[str]:
             "the run would start servers beside those of rollout.addresses",
             "rollout.servers=0, or no addresses",
         )
-    if not config.cluster.rollout_nodes:  # otherwise the job starts the servers and gives their addresses
+    if not job_starts_servers(config):
         _check_servers(config)
     for address in rollout.addresses:
         if not _is_address(address):
             remedy = f"http://HOST:PORT with a port from 1 to {_LAST_PORT}"
             raise ConfigError("rollout.addresses", f"{shown(address)} is not a server's address", remedy)
-        if rollout.weight_transfer != "process_group" and not _LOOPBACK.fullmatch(address):
+        # With shared_gpu there is a sender beside each engine.
+        local = rollout.weight_transfer != "process_group" and not rollout.shared_gpu
+        if local and not _LOOPBACK.fullmatch(address):
             raise ConfigError(
                 "rollout.weight_transfer",
                 f"{rollout.weight_transfer} does not reach {address} on another machine",
@@ -254,7 +259,12 @@ def _service(config: Config) -> Iterator[str]:
             )
     if len(set(rollout.addresses)) < len(rollout.addresses):
         raise ConfigError("rollout.addresses", "one server is listed twice", "each server once")
-    _check_one_gpu(config)
+    if rollout.weight_transfer == "cuda_ipc" and not rollout.shared_gpu:
+        raise ConfigError(
+            "rollout.shared_gpu",
+            "is off, so the servers have their own GPUs, which cuda_ipc cannot reach",
+            "rollout.shared_gpu=true, or rollout.weight_transfer=process_group",
+        )
     if rollout.quantization:
         for key, dtype in (("rollout.dtype", rollout.dtype), ("model.dtype", config.model.dtype)):
             if dtype != "bfloat16":
@@ -292,35 +302,11 @@ def _check_host(host: str) -> None:
 
 def _check_rollout_nodes(config: Config) -> None:
     cluster, width = config.cluster, config.rollout.tensor_parallel
-    if cluster.rollout_nodes and width > cluster.gpus_per_node:
+    if job_starts_servers(config) and width > cluster.gpus_per_node:
         raise ConfigError(
             "rollout.tensor_parallel",
-            f"a server of {width} GPUs does not fit on a rollout node of {cluster.gpus_per_node}",
+            f"a server of {width} GPUs does not fit on a node of {cluster.gpus_per_node}",
             f"rollout.tensor_parallel={cluster.gpus_per_node} or fewer",
-        )
-
-
-def _check_one_gpu(config: Config) -> None:
-    """Check that cuda_ipc is used on one GPU only: other GPUs cannot open a bucket in its memory."""
-    if config.rollout.weight_transfer != "cuda_ipc":
-        return
-    for key, size in (
-        ("parallel.pipeline", config.parallel.pipeline),
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
-        ("rollout.servers", config.rollout.servers),
-        ("cluster.rollout_nodes", config.cluster.rollout_nodes + 1),
-    ):
-        if size > 1:
-            raise ConfigError(
-                "rollout.weight_transfer",
-                f"cuda_ipc works inside one GPU, but {key} asks for several",
-                "rollout.weight_transfer=process_group, or shared_memory on one machine",
-            )
-    if config.rollout.servers and not config.rollout.shared_gpu:
-        raise ConfigError(
-            "rollout.shared_gpu",
-            "is off, so the server has its own GPU, which cuda_ipc cannot reach",
-            "rollout.shared_gpu=true, or rollout.weight_transfer=process_group",
         )
 
 
@@ -328,17 +314,17 @@ def _check_shared_gpu(config: Config) -> None:
     rollout = config.rollout
     if not rollout.shared_gpu:
         return
-    if rollout.addresses or config.cluster.rollout_nodes:
+    if config.cluster.rollout_nodes:
         raise ConfigError(
             "rollout.shared_gpu",
-            "is for servers that the run starts beside its trainer",
-            "rollout.addresses=[] cluster.rollout_nodes=0, or rollout.shared_gpu=false",
+            f"the servers of cluster.rollout_nodes={config.cluster.rollout_nodes} have nodes of their own",
+            "cluster.rollout_nodes=0, or rollout.shared_gpu=false",
         )
     if rollout.weight_transfer == "process_group":
         raise ConfigError(
             "rollout.weight_transfer",
             "process_group is NCCL, which cannot connect two processes on one GPU",
-            "rollout.weight_transfer=shared_memory, or rollout.shared_gpu=false",
+            "rollout.weight_transfer=cuda_ipc or shared_memory, or rollout.shared_gpu=false",
         )
 
 
@@ -368,9 +354,11 @@ def _schedule(config: Config) -> Iterator[str]:
 
 def _check_servers(config: Config) -> None:
     if not config.rollout.servers and not config.rollout.addresses:
+        only_in_a_job = ": those on every node of the trainer are started by a Slurm job's script"
         raise ConfigError(
             "rollout.addresses",
-            "there is no server to sample from",
+            f"there is no server to sample from{only_in_a_job if servers_on_every_node(config) else ''}",
             "rollout.servers=1 starts one here, with rollout.shared_gpu=true on the trainer's GPUs; "
-            "rollout.addresses=[http://HOST:PORT] uses running ones; on a cluster cluster.rollout_nodes=1 or more",
+            "rollout.addresses=[http://HOST:PORT] uses running ones; on a cluster cluster.rollout_nodes=1 or more, or "
+            "rollout=colocated",
         )

@@ -18,17 +18,18 @@ from megatron_fipo.plugins import check_call, load_function
 ROLLOUT_TOKEN_VARIABLE = "FIPO_ROLLOUT_TOKEN"
 
 
-def check_here(config: Config) -> list[str]:
+def check_here(config: Config, *, on_login_node: bool = False) -> list[str]:
     """Raise ConfigError if something is missing here, or if the model's config.json does not allow the layout.
 
-    Return a warning for each setting that this machine can run, but only badly.
+    Return a warning for each setting that this machine can run, but only badly. A login node may have no GPU.
     """
     with _command_that_gets(config.data.fetch_command):
         _check_data_files(config)
     check_reward_here(config.reward)
     check_environment_here(config.environment)
     _check_token(config)
-    _check_gpu(config)
+    if not on_login_node:
+        _check_gpu(config)
     _check_model(config)
     warnings = check_machine(config)
     _check_loss(config)

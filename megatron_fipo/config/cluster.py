@@ -40,6 +40,13 @@ class HardwareConfig:
         minimum=0,
         maximum=10**6,
     )
+    host_memory_gib: float | None = setting(
+        1800.0,
+        "Memory of one node's host, in GiB. With rollout.shared_gpu the trainer's state is there while engines sample, "
+        "and the engines' weights while the trainer updates. null: not known, and not checked.",
+        minimum=0.001,
+        maximum=10**6,
+    )
     bf16_tflops: float = setting(989.0, "Dense BF16 peak, in TFLOP/s.", minimum=0.001, maximum=10**9)
     fp8_tflops: float | None = setting(
         1979.0,

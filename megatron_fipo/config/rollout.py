@@ -10,7 +10,11 @@ class RolloutConfig:
     """The vLLM service: servers that the run starts, or addresses of running ones, and how they sample."""
 
     servers: int = setting(
-        1, "vLLM servers that the run starts on this machine; 0 with rollout.addresses.", minimum=0, maximum=1024
+        1,
+        "vLLM servers that the run starts on this machine; 0 with rollout.addresses. With rollout.shared_gpu and no "
+        "addresses, 0 has a Slurm job start as many servers as fit on every node of the trainer.",
+        minimum=0,
+        maximum=1024,
     )
     addresses: list[str] = setting(
         [], "Addresses of running servers: http://host:port. Their token is read from FIPO_ROLLOUT_TOKEN."
@@ -79,7 +83,8 @@ class RolloutConfig:
     weight_transfer: str = setting(
         "process_group",
         "How weights are sent to the engines. process_group: NCCL, or gloo on CPU; shared_memory: files in /dev/shm, "
-        "on one machine; cuda_ipc: memory of a GPU that the trainer and its servers share.",
+        "on one machine, or with rollout.shared_gpu on each; cuda_ipc: memory of the GPUs that the trainer and its "
+        "servers share.",
         choices=("process_group", "shared_memory", "cuda_ipc"),
     )
     bucket_mib: int = setting(

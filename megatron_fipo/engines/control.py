@@ -8,13 +8,14 @@ import httpx
 from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import NoDescriptors, raise_if_exhausted
 from megatron_fipo.engines.pool import EnginePool
-from megatron_fipo.engines.probes import engine_message
+from megatron_fipo.engines.probes import engine_message, probing
 from megatron_fipo.engines.scoring import score
 from megatron_fipo.engines.starter import DEATH_GRACE_S
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError, WeightsRefused
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, to_wire
+from megatron_fipo.weights.local_senders import memory_of
+from megatron_fipo.weights.transport_records import BucketHeader, BucketMemory, JoinRequest, WorkerPlace, to_wire
 
 
 class EngineControl:
@@ -39,9 +40,9 @@ class EngineControl:
         self._pool.admit()
 
     @property
-    def workers_of_server(self) -> list[int]:
-        """Engine workers of each server, in the pool's order."""
-        return [self._pool.config.tensor_parallel for _ in self._pool.in_service]
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
+        """Where the engine workers of each server run, in the pool's order."""
+        return [server.workers for server in self._pool.in_service]
 
     async def pause(self, deadline: Deadline) -> None:
         """Stops generation between two tokens. Requests that run, or come in, go on at `resume`.
@@ -52,6 +53,7 @@ class EngineControl:
         """
         self._pool.begin_update()
         if self._pool.config.shared_gpu:
+            await self._have_all_asleep(deadline)
             # Room for new weights alone; first, because an engine that is awake already goes on generating after it.
             await self._call_all("/wake_up?tags=weights", deadline)
         # Said either way: the default empties them in mode keep too, which the route's description denies.
@@ -73,6 +75,26 @@ class EngineControl:
         self._pool.begin_update()
         await self._call_all("/sleep?level=1&mode=abort", deadline)
 
+    async def _have_all_asleep(self, deadline: Deadline) -> None:
+        """Put those to sleep that have started again since the last update, with memory that the trainer needs now.
+
+        Others sleep, or have only their weights since an update failed; to sleep twice is an error in vLLM.
+        """
+        async with probing(self._pool.headers) as http:
+
+            async def is_awake(server: Server) -> bool:
+                try:
+                    answer = (await http.get(f"{server.url}/is_sleeping")).raise_for_status()
+                except httpx.HTTPError:
+                    return True  # the next call finds out what is wrong with it
+                return not answer.json()["is_sleeping"]
+
+            servers = self._pool.in_service
+            awake = await asyncio.gather(*map(is_awake, servers))
+        if any(awake):
+            chosen = [server for server, is_it in zip(servers, awake, strict=True) if is_it]
+            await self._call_all("/sleep?level=1&mode=abort", deadline, servers=chosen)
+
     async def join_transport(self, request_of_server: list[JoinRequest], deadline: Deadline) -> None:
         """Tells each server, in the pool's order, to join a sender's transport, whatever state it was left in."""
         await self._call_all("/collective_rpc", deadline, {"method": "abandon_weight_update"})
@@ -86,7 +108,11 @@ class EngineControl:
         await self._call_all("/start_weight_update", deadline)
 
     async def update_weights(self, header: BucketHeader, deadline: Deadline) -> None:
-        """Makes the engines take one bucket; returns when all have it."""
+        """Makes the engines take one bucket; returns when all have it. Each is told of its own workers' memory."""
+        if isinstance(header.place, BucketMemory):
+            headers = [memory_of(header, header.place, server.workers) for server in self._pool.in_service]
+            await self._call_all("/update_weights", deadline, [{"update_info": to_wire(each)} for each in headers])
+            return
         await self._call_all("/update_weights", deadline, {"update_info": to_wire(header)})
 
     async def finish_weight_update(self, version: int, deadline: Deadline) -> None:
@@ -103,9 +129,10 @@ class EngineControl:
         path: str,
         deadline: Deadline,
         body: dict[str, Any] | list[dict[str, Any]] | None = None,
+        servers: list[Server] | None = None,
     ) -> None:
-        """POST to every server. `body` is for all, or one for each server."""
-        servers = self._pool.in_service
+        """POST to every server in service, or to `servers`. `body` is for all, or one for each server."""
+        servers = self._pool.in_service if servers is None else servers
         bodies = body if isinstance(body, list) else [body] * len(servers)
         # No limit: servers that join one group wait in the call until the last of them has got it.
         limits = httpx.Limits(max_connections=None)

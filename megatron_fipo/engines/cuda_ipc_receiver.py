@@ -12,28 +12,29 @@ from megatron_fipo.weights.transport_records import BucketHeader, BucketMemory, 
 
 
 class CudaIpcEngine(CheckpointEngine):
-    """Copies buckets out of the trainer's memory."""
+    """Copies buckets out of the memory of the trainer's rank on the same GPU."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._worker = 0
+        self._gpu = device_uuid(self.device) if self.device.type == "cuda" else "none"
 
     def init_transfer_engine(self, init_info: JoinRequest) -> None:
-        """Makes sure that this worker is on the trainer's GPU."""
-        trainer = expected(CudaIpcAddress, init_info.address).device_uuid
-        mine = device_uuid(self.device) if self.device.type == "cuda" else "none"
-        if mine != trainer:
+        """Makes sure that a rank of the trainer is on this worker's GPU."""
+        trainer = expected(CudaIpcAddress, init_info.address).device_uuids
+        if self._gpu not in trainer:
             raise WeightsRefused(
-                f"rollout.weight_transfer=cuda_ipc needs the trainer and its servers on one GPU, but the trainer's is "
-                f"{trainer} and this engine's is {mine}; shared_memory works for several GPUs of one "
-                "machine, process_group for any"
+                "rollout.weight_transfer=cuda_ipc needs a rank of the trainer on the GPU of each engine worker, but "
+                f"the trainer's are {', '.join(trainer)} and this worker's is {self._gpu}; shared_memory works for "
+                "other GPUs of the machine, process_group for any"
             )
-        self._worker = init_info.first_rank - 1 + self.parallel_config.rank
 
     def receive_weights(self, update_info: BucketHeader) -> None:
         """Copies one bucket, since layers that wait for more tensors keep theirs longer than the trainer does."""
         layout = update_info.layout
-        shared = open_shared(expected(BucketMemory, update_info.place).handles[self._worker], self.device)
+        handles = expected(BucketMemory, update_info.place).handles
+        if self._gpu not in handles:
+            raise WeightsRefused(f"a bucket came without a handle to memory of this worker's GPU, {self._gpu}")
+        shared = open_shared(handles[self._gpu], self.device)
         if shared.numel() != layout.packed_bytes():
             raise WeightsRefused(f"a bucket of {layout.packed_bytes()} bytes came with a handle to {shared.numel()}")
         buffer = shared.clone()

@@ -3,6 +3,7 @@
 import asyncio
 
 import httpx
+import msgspec
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.engines.access import TOKEN_VARIABLE
@@ -11,11 +12,19 @@ from megatron_fipo.engines.descriptors import raise_if_exhausted
 from megatron_fipo.engines.server_process import family, shared_files
 from megatron_fipo.engines.states import Server
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.weights.transport_records import WorkerPlace
 
 PROBE_TIMEOUT_S = 10.0
 INITIAL_VERSION = 0
 _WORKERS_HEALTH = {"method": "check_health"}
 """A call for /collective_rpc, which workers that hang do not answer while /health still does."""
+
+
+_WORKERS_PLACES = {"method": "place"}
+
+
+class _Places(msgspec.Struct):
+    results: tuple[WorkerPlace, ...]
 
 
 def probing(headers: dict[str, str]) -> httpx.AsyncClient:
@@ -59,6 +68,14 @@ async def _check_workers(server: Server, http: httpx.AsyncClient, expected: int)
         raise RolloutError(
             f"the server at {server.url} has {workers} workers, but rollout.tensor_parallel is {expected}"
         )
+    response = (await http.post(f"{server.url}/collective_rpc", json=_WORKERS_PLACES)).raise_for_status()
+    try:
+        server.workers = msgspec.json.decode(response.content, type=_Places).results
+    except msgspec.DecodeError as error:
+        raise RolloutError(
+            f"the server at {server.url} does not say where its workers run ({error}): start it with python -m "
+            "megatron_fipo.engines.server of this version"
+        ) from None
 
 
 async def why_unfit(server: Server, http: httpx.AsyncClient) -> str | None:

@@ -20,6 +20,7 @@ from megatron_fipo.models.parameters import parameters
 from megatron_fipo.weights.buckets import checksum, unpack
 from megatron_fipo.weights.process_group import TransferGroup, local_address, visit_store
 from megatron_fipo.weights.transport_records import (
+    BUCKET_FILE,
     BroadcastBucket,
     BucketFile,
     BucketHeader,
@@ -159,24 +160,25 @@ class SharedMemoryEngine(CheckpointEngine):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._directories: set[Path] = set()
+        self._directories: dict[str, Path] = {}
 
     def init_transfer_engine(self, init_info: JoinRequest) -> None:
         """Remembers the directory, which has to be visible from here."""
-        directory = Path(expected(SharedMemoryAddress, init_info.address).directory)
+        address = expected(SharedMemoryAddress, init_info.address)
+        directory = Path(address.directory)
         if not directory.is_dir():
             raise WeightsRefused(
                 f"{directory} does not exist here: rollout.weight_transfer=shared_memory needs the trainer and its "
                 "vLLM servers on one machine (process_group does not)"
             )
-        self._directories.add(directory)
+        self._directories[address.sender] = directory
 
     def receive_weights(self, update_info: BucketHeader) -> None:
         """Maps one file and loads it."""
-        path = Path(expected(BucketFile, update_info.place).path)
-        if path.parent not in self._directories:
-            raise WeightsRefused(f"{path} is in no directory that this engine was told of")
-        with safe_open(path, framework="pt", device="cpu") as file:
+        sender = expected(BucketFile, update_info.place).sender
+        if sender not in self._directories:
+            raise WeightsRefused(f"a bucket is of sender {sender}, which this engine was not told to join")
+        with safe_open(self._directories[sender] / BUCKET_FILE, framework="pt", device="cpu") as file:
             self._load([(name, file.get_tensor(name)) for name in update_info.layout.names], update_info)
 
 

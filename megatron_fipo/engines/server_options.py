@@ -108,14 +108,12 @@ def gpus() -> int:
 
 
 def visible_devices(config: RolloutConfig, *, beside_trainer: bool) -> list[list[str]] | None:
-    """GPUs of each server on this machine. None without CUDA, where `rollout.shared_gpu` is a ConfigError.
+    """GPUs of each server on this machine. None without CUDA.
 
     `beside_trainer`: the processes of a trainer have the first GPUs, as many as its launcher says.
     """
     count = gpus()
     if not count:
-        if config.shared_gpu:
-            raise ConfigError("rollout.shared_gpu", "there is no GPU here to share", "rollout.shared_gpu=false")
         return None
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",") if given else [str(index) for index in range(count)]

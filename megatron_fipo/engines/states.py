@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fipo.engines.server_log import ServerLog
+from megatron_fipo.weights.transport_records import WorkerPlace
 
 
 class State(enum.Enum):
@@ -54,6 +55,8 @@ class Server:
     """Options that it was started with, and"""
     environment: dict[str, str] = field(default_factory=dict)
     """its environment: what it is started with again."""
+    workers: tuple[WorkerPlace, ...] = ()
+    """Where its engine's workers run, known from when it first answers."""
     segments: set[Path] = field(default_factory=set)
     """Shared memory of its processes, which outlives them if they are killed."""
     state: State = State.STARTING

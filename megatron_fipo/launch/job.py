@@ -13,6 +13,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
+from megatron_fipo.config.servers import job_starts_servers, servers_on_every_node
 from megatron_fipo.sizing.placement import check_placement
 
 _LATER = "http://rollout-node:8000"
@@ -22,17 +23,18 @@ def main(config: Config) -> None:
     """Check the configuration and print the job's numbers."""
     cluster = config.cluster
     complete = copy.deepcopy(config)
-    if cluster.rollout_nodes:
+    if job_starts_servers(config):
         # Stand-ins for the addresses and the token that the job sets later.
         complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
         os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
     world_size = cluster.trainer_nodes * cluster.gpus_per_node
-    for warning in check(complete, world_size=world_size):
+    for warning in check(complete, world_size=world_size, on_login_node=True):
         print(f"warning: {warning}", file=sys.stderr)
     check_placement(complete, world_size)
     facts = {
         "trainer_nodes": cluster.trainer_nodes,
         "rollout_nodes": cluster.rollout_nodes,
+        "shared_nodes": cluster.trainer_nodes if servers_on_every_node(config) else 0,
         "gpus_per_node": cluster.gpus_per_node,
         "max_retries": cluster.max_retries,
         "start_timeout_s": int(config.rollout.start_timeout_s),

@@ -1,14 +1,18 @@
-"""The vLLM servers of one rollout node of a Slurm job: `srun python -m megatron_fipo.launch.rollout_node OVERRIDES`.
+"""The vLLM servers of one node of a Slurm job: `srun python -m megatron_fipo.launch.rollout_node OVERRIDES`.
 
 This starts as many servers as fit on the node's GPUs, on the node's own address, protected by the token in the
 environment. When they answer, their addresses are written to FIPO_ADDRESSES/<node>. A server that dies is started again
 on the same address, where the trainer finds it. If this happens too often, the command ends and shows the server's log.
+
+On GPUs that the trainer uses in turns (rollout.shared_gpu) a server that dies stays away until the job starts again: it
+would take its memory while the trainer has its turn. The command ends when the last one has died.
 """
 
 import dataclasses
 import ipaddress
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.config.model_places import fetch_model
+from megatron_fipo.config.servers import servers_per_node
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.files import write_atomically
@@ -36,12 +41,14 @@ def main(config: Config) -> None:
         raise RolloutError(f"{ROLLOUT_TOKEN_VARIABLE} is not set: the trainer would not know the servers' token")
     terminate_on_sigterm()
     node = os.environ["SLURMD_NODENAME"]
-    # The servers have the whole node: the trainer uses none of its GPUs.
-    os.environ["LOCAL_WORLD_SIZE"] = "0"
+    shared = config.rollout.shared_gpu
+    # Without shared_gpu the trainer uses none of the node's GPUs.
+    os.environ["LOCAL_WORLD_SIZE"] = str(config.cluster.gpus_per_node if shared else 0)
     settings = dataclasses.replace(
         config.rollout,
         addresses=[],
-        servers=config.cluster.gpus_per_node // config.rollout.tensor_parallel,
+        servers=servers_per_node(config),
+        max_restarts=0 if shared else config.rollout.max_restarts,
         host=own_address(node, os.environ.get("GLOO_SOCKET_IFNAME"), int(os.environ["SLURM_JOB_NUM_NODES"])),
     )
     place = Path(config.run.directory) / "rollout" / node
@@ -63,10 +70,20 @@ def main(config: Config) -> None:
                 if time.monotonic() - restarted.get(server.url, 0.0) > _STEADY_S:
                     pool.prove(server)
                 if (failure := server.failure()) is not None:
-                    pool.lose(server, failure)
-                    pool.repair()
+                    if pool.lose(server, failure):
+                        _repair(pool, shared=shared)
                     restarted[server.url] = time.monotonic()
             time.sleep(_LOOK_EVERY_S)
+
+
+def _repair(pool: EnginePool, *, shared: bool) -> None:
+    """Start a lost server again; with shared GPUs go on without it. RolloutError if that cannot be."""
+    try:
+        pool.repair()
+    except RolloutError as error:
+        if not (shared and pool.in_service):
+            raise
+        print(f"a server is left out until the job starts again: {error}", file=sys.stderr, flush=True)
 
 
 def own_address(node: str, interfaces: str | None, nodes: int) -> str:

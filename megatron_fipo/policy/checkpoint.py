@@ -78,6 +78,8 @@ def start_saving(
     with no_garbage_collection():
         with in_blocks():
             state = _sharded_state(policy, is_loading=False)
+        if policy.offload is not None:
+            policy.offload.show(state)
         megatron_versions.dequantise(state)
         saving.start(make_plan(state, saving.partial), write_small_files)
     return saving

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.policy import megatron_versions
+from megatron_fipo.policy.host_memory import own_memory
 
 FILES_A_RANK = 2
 """As many processes write at a time: making a file's pickles and checksums keeps one busy."""
@@ -88,7 +89,7 @@ def make_plan(state: dict[str, Any], directory: Path) -> SavePlan:
 
 
 def _on_cpu(data: Any) -> Any:
-    return data.detach().to("cpu", non_blocking=True) if isinstance(data, torch.Tensor) else data
+    return own_memory(data.detach().to("cpu", non_blocking=True)) if isinstance(data, torch.Tensor) else data
 
 
 def _nbytes(data: Any) -> int:

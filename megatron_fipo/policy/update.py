@@ -35,6 +35,7 @@ from megatron_fipo.policy.agreement import log_prob_differences
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, MiniBatch, TrainerStreams
 from megatron_fipo.policy.model import build_model, context_length, uses_transformer_engine
+from megatron_fipo.policy.offload import Offload
 from megatron_fipo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.policy.plan import plan_micro_batches
 from megatron_fipo.policy.precision import check_exact_values, token_multiple
@@ -86,9 +87,16 @@ class Policy:
         self.offsets_device = platform.device() if with_te else torch.device("cpu")
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer, updates)
+        self.offload = Offload(self.chunks, self.optimizer) if config.rollout.shared_gpu else None
+        """Moves its state to host memory and back, where the GPU is used in turns."""
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
         self.megatron_config.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
+
+    def return_to_gpu(self) -> None:
+        """Have all of the policy's state on the GPU; nothing unless rollout.shared_gpu moves it away."""
+        if self.offload is not None:
+            self.offload.bring_all()
 
     def plan(self, batch: TrainBatch) -> list[list[list[int]]]:
         """For each update of a step, this rank's micro-batches: the places of their sequences in the batch."""
@@ -179,6 +187,8 @@ class Policy:
         self.optimizer.zero_grad()
         self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
         parts = self._run(mini_batch, loss or self.policy_loss, added, forward_only=False)
+        if self.offload is not None:
+            self.offload.wait()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         sound = math.isfinite(grad_norm)

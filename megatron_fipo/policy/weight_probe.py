@@ -42,15 +42,17 @@ def probe_tokens(vocab_size: int, longest: int) -> list[int]:
 
 
 def probe_differences(
-    policy: Policy, engines: Scorer | None, token_ids: Sequence[int], deadline: Deadline
+    own: Tensor, engines: Scorer | None, token_ids: Sequence[int], deadline: Deadline
 ) -> dict[str, float]:
     """Mean |log π_trainer − log π_engine| over the text, in nats per token, by the address of each engine.
 
     Every rank calls this together, `engines` given on rank 0; the same on every rank. NaN where either side has one.
     Engines that do not answer are left out.
+
+    Args:
+        own: what `trainer_scores` found.
     """
     answers = answer_of_rank_0(lambda: asyncio.run(engines.score(list(token_ids), deadline)) if engines else {})
-    own = trainer_scores(policy, token_ids)
     return {url: mean_difference(own, values) for url, values in answers.items()}
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from megatron_fipo.rollout.events import PartReady, Ready, WeightsWanted
 from megatron_fipo.tracking.validation import ValidationResult
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, WorkerPlace
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -102,7 +102,7 @@ class Engines(Protocol):
 
     def admit(self) -> None: ...
 
-    def workers_of_server(self) -> list[int]: ...
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]: ...
 
     def pause(self, seconds: float) -> None: ...
 

@@ -38,7 +38,7 @@ from megatron_fipo.rollout_process.link import Offer, Resumed, RolloutCalls
 from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.validation import ValidationResult
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, WorkerPlace
 
 START_TIMEOUT_S, SILENCE_S, CONNECT_S = 120.0, 60.0, 10.0
 """Longest time until the process answers, without a sign of life during a call, and to connect."""
@@ -150,7 +150,7 @@ class RemoteRollouts:
     def admit(self) -> None:
         self._ask("admit")
 
-    def workers_of_server(self) -> list[int]:
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
         return self._ask("workers_of_server")
 
     def pause(self, seconds: float) -> None:
@@ -304,7 +304,7 @@ class RemoteControl:
         self._rollouts.admit()
 
     @property
-    def workers_of_server(self) -> list[int]:
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
         return self._rollouts.workers_of_server()
 
     async def pause(self, deadline: Deadline) -> None:

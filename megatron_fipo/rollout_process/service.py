@@ -26,7 +26,7 @@ from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.sampling import sampling_metrics
 from megatron_fipo.tracking.validation import ValidationResult, score
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, WorkerPlace
 
 
 class RolloutService:
@@ -156,7 +156,7 @@ class RolloutService:
     def admit(self) -> None:
         self._control.admit()
 
-    def workers_of_server(self) -> list[int]:
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
         return self._control.workers_of_server
 
     def pause(self, seconds: float) -> None:

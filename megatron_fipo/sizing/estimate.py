@@ -13,7 +13,14 @@ from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, stage_memory
-from megatron_fipo.sizing.placement import check_placement, has_room_to_sample, on_one_node, utilisation
+from megatron_fipo.sizing.placement import (
+    check_host_memory,
+    check_placement,
+    has_room_to_sample,
+    host_bytes,
+    on_one_node,
+    utilisation,
+)
 from megatron_fipo.sizing.timing import StepTime, step_time
 
 _TIGHT = 0.1
@@ -30,6 +37,8 @@ class Estimate:
     time: StepTime
     usable_bytes: int
     """A GPU's memory without the part that the hardware section reserves."""
+    host_bytes: int
+    """Memory of a node's host for what leaves its GPUs, where trainer and engines use them in turns."""
 
     @property
     def fullest(self) -> StageMemory:
@@ -72,8 +81,8 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     """Estimate memory and time of a run on GPUs.
 
     Raises:
-        ConfigError: the layout does not divide the ranks or the model, servers need more GPUs than there are, or the
-            layers do not support the model's window.
+        ConfigError: the layout does not divide the ranks or the model, servers need more GPUs than there are, the
+            layers do not support the model's window, or what leaves shared GPUs does not fit into a host's memory.
     """
     if config.model.layers != "local":
         check_window(config, model_config)
@@ -88,13 +97,15 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
         )
     check_placement(config, world_size)
     data = world_size // replica
-    hardware = config.hardware
+    hardware, stages = config.hardware, stage_memory(config, model_config, data)
+    check_host_memory(config, model_config, stages)
     return Estimate(
         world_size=world_size,
         data_parallel_size=data,
-        stages=stage_memory(config, model_config, data),
+        stages=stages,
         time=step_time(config, model_config, data),
         usable_bytes=int((hardware.memory_gib - hardware.reserved_gib) * GIB),
+        host_bytes=host_bytes(config, model_config, stages),
     )
 
 

@@ -2,6 +2,9 @@
 
 Tensors are counted as Megatron-Core's code keeps them. Tests compare the counts with the bytes that are really
 allocated. The peak is in an update or in a weight update, whichever is larger: they do not overlap.
+
+With rollout.shared_gpu the trainer's state leaves the GPU while engines have their turn (policy/offload.py): gradients
+are freed, weights and optimizer state are in host memory. Only the weights come back for a weight update.
 """
 
 import functools
@@ -9,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.models.costs import parameter_counts
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.weights.plan import parameters_per_rank, plan
@@ -38,17 +42,20 @@ class StageMemory:
     weights of a server on the same GPU."""
     server: int = 0
     """A server that shares the GPU, while it samples. It sleeps during updates."""
+    host: int = 0
+    """Host memory for the state that leaves the GPU; 0 if nothing does."""
 
     @property
     def always(self) -> int:
-        """The part that the trainer never releases."""
+        """Weights, gradients and optimizer state. The trainer never releases them, unless GPUs are shared."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The peak: the permanent part, plus the largest of an update, a weight update and a shared server."""
-        update = self.activations + max(self.logits, self.working)
-        return self.always + max(update, self.refit, self.server)
+        """The peak: the largest of an update, a weight update and a shared server, with the state beside each."""
+        update = self.always + self.activations + max(self.logits, self.working)
+        beside_refit, beside_server = (self.weights, 0) if self.host else (self.always, self.always)
+        return max(update, beside_refit + self.refit, beside_server + self.server)
 
 
 def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: int) -> list[StageMemory]:
@@ -60,18 +67,20 @@ def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: 
     for stage in range(parallel.pipeline):
         count = counts[stage]
         shares = _shares_a_gpu(config, stage, data_parallel_size)
+        weights, optimizer = count * width, _optimizer_bytes(config, count, data_parallel_size)
         stages.append(
             StageMemory(
                 stage=stage,
                 parameters=count,
-                weights=count * width,
+                weights=weights,
                 gradients=count * 4,  # reduced in fp32
-                optimizer=_optimizer_bytes(config, count, data_parallel_size),
+                optimizer=optimizer,
                 activations=_activation_bytes(config, model_config, stage, data_parallel_size),
                 logits=_log_prob_bytes(config, model_config) if stage == parallel.pipeline - 1 else 0,
                 working=_working_bytes(config, model_config, stage),
                 refit=_refit_bytes(config, model_config) + (server_weights(config, model_config) if shares else 0),
                 server=int(config.rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB) if shares else 0,
+                host=weights + optimizer if config.rollout.shared_gpu else 0,
             )
         )
     return stages
@@ -130,7 +139,9 @@ def layer_bytes_per_token(config: Config, model_config: ModelConfig) -> float:
 
 
 def _shares_a_gpu(config: Config, stage: int, data_parallel_size: int) -> bool:
-    """Return whether a rank of the stage is on a server's GPU. Servers use the first GPUs of the first node."""
+    """Return whether a rank of the stage is on a server's GPU: on every node, or the first GPUs of the first node."""
+    if servers_on_every_node(config):
+        return True
     parallel, rollout = config.parallel, config.rollout
     first_rank = stage * parallel.tensor * parallel.context * data_parallel_size
     return rollout.shared_gpu and first_rank < rollout.servers * rollout.tensor_parallel
@@ -205,4 +216,6 @@ def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
     tensor = config.parallel.tensor
     shards = bucket + bucket // tensor if tensor > 1 else 0  # all ranks', and this rank's packed
-    return 2 * bucket + shards
+    # On shared GPUs every rank has the whole bucket, which goes from stage to stage packed.
+    across = bucket if config.rollout.shared_gpu and config.parallel.pipeline > 1 else 0
+    return 2 * bucket + shards + across

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.servers import servers_on_every_node, servers_per_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, server_weights
@@ -24,6 +25,10 @@ def servers_text(config: Config) -> str:
         return f"{servers} on {nodes} node{'s' if nodes > 1 else ''} of their own"
     if rollout.addresses:
         return f"{servers} that already run{'' if count > 1 else 's'}"
+    if servers_on_every_node(config):
+        return (
+            f"{servers} on {'the node' if config.cluster.trainer_nodes == 1 else 'all nodes'} of the trainer, in turns"
+        )
     if rollout.shared_gpu:
         gpus = rollout.servers * rollout.tensor_parallel
         return f"{servers} on {gpus} of the trainer's GPUs, in turns"
@@ -46,6 +51,33 @@ def check_placement(config: Config, world_size: int) -> None:
         )
 
 
+def host_bytes(config: Config, model_config: ModelConfig, stages: list[StageMemory]) -> int:
+    """Return the host memory of a node for what leaves its GPUs in turns; 0 unless they are shared.
+
+    The state of the trainer's ranks is there while engines sample. The weights of sleeping servers are there while the
+    trainer updates, and their memory is kept.
+    """
+    if not config.rollout.shared_gpu:
+        return 0
+    gpus, rollout = config.cluster.gpus_per_node, config.rollout
+    servers = servers_per_node(config) if servers_on_every_node(config) else rollout.servers
+    trainer = gpus * max(stage.host for stage in stages)
+    return trainer + servers * rollout.tensor_parallel * server_weights(config, model_config)
+
+
+def check_host_memory(config: Config, model_config: ModelConfig, stages: list[StageMemory]) -> None:
+    """Raise ConfigError if what leaves a node's GPUs does not fit into its host's memory."""
+    needed, limit = host_bytes(config, model_config, stages), config.hardware.host_memory_gib
+    if limit is not None and needed > limit * GIB:
+        state = config.cluster.gpus_per_node * max(stage.host for stage in stages)
+        raise ConfigError(
+            "rollout.shared_gpu",
+            f"a node's host has to hold {needed / GIB:.0f} GiB of what leaves its GPUs in turns ({state / GIB:.0f} of "
+            f"the trainer, {(needed - state) / GIB:.0f} of its servers), and has {limit:g}",
+            "more nodes, fewer servers with a larger rollout.tensor_parallel, or the right hardware.host_memory_gib",
+        )
+
+
 def notes(config: Config, model_config: ModelConfig, world_size: int, data_parallel_size: int) -> Iterator[str]:
     """Yield notes about hidden costs, each with the cost or with a better setting."""
     cluster, rollout, parallel, hardware = config.cluster, config.rollout, config.parallel, config.hardware
@@ -58,11 +90,18 @@ def notes(config: Config, model_config: ModelConfig, world_size: int, data_paral
         )
     if cluster.rollout_nodes or rollout.addresses:
         return
+    if servers_on_every_node(config):
+        if idle := cluster.gpus_per_node % rollout.tensor_parallel:
+            yield (
+                f"rollout.tensor_parallel: {idle} of a node's {cluster.gpus_per_node} GPUs do not sample, since no "
+                f"server of {rollout.tensor_parallel} fits on them"
+            )
+        return
     here, used = min(world_size, cluster.gpus_per_node), rollout.servers * rollout.tensor_parallel
     if rollout.shared_gpu and used < world_size:
         most = here // rollout.tensor_parallel
         mend = f"; rollout.servers={most} samples on {most * rollout.tensor_parallel}" if most > rollout.servers else ""
-        elsewhere = " (servers are started only on the first node)" if world_size > here else ""
+        elsewhere = " (rollout.servers=0 has the job start servers on every node)" if world_size > here else ""
         yield (
             f"rollout.servers: {used} of {world_size} trainer GPUs sample, the others wait meanwhile{elsewhere}{mend}"
         )
@@ -86,7 +125,7 @@ def _tensor_across_nodes(config: Config, model_config: ModelConfig, data_paralle
 
 def utilisation(config: Config, stages: list[StageMemory], usable: float) -> float:
     """Return the largest share of a GPU that is left for a shared server, given `usable` bytes, in steps of 5 %."""
-    free = usable - max(stage.always for stage in stages)
+    free = usable - max(0 if stage.host else stage.always for stage in stages)
     return math.floor(free / (config.hardware.memory_gib * GIB) / _UTILISATION_STEP) * _UTILISATION_STEP
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.servers import job_starts_servers, servers_per_node
 from megatron_fipo.models.costs import (
     attended_tokens,
     attention_operations,
@@ -209,9 +210,9 @@ def _reduce_s(config: Config, model_config: ModelConfig, data_parallel_size: int
 
 
 def rollout_servers(config: Config) -> int:
-    """Return the number of vLLM servers: as many as fit on the rollout nodes, or those that the run starts itself."""
-    if config.cluster.rollout_nodes:
-        return config.cluster.rollout_nodes * (config.cluster.gpus_per_node // config.rollout.tensor_parallel)
+    """Return the number of vLLM servers: as many as fit on their nodes, or those that the run starts itself."""
+    if job_starts_servers(config):
+        return (config.cluster.rollout_nodes or config.cluster.trainer_nodes) * servers_per_node(config)
     return max(1, config.rollout.servers or len(config.rollout.addresses))
 
 

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 
 from megatron_fipo.errors import FipoError, RolloutError, WeightsRefused
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.local_senders import Senders, joined_address, joined_header
 from megatron_fipo.weights.mailbox import Mailbox
-from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
-from megatron_fipo.weights.update_records import Cue, Failure, Join, Opened, Published, Sent, Totals, Verdict
+from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest, WorkerPlace
+from megatron_fipo.weights.update_records import Cue, Failure, Join, Opened, Part, Published, Sent, Totals, Verdict
 
 VERDICT, FAILED = "verdict", "failed"
+COME, LEAVE = "come", "leave"
+"""Rank 0 to all ranks that share their GPUs with the engines: there is room for the weights; room is needed."""
 SENDER_WATCH_S = 0.05
 
 
@@ -34,8 +37,8 @@ class WeightControl(Protocol):
         ...
 
     @property
-    def workers_of_server(self) -> list[int]:
-        """Engine workers of each server, in the servers' order."""
+    def workers_of_server(self) -> list[tuple[WorkerPlace, ...]]:
+        """Where the engine workers of each server run, in the servers' order."""
         ...
 
     async def pause(self, deadline: Deadline) -> None: ...
@@ -54,53 +57,89 @@ class WeightControl(Protocol):
 class Update:
     """What rank 0 does in one update, step by step."""
 
-    def __init__(self, control: WeightControl, mailbox: Mailbox, senders: int, deadline: Deadline):
+    def __init__(
+        self, control: WeightControl, mailbox: Mailbox, senders: Senders, deadline: Deadline, sharing_ranks: int = 0
+    ):
+        """`sharing_ranks`: how many ranks share their GPUs with the engines, all or none."""
         self._control, self._mailbox, self._senders, self._deadline = control, mailbox, senders, deadline
+        self._sharing_ranks = sharing_ranks
 
     async def conduct(self, version: int, *, join: bool) -> Published:
         """The whole update, `join` with engine workers joining the senders' transports first.
 
         FipoError, or anything else, as soon as one step fails.
         """
-        if join:
-            for sender in range(self._senders):
-                await self._join(sender)
+        workers = self._control.workers_of_server
+        turns = [self._senders.of_servers(turn, workers) for turn in self._senders.turns]
+        for sender in range(self._senders.count):
+            serves = any(sender in found for turn in turns for found in turn)
+            self._mailbox.post(f"part/{sender}", Part(serves))
+        to_join = turns if join else []
+        if not self._sharing_ranks:  # the engines still sample
+            for turn in to_join:
+                await self._join(turn, workers)
         started = time.monotonic()
         await self._control.pause(self._deadline)
+        if self._sharing_ranks:
+            self._mailbox.post(COME, Cue())
+            for turn in to_join:
+                await self._join(turn, workers)
         await self._control.start_weight_update(self._deadline)
         totals = Totals()
-        for sender in range(self._senders):
-            totals += await self._turn(sender)
+        for turn in turns:
+            totals += await self._turn(sorted({sender for senders in turn for sender in senders}))
         await self._control.finish_weight_update(version, self._deadline)
+        if self._sharing_ranks:
+            await self._see_the_trainer_out()
         await self._control.resume(self._deadline)
         seconds = time.monotonic() - started
         return Published(totals.tensors, totals.bytes, totals.buckets, totals.checked, seconds)
 
-    async def _join(self, sender: int) -> None:
-        workers_of_server = self._control.workers_of_server
-        self._mailbox.post(f"join/{sender}", Join(sum(workers_of_server)))
-        opened = await self._take(f"opened/{sender}", Opened, f"sender {sender} to open its transport")
-        requests, first_rank = [], 1
-        for workers in workers_of_server:
-            requests.append(JoinRequest(opened.address, first_rank))
-            first_rank += workers
-        await self._control.join_transport(requests, self._deadline)
-        await self._take(f"joined/{sender}", Cue, f"sender {sender} to join its transport")
+    async def _see_the_trainer_out(self) -> None:
+        """Have all ranks free their GPUs for the engines' caches."""
+        self._mailbox.post(LEAVE, Cue())
+        for rank in range(self._sharing_ranks):
+            await self._take(f"left/{rank}", Cue, f"rank {rank} of the trainer to free its GPU")
 
-    async def _turn(self, sender: int) -> Totals:
-        """Hands every bucket that the sender announces to the engines; what it has sent."""
-        self._mailbox.post(f"turn/{sender}", Cue())
+    async def _join(self, of_servers: list[tuple[int, ...]], workers_of_server: list[tuple[WorkerPlace, ...]]) -> None:
+        """Connect each server with the senders that serve it in one turn."""
+        senders = sorted({sender for found in of_servers for sender in found})
+        workers = sum(map(len, workers_of_server))
+        for sender in senders:
+            self._mailbox.post(f"join/{sender}", Join(workers))
+        opened = {
+            sender: await self._take(f"opened/{sender}", Opened, f"sender {sender} to open its transport")
+            for sender in senders
+        }
+        requests, first_rank = [], 1
+        for found, places in zip(of_servers, workers_of_server, strict=True):
+            address = joined_address([opened[sender].address for sender in found])
+            requests.append(JoinRequest(address, first_rank))
+            first_rank += len(places)
+        await self._control.join_transport(requests, self._deadline)
+        for sender in senders:
+            await self._take(f"joined/{sender}", Cue, f"sender {sender} to join its transport")
+
+    async def _turn(self, senders: list[int]) -> Totals:
+        """Hands every bucket that these senders announce to the engines; what one of them has sent, as the others."""
+        for sender in senders:
+            self._mailbox.post(f"turn/{sender}", Cue())
         index = 0
         while True:
-            message: Sent | Totals = await self._take(
-                f"bucket/{sender}/{index}",
-                Sent | Totals,  # type: ignore[arg-type]
-                f"bucket {index} of sender {sender}",
-            )
-            if isinstance(message, Totals):
-                return message
-            await self._control.update_weights(message.header, self._deadline)
-            self._mailbox.post(f"received/{sender}/{index}", Cue())
+            messages: list[Sent | Totals] = [
+                await self._take(
+                    f"bucket/{sender}/{index}",
+                    Sent | Totals,  # type: ignore[arg-type]
+                    f"bucket {index} of sender {sender}",
+                )
+                for sender in senders
+            ]
+            if isinstance(messages[0], Totals):
+                return messages[0]
+            header = joined_header([message.header for message in messages if isinstance(message, Sent)])
+            await self._control.update_weights(header, self._deadline)
+            for sender in senders:
+                self._mailbox.post(f"received/{sender}/{index}", Cue())
             index += 1
 
     async def _take(self, key: str, kind: type[Any], what: str) -> Any:

@@ -14,7 +14,7 @@ from megatron_fipo.weights.transport_records import BucketHeader, BucketMemory, 
 
 
 class CudaIpcTransport:
-    """Buckets in the trainer's memory, each until all engine workers have copied it."""
+    """Buckets in the trainer's memory, each until the engine worker on the same GPU has copied it."""
 
     def __init__(self) -> None:
         """ConfigError where there is no CUDA."""
@@ -24,27 +24,25 @@ class CudaIpcTransport:
                 "cuda_ipc needs CUDA, which this torch has not",
                 "rollout.weight_transfer=shared_memory or process_group",
             )
-        self._workers = 0
+        self._device_uuid = device_uuid(torch.device("cuda", torch.cuda.current_device()))
         self._in_flight: Tensor | None = None
 
     def open(self, workers: int) -> CudaIpcAddress:
-        """Names the GPU; an engine that runs on another one says so."""
-        self._workers = workers
-        return CudaIpcAddress(device_uuid(torch.device("cuda", torch.cuda.current_device())))
+        """Names the GPU; an engine worker that runs on another one says so."""
+        return CudaIpcAddress((self._device_uuid,))
 
     def join(self) -> None:
         """Nothing to wait for: a handle needs no peer."""
 
     def send(self, bucket: Bucket) -> BucketHeader:
-        """Packs the bucket; each worker gets a handle, since each gives its own back."""
+        """Packs the bucket. The worker on this GPU gives its handle back, so that one has to be there."""
         self._in_flight = bucket.pack()
         torch.cuda.current_stream().synchronize()
-        storage = self._in_flight.untyped_storage()
-        place = BucketMemory(tuple(share(storage) for _ in range(self._workers)))
-        return BucketHeader(bucket.layout(), place)
+        handle = share(self._in_flight.untyped_storage())
+        return BucketHeader(bucket.layout(), BucketMemory({self._device_uuid: handle}))
 
     def sent(self) -> None:
-        """Frees the bucket: every worker has a copy."""
+        """Frees the bucket: the worker has a copy."""
         self._release()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from megatron_fipo.errors import WeightError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.models.parameters import canonical_name, parameters
 from megatron_fipo.models.rules import LAYER_PREFIX
+from megatron_fipo.weights.away import readable
 from megatron_fipo.weights.buckets import Bucket, unpack
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.layouts import merge
@@ -80,7 +81,7 @@ class HeldWeights:
 
     def empty(self, planned: PlannedBucket) -> Bucket:
         """A bucket with no values yet, for one that another rank will send."""
-        device = next(self._chunks[0].parameters()).device
+        device = readable(next(self._chunks[0].parameters())).device
         return Bucket([(name, torch.empty(shape, dtype=self.dtype, device=device)) for name, shape in planned.tensors])
 
 
@@ -123,6 +124,7 @@ def exported_tensors(model_chunks: Sequence[nn.Module], model_config: ModelConfi
 
 
 def _plain(parameter: Tensor) -> Tensor:
+    parameter = readable(parameter)
     return dequantize_fp8_tensor(parameter.detach()) if is_float8tensor(parameter) else parameter.detach()
 
 

@@ -66,6 +66,20 @@ class Mailbox:
             time.sleep(pause)
         raise AssertionError("unreachable")
 
+    def wait_for_all(self, key: str, kind: type[_T], deadline: Deadline, what: str) -> _T:
+        """Rank 0's message under `key`, left there for other ranks. Raises as `wait_turn` does.
+
+        If rank 0 gives up after it has left the message, every rank gets the message all the same.
+        """
+        for pause in _polls(deadline, what):
+            given_up = self._store.check([_ABORT])  # before the look for the message, which came first then
+            if (message := self.peek(key, kind)) is not None:
+                return message
+            if given_up:
+                raise UpdateAborted
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
     def abort(self) -> None:
         """Rank 0 gives the update up."""
         self._store.set(_ABORT, "")

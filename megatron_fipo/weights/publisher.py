@@ -1,5 +1,8 @@
 """Weight updates: from the trainer's ranks, sender after sender, to every vLLM worker.
 
+Where every rank shares its GPU or its machine with engines, each of these has a sender of its own, and all of them send
+the same buckets at the same time (local_senders.py, everywhere.py).
+
 Every rank of the trainer calls `publish` (SPMD). Who sends what is the plan's to say (transfer_plan.py). Three roles:
 
 * the *conductor*, a thread on rank 0, drives vLLM's control plane over HTTP and gives each sender its turn;
@@ -15,17 +18,19 @@ not failed stay paused until another update succeeds: half-loaded weights must n
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from torch.distributed import Store
 
 from megatron_fipo.config import RolloutConfig
 from megatron_fipo.errors import FipoError, RolloutError, WeightError
-from megatron_fipo.weights.conductor import FAILED, VERDICT, Conductor, Update, WeightControl
+from megatron_fipo.weights.conductor import COME, FAILED, LEAVE, VERDICT, Conductor, Update, WeightControl
 from megatron_fipo.weights.deadline import Deadline
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.mailbox import Mailbox, UpdateAborted, trainer_store
 from megatron_fipo.weights.sender import GroupWeights, Sender
 from megatron_fipo.weights.transports import WeightTransport, make_transport
-from megatron_fipo.weights.update_records import Begin, Failure, Published, Verdict
+from megatron_fipo.weights.update_records import Begin, Cue, Failure, Published, Verdict
 
 BEGIN = "begin"
 VERDICT_SLACK_S = 5.0
@@ -33,19 +38,40 @@ VERDICT_SLACK_S = 5.0
 CANCEL_TIMEOUT_S = 5.0
 
 
+class SharedGpu(Protocol):
+    """What a rank does on a GPU that it shares with engines, each of which has the rest of it in turns."""
+
+    rank: int
+    ranks: int
+
+    def come(self) -> None:
+        """Have the weights on the GPU, where engines have their weights too, and nothing else."""
+
+    def leave(self) -> None:
+        """Free the GPU. Collective work under the new weights comes before that."""
+
+
 def open_publisher(
-    rollout: RolloutConfig, control: WeightControl | None, *, number: int, senders: int, sends: bool, run_dir: Path
+    rollout: RolloutConfig,
+    control: WeightControl | None,
+    *,
+    number: int,
+    senders: Senders,
+    sends: bool,
+    run_dir: Path,
+    shared_gpu: SharedGpu | None = None,
 ) -> "WeightPublisher":
     """This rank's part of all weight updates of a run.
 
     Args:
         control: given on global rank 0, None elsewhere.
-        number: of the sender's group that this rank's weights belong to, out of `senders`.
-        sends: whether this rank is its sender.
+        number: of the sender whose weights this rank gathers, out of `senders`.
+        sends: whether this rank is that sender.
         run_dir: the run's directory, by whose name what is left of a killed run is found.
     """
     return WeightPublisher(
-        make_transport(rollout, number, run_dir) if sends else None,
+        # Senders of the same buckets on several machines have one number to the engines.
+        make_transport(rollout, number if senders.places is None else 0, run_dir) if sends else None,
         control,
         trainer_store(),
         number=number,
@@ -53,6 +79,7 @@ def open_publisher(
         timeout_s=rollout.update_timeout_s,
         begin_timeout_s=rollout.start_timeout_s + rollout.update_timeout_s,
         checksum_every=rollout.checksum_every,
+        shared_gpu=shared_gpu,
     )
 
 
@@ -66,16 +93,18 @@ class WeightPublisher:
         store: Store,
         *,
         number: int,
-        senders: int,
+        senders: Senders,
         timeout_s: float,
         begin_timeout_s: float,
         checksum_every: int = 0,
+        shared_gpu: SharedGpu | None = None,
     ):
         """`transport` is a sender's. `timeout_s` is for an update from when rank 0 begins it.
 
         `begin_timeout_s` is for the other ranks until then. Versions that are multiples of `checksum_every` are sent
-        with checksums; 0 is never.
+        with checksums; 0 is never. `shared_gpu` is given on every rank or on none.
         """
+        self._shared_gpu = shared_gpu
         self._transport, self._control, self._store = transport, control, store
         self._number, self._senders = number, senders
         self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
@@ -119,13 +148,18 @@ class WeightPublisher:
             return Verdict(error=begin.error)
         conductor = None
         if self._control is not None:
-            update = Update(self._control, mailbox, self._senders, Deadline(self._timeout_s))
+            sharing = self._shared_gpu.ranks if self._shared_gpu else 0
+            update = Update(self._control, mailbox, self._senders, Deadline(self._timeout_s), sharing)
             conductor = Conductor(what, mailbox, update.conduct(version, join=begin.join))
             conductor.start()
         late = Deadline(self._timeout_s + VERDICT_SLACK_S)
         check = self._checksum_every > 0 and version % self._checksum_every == 0
         try:
-            self._take_part(mailbox, late, weights, join=begin.join, check=check)
+            if self._shared_gpu is None:
+                self._take_part(mailbox, late, weights, join=begin.join, check=check)
+            elif self._comes(mailbox, late, self._shared_gpu):
+                self._take_part(mailbox, late, weights, join=begin.join, check=check)
+                self._leaves(mailbox, late, self._shared_gpu)
             return mailbox.wait(VERDICT, Verdict, late, f"rank 0's verdict on {what}")
         except BaseException:
             if conductor is not None:
@@ -160,6 +194,31 @@ class WeightPublisher:
         sender = Sender(self._number, self._transport, weights, mailbox, deadline)
         self._or_report(mailbox, lambda: sender.run(join=join, check=check))
         self._or_report(mailbox, sender.gather_the_rest)
+
+    def _comes(self, mailbox: Mailbox, deadline: Deadline, shared: SharedGpu) -> bool:
+        """Have this rank's weights where engines have made room for them; False if rank 0 has given up before.
+
+        The same on every rank, since ranks that come gather together.
+        """
+        came: list[bool] = []
+
+        def come() -> None:
+            mailbox.wait_for_all(COME, Cue, deadline, "the engines to make room for the weights")
+            came.append(True)
+            shared.come()
+
+        self._or_report(mailbox, come)
+        return bool(came)
+
+    def _leaves(self, mailbox: Mailbox, deadline: Deadline, shared: SharedGpu) -> None:
+        """Free this rank's GPU for the engines' caches."""
+
+        def leave() -> None:
+            mailbox.wait_for_all(LEAVE, Cue, deadline, "the engines to have all weights")
+            shared.leave()
+            mailbox.post(f"left/{shared.rank}", Cue())
+
+        self._or_report(mailbox, leave)
 
     def _or_report(self, mailbox: Mailbox, work: Callable[[], None]) -> None:
         """Runs this rank's part; a failure goes to rank 0, whose verdict raises it on every rank."""

@@ -11,7 +11,7 @@ from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.mailbox import Mailbox
 from megatron_fipo.weights.transports import WeightTransport
-from megatron_fipo.weights.update_records import Cue, Join, Opened, Sent, Totals
+from megatron_fipo.weights.update_records import Cue, Join, Opened, Part, Sent, Totals
 
 _T = TypeVar("_T")
 
@@ -48,6 +48,9 @@ class Sender:
         Raises:
             UpdateAborted: rank 0 has given the update up.
         """
+        if not self._wait(f"part/{self._number}", Part, "rank 0 to say who sends").sends:
+            self.gather_the_rest()
+            return
         if join:
             self._join()
         self._send(check)

@@ -9,6 +9,9 @@ import msgspec
 
 from megatron_fipo.weights.bucket_layout import BucketLayout
 
+BUCKET_FILE = "bucket.safetensors"
+"""Name of the file that a bucket is in, in its sender's directory."""
+
 _T = TypeVar("_T")
 
 
@@ -26,13 +29,15 @@ class ProcessGroupAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 class SharedMemoryAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shared_memory"):
     """The directory in which one sender writes its files."""
 
+    sender: str
+    """What its buckets call it: the run and a number. Senders of the same buckets on several machines have one name."""
     directory: str
 
 
 class CudaIpcAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cuda_ipc"):
-    """The GPU that the trainer's buckets are on."""
+    """The GPUs that the trainer's buckets are on, each for the engine worker on the same GPU."""
 
-    device_uuid: str
+    device_uuids: tuple[str, ...]
 
 
 TransportAddress = ProcessGroupAddress | SharedMemoryAddress | CudaIpcAddress
@@ -46,6 +51,15 @@ class JoinRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The rank of the server's first worker among all workers, counted from 1: the sender is 0."""
 
 
+class WorkerPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an engine worker or a rank of the trainer runs."""
+
+    machine: str
+    """The machine's own name."""
+    gpu: str | None = None
+    """UUID of its GPU; None on a CPU."""
+
+
 class BroadcastBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="process_group"):
     """A packed bucket that `sender` broadcasts."""
 
@@ -53,9 +67,9 @@ class BroadcastBucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
 
 
 class BucketFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="shared_memory"):
-    """A bucket in a safetensors file."""
+    """A bucket in the one safetensors file that is in a sender's directory."""
 
-    path: str
+    sender: str
 
 
 class CudaHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -73,9 +87,9 @@ class CudaHandle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
 
 class BucketMemory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="cuda_ipc"):
-    """A packed bucket in the trainer's memory: a handle for each worker of all servers."""
+    """A packed bucket in the memory of several GPUs: a handle for the engine worker on each, by the GPU's UUID."""
 
-    handles: tuple[CudaHandle, ...]
+    handles: dict[str, CudaHandle]
 
 
 BucketPlace = BroadcastBucket | BucketFile | BucketMemory

@@ -22,6 +22,7 @@ from megatron_fipo.weights.cuda_ipc import CudaIpcTransport
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.process_group import TransferGroup, host_store, is_loopback, listen, local_address
 from megatron_fipo.weights.transport_records import (
+    BUCKET_FILE,
     BroadcastBucket,
     BucketFile,
     BucketHeader,
@@ -122,9 +123,8 @@ class SharedMemoryTransport:
     """safetensors files in a private directory under /dev/shm, for trainer and engines on one machine."""
 
     def __init__(self, sender: int, run_dir: Path):
-        self._directory = SHARED_MEMORY / f"{prefix(run_dir)}sender{sender}"
-        self._index = 0
-        self._file: Path | None = None
+        self._sender, self._directory = f"{run_dir}:{sender}", SHARED_MEMORY / f"{prefix(run_dir)}sender{sender}"
+        self._file = self._directory / BUCKET_FILE
 
     def _make_directory(self) -> None:
         """A fresh directory for this user only; another process of this number may have left one of the same name."""
@@ -140,27 +140,25 @@ class SharedMemoryTransport:
     def open(self, workers: int) -> SharedMemoryAddress:
         """Names the directory; an engine that cannot see it is on another machine, and says so."""
         self._make_directory()
-        return SharedMemoryAddress(str(self._directory))
+        return SharedMemoryAddress(self._sender, str(self._directory))
 
     def join(self) -> None:
         """Nothing to wait for: files need no peer."""
 
     def send(self, bucket: Bucket) -> BucketHeader:
         """Writes the bucket's file, complete when this returns."""
-        self._file = self._directory / f"{self._index:06d}.safetensors"
-        self._index += 1
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket.tensors}
         try:
+            # A new file: engines may still map what was written under this name before.
+            self._file.unlink(missing_ok=True)
             save_file(tensors, self._file)
         except Exception as error:
             raise RolloutError(f"cannot write a weight bucket to {self._file}: {error}") from error
-        return BucketHeader(bucket.layout(), BucketFile(str(self._file)))
+        return BucketHeader(bucket.layout(), BucketFile(self._sender))
 
     def sent(self) -> None:
         """Deletes the file; engines that still map it keep its pages."""
-        assert self._file is not None
         self._file.unlink()
-        self._file = None
 
     def close(self) -> None:
         """Removes the directory and whatever is in it."""

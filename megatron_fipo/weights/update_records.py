@@ -38,6 +38,13 @@ class Join(msgspec.Struct, frozen=True):
     workers: int
 
 
+class Part(msgspec.Struct, frozen=True):
+    """Rank 0 to a sender: what it has to do in this update."""
+
+    sends: bool
+    """False: no engine is beside it, and it only gathers."""
+
+
 class Opened(msgspec.Struct, frozen=True):
     """A sender's answer: where its transport can be joined."""
 

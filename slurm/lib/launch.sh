@@ -48,7 +48,7 @@ alone() {
 }
 
 # The values that launch/job.py prints.
-trainer_nodes=0 rollout_nodes=0 gpus_per_node=0 max_retries=0 start_timeout_s=0 run_directory=
+trainer_nodes=0 rollout_nodes=0 shared_nodes=0 gpus_per_node=0 max_retries=0 start_timeout_s=0 run_directory=
 
 # Check the overrides, and find out how many nodes of each kind they need.
 read_job() {
@@ -56,7 +56,7 @@ read_job() {
   facts=$(alone "$python" -m megatron_fipo.launch.job "$@") || exit $?
   while IFS='=' read -r name value; do
     case $name in
-      trainer_nodes | rollout_nodes | gpus_per_node | max_retries | start_timeout_s | run_directory)
+      trainer_nodes | rollout_nodes | shared_nodes | gpus_per_node | max_retries | start_timeout_s | run_directory)
         printf -v "$name" '%s' "$value"
         ;;
       *) die 2 "only overrides (section.name=value) can be given to this script, not: $*" ;;
@@ -145,18 +145,27 @@ check_nodes() {
   }
 }
 
+# Set server_nodes to the nodes that run servers: nodes of their own, or all nodes of the trainer, whose GPUs they share.
+choose_server_nodes() {
+  if [ "$shared_nodes" -gt 0 ]; then
+    server_nodes=("${good_nodes[@]:0:shared_nodes}")
+  else
+    server_nodes=("${good_nodes[@]:trainer_nodes:rollout_nodes}")
+  fi
+}
+
 start_servers() {
   addresses=$run_directory/addresses
   rm -rf "$addresses"
   mkdir -m 700 "$addresses"
   # If one node ends, the others continue: the trainer uses the remaining servers.
-  FIPO_ADDRESSES=$addresses step --kill-on-bad-exit=0 --nodes="$rollout_nodes" --ntasks="$rollout_nodes" --ntasks-per-node=1 \
-    --nodelist="$(join "${good_nodes[@]:trainer_nodes:rollout_nodes}")" --label \
+  FIPO_ADDRESSES=$addresses step --kill-on-bad-exit=0 --nodes="${#server_nodes[@]}" --ntasks="${#server_nodes[@]}" \
+    --ntasks-per-node=1 --nodelist="$(join "${server_nodes[@]}")" --label \
     --output="$run_directory/logs/rollout-%N.log" \
     "$python" -m megatron_fipo.launch.rollout_node "$@" 2>"$run_directory/logs/rollout.err" &
   servers=$!
   local deadline=$((SECONDS + start_timeout_s + 60)) silent
-  until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "$rollout_nodes" ]; do
+  until [ "$(find "$addresses" -type f ! -name '.*' | wc -l)" -eq "${#server_nodes[@]}" ]; do
     if [ -n "$stopping" ]; then return 1; fi
     if ! kill -0 "$servers" 2>/dev/null || failed_task rollout >/dev/null; then
       rollout_failure
@@ -164,7 +173,7 @@ start_servers() {
     fi
     if [ "$SECONDS" -gt "$deadline" ]; then
       mapfile -t silent < <(silent_nodes)
-      say "rollout nodes whose servers did not answer in time: ${silent[*]}"
+      say "nodes whose servers did not answer in time: ${silent[*]}"
       remember_failed "${silent[@]}"
       return 1
     fi
@@ -172,10 +181,10 @@ start_servers() {
   done
 }
 
-# Print the rollout nodes that have not written their servers' addresses.
+# Print the nodes that have not written their servers' addresses.
 silent_nodes() {
   local node
-  for node in "${good_nodes[@]:trainer_nodes:rollout_nodes}"; do
+  for node in "${server_nodes[@]}"; do
     [ -e "$addresses/$node" ] || printf '%s\n' "$node"
   done
 }
@@ -231,7 +240,8 @@ attempt() {
   check_nodes || return
   printf '%s\n' "${good_nodes[@]}" >"$run_directory/nodes.txt"
   servers=
-  if [ "$rollout_nodes" -gt 0 ]; then
+  choose_server_nodes
+  if [ "${#server_nodes[@]}" -gt 0 ]; then
     start_servers "$@" || {
       stop_servers
       return 1

@@ -102,6 +102,16 @@ def test_what_needs_cuda_is_refused_without(command_line: str, key: str, remedy:
     with pytest.raises(ConfigError) as refusal:
         checks_here.check_here(load_config(command_line.split()))
     assert refusal.value.key == key and remedy in refusal.value.remedy
+    # A job's script checks where there need not be a GPU.
+    assert checks_here.check_here(load_config(command_line.split()), on_login_node=True) == []
+
+
+def test_servers_on_every_node_are_refused_outside_of_a_job() -> None:
+    """Only the job's script starts them, so nobody would answer; preflight, which starts nothing, takes them."""
+    overrides = ["rollout.shared_gpu=true", "rollout.servers=0"]
+    with pytest.raises(ConfigError, match=r"rollout.addresses: .*are started by a Slurm job's script"):
+        judge(*overrides, local=True)
+    assert judge(*overrides) == []
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,27 @@ def test_a_run_on_one_gpu_with_transformer_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("layout", "servers"),
+    [
+        ("parallel.pipeline=2", "rollout.servers=2"),
+        ("parallel.tensor=2 parallel.pipeline=1", "rollout.servers=1 rollout.tensor_parallel=2"),
+        ("parallel.data=2 parallel.pipeline=1", "rollout.servers=1"),
+    ],
+    ids=["two stages, two servers", "one server on both", "one GPU without a server"],
+)
+def test_a_run_in_turns_on_two_gpus_with_weights_over_cuda_ipc(layout: str, servers: str, tmp_path: Path) -> None:
+    """Each engine worker gets the whole model from the rank on its GPU; checksums and probe compare it."""
+    shared = ("rollout=shared_gpu", "rollout.weight_transfer=cuda_ipc", f"rollout.gpu_memory_utilization={SHARE}")
+    precision = ("model.layers=local", "model.dtype=bfloat16", "rollout.dtype=bfloat16", "rollout.checksum_every=1")
+    overrides = (*runs.SMALL, *shared, *precision, *layout.split(), *servers.split(), "checkpoint.every=1")
+    runs.run(tmp_path, *overrides, timeout_s=600)
+    rows = runs.rows(tmp_path)
+    assert all(row["weights_checked"] > 20 and row["log_prob_diff_mean"] < 0.1 for row in rows)
+    assert all(row["probe_diff_max"] < 0.3 for row in rows)
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_a_run_on_two_gpus_with_weights_over_nccl(tmp_path: Path) -> None:
     overrides = (*runs.SMALL, *BFLOAT16, "rollout.weight_transfer=process_group", "rollout.checksum_every=1")
     runs.run(tmp_path, *overrides, timeout_s=600)

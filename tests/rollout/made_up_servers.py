@@ -13,6 +13,9 @@ from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import VOCABULARY, serving_pool
 from tests.rollout.made_up_answers import VERSION, Server
 
+ABOUT = b'{"world_size": 1, "weight_version": "0", "results": [{"machine": "here"}]}'
+"""What it says to whatever it is asked about itself."""
+
 
 @contextmanager
 def client_of(
@@ -28,7 +31,7 @@ def client_of(
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                content = b'{"world_size": 1, "weight_version": "0"}'
+                content = ABOUT
                 if self.path == GENERATE_PATH:
                     content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
                 elif silent.get(index, 0):
@@ -38,7 +41,7 @@ def client_of(
                 self._send(content)
 
             def do_GET(self) -> None:
-                self._send(b'{"world_size": 1, "weight_version": "0"}')
+                self._send(ABOUT)
 
             def _send(self, content: bytes) -> None:
                 self.send_response(200)

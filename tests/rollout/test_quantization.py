@@ -18,6 +18,7 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.sample import Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import WeightPublisher, open_publisher
 from tests.rollout.engines import (
     forward_log_probs,
@@ -85,7 +86,9 @@ def test_an_update_quantises_as_the_start_does(
     log = pool.servers[0].log
     assert log is not None and "quantization=fp8_per_channel" in log.path.read_text()
     with EngineGenerator(pool) as client:
-        publisher = open_publisher(_config(), client.control, number=0, senders=1, sends=True, run_dir=tmp_path)
+        publisher = open_publisher(
+            _config(), client.control, number=0, senders=Senders(1), sends=True, run_dir=tmp_path
+        )
         at_start = _responses(client)
         _publish(publisher, models["large"], version=1)
         large = _responses(client)

@@ -32,6 +32,7 @@ from megatron_fipo.engines.generate_messages import (
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import FrameReader
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import WeightPublisher
 from megatron_fipo.weights.transports import make_transport
 from tests.rollout.engines import CACHED_PROMPT, problems, rollout_config, save_tiny_model
@@ -120,7 +121,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             EngineControl(pool),
             TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
             number=0,
-            senders=1,
+            senders=Senders(1),
             timeout_s=60.0,
             begin_timeout_s=60.0,
         )

@@ -14,6 +14,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.costs import parameter_counts
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.sizing.estimate import Estimate, estimate, model_directory, one_node, remedies
 from megatron_fipo.sizing.memory import GIB
@@ -36,15 +37,34 @@ def notes_of(*overrides: str) -> list[str]:
 
 
 def test_a_server_on_the_trainers_gpu_is_counted() -> None:
-    """Qwen2.5-Math-7B on 8 GPUs keeps 21.3 GiB of each, and a server with 0.95 of 79.6 GiB is beside that."""
+    """While it samples nothing of the trainer is on the GPU: 0.95 of 79.6 GiB do not fit into 74.6, and 0.9 do."""
     _, _, apart = told("experiment=fipo_7b", *ONE_NODE, "rollout.servers=1")
     assert apart.fits and apart.fullest.server == 0, "the control: the same trainer alone"
     config, model_config, found = told("experiment=fipo_7b", *SHARED, "rollout.gpu_memory_utilization=0.95")
-    assert found.fullest.total == pytest.approx(apart.fullest.always + 0.95 * 79.6 * GIB, abs=2)
-    assert 96 * GIB < found.fullest.total < 98 * GIB and not found.fits
+    assert found.fullest.total == pytest.approx(0.95 * 79.6 * GIB, abs=2) and not found.fits
+    assert told("experiment=fipo_7b", *SHARED, "rollout.gpu_memory_utilization=0.9")[2].fits
     (remedy,) = [text for text in remedies(config, model_config) if text.startswith("rollout.gpu_memory_utilization=")]
     share = remedy.split(":")[0]
     assert told("experiment=fipo_7b", *SHARED, share)[2].fits
+
+
+def test_what_leaves_the_gpus_has_to_fit_into_the_hosts_memory() -> None:
+    """By hand: 32B with TP 8 × PP 4 over 16 nodes of 8 has 4 replicas, so a rank has 2 + 12 / 4 bytes per parameter."""
+    start = ["experiment=fipo_32b", "rollout=colocated", "cluster.trainer_nodes=16", "cluster.rollout_nodes=0"]
+    _, model_config, found = told(*start)
+    assert found.fits and found.world_size == 128
+    ranks = 8 * max(stage.parameters for stage in found.stages) * (2 + 12 / 4)
+    servers = 8 * parameter_counts(model_config)[0] * 2 / 4
+    assert found.host_bytes == pytest.approx(ranks + servers, rel=1e-6)
+    assert 160 * GIB < found.host_bytes < 170 * GIB
+    # A server has the GPU to itself: beside the trainer's state it would not fit.
+    _, _, most = told(*start, "rollout.gpu_memory_utilization=0.9")
+    assert most.fullest.server + most.fullest.always > most.usable_bytes > most.fullest.total
+    assert told(*start, "hardware.host_memory_gib=170")[2].fits
+    assert told(*start, "hardware.host_memory_gib=null")[2].fits
+    with pytest.raises(ConfigError, match=r"rollout.shared_gpu: a node's host has to hold 16\d GiB .* and has 160"):
+        told(*start, "hardware.host_memory_gib=160")
+    assert told("experiment=fipo_32b")[2].host_bytes == 0, "the control: nothing leaves GPUs that are not shared"
 
 
 def test_only_stages_on_a_servers_gpus_pay_for_it() -> None:
@@ -79,6 +99,14 @@ def test_32b_gets_none_since_its_optimizer_alone_fills_a_node() -> None:
     [
         (["experiment=fipo_7b"], "4 rollout servers on 2 nodes of their own"),
         (["experiment=fipo_7b", *SHARED], "8 rollout servers on 8 of the trainer's GPUs, in turns"),
+        (
+            ["experiment=fipo_7b", *ONE_NODE, "rollout=colocated"],
+            "2 rollout servers on the node of the trainer, in turns",
+        ),
+        (
+            ["experiment=fipo_32b", "rollout=colocated", "cluster.trainer_nodes=16", "cluster.rollout_nodes=0"],
+            "32 rollout servers on all nodes of the trainer, in turns",
+        ),
         (["experiment=fipo_7b", *ONE_NODE, "rollout.servers=2"], "2 rollout servers beside the trainer"),
         (["experiment=fipo_7b", *ONE_NODE, "rollout.addresses=[http://a:80]"], "1 rollout server that already runs"),
     ],
@@ -105,7 +133,15 @@ def test_idle_gpus_and_servers_without_gpus_are_told() -> None:
     (idle,) = notes_of("experiment=fipo_7b", *SHARED, "rollout.servers=1")
     assert "1 of 8 trainer GPUs sample" in idle and "rollout.servers=8 samples on 8" in idle
     (far,) = notes_of("experiment=fipo_7b", *SHARED, "cluster.trainer_nodes=2")
-    assert "8 of 16 trainer GPUs sample" in far and "only on the first node" in far
+    assert "8 of 16 trainer GPUs sample" in far and "rollout.servers=0 has the job start servers on every node" in far
+    six = [
+        "hardware.gpus_per_node=null",
+        "cluster.gpus_per_node=6",
+        "cluster.trainer_nodes=2",
+        "cluster.rollout_nodes=0",
+    ]
+    (odd,) = notes_of("experiment=fipo_7b", *six, "rollout=colocated")
+    assert "2 of a node's 6 GPUs do not sample" in odd
     (none,) = notes_of("experiment=fipo_7b", *ONE_NODE, "rollout.servers=2")
     assert "beside the trainer's 8, but a node has 8" in none
     assert notes_of("experiment=fipo_7b", *SHARED) == [], "the control"
@@ -134,12 +170,12 @@ def test_what_has_no_gpus_or_no_fp8_is_refused(overrides: list[str], key: str, m
 
 
 def test_the_commands_of_the_cluster_page_fit() -> None:
-    """Those for nodes of four GPUs and for one node, on an H100, as the page says."""
+    """Those for nodes of four GPUs, for all GPUs in turns, and for one node, on an H100, as the page says."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^    slurm/(\w+)\.sh((?: +\S+=\S+){3,})", page, re.MULTILINE)
-    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_7b"]
-    for (experiment, overrides), gpus in zip(commands, (4, 8), strict=True):
+    assert [experiment for experiment, _ in commands] == ["fipo_32b", "fipo_32b", "fipo_7b"]
+    for (experiment, overrides), gpus in zip(commands, (4, 8, 8), strict=True):
         start = [f"experiment={experiment}", f"cluster.gpus_per_node={gpus}", *overrides.split()]
         assert told(*start)[2].fits and notes_of(*start) == []
     proposed = one_node(*told("experiment=fipo_7b")[:2])
-    assert proposed is not None and proposed[0].split() == commands[1][1].split()
+    assert proposed is not None and proposed[0].split() == commands[2][1].split()

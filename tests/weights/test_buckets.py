@@ -16,7 +16,14 @@ from megatron_fipo.processes.leftovers import SHARED_MEMORY, remove_outside
 from megatron_fipo.weights.bucket_layout import BucketLayout
 from megatron_fipo.weights.buckets import Bucket, checksum, unpack
 from megatron_fipo.weights.transfer_plan import cut_by_size
-from megatron_fipo.weights.transport_records import BucketFile, BucketHeader, SharedMemoryAddress, from_wire, to_wire
+from megatron_fipo.weights.transport_records import (
+    BUCKET_FILE,
+    BucketFile,
+    BucketHeader,
+    SharedMemoryAddress,
+    from_wire,
+    to_wire,
+)
 from megatron_fipo.weights.transports import WeightTransport, make_transport
 from tests.rollout.engines import rollout_config
 
@@ -103,13 +110,13 @@ def test_shared_memory_is_private_and_cleaned_up_at_start_and_end(tmp_path: Path
     transport = make_transport(config, 0, tmp_path)
     directory = _directory(transport)
     assert directory.parent == SHARED_MEMORY and directory.stat().st_mode & 0o777 == 0o700
-    path = _sent(transport)
+    path = _sent(transport, directory)
     assert path.is_file()
     # A run that was killed here leaves the file; the next start of the same run removes it.
     transport = make_transport(config, 0, tmp_path)
     transport.open(1)
     assert list(directory.iterdir()) == []
-    path = _sent(transport)
+    path = _sent(transport, directory)
     transport.sent()
     assert not path.exists()
     killed = _directory(make_transport(config, 1, tmp_path))
@@ -125,7 +132,7 @@ def _directory(transport: WeightTransport) -> Path:
     return Path(address.directory)
 
 
-def _sent(transport: WeightTransport) -> Path:
+def _sent(transport: WeightTransport, directory: Path) -> Path:
     place = transport.send(Bucket(_named(4))).place
     assert isinstance(place, BucketFile)
-    return Path(place.path)
+    return directory / BUCKET_FILE

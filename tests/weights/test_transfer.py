@@ -30,6 +30,7 @@ from megatron_fipo.engines.server_process import shared_files
 from megatron_fipo.errors import RolloutError, WeightError
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.buckets import Bucket
+from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import WeightPublisher
 from megatron_fipo.weights.transport_records import BucketHeader
 from megatron_fipo.weights.transports import SharedMemoryTransport, make_transport
@@ -80,7 +81,7 @@ class Trainer:
                 self.client.control if rank == 0 else None,
                 store,
                 number=rank // 2,
-                senders=2,
+                senders=Senders(2),
                 timeout_s=config.update_timeout_s,
                 begin_timeout_s=30.0,
                 checksum_every=CHECKSUM_EVERY,

@@ -7,8 +7,9 @@ Two real vLLM servers on the CPU, which get a transformers model. Not covered: t
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from megatron_fipo.engines.states import Server, State
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.policy.weight_probe import beyond, mean_difference, probe_tokens
 from megatron_fipo.weights.deadline import Deadline
-from megatron_fipo.weights.publisher import WeightPublisher
+from megatron_fipo.weights.local_senders import Senders
+from megatron_fipo.weights.publisher import SharedGpu, WeightPublisher
+from megatron_fipo.weights.transport_records import WorkerPlace
 from megatron_fipo.weights.transports import make_transport
 from tests.rollout.engines import VOCABULARY, rollout_config, save_tiny_model
 from tests.weights.whole import WholeWeights
@@ -39,15 +42,18 @@ LIMIT = 0.05
 """rollout.log_prob_diff_stop in fp32."""
 
 
-def _publisher(pool: EnginePool, run_dir: Path) -> WeightPublisher:
+def _publisher(
+    pool: EnginePool, run_dir: Path, places: tuple[WorkerPlace, ...] | None = None, shared_gpu: SharedGpu | None = None
+) -> WeightPublisher:
     return WeightPublisher(
         make_transport(pool.config, 0, run_dir),
         EngineControl(pool),
         HashStore(),
         number=0,
-        senders=1,
+        senders=Senders(1 if places is None else len(places), places),
         timeout_s=60.0,
         begin_timeout_s=60.0,
+        shared_gpu=shared_gpu,
     )
 
 
@@ -143,3 +149,51 @@ def test_an_engine_with_another_version_is_lost(engines: Engines) -> None:
     httpx.post(f"{wrong.url}/update_weight_version", json=body, headers=engines.pool.headers, trust_env=False)
     assert list(engines.differences()) == [right.url]
     assert wrong.state is State.LOST and "its weights are of version 99, not 3" in wrong.reason
+
+
+@dataclass
+class Turns:
+    """A rank that shares its GPU, as an update sees it: what it finds when it comes and when it leaves."""
+
+    engines: Engines
+    fails: bool = False
+    seen: list[tuple[str, int, int]] = field(default_factory=list)
+    rank: int = 0
+    ranks: int = 1
+
+    def come(self) -> None:
+        self._see("come")
+
+    def leave(self) -> None:
+        self._see("leave")
+        if self.fails:
+            raise RuntimeError("no memory")
+
+    def _see(self, what: str) -> None:
+        """How many engines wait for weights then, and how many have all of them, under their version."""
+        pool = self.engines.pool
+        waiting = sum(server.state is State.AWAITING_WEIGHTS for server in pool.servers)
+        self.seen.append((what, waiting, pool.weight_version or 0))
+
+
+def test_a_trainer_that_shares_its_gpus_comes_and_leaves_while_engines_wait(engines: Engines, tmp_path: Path) -> None:
+    """It leaves before their caches wake. Each engine has a sender beside it, or nothing is sent."""
+    pool = engines.pool
+    pool.repair()
+    pool.admit()
+    turns, here = Turns(engines), WorkerPlace(socket.gethostname())
+    publisher = _publisher(pool, tmp_path, (here, WorkerPlace("elsewhere")), turns)
+    tensors = WholeWeights(list(engines.model.state_dict().items()))
+    publisher.publish(tensors, version=7)
+    assert turns.seen == [("come", 2, 3), ("leave", 2, 7)]
+    found = engines.differences()
+    assert len(found) == 2 and max(found.values()) < 1e-4
+
+    publisher = _publisher(pool, tmp_path, (here,), Turns(engines, fails=True))
+    with pytest.raises(RolloutError, match="weight update 8: sender 0: RuntimeError: no memory"):
+        publisher.publish(tensors, version=8)
+    assert not pool.serving, "half of the turn: nobody samples"
+
+    publisher = _publisher(pool, tmp_path, (WorkerPlace("elsewhere"),))
+    with pytest.raises(RolloutError, match="no process of the trainer is where an engine worker is"):
+        publisher.publish(tensors, version=9)
