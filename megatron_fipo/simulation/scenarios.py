@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.rollout.admission import Rounds, Window, rounds
+from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window, rounds
 from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.run import Parts
@@ -18,6 +18,8 @@ from megatron_fipo.sizing.timing import rollout_servers
 _GRID = 100
 """Parts of a mean length to which ends of samples are rounded up where a step has many."""
 _MANY_SAMPLES = 1000
+_NO_LIMIT = 2**62
+"""Of rejected groups in a step: what is played does not give up."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,23 @@ class Mode:
 
     name: str
     title: str
-    steps_ahead: int | None
-    """Window's k. None: rounds."""
+    steps_ahead: int = 0
+    """Window's k."""
+    over_sampling: float | None = None
+    """At k = 0: refilled slots. None: rounds."""
     in_turns: bool = False
     """Trainer and engines on the same GPUs."""
 
 
 MODES = (
-    Mode("rounds", "rounds (today)", None),
-    Mode("k0", "window, k = 0", 0),
+    Mode("rounds", "rounds (today)"),
+    Mode("refill", "refilled × 1", over_sampling=1.0),
+    Mode("refill-1.5", "refilled × 1.5", over_sampling=1.5),
     Mode("k1", "window, k = 1", 1),
     Mode("k2", "window, k = 2", 2),
     Mode("k4", "window, k = 4", 4),
-    Mode("colocated-rounds", "colocated, rounds", None, in_turns=True),
-    Mode("colocated-k0", "colocated, k = 0", 0, in_turns=True),
+    Mode("colocated-rounds", "colocated, rounds", in_turns=True),
+    Mode("colocated-refill-1.5", "colocated, refilled × 1.5", over_sampling=1.5, in_turns=True),
 )
 
 
@@ -137,10 +142,13 @@ def part_of(config: Config, engines: int, settings: Settings) -> Part:
     return Part(max(1, round(prompts * fewer / engines)), fewer, engines / fewer)
 
 
-def admission(mode: Mode, config: Config, part: Part) -> Rounds | Window:
+def admission(mode: Mode, config: Config, part: Part) -> Admission:
     """The mode's admission, over the part's prompts."""
-    if mode.steps_ahead is not None:
+    if mode.steps_ahead:
         return Window(part.prompts, mode.steps_ahead)
+    if mode.over_sampling is not None:
+        carries = config.algorithm.filter_groups.surplus == "carry"
+        return Refill(part.prompts, mode.over_sampling, _NO_LIMIT, carries)
     whole = rounds(config.algorithm)
     batch = max(1, round(whole.batch * part.prompts / whole.prompts_per_step))
     return Rounds(part.prompts, batch, whole.most_rounds, whole.carries_surplus)
@@ -160,6 +168,7 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
         admission=admission(mode, config, part),
         engines=_engines(placement, model_config, settings, part),
         places=engine_size(config, model_config, settings).places,
+        prompts=part.prompts,
         samples=samples,
         trainer=trainer,
         weights_s=costs.weights_s() + (_switch_s(placement, settings) if mode.in_turns else 0.0),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_fipo.rollout.admission import Rounds, Window
+from megatron_fipo.rollout.admission import Admission, Rounds
 from megatron_fipo.simulation.costs import EngineSize, MeasuredDecoding
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.lengths import Lengths
@@ -35,7 +35,7 @@ class Costly:
 
 
 def scene(
-    admission: Rounds | Window,
+    admission: Admission,
     engines: int = 2,
     places: int = 8,
     cache_tokens: float = float("inf"),
@@ -48,6 +48,7 @@ def scene(
         admission=admission,
         engines=[Engine(costs or Costly(), size, SETTINGS.prompt, 1 / SAMPLES, 1, 1.0) for _ in range(engines)],
         places=places,
+        prompts=PROMPTS,
         samples=SAMPLES,
         trainer=lambda tokens, sequences: (trainer_s / 3, 2 * trainer_s / 3),
         weights_s=0.5,
