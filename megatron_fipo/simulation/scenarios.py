@@ -31,7 +31,7 @@ class Mode:
     steps_ahead: int = 0
     """Window's k."""
     over_sampling: float | None = None
-    """At k = 0: refilled slots. None: rounds."""
+    """None: rounds at k = 0, else 1."""
     in_turns: bool = False
     """Trainer and engines on the same GPUs."""
 
@@ -39,12 +39,14 @@ class Mode:
 MODES = (
     Mode("rounds", "rounds (today)"),
     Mode("refill", "refilled × 1", over_sampling=1.0),
-    Mode("refill-1.5", "refilled × 1.5", over_sampling=1.5),
+    Mode("refill-2", "refilled × 2", over_sampling=2.0),
     Mode("k1", "window, k = 1", 1),
+    Mode("k1-2", "window, k = 1, × 2", 1, over_sampling=2.0),
     Mode("k2", "window, k = 2", 2),
+    Mode("k2-2", "window, k = 2, × 2", 2, over_sampling=2.0),
     Mode("k4", "window, k = 4", 4),
     Mode("colocated-rounds", "colocated, rounds", in_turns=True),
-    Mode("colocated-refill-1.5", "colocated, refilled × 1.5", over_sampling=1.5, in_turns=True),
+    Mode("colocated-refill-2", "colocated, refilled × 2", over_sampling=2.0, in_turns=True),
 )
 
 
@@ -145,7 +147,7 @@ def part_of(config: Config, engines: int, settings: Settings) -> Part:
 def admission(mode: Mode, config: Config, part: Part) -> Admission:
     """The mode's admission, over the part's prompts."""
     if mode.steps_ahead:
-        return Window(part.prompts, mode.steps_ahead)
+        return Window(part.prompts, mode.steps_ahead, over_sampling=mode.over_sampling or 1.0)
     if mode.over_sampling is not None:
         carries = config.algorithm.filter_groups.surplus == "carry"
         return Refill(part.prompts, mode.over_sampling, _NO_LIMIT, carries)

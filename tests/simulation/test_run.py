@@ -18,7 +18,8 @@ from megatron_fipo.simulation.settings import Troubles
 from tests.simulation.scenes import PROMPTS, SAMPLES, SETTINGS, WITH_TROUBLES, Costly, played, rounds, scene
 
 REFILLS = [Refill(PROMPTS, over, 10**9, carries) for over in (1.0, 1.5) for carries in (True, False)]
-ADMISSIONS = [rounds(), rounds("drop"), *REFILLS, *(Window(PROMPTS, k) for k in (0, 1, 2, 4))]
+WINDOWS = [*(Window(PROMPTS, k) for k in (0, 1, 2, 4)), *(Window(PROMPTS, k, over_sampling=2.0) for k in (1, 2))]
+ADMISSIONS = [rounds(), rounds("drop"), *REFILLS, *WINDOWS]
 
 
 @pytest.mark.parametrize("troubles", [Troubles(), WITH_TROUBLES], ids=["sound", "failing"])
