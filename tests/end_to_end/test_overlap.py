@@ -2,7 +2,7 @@
 
 Why: what overlaps is lost, or trained on twice, at moments that no test of a part has: a weight update under running
 requests, a checkpoint in the middle of samples, a server that dies while nobody waits for it. That no schedule breaks
-the bound is tests/rollout/test_ledger.py, hundreds of kills tests/rollout/test_collector.py, learning and speed
+the bound is tests/rollout/test_ledger.py, hundreds of kills tests/rollout/test_collector_kills.py, learning and speed
 docs/overlap.md. Not covered: CUDA, several machines.
 """
 
