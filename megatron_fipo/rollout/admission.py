@@ -32,6 +32,10 @@ class Take:
 class Admission(Protocol):
     """Decides by the ledger alone, and changes nothing."""
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Tickets of a full batch."""
+
     def admit(self, ledger: Ledger) -> int:
         """Tickets to open now."""
 

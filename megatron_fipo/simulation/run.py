@@ -51,8 +51,6 @@ class Parts:
     engines: list[Engine]
     places: int
     """Of one engine."""
-    prompts: int
-    """Of one step."""
     samples: int
     """Of one prompt."""
     trainer: Callable[[float, int], tuple[float, float]]
@@ -150,7 +148,7 @@ class Simulation:
     def _take(self, now: float) -> None:
         admission = self._parts.admission
         # As above: without rounds, a batch is full of READY tickets.
-        if not isinstance(admission, Rounds) and self._ready < self._parts.prompts:
+        if not isinstance(admission, Rounds) and self._ready < admission.prompts_per_step:
             return
         if (take := admission.take(self._ledger)) is None:
             return

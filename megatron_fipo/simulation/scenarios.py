@@ -170,7 +170,6 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
         admission=admission(mode, config, part),
         engines=_engines(placement, model_config, settings, part),
         places=engine_size(config, model_config, settings).places,
-        prompts=part.prompts,
         samples=samples,
         trainer=trainer,
         weights_s=costs.weights_s() + (_switch_s(placement, settings) if mode.in_turns else 0.0),

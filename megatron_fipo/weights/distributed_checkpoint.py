@@ -32,6 +32,7 @@ from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.models.parameters import EMBEDDING, FUSED_NORMS, Parameter
 from megatron_fipo.models.rules import LAYER_PREFIX
 from megatron_fipo.weights.checkpoint_metadata import read_metadata
+from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.formats import METADATA
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
@@ -195,7 +196,7 @@ class CheckpointWriter:
             for parameter in parameters:
                 key, layer = stored_place(parameter)
                 tensor = next(values)
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtype = dtype_name(tensor.dtype)
                 row = tensor if layer is None else tensor[None]
                 entries.append([key, layer, list(row.shape), dtype, *_append(file, row)])
                 del tensor, row

@@ -13,7 +13,7 @@ from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.records.streams import checked
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.admission import Admission
-from megatron_fipo.rollout.collector import Batch, CollectorState, PartSize, RolloutCollector, Sampler
+from megatron_fipo.rollout.collector import Batch, CollectorState, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import differing_accuracies
 from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.seeds import request_seed
@@ -85,7 +85,7 @@ def collector(
     problems: Sequence[Problem] = PROBLEMS,
     *,
     overlaps: bool = False,
-    parts: PartSize | None = None,
+    part_prompts: int | None = None,
 ) -> RolloutCollector:
     prompts = PromptSampler(len(problems), seed=1, shuffle=True)
     sampler = Sampler(engines.work, engines.judged, engines.loop.begin)
@@ -97,7 +97,7 @@ def collector(
         sampler,
         lambda n: request_seed(1, "train", n),
         overlaps=overlaps,
-        parts=parts,
+        part_prompts=part_prompts,
     )
 
 

@@ -15,7 +15,6 @@ from megatron_fipo.data.order import PromptSampler
 from megatron_fipo.errors import DataError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.admission import Refill, Rounds, Window
-from megatron_fipo.rollout.collector import PartSize
 from megatron_fipo.rollout.seeds import request_seed
 from tests.rollout.seeded_engines import (
     PROBLEMS,
@@ -165,13 +164,12 @@ def test_stopped_groups_are_sampled_no_further_and_their_problems_come_next() ->
 def test_parts_are_the_beginning_of_the_batch(kind: str, seed: int) -> None:
     """Whatever is rejected, carried over or broken off on the way."""
     drawn, engines = random.Random(seed), Engines(rejects=0.4)
-    size = PartSize(prompts_per_step=6, prompts=2)
     admission = {
         "rounds": Rounds(6, drawn.randint(1, 9), 50, carries_surplus=True),
         "refill": Refill(6, 1.5, 10**6, carries_surplus=drawn.random() < 0.5),
         "window": Window(6, 1),
     }[kind]
-    rollouts = collector(admission, engines, overlaps=kind == "window", parts=size)
+    rollouts = collector(admission, engines, overlaps=kind == "window", part_prompts=2)
     rollouts.settle(0)
     sizes: list[int] = []
     for step in range(1, 13):

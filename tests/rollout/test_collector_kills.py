@@ -19,6 +19,7 @@ from megatron_fipo.errors import DataError
 from megatron_fipo.records.problem import prompt_ids
 from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window
+from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import State
 from tests.rollout.seeded_engines import (
     PROBLEMS,
@@ -128,15 +129,21 @@ def test_whatever_is_killed_every_prompt_is_trained_once_in_order(kind: str, see
     assert kind != "window" or 0 < max(run.lags) <= k
 
 
-def test_a_resume_samples_no_token_of_the_checkpoint_again(tmp_path: Path) -> None:
-    """Every token that was there is part of what is trained on, whether its sample had ended or not."""
+def in_its_middle() -> tuple[CollectorState, Engines]:
+    """A window of k = 2 after its first step: samples have ended, have begun, and wait."""
     engines = Engines()
     rollouts = begun(Window(2, 2), engines, overlaps=True)
     batch_of(rollouts, engines)
     rollouts.settle(1)
     engines.go_on(9)
-    state = through_files(rollouts.snapshot(), tmp_path / "step", step=1)
-    parts = [part for found in state.begun.values() for part in found.parts.values()]
+    return rollouts.snapshot(), engines
+
+
+def test_a_resume_samples_no_token_of_the_checkpoint_again(tmp_path: Path) -> None:
+    """Every token that was there is part of what is trained on, whether its sample had ended or not."""
+    found, engines = in_its_middle()
+    state = through_files(found, tmp_path / "step", step=1)
+    parts = [part for group in state.begun.values() for part in group.parts.values()]
     there = sum(map(len, parts)) + 4 * len(state.groups)
     assert {type(part) for part in parts} == {Partial, Sample}, "the control"
     engines.die()
@@ -154,13 +161,8 @@ def test_a_resume_samples_no_token_of_the_checkpoint_again(tmp_path: Path) -> No
     assert trained == list(range(2, 8))
 
 
-def test_what_was_begun_with_another_prompt_is_refused(tmp_path: Path) -> None:
-    engines = Engines()
-    rollouts = begun(Window(2, 2), engines, overlaps=True)
-    batch_of(rollouts, engines)
-    rollouts.settle(1)
-    engines.go_on(9)
-    state = rollouts.snapshot()
+def test_what_was_begun_with_another_prompt_is_refused() -> None:
+    state, _ = in_its_middle()
     others = [dataclasses.replace(problem, token_ids=prompt_ids([3])) for problem in PROBLEMS]
     changed = collector(Window(2, 2), Engines(), others, overlaps=True)
     with pytest.raises(DataError, match=r"was begun with another prompt of the problem p\d than the data has now"):

@@ -48,7 +48,6 @@ def scene(
         admission=admission,
         engines=[Engine(costs or Costly(), size, SETTINGS.prompt, 1 / SAMPLES, 1, 1.0) for _ in range(engines)],
         places=places,
-        prompts=PROMPTS,
         samples=SAMPLES,
         trainer=lambda tokens, sequences: (trainer_s / 3, 2 * trainer_s / 3),
         weights_s=0.5,
