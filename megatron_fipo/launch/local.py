@@ -216,7 +216,7 @@ class _Watch:
     def run(self) -> int:
         while self._living():
             # The kernel merges the SIGCHLDs of ranks that end at the same time, so check at least once per second.
-            event = signal.sigtimedwait(self.watched, min(1.0, self._grace_left()))
+            event = _signal_within(self.watched, min(1.0, self._grace_left()))
             self._note_failures(event.si_pid if event is not None and event.si_signo == signal.SIGCHLD else None)
             self._reap_orphans()
             if event is not None and event.si_signo != signal.SIGCHLD:
@@ -252,7 +252,7 @@ class _Watch:
         failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, STOPPED)]
         if not failed or self.stopping_since is not None:
             return
-        if ended_pid is None and (event := signal.sigtimedwait({signal.SIGCHLD}, 0)) is not None:
+        if ended_pid is None and (event := _signal_within({signal.SIGCHLD}, 0)) is not None:
             # Several ended since the wait. The signal describes the first of them.
             ended_pid = event.si_pid
         self.first_failure = next((rank for rank in failed if rank.process.pid == ended_pid), failed[0])
@@ -284,7 +284,7 @@ class _Watch:
         kill_descendants(besides=self.older_children)
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while self._living() and time.monotonic() < deadline:
-            signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+            _signal_within({signal.SIGCHLD}, 0.1)
         if self._living():
             raise FipoError(f"{_names(self._living())} outlived SIGKILL by {_KILL_TIMEOUT_S:.0f} s")
 
@@ -313,6 +313,13 @@ class _Watch:
     def _reasons(self) -> list[Reason]:
         """Return the reasons that ranks have reported so far."""
         return [reason for rank in self.ranks if (reason := rank.listener.heard())]
+
+
+def _signal_within(watched: Set[int], seconds: float) -> signal.struct_siginfo | None:
+    """Wait for a blocked signal; None if none comes."""
+    event = signal.sigtimedwait(watched, seconds)
+    # Python 3.11 to 3.13 return memory that nobody has set if the time is over when this process is continued.
+    return event if event is not None and event.si_signo in watched else None
 
 
 def _tail(rank: _Rank) -> str:

@@ -329,6 +329,19 @@ with refusals_in_one_line():
 
 
 @starts_processes
+def test_a_launcher_that_was_suspended_goes_on(start):
+    """As by Ctrl-Z and fg. Python's sigtimedwait returns a signal that there is not when its time is over by then."""
+    launched = start(1, "started(); time.sleep(4)")
+    launched.wait_until_started()
+    for _ in range(2):
+        launched.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.1)
+        launched.process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    assert launched.finish() == (0, "", "")
+
+
+@starts_processes
 def test_killing_the_launcher_leaves_no_rank(start):
     launched = start(3, "started(); time.sleep(60)")
     launched.wait_until_started()
