@@ -54,7 +54,7 @@ _MODELS_HEADER = """\
 <!-- Written by tools/reference.py from megatron_fipo/models/families/ and models/keys.py. -->
 
 Give a model by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
-distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below are supported. Each
+distributed checkpoint with config.json and tokenizer beside it. Models of the families below are supported. Each
 family is declared in one file in `megatron_fipo/models/families/` ([how to add one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and

@@ -15,6 +15,7 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.algorithm_names import label
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_environment import environment
+from megatron_fipo.config.checks_experts import check_expert_ranks, experts
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
@@ -43,7 +44,19 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
     directory, the problem files, servers to sample from and their token.
     """
     check_values(config)
-    judges = (_layout, precision, _batches, _algorithm, _sampling, _service, data, environment, reward, _schedule)
+    judges = (
+        _layout,
+        experts,
+        precision,
+        _batches,
+        _algorithm,
+        _sampling,
+        _service,
+        data,
+        environment,
+        reward,
+        _schedule,
+    )
     warnings = [warning for judge in judges for warning in judge(config)]
     _check_world(config, world_size)
     if local:
@@ -98,6 +111,8 @@ def _check_world(config: Config, world_size: int | None) -> None:
             f"{samples} samples per update are too few for {data} data-parallel ranks",
             "a larger mini-batch or fewer ranks",
         )
+    if world_size is not None or parallel.data is not None:
+        check_expert_ranks(config, data)
 
 
 def _batches(config: Config) -> Iterator[str]:

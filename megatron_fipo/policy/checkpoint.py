@@ -38,7 +38,8 @@ _TRAINER_STATE = "trainer.json"
 # The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING}
+# Experts that lie over ranks have an optimizer of their own, whose tensors have the same keys under any layout.
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING, "chained_optim_avoid_prefix": True}
 
 
 def start_saving(

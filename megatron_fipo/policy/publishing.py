@@ -37,9 +37,8 @@ class PolicyPublisher:
         self._publisher = open_publisher(
             config.rollout,
             control,
-            number=self._weights.group.number,
+            groups={part.group.number: part.sends for part in self._weights.own},
             senders=len(self._weights.plan.groups),
-            sends=self._weights.sends,
             run_dir=run_dir,
         )
 
@@ -55,7 +54,7 @@ class PolicyPublisher:
         """
         if self._rollout.shared_gpu:
             platform.release_memory()
-        weights = self._weights if self._weights.is_in_group else None
+        weights = {part.group.number: part for part in self._weights.own}
         while True:
             try:
                 return self._publisher.publish(weights, version).metrics()

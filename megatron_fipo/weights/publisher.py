@@ -6,6 +6,8 @@ Every rank of the trainer calls `publish` (SPMD). Who sends what is the plan's t
 * a *sender* puts the buckets of its group on a transport, gathering the next while the last one travels;
 * the other ranks of a sender's group take part in its gathers. All other ranks wait for the verdict.
 
+A rank may be in two groups, one that sends experts and one that sends the rest.
+
 An update begins with joining all engine workers to every sender's transport when servers have come or gone since the
 last one, or when that one failed. Messages go through a `Mailbox`. Whatever fails, the conductor ends the update with a
 verdict within `rollout.update_timeout_s`, the senders' groups gather to the end so that no gather is left hanging,
@@ -13,7 +15,8 @@ transports are closed, which frees engines that wait in them, and every rank rai
 not failed stay paused until another update succeeds: half-loaded weights must not sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch.distributed import Store
@@ -34,21 +37,19 @@ CANCEL_TIMEOUT_S = 5.0
 
 
 def open_publisher(
-    rollout: RolloutConfig, control: WeightControl | None, *, number: int, senders: int, sends: bool, run_dir: Path
+    rollout: RolloutConfig, control: WeightControl | None, *, groups: Mapping[int, bool], senders: int, run_dir: Path
 ) -> "WeightPublisher":
     """This rank's part of all weight updates of a run.
 
     Args:
         control: given on global rank 0, None elsewhere.
-        number: of the sender's group that this rank's weights belong to, out of `senders`.
-        sends: whether this rank is its sender.
+        groups: by the numbers of the sender's groups that this rank is in, out of `senders`, whether it sends.
         run_dir: the run's directory, by whose name what is left of a killed run is found.
     """
     return WeightPublisher(
-        make_transport(rollout, number, run_dir) if sends else None,
+        {number: make_transport(rollout, number, run_dir) if sends else None for number, sends in groups.items()},
         control,
         trainer_store(),
-        number=number,
         senders=senders,
         timeout_s=rollout.update_timeout_s,
         begin_timeout_s=rollout.start_timeout_s + rollout.update_timeout_s,
@@ -61,33 +62,33 @@ class WeightPublisher:
 
     def __init__(
         self,
-        transport: WeightTransport | None,
+        transports: Mapping[int, WeightTransport | None],
         control: WeightControl | None,
         store: Store,
         *,
-        number: int,
         senders: int,
         timeout_s: float,
         begin_timeout_s: float,
         checksum_every: int = 0,
     ):
-        """`transport` is a sender's. `timeout_s` is for an update from when rank 0 begins it.
+        """`transports` has the numbers of this rank's groups, with a transport where it is the sender.
 
+        `timeout_s` is for an update from when rank 0 begins it.
         `begin_timeout_s` is for the other ranks until then. Versions that are multiples of `checksum_every` are sent
         with checksums; 0 is never.
         """
-        self._transport, self._control, self._store = transport, control, store
-        self._number, self._senders = number, senders
+        self._transports, self._control, self._store = dict(transports), control, store
+        self._senders = senders
         self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
         self._checksum_every = checksum_every
         self._updates = 0
         self._joined_roster: int | None = None
 
-    def publish(self, weights: GroupWeights | None, version: int) -> Published:
+    def publish(self, weights: Mapping[int, GroupWeights], version: int) -> Published:
         """Hand the weights to all engines as `version`, by which their responses are labelled from then on.
 
         Args:
-            weights: of this rank's sender's group; None on a rank that is in none.
+            weights: of each of this rank's groups.
 
         Raises, on every rank alike; it may be called again then:
             RolloutError: engines failed, or the deadline has passed.
@@ -107,11 +108,12 @@ class WeightPublisher:
         return verdict.published
 
     def close(self) -> None:
-        """Releases the transport; the next update would open it again."""
-        if self._transport is not None:
-            self._transport.close()
+        """Releases the transports; the next update would open them again."""
+        for transport in self._transports.values():
+            if transport is not None:
+                transport.close()
 
-    def _update(self, mailbox: Mailbox, weights: GroupWeights | None, version: int) -> Verdict:
+    def _update(self, mailbox: Mailbox, weights: Mapping[int, GroupWeights], version: int) -> Verdict:
         """One update on this rank, up to its verdict."""
         what = f"weight update {version}"
         begin = self._begin(mailbox, what)
@@ -150,18 +152,25 @@ class WeightPublisher:
         return begin
 
     def _take_part(
-        self, mailbox: Mailbox, deadline: Deadline, weights: GroupWeights | None, *, join: bool, check: bool
+        self, mailbox: Mailbox, deadline: Deadline, weights: Mapping[int, GroupWeights], *, join: bool, check: bool
     ) -> None:
-        if weights is None:
-            return
-        if self._transport is None:
-            self._or_report(mailbox, lambda: _gather_all(weights))
-            return
-        sender = Sender(self._number, self._transport, weights, mailbox, deadline)
-        self._or_report(mailbox, lambda: sender.run(join=join, check=check))
-        self._or_report(mailbox, sender.gather_the_rest)
+        senders = {
+            number: Sender(number, transport, weights[number], mailbox, deadline)
+            for number, transport in sorted(self._transports.items())
+            if transport is not None
+        }
+        if join:  # all of them before any has its turn
+            for number, sender in senders.items():
+                self._or_report(mailbox, number, sender.join)
+        # In the groups' order: whoever waits in a gather waits for ranks that come to it next.
+        for number in sorted(self._transports):
+            if number in senders:
+                self._or_report(mailbox, number, partial(senders[number].send, check=check))
+                self._or_report(mailbox, number, senders[number].gather_the_rest)
+            else:
+                self._or_report(mailbox, number, partial(_gather_all, weights[number]))
 
-    def _or_report(self, mailbox: Mailbox, work: Callable[[], None]) -> None:
+    def _or_report(self, mailbox: Mailbox, number: int, work: Callable[[], None]) -> None:
         """Runs this rank's part; a failure goes to rank 0, whose verdict raises it on every rank."""
         try:
             work()
@@ -169,7 +178,7 @@ class WeightPublisher:
             return
         except Exception as error:
             text = str(error) if isinstance(error, FipoError) else f"{type(error).__name__}: {error}"
-            mailbox.post(FAILED, Failure(f"sender {self._number}: {text}"))
+            mailbox.post(FAILED, Failure(f"sender {number}: {text}"))
 
 
 def _gather_all(weights: GroupWeights) -> None:

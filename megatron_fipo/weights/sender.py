@@ -42,25 +42,23 @@ class Sender:
         self._mailbox, self._deadline = mailbox, deadline
         self._next = 0
 
-    def run(self, *, join: bool, check: bool) -> None:
-        """Send every bucket, with checksums if `check`; `join` with the engine workers joining first.
+    def join(self) -> None:
+        """Open the transport and wait for the engine workers in it, when it is this sender's turn to.
 
         Raises:
             UpdateAborted: rank 0 has given the update up.
         """
-        if join:
-            self._join()
-        self._send(check)
-
-    def _join(self) -> None:
-        """Open the transport and wait for the engine workers in it."""
         asked = self._wait(f"join/{self._number}", Join, "rank 0 to connect this sender")
         self._mailbox.post(f"opened/{self._number}", Opened(self._transport.open(asked.workers)))
         _run_abandonable(self._transport.join, self._mailbox, self._deadline)
         self._mailbox.post(f"joined/{self._number}", Cue())
 
-    def _send(self, check: bool) -> None:
-        """Send each bucket when the engines have the one before."""
+    def send(self, *, check: bool) -> None:
+        """Send each bucket when the engines have the one before, with checksums if `check`.
+
+        Raises:
+            UpdateAborted: rank 0 has given the update up.
+        """
         totals = Totals()
         # Before the first bucket this sender's turn, before any other the engines' receipt for the last one.
         cue, what = f"turn/{self._number}", "the turn of this sender"

@@ -63,11 +63,12 @@ def publish(servers: list[dict[str, Any]], run_dir: str) -> list[list[dict[str, 
 
 def _update(publisher: PolicyPublisher, version: int, warnings: list[str]) -> dict[str, Any]:
     warnings.clear()
-    gather = publisher._weights.gather
+    part = publisher._weights.parts[0]
+    gather = part.gather
     if version == 2:
-        publisher._weights.gather = lambda index: _changed(gather(index))  # type: ignore[method-assign]
+        part.gather = lambda index: _changed(gather(index))  # type: ignore[method-assign]
     metrics = publisher.publish(version, lambda: False) | publisher.probe()
-    publisher._weights.gather = gather  # type: ignore[method-assign]
+    part.gather = gather  # type: ignore[method-assign]
     return {"metrics": metrics, "warnings": list(warnings)}
 
 

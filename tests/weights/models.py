@@ -52,6 +52,42 @@ SMALL_MODELS = (
     SmallModel("gemma-tied", "Gemma", heads=4, groups=4, vocab=61, tied=True, extra={"head_dim": 16}),
 )
 
+_MOE: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+MOE_MODELS = (
+    SmallModel("qwen3-moe", "Qwen3Moe", heads=8, groups=4, vocab=61, tied=False, extra={**_MOE, "num_experts": 8}),
+    SmallModel(
+        "qwen3-moe-dense-between",
+        "Qwen3Moe",
+        heads=4,
+        groups=4,
+        vocab=50,
+        tied=True,
+        extra={**_MOE, "num_experts": 4, "mlp_only_layers": [2], "norm_topk_prob": True, "head_dim": 16},
+    ),
+    SmallModel(
+        "qwen3-moe-bfloat16",
+        "Qwen3Moe",
+        heads=8,
+        groups=4,
+        vocab=61,
+        tied=False,
+        dtype="bfloat16",
+        extra={**_MOE, "num_experts": 6, "num_experts_per_tok": 3, "decoder_sparse_step": 2},
+    ),
+    SmallModel(
+        "qwen2-moe",
+        "Qwen2Moe",
+        heads=4,
+        groups=4,
+        vocab=61,
+        tied=False,
+        extra={**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 40},
+    ),
+    SmallModel("mixtral", "Mixtral", heads=8, groups=4, vocab=62, tied=False, extra={"num_local_experts": 4}),
+    SmallModel("mixtral-tied", "Mixtral", heads=4, groups=4, vocab=64, tied=True, extra={"num_local_experts": 2}),
+)
+"""With a mixture of experts, in every layer or between dense ones, with and without one that all tokens go to."""
+
 
 def write_model(model: SmallModel, directory: Path) -> Path:
     """Save the model under `directory`/name, with reference.safetensors: tokens and transformers' logits in fp32."""
