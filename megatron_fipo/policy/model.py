@@ -237,11 +237,26 @@ def _build_chunk(
         vp_stage=virtual_stage,
     )
     stretch(chunk.rotary_pos_emb, model_config.rope_scaling)
+    _mark_experts(chunk, config.parallel)
     if model_config.family.scaled_embedding and chunk.pre_process:
         # Rounded to the weights' type first, as transformers and vLLM have it.
         scale = torch.tensor(model_config.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
         chunk.embedding.register_forward_hook(lambda module, inputs, embedded: embedded * scale)
     return chunk
+
+
+def _mark_experts(chunk: GPTModel, parallel: ParallelConfig) -> None:
+    """Have the experts' gradients summed over all ranks that have the same experts.
+
+    Megatron-Core marks them itself where experts are dealt to ranks. Where they are not, but tensor parallelism cuts
+    the rest of the model otherwise, ranks of one tensor-parallel group have the same experts, and each sees a part of
+    the tokens; without the mark the loss is right and the experts' gradients are not.
+    """
+    if parallel.expert_tensor == parallel.tensor:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def _layer_specifications(

@@ -1,5 +1,6 @@
 """Small random models of each architecture, made with transformers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ MOE_MODELS = (
     SmallModel("mixtral-tied", "Mixtral", heads=4, groups=4, vocab=64, tied=True, extra={"num_local_experts": 2}),
 )
 """With a mixture of experts, in every layer or between dense ones, with and without one that all tokens go to."""
+
+
+def by_stored_names(kind: str, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Tensors by the names in a model's file: transformers joins a layer's experts in memory, and renames Mixtral's."""
+    parts = ("w1", "w3", "w2") if kind == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, Any] = {}
+    for name, tensor in named:
+        if kind == "Mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, _, part = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for expert, whole in enumerate(tensor):
+            pieces = zip(parts[:2], whole.chunk(2), strict=True) if part == "gate_up_proj" else [(parts[2], whole)]
+            found |= {f"{prefix}.{expert}.{piece}.weight": value.contiguous() for piece, value in pieces}
+    return found
 
 
 def write_model(model: SmallModel, directory: Path) -> Path:
