@@ -23,6 +23,7 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
 from megatron_fipo.policy.checkpoint_places import newest, step_of
+from megatron_fipo.policy.optimizer import of_this_layout
 from megatron_fipo.policy.optimizer_blocks import SHARDING, in_blocks
 from megatron_fipo.policy.plain_resume import plain_data_only, plain_extra_state
 from megatron_fipo.policy.save_plan import make_plan
@@ -105,13 +106,9 @@ def load(policy: Policy, checkpoint: Path) -> None:
 
 def _restore_optimizer(policy: Policy, loaded: dict[str, Any]) -> None:
     """Fill the optimizer and the learning-rate schedule. Raises nearly anything."""
-    settings = policy.config.optimizer
-    betas = (settings.beta1, settings.beta2)
-    # What the configuration says now, not what it said then.
-    rates = {"max_lr": settings.lr, "min_lr": settings.min_lr, "eps": settings.eps, "betas": betas}
-    megatron_versions.set_rates(loaded["optimizer"], rates)
+    state = of_this_layout(policy.optimizer, loaded["optimizer"])
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.optimizer.load_state_dict(state)
     policy.scheduler.load_state_dict(loaded["scheduler"])
 
 

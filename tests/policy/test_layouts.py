@@ -113,6 +113,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma": ("Gemma", {"head_dim": 24, "pad_token_id": None}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 24, **EXPERTS, "num_experts": 8, "num_experts_per_tok": 3}),
+    "qwen3_moe_dense_first": ("Qwen3Moe", {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0, 1]}),
     "qwen2_moe": (
         "Qwen2Moe",
         {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
