@@ -1,4 +1,5 @@
-"""Why: two versions of Megatron-Core are served by one code, and what a checkpoint of the wrong one says must not depend on which of the two runs the tests.
+"""Why: two versions of Megatron-Core are served by one code, and what a checkpoint of the wrong one says must not
+depend on which of the two runs the tests.
 
 Not covered: the checkpoints themselves (test_checkpoint.py); FP8 weights on their way through one (tests/te_on_cpu).
 """
