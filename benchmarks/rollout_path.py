@@ -28,8 +28,8 @@ from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.work import Sampling, Work
 
 SAMPLES = 16
@@ -67,7 +67,9 @@ def by_arrays(client: EngineGenerator, count: int, length: int) -> list[Group]:
 
 def sampled(client: EngineGenerator, asked: list[Problem], sampling: Sampling, samples: int = SAMPLES) -> list[Group]:
     """Sample groups of `samples` samples."""
-    return Ongoing(client.generate(asked, samples, sampling, range(len(asked)))).to_the_end(client.control.admit)
+    return Ongoing(client, client.generate(asked, samples, sampling, range(len(asked)))).to_the_end(
+        client.control.admit
+    )
 
 
 def by_json(client: EngineGenerator, count: int, length: int) -> list[object]:

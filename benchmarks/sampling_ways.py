@@ -24,8 +24,8 @@ from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import load_tokenizer
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.records.problem import Problem
-from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.work import Sampling, Work
 
 WAYS = ("server", "in_process")
@@ -85,7 +85,7 @@ def by_server(config: Config, problems: list[Problem], sampling: Sampling) -> It
 
                 def sample(seed: int) -> list[list[int]]:
                     seeds = range(seed, seed + len(problems))
-                    ongoing = Ongoing(generator.generate(problems, samples, sampling, seeds))
+                    ongoing = Ongoing(generator, generator.generate(problems, samples, sampling, seeds))
                     ongoing.wait()
                     return [sample.token_ids.tolist() for group in ongoing.result for sample in group.samples]
 

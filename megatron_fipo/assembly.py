@@ -35,7 +35,7 @@ from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.run_files import write_environment
-from megatron_fipo.trainer import RunProgress, Trainer
+from megatron_fipo.trainer import STOP_FILE, RunProgress, Trainer
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, only_rank_0
 
@@ -72,7 +72,8 @@ def assemble(
     start_model_parallel(config.parallel, config.run.seed)
     place = _take_place(config, stack)
     is_first = place.taken is not None
-    console = stack.enter_context(Console(config.run.steps, place.step, enabled=is_first))
+    overlaps = config.rollout.max_off_policy_steps > 0
+    console = stack.enter_context(Console(config.run.steps, place.step, enabled=is_first, overlaps=overlaps))
     console.note(implementation if ctrl_c.is_led else f"run directory: {place.directory}; {implementation}")
     leader = only_rank_0(lambda: _open_leader(config, place, model_dir, process, console, stack))
     with console.phase("start"):
@@ -145,7 +146,11 @@ def _open_leader(
     metrics = MetricsWriter(place.directory, config.tracking, place.step)
     stack.callback(metrics.close)
     report = stack.enter_context(Report(place.directory, config, console.warn))
-    rollouts = stack.enter_context(RemoteRollouts(process, model_dir, place.directory, console))
+    # Nothing is lost by it where sampling and training overlap; else the step that is being sampled is finished.
+    overlaps, stop = config.rollout.max_off_policy_steps > 0, place.directory / STOP_FILE
+    rollouts = stack.enter_context(
+        RemoteRollouts(process, model_dir, place.directory, console, lambda: overlaps and stop.exists())
+    )
     return Leader(place.taken, metrics, report, rollouts)
 
 

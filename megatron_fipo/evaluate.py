@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from megatron_fipo.processes.ending import terminate_on_sigterm
 from megatron_fipo.processes.leftovers import own_place, remove_outside, remove_partial_files, say_removed
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
+from megatron_fipo.rollout.main_loop import MainLoop
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.tracking.problem_files import write_problems
 from megatron_fipo.tracking.run_files import write_config, write_environment
 from megatron_fipo.tracking.run_lock import RunLock
@@ -141,16 +142,19 @@ class Evaluation:
             self._terminal.warn,
             beside_trainer=False,
         )
-        fewest = validation_samples(config)
-        with JudgedRollouts(config, model_dir, self._tokenizer, pool, self._directory, fewest) as rollouts:
+        fewest, loop = validation_samples(config), MainLoop()
+        with (
+            closing(loop),
+            JudgedRollouts(config, model_dir, self._tokenizer, pool, self._directory, fewest, loop) as rollouts,
+        ):
             if config.rollout.addresses:
                 check_served(pool, model_dir)
-            rollouts.connect()
+            engines = rollouts.connect()
             self._terminal.note(f"servers are ready after {time.monotonic() - started:.0f} s")
             started = time.monotonic()
             # By the place among all problems, as a run's validation has it.
             seeds = [rollouts.seed_of("validation", index) for index in missing]
-            sampling = rollouts.sample(
+            sampling = rollouts.groups(
                 [problems[index] for index in missing],
                 config.validation.samples,
                 rollouts.validation_sampling(),
@@ -158,7 +162,7 @@ class Evaluation:
                 self._terminal.progress,
                 on_judged=samples.append,
             )
-            groups = [future.result() for future in Ongoing(sampling).to_the_end(pool.admit)]
+            groups = Ongoing(engines, sampling).to_the_end(pool.admit)
         self._say_speed(groups, time.monotonic() - started)
         shutil.rmtree(self._directory / "model", ignore_errors=True)
         if warning := rollouts.failed_checks(groups, "in this evaluation", self._terminal.note):

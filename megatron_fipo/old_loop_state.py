@@ -19,7 +19,7 @@ from megatron_fipo.records.sample import Group, RewardResult, sample_from_lists
 from megatron_fipo.rollout import saved_groups
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Count, Ends, LedgerState, State, StepCounts, Ticket
-from megatron_fipo.rollout.saved_groups import GroupRow
+from megatron_fipo.rollout.saved_groups import GroupRow, Saved
 from megatron_fipo.rollout.seeds import request_seed
 from megatron_fipo.rollout.snapshot import RolloutState, check_data, check_versions
 
@@ -126,7 +126,8 @@ def read(path: Path, content: bytes, step: int, vocab_size: int) -> OldState:
         else:
             saved, place = _decode(content, _JsonState, path), path
             data = saved.experience.data
-            rows, arrays = saved_groups.pack([group.today() for group in saved.experience.sampling.kept])
+            kept = [old.today() for old in saved.experience.sampling.kept]
+            rows, arrays = saved_groups.pack([Saved(group.problem, group.samples) for group in kept])
     except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     saved_groups.check(arrays, place, vocab_size)
@@ -138,7 +139,7 @@ def read(path: Path, content: bytes, step: int, vocab_size: int) -> OldState:
         check_versions(row, step, f"{path}: experience.kept[{number}]")
     if experience.drawn < len(rows):
         raise DataError(f"{path}: experience.drawn is {experience.drawn}, and {len(rows)} groups were carried over")
-    groups = saved_groups.unpack(rows, arrays, place)
+    groups = [group.whole() for group in saved_groups.unpack(rows, arrays, place)]
     return OldState(
         saved.step, saved.seconds, saved.results, _rollout(experience.order, experience.drawn, data, groups)
     )

@@ -27,7 +27,8 @@ from megatron_fipo.rollout_process.link import Offer, RolloutCalls
 from megatron_fipo.runs.checkpoints import RunCheckpoints
 from megatron_fipo.runs.leader import Leader
 from megatron_fipo.runs.sampling_events import SamplingEvents
-from megatron_fipo.tracking.console import Console
+from megatron_fipo.tracking.console import Console, Span
+from megatron_fipo.tracking.panels import ENGINES
 from megatron_fipo.tracking.run_files import distinguishing, write_summary
 from megatron_fipo.weights.ranks import fact_of_rank_0, only_rank_0
 
@@ -94,10 +95,13 @@ class Trainer:
         self.progress.step += 1
 
     def undo_step(self) -> None:
-        """Go back to the end of the step before; nothing of this one has been trained."""
+        """Go back to the end of the step before: nothing of this one has been trained."""
         self.progress.step -= 1
-        self._on_rank_0(lambda rollouts: rollouts.undo())
-        self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
+        self._on_rank_0(lambda rollouts: rollouts.break_off())
+        if self.config.rollout.max_off_policy_steps:
+            self._console.note(f"stopped before step {self.step + 1}; what is sampled for it is kept")
+        else:
+            self._console.note(f"Ctrl-C: step {self.step + 1}, half sampled, is dropped; nothing else is lost")
 
     def next_batch(self) -> tuple[list[MiniBatch] | None, dict[str, float]]:
         """What this rank trains on in this step, and rank 0's metrics of how that came about.
@@ -127,14 +131,16 @@ class Trainer:
 
     def log_step(self, metrics: dict[str, float], seconds: float) -> None:
         """Write and show one step."""
-        sampled = self._on_rank_0(lambda rollouts: rollouts.end_step())
-        if (leader := self._leader) is None:
+        told = self._on_rank_0(lambda rollouts: (rollouts.end_step(), rollouts.busy()))
+        if (leader := self._leader) is None or told is None:
             return
         leader.check_lock()
-        metrics |= (sampled or {}) | self._published
+        sampled, busy = told
+        metrics |= sampled | self._published
         metrics |= self._console.take_seconds() | {"seconds_step": seconds}
         metrics["tokens_per_second"] = metrics.get("response_tokens", 0.0) / seconds
-        leader.report.add_step(leader.metrics.log_step(self.step, metrics), self._console.take_spans())
+        sampling = [Span(ENGINES, *stretch) for stretch in busy]
+        leader.report.add_step(leader.metrics.log_step(self.step, metrics), [*self._console.take_spans(), *sampling])
         self._console.step_line(metrics | {"step": self.step})
 
     def lacks_validation(self) -> bool:
@@ -182,6 +188,7 @@ class Trainer:
 
     def stop(self) -> NoReturn:
         """Save what no checkpoint has yet, and end this process in peace."""
+        self._on_rank_0(lambda _: (self._directory / STOP_FILE).unlink(missing_ok=True))
         self.settle()
         if self.step > 0 and self._checkpoints.saved_step != self.step:
             self.save()

@@ -47,7 +47,8 @@ class FilterGroupsConfig:
     max_num_gen_batches: int = setting(
         10,
         "Largest number of generation batches per step. After them the step trains on the groups it has, with a "
-        "warning.",
+        "warning. Without generation batches: so many times prompts_per_step rejected groups, which end a run with "
+        "rollout.max_off_policy_steps=1 or more.",
         minimum=1,
         maximum=10**4,
     )
@@ -56,6 +57,14 @@ class FilterGroupsConfig:
         "What happens to groups beyond the batch. carry: the next step trains on them; drop: they are dropped, as in "
         "the released code. Both are counted.",
         choices=("carry", "drop"),
+    )
+    over_sampling: float | None = setting(
+        None,
+        "null: whole generation batches, each sampled to its end. 1 or more: a rejected group is replaced at once, and "
+        "for each group that the step lacks, this many are being sampled. Groups that are not needed are stopped; "
+        "their prompts come first in the next step. Only with rollout.max_off_policy_steps=0.",
+        minimum=1,
+        maximum=100,
     )
 
 

@@ -17,6 +17,7 @@ from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_environment import environment
 from megatron_fipo.config.checks_experts import check_expert_ranks, experts
 from megatron_fipo.config.checks_here import check_here
+from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
 from megatron_fipo.config.checks_values import check_values
@@ -50,6 +51,7 @@ def check(config: Config, *, world_size: int | None = None, local: bool = True) 
         precision,
         _batches,
         _algorithm,
+        overlap,
         _sampling,
         _service,
         data,

@@ -33,6 +33,14 @@ class RolloutConfig:
         maximum=10**9,
     )
     max_response_length: int = setting(20480, "Longest response in tokens.", minimum=1, maximum=10**9)
+    max_off_policy_steps: int = setting(
+        0,
+        "k: how many steps old the weights may be under which a prompt was begun when it is trained on. 0: sampling "
+        "and training take turns. 1 or more: both go on at the same time, and algorithm.tis_cap is required. See "
+        "docs/overlap.md.",
+        minimum=0,
+        maximum=64,
+    )
     temperature: float = setting(1.0, "Sampling temperature in training.", minimum=0.01, maximum=100)
     top_p: float = setting(1.0, "Nucleus (top-p) of training samples.", above=0, maximum=1)
     top_k: int = setting(-1, "Top-k of training samples; -1: off.", minimum=-1, maximum=10**9)

@@ -15,10 +15,10 @@ begins: later it waits for one.
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import httpx
 
@@ -37,6 +37,12 @@ MAX_BAD_ANSWERS = 2
 logger = logging.getLogger(__name__)
 
 
+class Run(Protocol):
+    """Runs a coroutine to its end, as asyncio.run does."""
+
+    def __call__(self, work: Coroutine[Any, Any, None], /) -> None: ...
+
+
 class EnginePool:
     """The servers of one run. Made and closed on rank 0; a context manager that closes."""
 
@@ -50,11 +56,12 @@ class EnginePool:
         warn: Callable[[str], None] = logger.warning,
         *,
         beside_trainer: bool = True,
+        run: Run = asyncio.run,
     ):
         """Nothing starts yet. `model_dir` is a Hugging Face directory; `max_position_embeddings` overrides its own.
 
         `warn` gets a line for each server that is lost or comes back. `beside_trainer`: a trainer on this machine has
-        GPUs of its own.
+        GPUs of its own. `run` runs a coroutine to its end.
         """
         self.config = config
         self.servers: list[Server] = []
@@ -62,7 +69,8 @@ class EnginePool:
         """Changes with each server that leaves or enters service."""
         self.weight_version: int | None = None
         """The version that the last weight update published; None before one."""
-        self._warn, self._beside_trainer = warn, beside_trainer
+        self._warn, self._beside_trainer, self._run = warn, beside_trainer, run
+        self._told: list[Callable[[], None]] = []
         self._restarts = 0
         self._updated: list[tuple[Server, int]] | None = None
         """What the update that was begun last is for, each with the life that it was in; None before one."""
@@ -102,6 +110,10 @@ class EnginePool:
         """Whether servers sample from the weights of their model directory: until an update begins."""
         return self.weight_version is None and self._updated is None
 
+    def tell(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called, in whatever thread, whenever servers have left service or sample again."""
+        self._told.append(changed)
+
     def losses_in_words(self) -> str:
         """Each server that is out of service, with the reason."""
         out = [server for server in self.servers if server.state not in IN_SERVICE]
@@ -122,7 +134,12 @@ class EnginePool:
         if server.process is None and for_good:
             server.losses = 1 + self.config.max_restarts
         self.roster += 1
+        self._tell()
         return True
+
+    def _tell(self) -> None:
+        for changed in self._told:
+            changed()
 
     def _lose(self, server: Server, reason: str) -> None:
         server.enter(State.LOST)
@@ -188,6 +205,7 @@ class EnginePool:
         server.enter(State.SERVING if self.serves_own_weights else State.AWAITING_WEIGHTS)
         self.roster += 1
         self._warn(f"the vLLM server at {server.url} is back in service")
+        self._tell()
 
     def give_up(self, server: Server, reason: str) -> None:
         """A server that was out of service has come back as another one than configured."""
@@ -210,6 +228,7 @@ class EnginePool:
         for server, life in self._updated or ():
             if server.state is State.AWAITING_WEIGHTS and server.life == life:
                 server.enter(State.SERVING)
+        self._tell()
 
     def prove(self, server: Server) -> None:
         """It has done its work for a while: earlier losses no longer count."""
@@ -238,7 +257,7 @@ class EnginePool:
         Raises:
             RolloutError: one has died, with the end of its log, or is not set up as the configuration says.
         """
-        asyncio.run(self._wait_ready())
+        self._run(self._wait_ready())
 
     async def _wait_ready(self) -> None:
         deadline = Deadline(self.config.start_timeout_s)
@@ -264,7 +283,7 @@ class EnginePool:
 
     def lose_unfit(self) -> None:
         """Servers that have died, or that somebody has started again, are lost and repaired. Nobody may have asked."""
-        asyncio.run(self._lose_unfit())
+        self._run(self._lose_unfit())
 
     async def _lose_unfit(self) -> None:
         async with probing(self.headers) as http:
@@ -282,7 +301,7 @@ class EnginePool:
         Raises:
             RolloutError: none is left then, or a restarted one is not ready.
         """
-        asyncio.run(self._admit())
+        self._run(self._admit())
 
     async def _admit(self) -> None:
         deadline = Deadline(self.config.start_timeout_s)

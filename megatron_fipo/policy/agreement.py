@@ -12,23 +12,38 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.policy.micro_batch import MicroBatch
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
 
+_LARGEST_CHANGE = 20.0
+"""|d| is cut off here, so that exp(d) is finite in fp32."""
+
 
 def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str, Tensor]:
     """Statistics of |log π_trainer − log π_engine| over a micro-batch's response tokens.
 
     `log_prob_diff`, mean and maximum, is over tokens of the very weights that the trainer has: of lag 0. Those have
     means by quarter of their response too: a broken rotary embedding grows from quarter to quarter. Tokens of older
-    weights differ because the policy has moved; they are kept apart by their lag.
+    weights differ because the policy has moved; they are kept apart by their response's lag. `behaviour_kl` is the k3
+    estimate of KL(π_engine ‖ π_trainer), by lag.
 
     Args:
         log_probs: [rows, local tokens] fp32, by the trainer.
     """
-    gap = (log_probs - micro_batch.streams[ROLLOUT_LOG_PROBS]).abs()
+    change = log_probs - micro_batch.streams[ROLLOUT_LOG_PROBS]
+    gap = change.abs()
     mask, lag = micro_batch.response_mask, micro_batch.weight_lag
     present = mask & (lag == 0)
     parts = {f"log_prob_diff_quarter_{q + 1}": present & (micro_batch.response_quarter == q) for q in range(4)}
-    parts |= {"log_prob_diff_lag_1": mask & (lag == 1), "log_prob_diff_lag_2_or_more": mask & (lag > 1)}
-    return token_statistics(present, {"log_prob_diff": gap}, {"log_prob_diff": gap}) | part_means(gap, parts)
+    ages = {"lag_0": present, "lag_1": mask & (lag == 1), "lag_2_or_more": mask & (lag > 1)}
+    parts |= {f"log_prob_diff_{age}": tokens for age, tokens in ages.items() if age != "lag_0"}
+    # Of lag 0 it is arithmetic alone; the rest is how far the policy has moved.
+    divergences = part_means(_divergence(change), {f"behaviour_kl_{age}": tokens for age, tokens in ages.items()})
+    means = token_statistics(present, {"log_prob_diff": gap}, {"log_prob_diff": gap}) | part_means(gap, parts)
+    return means | divergences
+
+
+def _divergence(change: Tensor) -> Tensor:
+    """The k3 estimate, exp(d) − 1 − d ≥ 0, of each token, where `change` is d = log π_trainer − log π_engine."""
+    bounded = change.clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
+    return bounded.expm1() - bounded
 
 
 class AgreementCheck:

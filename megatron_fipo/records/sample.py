@@ -8,6 +8,7 @@ import numpy
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.segments import Segment
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
+from megatron_fipo.records.versions import VersionSpan, joined
 
 FAILED_CHECKS = ("timeout", "crash")
 """Outcomes of a check that came to no verdict."""
@@ -45,13 +46,15 @@ class Sample:
     """stop; length when max_response_length cut it off; turns when environment.max_turns did; environment where that
     failed."""
     weight_version: int
-    """The version of the weights that sampled it."""
+    """The oldest version of the weights that sampled a token of it."""
     text: str = ""
     """The sampled tokens decoded, for rewards and for readers; empty before that."""
     result: RewardResult | None = None
     """None before it is judged."""
     segments: tuple[Segment, ...] = ()
     """What `segments.checked_segments` returns. Empty: all of it is one action, as in every sample of one turn."""
+    spans: tuple[VersionSpan, ...] = ()
+    """What `versions.joined` returns, of all actions. Empty: all of it is of `weight_version`."""
 
     def __len__(self) -> int:
         """Tokens after the prompt: actions, and the context between them."""
@@ -68,6 +71,14 @@ class Sample:
         return tuple(segment for segment in self.segments if not segment.action)
 
     @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """Which weights sampled which of its actions."""
+        if self.spans:
+            return self.spans
+        segments = self.segments or (Segment(0, len(self), action=True),)
+        return joined(VersionSpan(self.weight_version, each.start, each.end) for each in segments if each.action)
+
+    @property
     def actions(self) -> int:
         """Tokens that the policy produced."""
         return len(self) - sum(segment.end - segment.start for segment in self.told)
@@ -81,10 +92,9 @@ class Sample:
         if not isinstance(other, Sample):
             return NotImplemented
         ours, theirs = (
-            (each.finish_reason, each.weight_version, each.text, each.result, each.segments, set(each.streams))
-            for each in (self, other)
+            (each.finish_reason, each.versions, each.text, each.result, each.segments) for each in (self, other)
         )
-        return ours == theirs and all(numpy.array_equal(self.streams[name], other.streams[name]) for name in ours[-1])
+        return ours == theirs and _are_equal(self.streams, other.streams)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +105,33 @@ class Partial:
     """As a sample's."""
     weight_version: int | None
     """The oldest version of the weights that may have sampled a token of it; None while servers have their own."""
+    spans: tuple[VersionSpan, ...] = ()
+    """As a sample's; a token's may be older than it is, never younger."""
+
+    @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """Which weights may have sampled which tokens; none while servers have their own."""
+        if self.spans or self.weight_version is None:
+            return self.spans
+        return (VersionSpan(self.weight_version, 0, len(self)),)
 
     def __len__(self) -> int:
         """Sampled tokens."""
         return len(self.streams[TOKEN_IDS])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Partial):
+            return NotImplemented
+        return self.versions == other.versions and _are_equal(self.streams, other.streams)
+
     def followed_by(self, streams: Mapping[str, numpy.ndarray]) -> Mapping[str, numpy.ndarray]:
         """Its streams with those of the tokens that came next."""
         joined = {name: numpy.concatenate([self.streams[name], values]) for name, values in streams.items()}
         return checked(joined, "a sample")
+
+
+def _are_equal(ours: Mapping[str, numpy.ndarray], theirs: Mapping[str, numpy.ndarray]) -> bool:
+    return ours.keys() == theirs.keys() and all(numpy.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def sample_from_lists(

@@ -1,15 +1,18 @@
 """How many tickets to open, and which make the next batch: pure functions of the ledger, without clock or tokens.
 
-`Rounds` is synchronous: whole generation batches, as the published recipes have them. `Window` keeps engines busy while
-the policy is updated, and bounds how stale what is trained on can be.
+`Rounds` and `Refill` are synchronous: whole generation batches, as the published recipes have them, or a slot refilled
+as soon as its group is rejected. `Window` keeps engines busy while the policy is updated, and bounds how stale what is
+trained on can be.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_fipo.config import AlgorithmConfig
-from megatron_fipo.rollout.ledger import Ledger, State, Ticket
+from megatron_fipo.errors import RolloutError
+from megatron_fipo.rollout.ledger import STOPPED, SURPLUS, Ledger, State, Ticket
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Take:
     """By number, at most as many as a step trains on; fewer, possibly none, when `gave_up`."""
     surplus: Sequence[Ticket] = ()
     """READY tickets that no later step is to have."""
+    stopped: Sequence[Ticket] = ()
+    """Tickets that are still sampled, and not needed."""
     gave_up: bool = False
     """The batch is not full, and nothing more is sampled for it."""
 
@@ -31,7 +36,10 @@ class Admission(Protocol):
         """Tickets to open now."""
 
     def take(self, ledger: Ledger) -> Take | None:
-        """The next batch, once it is there."""
+        """The next batch, once it is there. RolloutError: it will never be."""
+
+    def generation_batches(self, ledger: Ledger) -> float:
+        """How many have been sampled for this step, or as many prompts as that."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,53 @@ class Rounds:
         chosen, beyond = ready[: self.prompts_per_step], ready[self.prompts_per_step :]
         return Take(chosen, () if self.carries_surplus else beyond, gave_up=len(chosen) < self.prompts_per_step)
 
+    def generation_batches(self, ledger: Ledger) -> float:
+        """Whole ones."""
+        return ledger.step.rounds
+
+
+@dataclass(frozen=True)
+class Refill:
+    """As many tickets at a time as a step probably needs; a rejected one is replaced at once. k = 0.
+
+    For each group that the step lacks, `over_sampling` tickets are under way. The oldest P tickets that are not
+    rejected are the batch, once all are READY: which they are depends on no clock, and a long response is waited for.
+    The tickets after them are stopped, or carried where they are READY and `carries_surplus`. Nothing runs during an
+    update.
+    """
+
+    prompts_per_step: int
+    over_sampling: float
+    most_rejected: int
+    """In one step. After them it trains on what it has."""
+    carries_surplus: bool
+
+    def admit(self, ledger: Ledger) -> int:
+        """As many as the step lacks, times `over_sampling`, less those that are being sampled."""
+        if ledger.has_batch_out or self._gives_up(ledger):
+            return 0
+        lacking = self.prompts_per_step - len(ledger.tickets(State.READY))
+        return max(0, math.ceil(self.over_sampling * lacking) - len(_unfinished(ledger)))
+
+    def take(self, ledger: Ledger) -> Take | None:
+        """The oldest tickets, once they are a full batch and all READY."""
+        if ledger.has_batch_out:
+            return None
+        if gave_up := self._gives_up(ledger):
+            chosen = ledger.tickets(State.READY)[: self.prompts_per_step]
+        elif not (chosen := _oldest_if_ready(ledger, self.prompts_per_step)):
+            return None
+        beyond = [ticket for ticket in ledger.tickets(State.READY) if ticket not in chosen]
+        surplus = () if self.carries_surplus else beyond
+        return Take(chosen, surplus, _unfinished(ledger), gave_up and len(chosen) < self.prompts_per_step)
+
+    def generation_batches(self, ledger: Ledger) -> float:
+        """By the number of prompts."""
+        return ledger.step.opened / self.prompts_per_step
+
+    def _gives_up(self, ledger: Ledger) -> bool:
+        return _filtered(ledger) >= self.most_rejected
+
 
 @dataclass(frozen=True)
 class Window:
@@ -73,6 +128,8 @@ class Window:
 
     prompts_per_step: int
     max_off_policy_steps: int
+    most_rejected: int | None = None
+    """In one step. A short batch in place of an error would break the bound."""
 
     def admit(self, ledger: Ledger) -> int:
         """As many as there are free slots; none where a resume has fewer slots than there are tickets."""
@@ -80,17 +137,36 @@ class Window:
 
     def take(self, ledger: Ledger) -> Take | None:
         """The oldest tickets, once they are a full batch and all READY."""
-        oldest = ledger.tickets()[: self.prompts_per_step]
-        if ledger.has_batch_out or len(oldest) < self.prompts_per_step or oldest != self._ready(ledger):
+        if ledger.has_batch_out:
             return None
-        return Take(oldest)
+        if oldest := _oldest_if_ready(ledger, self.prompts_per_step):
+            return Take(oldest)
+        if self.most_rejected is not None and _filtered(ledger) >= self.most_rejected:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(ledger.step.rejected.items()))
+            raise RolloutError(
+                f"{_filtered(ledger)} groups were rejected in one step ({counts}), the most that "
+                "algorithm.filter_groups.max_num_gen_batches allows: the problems are too easy or too hard"
+            )
+        return None
 
-    def _ready(self, ledger: Ledger) -> list[Ticket]:
-        return ledger.tickets(State.READY)[: self.prompts_per_step]
+    def generation_batches(self, ledger: Ledger) -> float:
+        """By the number of prompts."""
+        return ledger.step.opened / self.prompts_per_step
+
+
+def admission_of(algorithm: AlgorithmConfig, max_off_policy_steps: int) -> Admission:
+    """The admission that the configuration asks for."""
+    prompts, filtered = algorithm.prompts_per_step, algorithm.filter_groups
+    most, carries = filtered.max_num_gen_batches, filtered.surplus == "carry"
+    if max_off_policy_steps:
+        return Window(prompts, max_off_policy_steps, most * prompts)
+    if filtered.enable and filtered.over_sampling is not None:
+        return Refill(prompts, filtered.over_sampling, most * prompts, carries)
+    return rounds(algorithm)
 
 
 def rounds(algorithm: AlgorithmConfig) -> Rounds:
-    """The rounds that the configuration asks for."""
+    """The rounds that the configuration asks for, where it asks for none of the others."""
     filtered = algorithm.filter_groups
     batch = algorithm.generation_batch_prompts if filtered.enable else None
     return Rounds(
@@ -101,5 +177,16 @@ def rounds(algorithm: AlgorithmConfig) -> Rounds:
     )
 
 
-def _unfinished(ledger: Ledger) -> bool:
-    return bool(ledger.tickets(State.OPEN, State.RUNNING, State.SCORED))
+def _oldest_if_ready(ledger: Ledger, count: int) -> list[Ticket]:
+    """The oldest `count` tickets, if there are so many and all are READY; else none."""
+    oldest = ledger.tickets()[:count]
+    return oldest if len(oldest) == count and oldest == ledger.tickets(State.READY)[:count] else []
+
+
+def _filtered(ledger: Ledger) -> int:
+    """Groups of the step that taught nothing."""
+    return sum(count for reason, count in ledger.step.rejected.items() if reason not in (SURPLUS, STOPPED))
+
+
+def _unfinished(ledger: Ledger) -> list[Ticket]:
+    return ledger.tickets(State.OPEN, State.RUNNING, State.SCORED)

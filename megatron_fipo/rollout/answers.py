@@ -1,14 +1,16 @@
 """What a rollout server answers, checked once where it arrives: nothing else may be trained on."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy
 
-from megatron_fipo.engines.generate_messages import PartFrame, SampleFrame, VersionSpan
+from megatron_fipo.engines.generate_messages import PartFrame, SampleFrame
+from megatron_fipo.engines.generate_messages import VersionSpan as SpanOfServer
 from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked
+from megatron_fipo.records.versions import VersionSpan, joined, mixed, oldest
 from megatron_fipo.records.wire import Frame
 
 GREATEST_LOG_PROB, LEAST_LOG_PROB = 1e-3, -1e4
@@ -29,15 +31,28 @@ class Asked:
     vocab_size: int | None
     """None: not known, and not checked."""
     weight_version: int | None
-    """The version in service; None: any."""
+    """The version in service then; None: any."""
 
 
 class Answer:
     """What has arrived of one request, each frame checked."""
 
-    def __init__(self, asked: Asked, begun: Mapping[int, Partial] = MappingProxyType({})):
-        """`begun`: by index, the responses that the request goes on with."""
+    def __init__(
+        self,
+        asked: Asked,
+        begun: Mapping[int, Partial] = MappingProxyType({}),
+        present_version: Callable[[], int | None] | None = None,
+    ):
+        """See the arguments.
+
+        Args:
+            begun: by index, the responses that the request goes on with.
+            present_version: the version that is in service by now, where that may be another one.
+        """
         self.asked = asked
+        self._present_version = present_version or (lambda: asked.weight_version)
+        self._versions: dict[int, int | None] = {}
+        """By index, what was in service when a part of it came last."""
         self.arrived: set[int] = set()
         """Indices of the samples that are whole."""
         self._begun = begun
@@ -60,17 +75,37 @@ class Answer:
         if isinstance(about, PartFrame):
             if len(streams[TOKEN_IDS]) >= asked.max_tokens:
                 raise BadAnswer(f"{where} goes on after {asked.max_tokens} tokens; no more were asked for")
-            self._partial[index] = Partial(streams, _oldest(asked.weight_version, before))
-            return self._partial[index]
+            return self._part(index, before, streams)
         token_ids = streams[TOKEN_IDS]
         _check_end(token_ids, about.finish_reason, asked, where)
-        version = _version(about.spans, len(token_ids) - begun, where)
-        if asked.weight_version is not None and version != asked.weight_version:
-            raise BadAnswer(f"{where} was sampled by weights {version}; {asked.weight_version} are in service")
+        spans = _spans(about.spans, len(token_ids) - begun, where)
+        self._check_versions(spans, where)
         self.arrived.add(index)
-        oldest = _oldest(version, self._begun.get(index))
-        assert oldest is not None
-        return Sample(streams, about.finish_reason, oldest)
+        first = self._begun.get(index)
+        known = joined([*(first.versions if first else ()), *(span.moved(begun) for span in spans)])
+        return Sample(streams, about.finish_reason, oldest(known), spans=mixed(known))
+
+    def _part(self, index: int, before: Partial | None, streams: Mapping[str, numpy.ndarray]) -> Partial:
+        """What has come of a response. Its new tokens may all be of the weights that were there before."""
+        version = self._versions.get(index, self.asked.weight_version)
+        self._versions[index] = self._present_version()
+        known = before.versions if before else ()
+        if version is not None:
+            new = VersionSpan(version, len(before or ()), len(streams[TOKEN_IDS]))
+            known = joined([*known, new])
+        self._partial[index] = Partial(streams, oldest(known) if known else None, mixed(known))
+        return self._partial[index]
+
+    def _check_versions(self, spans: Sequence[VersionSpan], where: str) -> None:
+        """BadAnswer for weights that were not in service, or in another order than they were."""
+        first, newest = self.asked.weight_version, self._present_version()
+        if first is None or newest is None:
+            return
+        versions = [span.version for span in spans]
+        if versions != sorted(versions) or not first <= versions[0] <= versions[-1] <= newest:
+            found = " and ".join(map(str, dict.fromkeys(versions)))
+            right = f"{first} are" if first == newest else f"{first} to {newest} were"
+            raise BadAnswer(f"{where} was sampled by weights {found}; {right} in service")
 
     def _streams(self, frame: Frame, before: Partial | None, where: str) -> Mapping[str, numpy.ndarray]:
         """The response's streams with those of the frame."""
@@ -83,12 +118,6 @@ class Answer:
             raise BadAnswer(f"{where} has {count} tokens; 1 to {most} were asked for")
         _check_values(streams, self.asked, where)
         return before.followed_by(streams) if before else streams
-
-
-def _oldest(version: int | None, before: Partial | None) -> int | None:
-    """The older of a version and a partial sample's, of those that are known."""
-    known = [each for each in (version, before.weight_version if before else None) if each is not None]
-    return min(known, default=None)
 
 
 def _check_values(streams: Mapping[str, numpy.ndarray], asked: Asked, where: str) -> None:
@@ -114,12 +143,12 @@ def _check_end(token_ids: numpy.ndarray, finish_reason: str, asked: Asked, where
         raise BadAnswer(f"{where} stopped with the token {int(token_ids[-1])}, which is no stop token")
 
 
-def _version(spans: list[VersionSpan], length: int, where: str) -> int:
-    """The oldest of the versions that sampled a response; more than one only if an update came in its middle."""
+def _spans(spans: list[SpanOfServer], length: int, where: str) -> list[VersionSpan]:
+    """The versions that sampled a response; more than one only if an update came in its middle."""
     shown = [(span.version, span.start, span.end) for span in spans]
     if not spans or not all(span.version.isascii() and span.version.isdigit() for span in spans):
         raise BadAnswer(f"{where} has weight versions {shown}; each should be an integer")
     ends = [0, *(span.end for span in spans)]
     if ends[:-1] != [span.start for span in spans] or ends[-1] != length or ends != sorted(set(ends)):
         raise BadAnswer(f"{where} has weight versions {shown}, which are not of its tokens 0 to {length}")
-    return min(int(span.version) for span in spans)
+    return [VersionSpan(int(span.version), span.start, span.end) for span in spans]

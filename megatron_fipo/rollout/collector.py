@@ -1,12 +1,16 @@
 """Tickets in, judged groups out: which problems are sampled, and which of their groups make the next batch.
 
-Knows neither servers nor terminals: how groups come about is a function that it is given. Between two steps its state
-is the prompt order, the ledger, and the groups that wait for a step.
+Knows neither servers nor terminals: how a group comes about is a function that it is given. Where sampling and training
+take turns, its state between two steps is the prompt order, the ledger, and the groups that wait for a step. Where they
+overlap, it is what has come of the groups that are being sampled, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy
 from msgspec import Struct
 
 from megatron_fipo.data.order import OrderState, PromptSampler
@@ -14,12 +18,21 @@ from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.admission import Admission
-from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.filters import GroupFilter
 from megatron_fipo.rollout.ledger import SURPLUS, Ledger, LedgerState, State, StepCounts, Ticket
+from megatron_fipo.rollout.work import Begun, Work
 
-SampleGroups = Callable[[Sequence[Problem], Sequence[int]], Steps[Sequence[Group]]]
-"""Samples and judges a group for each problem, under its seed; they come back in the problems' order."""
+
+@dataclass(frozen=True)
+class Sampler:
+    """How groups come about."""
+
+    work: Callable[[Problem, int], Work]
+    """What a problem asks for, under this seed."""
+    judged: Callable[[Work], Awaitable[Group]]
+    """Samples what the work lacks, and judges the group."""
+    begin: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+    """Has a coroutine go on in the event loop."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +43,11 @@ class Batch:
     groups: Sequence[Group]
     """The tickets', in their order; fewer than a step has room for, possibly none, when `gave_up`."""
     sampled: Sequence[Group]
-    """All that was sampled since the batch before, trained on or not."""
+    """All that was sampled since the batch before, trained on or not, in the order of their tickets.
+
+    Where sampling and training overlap, those of tickets up to the batch's last that no batch before had."""
     counts: StepCounts
+    generation_batches: float
     left: int
     """Tickets that have not ended and are not in the batch."""
     gave_up: bool
@@ -44,6 +60,8 @@ class CollectorState(Struct, frozen=True):
     ledger: LedgerState
     groups: Mapping[int, Group]
     """Those of READY tickets, by number."""
+    begun: Mapping[int, Begun] = {}
+    """What there is of OPEN ones, by number."""
 
 
 class RolloutCollector:
@@ -55,30 +73,41 @@ class RolloutCollector:
         prompts: PromptSampler,
         admission: Admission,
         reject: GroupFilter,
-        sample: SampleGroups,
+        sampler: Sampler,
         seed_of: Callable[[int], int],
+        *,
+        overlaps: bool = False,
     ):
-        """`seed_of` gives the seed of a ticket's number."""
+        """`seed_of` gives the seed of a ticket's number. `overlaps`: sampling goes on while a batch is trained on."""
         self._prompts, self._admission, self._reject = prompts, admission, reject
-        self._sample_groups, self._seed_of = sample, seed_of
+        self._sampler, self._seed_of, self._overlaps = sampler, seed_of, overlaps
         self._drawn_from = problems
         self._by_id = {problem.id: problem for problem in problems}
         self._ledger = Ledger()
         self._groups: dict[int, Group] = {}
-        self._sampled: list[Group] = []
+        self._work: dict[int, Work] = {}
+        """Of tickets that are OPEN or RUNNING, as far as anything was asked for."""
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._sampled: dict[int, Group] = {}
+        self._failures: list[Exception] = []
+        self._changed = asyncio.Event()
+        self._is_wanted = False
+        """Whether a batch has been asked for in this process."""
         self._settled = self.snapshot()
 
-    def next_batch(self) -> Steps[Batch]:
-        """Sample until admission says that a batch is there."""
-        while (batch := self._take()) is None:
-            count = self._admission.admit(self._ledger)
-            drawn = [self._drawn_from[index] for index in self._prompts.take(count)]
-            if drawn:
-                self._ledger.open([problem.id for problem in drawn], self._seed_of)
-            if not (waiting := self._ledger.tickets(State.OPEN)):
+    async def next_batch(self) -> Batch:
+        """Sample until admission says that a batch is there. Raises what a group's sampling does."""
+        self._is_wanted = True
+        while True:
+            self._changed.clear()
+            if self._failures:
+                raise self._failures[0]
+            self._open_and_start()
+            if (batch := self._take()) is not None:
+                return batch
+            if not self._tasks:
                 raise RolloutError(f"no batch is there, and none of {len(self._ledger)} tickets waits to be sampled")
-            yield from self._collect(waiting)
-        return batch
+            await self._changed.wait()
 
     def give_back(self) -> None:
         """Nothing of the batch was trained: it is the next one again."""
@@ -96,12 +125,23 @@ class RolloutCollector:
         trained = self._ledger.settle(version)
         for ticket in trained:
             del self._groups[ticket.number]
-        self._settled = self.snapshot()
+        if self._overlaps and self._is_wanted:
+            self._open_and_start()
+        if not self._overlaps:
+            self._settled = self.snapshot()
         return trained
 
-    def undo(self) -> None:
-        """Stand where the last `settle` or `restore` left it: what was begun since is dropped."""
-        self.restore(self._settled)
+    async def break_off(self) -> None:
+        """Nobody waits for the batch any more: nothing of it has been trained.
+
+        What was begun since the last `settle` or `restore` is dropped where sampling and training take turns. Else
+        nothing is.
+        """
+        if not self._overlaps:
+            await self._cancel(list(self._tasks))
+            self.restore(self._settled)
+        elif self._ledger.has_batch_out:
+            self._ledger.give_back()
 
     def metrics(self) -> dict[str, float]:
         """Tickets of the run so far, by how they ended."""
@@ -111,7 +151,8 @@ class RolloutCollector:
         """The present state. RolloutError if the ledger does not add up."""
         ledger = self._ledger.state()
         ready = {ticket.number: self._groups[ticket.number] for ticket, at in ledger.tickets if at is State.READY}
-        return CollectorState(self._prompts.state(), ledger, ready)
+        begun = {number: found for number, work in sorted(self._work.items()) if (found := work.so_far()).parts}
+        return CollectorState(self._prompts.state(), ledger, ready, begun)
 
     def restore(self, state: CollectorState, *, new_order: bool = False, discard: bool = False) -> int:
         """Go on where `state` stood: no problem skipped, none repeated.
@@ -127,6 +168,8 @@ class RolloutCollector:
         Raises:
             DataError: it belongs to other data or another order.
             RolloutError: its ledger does not add up.
+
+        Nothing may be sampled meanwhile.
         """
         lacking = [
             ticket for ticket, at in state.ledger.tickets if at is State.OPEN and ticket.problem not in self._by_id
@@ -141,36 +184,98 @@ class RolloutCollector:
         else:
             self._prompts.load(state.order)
         self._ledger.load(state.ledger)
-        self._groups, self._sampled = dict(state.groups), []
+        self._groups, self._sampled, self._failures = dict(state.groups), {}, []
         discarded = self._ledger.discard_all() if discard else []
         if discarded:
-            places = {problem.id: place for place, problem in enumerate(self._drawn_from)}
-            self._prompts.put_back([places[ticket.problem] for ticket in discarded if ticket.problem in places])
+            self._put_back(discarded)
             self._groups = {}
+        self._work = {ticket.number: self._work_of(ticket) for ticket in self._ledger.tickets(State.OPEN)}
+        for number, work in self._work.items():
+            if number in state.begun:
+                _go_on(work, state.begun[number], number)
         self._settled = self.snapshot()
         return len(discarded)
 
-    def _collect(self, tickets: Sequence[Ticket]) -> Steps[None]:
-        for ticket in tickets:
+    def _open_and_start(self) -> None:
+        """Open as many tickets as admission wants, and begin to sample all that are OPEN."""
+        count = self._admission.admit(self._ledger)
+        drawn = [self._drawn_from[index] for index in self._prompts.take(count)]
+        if drawn:
+            self._ledger.open([problem.id for problem in drawn], self._seed_of)
+        for ticket in self._ledger.tickets(State.OPEN):
             self._ledger.start(ticket)
-        problems = [self._by_id[ticket.problem] for ticket in tickets]
-        groups = yield from self._sample_groups(problems, [ticket.seed for ticket in tickets])
-        # In the order of their numbers, so that a run repeats.
-        for ticket, group in zip(tickets, groups, strict=True):
+            if ticket.number not in self._work:
+                self._work[ticket.number] = self._work_of(ticket)
+            self._tasks[ticket.number] = self._sampler.begin(self._collect(ticket, self._work[ticket.number]))
+
+    def _work_of(self, ticket: Ticket) -> Work:
+        return self._sampler.work(self._by_id[ticket.problem], ticket.seed)
+
+    async def _collect(self, ticket: Ticket, work: Work) -> None:
+        """Sample and judge one group. Its slot is free, or it waits for its step, as soon as it is judged."""
+        try:
+            group = await self._sampler.judged(work)
             reason = self._reject(group)
             if self._ledger.scored(ticket, reason):
-                self._sampled.append(group)
+                self._sampled[ticket.number] = group
                 if reason is None:
                     self._groups[ticket.number] = group
+            del self._work[ticket.number], self._tasks[ticket.number]
+            if self._overlaps:
+                self._open_and_start()
+        except Exception as error:
+            self._failures.append(error)
+        finally:
+            self._changed.set()
 
     def _take(self) -> Batch | None:
         if (taken := self._admission.take(self._ledger)) is None:
             return None
+        batches = self._admission.generation_batches(self._ledger)
         self._ledger.take(taken.tickets)
         for ticket in taken.surplus:
             self._ledger.reject(ticket, SURPLUS)
             del self._groups[ticket.number]
-        sampled, self._sampled = self._sampled, []
+        self._stop(taken.stopped)
+        sampled = self._sampled_until(taken.tickets)
         groups = [self._groups[ticket.number] for ticket in taken.tickets]
         left = len(self._ledger) - len(taken.tickets)
-        return Batch(taken.tickets, groups, sampled, self._ledger.step, left, taken.gave_up)
+        return Batch(taken.tickets, groups, sampled, self._ledger.step, batches, left, taken.gave_up)
+
+    def _sampled_until(self, tickets: Sequence[Ticket]) -> list[Group]:
+        """See Batch.sampled."""
+        last = tickets[-1].number if self._overlaps and tickets else max(self._sampled, default=-1)
+        numbers = sorted(number for number in self._sampled if number <= last)
+        return [self._sampled.pop(number) for number in numbers]
+
+    def _stop(self, tickets: Sequence[Ticket]) -> None:
+        """They are not needed. Their problems come next, under other tickets."""
+        for ticket in tickets:
+            self._ledger.stop(ticket)
+            self._tasks.pop(ticket.number).cancel()
+            del self._work[ticket.number]
+        self._put_back(tickets)
+
+    def _put_back(self, tickets: Sequence[Ticket]) -> None:
+        if tickets:
+            places = {problem.id: place for place, problem in enumerate(self._drawn_from)}
+            self._prompts.put_back([places[ticket.problem] for ticket in tickets if ticket.problem in places])
+
+    async def _cancel(self, numbers: Sequence[int]) -> None:
+        tasks = [self._tasks.pop(number) for number in numbers]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _go_on(work: Work, begun: Begun, number: int) -> None:
+    """Have the work go on with what there is. DataError: that is of another prompt, or of other samples."""
+    if not numpy.array_equal(work.problem.token_ids, begun.problem.token_ids):
+        raise DataError(
+            f"ticket {number} was begun with another prompt of the problem {work.problem.id} than the data has now "
+            "(checkpoint.in_flight=discard begins it anew)"
+        )
+    if beyond := [index for index in begun.parts if index >= work.samples]:
+        raise DataError(f"ticket {number} has a sample {beyond[0]}, and a group has {work.samples} now")
+    for index, part in begun.parts.items():
+        work.add(index, part)

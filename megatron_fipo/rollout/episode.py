@@ -7,8 +7,7 @@ and a later turn extends the earlier ones exactly. While an environment answers,
 import asyncio
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +17,12 @@ from megatron_fipo.config import Config
 from megatron_fipo.environments.pool import EnvironmentFailed, EnvironmentLost, EnvironmentPool, PooledEnvironment
 from megatron_fipo.environments.protocol import Task
 from megatron_fipo.records.problem import Problem
-from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.sample import RewardResult, Sample
 from megatron_fipo.rewards.failures import LONGEST_NOTED, Failure, FailureLog
-from megatron_fipo.rollout.events import Steps
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.main_loop import all_of
 from megatron_fipo.rollout.transcript import Transcript
-from megatron_fipo.rollout.work import Pending, Sampling, Work, spread
+from megatron_fipo.rollout.work import Sampling, Work
 
 _OPEN_PER_PLACE = 2
 """Samples that are under way for each place in an engine: some are with their environments."""
@@ -51,26 +50,6 @@ def surroundings(
     return Surroundings(environments, settings.attempts, settings.max_turns, most, decode, failures)
 
 
-def generate_in_turns(
-    engines: EngineGenerator,
-    around: Surroundings,
-    problems: Sequence[Problem],
-    samples_per_prompt: int,
-    sampling: Sampling,
-    seeds: Sequence[int],
-    on_group: Callable[[Group], None] | None = None,
-) -> Steps[list[Group]]:
-    """As EngineGenerator.generate, for samples of several turns; `sampling.max_tokens` bounds all turns together.
-
-    A sample has its result where its environment gave one, or failed: then it is timeout or crash. Every first turn is
-    what EngineGenerator.generate samples. Raises what that does, and what EnvironmentPool raises for all.
-    """
-    engines.check_prompts(problems)
-    episodes = Episodes(around, problems, samples_per_prompt, sampling, seeds, on_group)
-    yield from engines.complete(episodes)
-    return episodes.groups()
-
-
 class Turn(Work):
     """One action of one sample."""
 
@@ -83,65 +62,36 @@ class Turn(Work):
         return self.seed
 
 
-class Episodes(Pending):
-    """All samples of a `generate_in_turns`: a task for each, which puts its turns where servers find them."""
+class Episodes:
+    """Completes work by samples of several turns, a task for each; `sampling.max_tokens` bounds all turns together.
 
-    def __init__(
-        self,
-        around: Surroundings,
-        problems: Sequence[Problem],
-        samples_per_prompt: int,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        on_group: Callable[[Group], None] | None,
-    ):
-        super().__init__(deque())
-        self._around, self._sampling, self._on_group = around, sampling, on_group
-        self._asked_for = list(zip(problems, seeds, strict=True))
-        # Greedy samples are all the same, so one is made.
-        self._samples, self._copies = (1, samples_per_prompt) if sampling.temperature == 0 else (samples_per_prompt, 1)
+    A sample has its result where its environment gave one, or failed: then it is timeout or crash. Every first turn is
+    what EngineGenerator samples.
+    """
+
+    def __init__(self, engines: EngineGenerator, around: Surroundings):
+        """Nothing is begun."""
+        self._engines, self._around = engines, around
         self._places = asyncio.Semaphore(around.most_open)
-        self._turns: dict[Work, asyncio.Future[Sample]] = {}
-        self._all: list[asyncio.Future[list[Group]]] = []
-        """One, as soon as the loop runs. It outlives a time without servers."""
 
-    def __bool__(self) -> bool:
-        return not (self._all and self._all[0].done()) or super().__bool__()
+    async def complete(self, work: Work, *, first: bool = False) -> None:
+        """Make the samples that the work lacks. What has begun and not ended begins anew.
 
-    def go_on(self) -> None:
-        if not self._all:
-            self._all.append(asyncio.ensure_future(self._collect()))
-            self._all[0].add_done_callback(lambda _: self.changed.set())
-        elif self._all[0].done():
-            self._all[0].result()
+        Raises what EngineGenerator.complete does, and what EnvironmentPool raises for all.
+        """
 
-    def ended(self, work: Work) -> None:
-        turn = self._turns.pop(work)
-        if not turn.done():
-            turn.set_result(work.arrived[0])
+        async def sample(index: int) -> None:
+            work.add(index, await self._sample(work, work.first_seed + index, first))
 
-    def groups(self) -> list[Group]:
-        """The groups in the order of their problems, once nothing is pending."""
-        return self._all[0].result()
+        await all_of(sample(index) for index in work.missing())
 
-    async def _collect(self) -> list[Group]:
-        return list(await asyncio.gather(*(self._group(problem, seed) for problem, seed in self._asked_for)))
-
-    async def _group(self, problem: Problem, seed: int) -> Group:
-        first = spread(seed)
-        made = await asyncio.gather(*(self._sample(problem, first + index) for index in range(self._samples)))
-        group = Group(problem, tuple(made) * self._copies)
-        if self._on_group is not None:
-            self._on_group(group)
-        return group
-
-    async def _sample(self, problem: Problem, seed: int) -> Sample:
+    async def _sample(self, work: Work, seed: int, first: bool) -> Sample:
         async with self._places:
             for attempts_left in reversed(range(self._around.attempts)):
-                transcript = Transcript(problem)
+                transcript = Transcript(work.problem)
                 environment = self._around.environments.open()
                 try:
-                    return await self._episode(environment, transcript, seed)
+                    return await self._episode(environment, transcript, work.sampling, seed, first)
                 except EnvironmentFailed as error:
                     may_repeat = isinstance(error, EnvironmentLost) or not transcript.turns
                     if not (attempts_left and may_repeat):
@@ -150,15 +100,19 @@ class Episodes(Pending):
                     environment.close()
         raise AssertionError("the last attempt returns")
 
-    async def _episode(self, environment: PooledEnvironment, transcript: Transcript, seed: int) -> Sample:
+    async def _episode(
+        self, environment: PooledEnvironment, transcript: Transcript, sampling: Sampling, seed: int, first: bool
+    ) -> Sample:
         """Turn after turn to the end. EnvironmentFailed where the environment does."""
-        limit = self._sampling.max_tokens
+        limit = sampling.max_tokens
         told = (await asyncio.wrap_future(environment.reset(_task(transcript.problem))))["context"]
         if len(told) >= limit:
             raise EnvironmentFailed("crash", f"reset: {len(told)} tokens leave no room for an action in {limit}")
         for turns_left in reversed(range(self._around.max_turns)):
             transcript.tell(told)
-            action = await self._act(transcript, limit - len(transcript), seed)
+            turn = _turn(transcript, replace(sampling, max_tokens=limit - len(transcript)), seed)
+            await self._engines.complete(turn, first=first)
+            action = turn.arrived[0]
             transcript.act(action)
             left = limit - len(transcript)
             answer = await asyncio.wrap_future(environment.step(_action(action, turns_left, left)))
@@ -168,18 +122,6 @@ class Episodes(Pending):
             if len(told) >= left:
                 return transcript.sample("length")
         return transcript.sample("turns")
-
-    async def _act(self, transcript: Transcript, budget: int, seed: int) -> Sample:
-        """One action, after what the transcript has."""
-        so_far = transcript.token_ids()
-        problem = replace(transcript.problem, token_ids=so_far)
-        # The first turn is that of a sample of one turn; each later one has a seed of its own, by all before it.
-        turn_seed = _turn_seed(seed, so_far) if transcript.turns else seed
-        turn = Turn(problem, replace(self._sampling, max_tokens=budget), turn_seed)
-        self._turns[turn] = asyncio.get_running_loop().create_future()
-        self.waiting.append(turn)
-        self.changed.set()
-        return await self._turns[turn]
 
     def _failed(self, transcript: Transcript, error: EnvironmentFailed) -> Sample:
         problem = transcript.problem
@@ -196,6 +138,14 @@ class Episodes(Pending):
             )
         )
         return sample
+
+
+def _turn(transcript: Transcript, sampling: Sampling, seed: int) -> Turn:
+    """The next action, after what the transcript has."""
+    so_far = transcript.token_ids()
+    problem = replace(transcript.problem, token_ids=so_far)
+    # The first turn is that of a sample of one turn; each later one has a seed of its own, by all before it.
+    return Turn(problem, sampling, _turn_seed(seed, so_far) if transcript.turns else seed)
 
 
 def _turn_seed(seed: int, so_far: numpy.ndarray) -> int:

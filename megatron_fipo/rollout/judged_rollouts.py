@@ -5,8 +5,9 @@ Rewards are judged while other groups are still being sampled. Everything random
 drawn), so a run that is repeated, or resumed, asks for the same samples. Imports neither torch nor Megatron-Core.
 """
 
-from collections.abc import Callable
-from concurrent.futures import Future
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,13 @@ from megatron_fipo.records.sample import Group
 from megatron_fipo.rewards.failed_checks import judge_failed_checks
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import RewardPool
-from megatron_fipo.rollout.episode import generate_in_turns, surroundings
-from megatron_fipo.rollout.events import Steps
+from megatron_fipo.rollout.episode import Episodes, surroundings
 from megatron_fipo.rollout.generator import EngineGenerator, connections
-from megatron_fipo.rollout.listener import Progress
+from megatron_fipo.rollout.judging_phase import JudgingPhase
+from megatron_fipo.rollout.listener import Listener, Progress
+from megatron_fipo.rollout.main_loop import MainLoop, all_of
 from megatron_fipo.rollout.seeds import request_seed
-from megatron_fipo.rollout.work import Sampling
+from megatron_fipo.rollout.work import Sampling, Work
 
 
 def tokenizer_of(config: Config, model_dir: Path) -> Tokenizer:
@@ -53,6 +55,8 @@ class JudgedRollouts:
         pool: EnginePool,
         directory: Path,
         fewest_samples: int,
+        loop: MainLoop,
+        listener: Listener | None = None,
     ):
         """See that rewards can be had, and start servers without waiting for them.
 
@@ -60,15 +64,19 @@ class JudgedRollouts:
             tokenizer: `tokenizer_of` the model.
             directory: for the run's files.
             fewest_samples: no problem will have fewer samples.
+            loop: of this thread, closed by whoever made it.
+            listener: hears where nothing is left to do but to judge.
 
         Raises:
             ConfigError, RewardError: as RewardPool.wait_started; as EnvironmentPool.wait_started.
             RolloutError: so many connections to servers may not be opened.
         """
-        self.config, self.tokenizer, self.pool = config, tokenizer, pool
+        self.config, self.tokenizer, self.pool, self.loop = config, tokenizer, pool, loop
         self.vocab_size = read_architecture(model_dir).vocab_size
         self.client: EngineGenerator | None = None
         self.environments: EnvironmentPool | None = None
+        self._episodes: Episodes | None = None
+        self._judging = JudgingPhase(listener)
         rollout = config.rollout
         servers = len(rollout.addresses) or rollout.servers
         what = f"{servers} servers with rollout.max_num_seqs={rollout.max_num_seqs}"
@@ -95,40 +103,48 @@ class JudgedRollouts:
     def connect(self) -> EngineGenerator:
         """Wait until the servers answer; what samples from them in this run."""
         self.pool.wait_ready()
-        self.client = EngineGenerator(self.pool, self.vocab_size)
+        self.client = EngineGenerator(self.pool, self.vocab_size, self.loop)
+        if self.environments is not None:
+            around = surroundings(self.config, self.environments, self.tokenizer.decode, self.verifiers.failures)
+            self._episodes = Episodes(self.client, around)
         return self.client
 
-    def sample(
+    async def judged(self, work: Work, *, first: bool = False) -> Group:
+        """The work's group, sampled and judged; `first` before all other work that is not."""
+        assert self.client is not None, "connect() comes first"
+        self.client.check_prompts([work.problem])
+        with self._judging.sampling():
+            await (self._episodes or self.client).complete(work, first=first)
+        with self._judging.judging():
+            # Where nobody waits any more the verdict is still given.
+            judged = asyncio.wrap_future(self.verifiers.submit(work.group, self.tokenizer.decode))
+            return await asyncio.shield(judged)
+
+    async def groups(
         self,
-        problems: list[Problem],
+        problems: Sequence[Problem],
         samples: int,
         sampling: Sampling,
-        seeds: list[int],
+        seeds: Sequence[int],
         progress: Progress,
         on_judged: Callable[[Group], None] | None = None,
-    ) -> Steps[list[Future[Group]]]:
-        """Groups that are being judged, in the order of their problems; all of them are sampled.
+    ) -> list[Group]:
+        """Judged groups in the order of their problems, before all other work.
 
-        A future gives its group when it is judged and `on_judged`, called in a verifier's thread, has returned.
+        `on_judged` gets each as soon as it is judged, in a thread. It may be slow.
         """
         assert self.client is not None, "connect() comes first"
-        judged: dict[int, Future[Group]] = {}
+        self.client.check_prompts(problems)
+        done = itertools.count(1)
 
-        def judge(group: Group) -> None:
-            future = self.verifiers.submit(group, self.tokenizer.decode)
-            # By the object, which `generate` returns too: two groups may be of one problem.
-            judged[id(group)] = future if on_judged is None else _after(future, on_judged)
-            progress(len(judged), len(problems), "groups")
+        async def group(problem: Problem, seed: int) -> Group:
+            judged = await self.judged(Work(problem, samples, sampling, seed), first=True)
+            if on_judged is not None:
+                await asyncio.to_thread(on_judged, judged)
+            progress(next(done), len(problems), "groups")
+            return judged
 
-        # Nobody may have asked for a long time.
-        self.pool.lose_unfit()
-        asked = (problems, samples, sampling, seeds, judge)
-        if self.environments is None:
-            groups = yield from self.client.generate(*asked)
-        else:
-            around = surroundings(self.config, self.environments, self.tokenizer.decode, self.verifiers.failures)
-            groups = yield from generate_in_turns(self.client, around, *asked)
-        return [judged[id(group)] for group in groups]
+        return await all_of(group(problem, seed) for problem, seed in zip(problems, seeds, strict=True))
 
     def failed_checks(self, groups: list[Group], where: str, note: Callable[[str], None]) -> str | None:
         """Show the first traceback, by `note`; then a warning, or RewardError, where too many checks failed.
@@ -152,20 +168,3 @@ class JudgedRollouts:
     def seed_of(self, purpose: Literal["train", "validation"], number: int) -> int:
         """The seed of a request of this run."""
         return request_seed(self.config.run.seed, purpose, number)
-
-
-def _after(future: Future[Group], action: Callable[[Group], None]) -> Future[Group]:
-    """A future of the same group, which waits for `action` too and fails with it."""
-    done: Future[Group] = Future()
-
-    def pass_on(finished: Future[Group]) -> None:
-        try:
-            group = finished.result()
-            action(group)
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(group)
-
-    future.add_done_callback(pass_on)
-    return done

@@ -2,6 +2,7 @@
 
     OPEN → RUNNING → SCORED → READY → TAKEN → TRAINED
     SCORED, READY → REJECTED    its group teaches nothing, or the step has no use for it
+    OPEN, RUNNING → REJECTED    stopped, since the step is full without it
     TAKEN → READY               the batch came back before its first update
     RUNNING → OPEN              begins again, as another attempt; a late answer of the one before is discarded
     any of the first five → FAILED
@@ -20,8 +21,8 @@ from msgspec.structs import replace
 from megatron_fipo.errors import RolloutError
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-SURPLUS = "surplus"
-"""Why a ticket is rejected that no step has room for; the others are filters.py's reasons."""
+SURPLUS, STOPPED = "surplus", "stopped"
+"""Why a ticket is rejected that no step has room for, judged or not; the others are filters.py's reasons."""
 
 
 class State(StrEnum):
@@ -150,8 +151,12 @@ class Ledger:
     def reject(self, ticket: Ticket, reason: str) -> None:
         """No step will train on it."""
         self._end(ticket, (State.SCORED, State.READY))
-        self.ends = replace(self.ends, rejected=_one_more(self.ends.rejected, reason))
-        self.step = replace(self.step, rejected=_one_more(self.step.rejected, reason))
+        self._count_rejected(reason)
+
+    def stop(self, ticket: Ticket) -> None:
+        """It is not needed, and its sampling does not go on."""
+        self._end(ticket, (State.OPEN, State.RUNNING, State.SCORED))
+        self._count_rejected(STOPPED)
 
     def fail(self, ticket: Ticket) -> None:
         """It cannot be sampled."""
@@ -243,6 +248,10 @@ class Ledger:
     def _in_order(self) -> Iterator[tuple[Ticket, State]]:
         for number in sorted(self._entries):
             yield self._entries[number]
+
+    def _count_rejected(self, reason: str) -> None:
+        self.ends = replace(self.ends, rejected=_one_more(self.ends.rejected, reason))
+        self.step = replace(self.step, rejected=_one_more(self.step.rejected, reason))
 
     def _move(self, ticket: Ticket, states: Collection[State], to: State) -> None:
         self._expect(ticket, states)

@@ -24,7 +24,7 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.records.wire import Frame, FrameReader
 from megatron_fipo.rollout.answers import Answer, Asked, BadAnswer
-from megatron_fipo.rollout.work import Pending, Work
+from megatron_fipo.rollout.work import Work, WorkQueue
 
 _T = TypeVar("_T")
 
@@ -36,12 +36,20 @@ class NotAnswered(Exception):
 class Requests:
     """Sends requests, while a Watch tells which servers fall silent."""
 
-    def __init__(self, pool: EnginePool, http: httpx.AsyncClient, watch: Watch, vocab_size: int | None, salt: str):
+    def __init__(
+        self,
+        pool: EnginePool,
+        http: httpx.AsyncClient,
+        watch: Watch,
+        queue: WorkQueue,
+        vocab_size: int | None,
+        salt: str,
+    ):
         self._pool, self._http, self._watch, self._vocab_size = pool, http, watch, vocab_size
-        self._salt = salt
+        self._queue, self._salt = queue, salt
 
     async def samples(
-        self, server: Server, life: int, work: Work, missing: list[int], pending: Pending
+        self, server: Server, life: int, work: Work, missing: list[int]
     ) -> AsyncGenerator[tuple[int, Sample | Partial], None]:
         """The samples `missing` of `work`, as they come, each with its index in the group, of a server in this life.
 
@@ -57,7 +65,8 @@ class Requests:
         asked = Asked(
             len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._pool.weight_version
         )
-        answer = Answer(asked, {place: work.begun[index] for place, index in enumerate(missing) if index in work.begun})
+        begun = {place: work.begun[index] for place, index in enumerate(missing) if index in work.begun}
+        answer = Answer(asked, begun, lambda: self._pool.weight_version)
         request = work.request(missing, f"{self._salt}-{self._pool.weight_version}", config.stream_tokens)
         try:
             async with (
@@ -81,7 +90,7 @@ class Requests:
                     sample = answer.read(frame, about)
                     yield missing[about.index], sample
         except TimeoutError:
-            raise RolloutError(pending.late(work, config.request_timeout_s)) from None
+            raise RolloutError(self._queue.late(work, config.request_timeout_s)) from None
         raise BadAnswer(f"it ended after {len(answer.arrived)} of {len(missing)} responses")
 
     async def _frames(self, server: Server, life: int, request: GenerateRequest) -> AsyncGenerator[Frame, None]:

@@ -1,4 +1,4 @@
-"""Groups in a checkpoint: a row of JSON for each, and everything that is as long as their tokens in four arrays.
+"""Groups in a checkpoint, whole or not: a row of JSON for each, and what is as long as their tokens in four arrays.
 
 JSON takes 67 bytes a token, and a step of large groups has millions of them to carry over.
 """
@@ -6,7 +6,7 @@ JSON takes 67 bytes a token, and a step of large groups has millions of them to 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy
 from msgspec import Meta, Struct
@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fipo.errors import DataError, one_line
 from megatron_fipo.records.problem import Problem, prompt_ids
-from megatron_fipo.records.sample import Group, RewardResult, Sample
+from megatron_fipo.records.sample import Group, Partial, RewardResult, Sample
 from megatron_fipo.records.segments import segments_around
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
+from megatron_fipo.records.versions import VersionSpan
 from megatron_fipo.rewards.rules import LARGEST_REWARD
 
 Arrays = dict[str, numpy.ndarray]
@@ -55,21 +56,32 @@ class ProblemRow(Struct, frozen=True, forbid_unknown_fields=True):
     extra: dict[str, Any]
 
 
+BEGUN, UNJUDGED = "begun", "unjudged"
+"""The finish reason of a sample that has not ended, and the outcome of one that is not judged."""
+
+
 class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A response and its judgement, without token ids, log-probs and text."""
 
     tokens: _Count
     """None where an environment failed before the first action."""
     text_bytes: _Count
-    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length|turns|environment)\Z")]
+    finish_reason: Annotated[str, Meta(pattern=r"^(stop|length|turns|environment|begun)\Z")]
     weight_version: _Count
     accuracy: _Verdict
     reward: _Verdict
     answer: str
-    outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash)\Z")]
+    outcome: Annotated[str, Meta(pattern=r"^(judged|too_long|timeout|crash|unjudged)\Z")]
     extra: dict[str, _Verdict | str] = {}
     told: list[Annotated[list[_Count], Meta(min_length=2, max_length=2)]] = []
     """Start and end of each stretch that the policy did not produce; none in checkpoints from before there were."""
+    spans: list[Annotated[list[_Count], Meta(min_length=3, max_length=3)]] = []
+    """Version, start and end of each stretch, where several versions of the weights sampled it."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has ended and is judged."""
+        return self.finish_reason != BEGUN and self.outcome != UNJUDGED
 
 
 class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,15 +90,31 @@ class GroupRow(Struct, frozen=True, forbid_unknown_fields=True):
     problem: ProblemRow
     responses: Annotated[list[ResponseRow], Meta(min_length=1)]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all responses have ended and are judged."""
+        return all(response.is_whole for response in self.responses)
 
-def pack(groups: Sequence[Group]) -> tuple[list[GroupRow], Arrays]:
-    """Judged groups as rows and arrays.
+
+class Saved(NamedTuple):
+    """Samples of one problem, whole or not."""
+
+    problem: Problem
+    samples: Sequence[Sample | Partial]
+
+    def whole(self) -> Group:
+        """The group, of those samples that have ended: all of them, where its row says so."""
+        return Group(self.problem, tuple(sample for sample in self.samples if isinstance(sample, Sample)))
+
+
+def pack(groups: Sequence[Saved]) -> tuple[list[GroupRow], Arrays]:
+    """Groups as rows and arrays.
 
     Raises:
-        ValueError, OverflowError: a group is not judged, or has numbers that cannot be saved.
+        ValueError, OverflowError: a group has numbers that cannot be saved.
     """
     samples = [sample for group in groups for sample in group.samples]
-    texts = [sample.text.encode() for sample in samples]
+    texts = [sample.text.encode() if isinstance(sample, Sample) else b"" for sample in samples]
     encoded = iter(texts)
     rows = [_row(group, [len(next(encoded)) for _ in group.samples]) for group in groups]
     arrays = {_PROMPTS: _flat("int32", [group.problem.token_ids for group in groups])}
@@ -95,7 +123,7 @@ def pack(groups: Sequence[Group]) -> tuple[list[GroupRow], Arrays]:
     return rows, arrays | {_TEXT: numpy.frombuffer(b"".join(texts), numpy.uint8)}
 
 
-def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
+def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Saved]:
     """Inverse of `pack` for arrays that `read` gave. DataError, naming `path`, where text is not UTF-8."""
     places = dict.fromkeys(types(), 0)
 
@@ -104,23 +132,35 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Group]:
         places[name] = start + count
         return arrays[name][start : start + count]
 
-    def sample_of(saved: ResponseRow) -> Sample:
+    def sample_of(saved: ResponseRow) -> Sample | Partial:
         streams = {name: take(_stored(name), saved.tokens) for name in sampled_streams()}
+        spans = tuple(VersionSpan(*span) for span in saved.spans)
+        if saved.finish_reason == BEGUN:
+            return Partial(checked(streams, "a sample"), saved.weight_version, spans)
         start = places[_TEXT]
         try:
             text = take(_TEXT, saved.text_bytes).tobytes().decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: {_TEXT} is not UTF-8 at {start + error.start}") from None
-        result = RewardResult(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
-        segments = segments_around(saved.told, saved.tokens, "a sample")
-        return Sample(checked(streams, "a sample"), saved.finish_reason, saved.weight_version, text, result, segments)
+        result = None
+        if saved.outcome != UNJUDGED:
+            result = RewardResult(saved.accuracy, saved.reward, saved.answer, saved.outcome, saved.extra)
+        return Sample(
+            checked(streams, "a sample"),
+            saved.finish_reason,
+            saved.weight_version,
+            text,
+            result,
+            segments_around(saved.told, saved.tokens, "a sample"),
+            spans,
+        )
 
     groups = []
     for row in rows:
         saved = row.problem
         token_ids = prompt_ids(take(_PROMPTS, saved.tokens))
         problem = Problem(saved.id, saved.text, token_ids, saved.ground_truth, saved.data_source, saved.extra)
-        groups.append(Group(problem, tuple(sample_of(response) for response in row.responses)))
+        groups.append(Saved(problem, [sample_of(response) for response in row.responses]))
     return groups
 
 
@@ -136,6 +176,7 @@ def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
                 segments_around(response.told, response.tokens, where)
             except ValueError as error:
                 raise DataError(str(error)) from None
+            _check_spans(response, f"{described_by}: responses[{place}].spans of problem {row.problem.id[:80]!r}")
     lengths = _lengths(rows)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -172,27 +213,21 @@ def _refuse(path: Path, name: str, array: numpy.ndarray, wrong: numpy.ndarray, r
         raise DataError(f"{path}: {name} is {array[place]} at {place}, and should be {right}")
 
 
-def _row(group: Group, text_bytes: Sequence[int]) -> GroupRow:
+def _check_spans(row: ResponseRow, where: str) -> None:
+    """DataError, which begins with `where`, for spans that are not of the response, or of other weights."""
+    if not row.spans:
+        return
+    ends = [place for _, *span in row.spans for place in span]
+    if ends != sorted(ends) or ends[-1] > row.tokens or any(start == end for _, start, end in row.spans):
+        raise DataError(f"{where} are {row.spans}, and should follow each other in its {row.tokens} tokens")
+    if (oldest := min(version for version, _, _ in row.spans)) != row.weight_version:
+        raise DataError(f"{where} begin with version {oldest}, and should with weight_version, {row.weight_version}")
+
+
+def _row(group: Saved, text_bytes: Sequence[int]) -> GroupRow:
     problem = group.problem
-    responses = []
-    for sample, result, size in zip(group.samples, group.results, text_bytes, strict=True):
-        if not (math.isfinite(result.accuracy) and math.isfinite(result.reward)):
-            verdict = f"accuracy {result.accuracy} and reward {result.reward}"
-            raise ValueError(f"a response to problem {problem.id} has {verdict}; finite numbers can be saved")
-        responses.append(
-            ResponseRow(
-                tokens=len(sample),
-                text_bytes=size,
-                finish_reason=sample.finish_reason,
-                weight_version=sample.weight_version,
-                accuracy=result.accuracy,
-                reward=result.reward,
-                answer=result.answer,
-                outcome=result.outcome,
-                extra=result.extra,
-                told=[[segment.start, segment.end] for segment in sample.told],
-            )
-        )
+    pairs = zip(group.samples, text_bytes, strict=True)
+    responses = [_response(problem, sample, size) for sample, size in pairs]
     row = ProblemRow(
         id=problem.id,
         text=problem.text,
@@ -202,6 +237,29 @@ def _row(group: Group, text_bytes: Sequence[int]) -> GroupRow:
         extra=problem.extra,
     )
     return GroupRow(row, responses)
+
+
+def _response(problem: Problem, sample: Sample | Partial, text_bytes: int) -> ResponseRow:
+    whole = sample if isinstance(sample, Sample) else None
+    result = (whole.result if whole is not None else None) or RewardResult(0.0, 0.0, "", UNJUDGED)
+    if not (math.isfinite(result.accuracy) and math.isfinite(result.reward)):
+        verdict = f"accuracy {result.accuracy} and reward {result.reward}"
+        raise ValueError(f"a response to problem {problem.id} has {verdict}; finite numbers can be saved")
+    if sample.weight_version is None:
+        raise ValueError(f"a response to problem {problem.id} is of weights without a version")
+    return ResponseRow(
+        tokens=len(sample),
+        text_bytes=text_bytes,
+        finish_reason=whole.finish_reason if whole is not None else BEGUN,
+        weight_version=sample.weight_version,
+        accuracy=result.accuracy,
+        reward=result.reward,
+        answer=result.answer,
+        outcome=result.outcome,
+        extra=result.extra,
+        told=[[segment.start, segment.end] for segment in whole.told] if whole is not None else [],
+        spans=[[span.version, span.start, span.end] for span in sample.spans],
+    )
 
 
 def _flat(dtype: str, values: Sequence[numpy.ndarray]) -> numpy.ndarray:

@@ -20,7 +20,8 @@ from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import saved_groups
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Count, Ends, Ledger, LedgerState, State, StepCounts, Ticket
-from megatron_fipo.rollout.saved_groups import Arrays, GroupRow
+from megatron_fipo.rollout.saved_groups import Arrays, GroupRow, Saved
+from megatron_fipo.rollout.work import Begun
 
 LEDGER_FILE = Path("rollout", "ledger.json")
 _BYTES_PER_FILE = 2**28
@@ -49,12 +50,21 @@ class Encoded(NamedTuple):
             write_atomically(samples_file(checkpoint, number), safetensors.numpy.save(arrays))
 
 
-class _TicketRow(Struct, frozen=True, forbid_unknown_fields=True):
+class _TicketRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A ticket, and its group once that is judged."""
 
     ticket: Ticket
     state: Literal["open", "ready"]
     group: GroupRow | None
+    parts: GroupRow | None = None
+    """What there is of an open ticket's samples."""
+    indices: list[Count] = []
+    """Which of its group's samples they are."""
+
+    @property
+    def saved(self) -> GroupRow | None:
+        """What the files have of it."""
+        return self.group or self.parts
 
 
 class _Saved(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,7 +77,7 @@ class _Saved(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     step: StepCounts
     tickets: list[_TicketRow]
     files: list[Annotated[int, Meta(ge=1, le=2**62)]]
-    """Groups in each file of samples."""
+    """Groups, or parts of one, in each file of samples."""
 
     def ledger(self) -> LedgerState:
         """The ledger alone."""
@@ -86,15 +96,24 @@ def encode(state: RolloutState) -> Encoded:
     Raises:
         DataError: a number is not finite, or a group's parts do not belong together.
     """
-    ledger, groups = state.collected.ledger, state.collected.groups
-    parts = _parts([groups[ticket.number] for ticket, _ in ledger.tickets if ticket.number in groups])
+    ledger, groups, begun = state.collected.ledger, state.collected.groups, state.collected.begun
+    saved = {number: Saved(group.problem, group.samples) for number, group in groups.items()}
+    saved |= {number: Saved(found.problem, list(found.parts.values())) for number, found in begun.items()}
+    saved = {ticket.number: saved[ticket.number] for ticket, _ in ledger.tickets if ticket.number in saved}
+    files = _files(list(saved.values()))
     try:
-        packed = [saved_groups.pack(part) for part in parts]
+        packed = [saved_groups.pack(part) for part in files]
     except (ValueError, OverflowError) as error:
         raise DataError(f"a group that waits for its step cannot be saved: {error}") from None
-    rows = iter([row for part, _ in packed for row in part])
+    rows = dict(zip(saved, [row for part, _ in packed for row in part], strict=True))
     tickets = [
-        {"ticket": ticket, "state": at, "group": next(rows) if ticket.number in groups else None}
+        _TicketRow(
+            ticket,
+            "ready" if at is State.READY else "open",
+            rows.get(ticket.number) if at is State.READY else None,
+            rows.get(ticket.number) if at is State.OPEN else None,
+            list(begun[ticket.number].parts) if ticket.number in begun else [],
+        )
         for ticket, at in ledger.tickets
     ]
     content = {
@@ -104,7 +123,7 @@ def encode(state: RolloutState) -> Encoded:
         "ends": ledger.ends,
         "step": ledger.step,
         "tickets": tickets,
-        "files": [len(part) for part in parts],
+        "files": [len(part) for part in files],
     }
     return Encoded(msgspec.to_builtins(content), [arrays for _, arrays in packed])
 
@@ -127,21 +146,27 @@ def read(checkpoint: Path, *, step: int, vocab_size: int) -> RolloutState:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     _check(saved, step, path)
-    rows = [row.group for row in saved.tickets if row.group is not None]
-    groups: list[Group] = []
+    rows = [row.saved for row in saved.tickets if row.saved is not None]
+    groups: list[Saved] = []
     for number, count in enumerate(saved.files):
         part, file = rows[len(groups) : len(groups) + count], samples_file(checkpoint, number)
         arrays = saved_groups.read(file, part, described_by=path)
         saved_groups.check(arrays, file, vocab_size)
         groups += saved_groups.unpack(part, arrays, file)
-    numbers = [row.ticket.number for row in saved.tickets if row.group is not None]
-    by_number = dict(zip(numbers, groups, strict=True))
-    return RolloutState(CollectorState(saved.order, saved.ledger(), by_number), saved.data)
+    there = zip([row for row in saved.tickets if row.saved is not None], groups, strict=True)
+    whole: dict[int, Group] = {}
+    begun: dict[int, Begun] = {}
+    for row, found in there:
+        if row.group is not None:
+            whole[row.ticket.number] = found.whole()
+        else:
+            begun[row.ticket.number] = Begun(found.problem, dict(zip(row.indices, found.samples, strict=True)))
+    return RolloutState(CollectorState(saved.order, saved.ledger(), whole, begun), saved.data)
 
 
-def _parts(groups: Sequence[Group]) -> list[list[Group]]:
+def _files(groups: Sequence[Saved]) -> list[list[Saved]]:
     """The groups of each file, in order."""
-    parts: list[list[Group]] = []
+    parts: list[list[Saved]] = []
     room = 0
     for group in groups:
         size = sum(array.nbytes for sample in group.samples for array in sample.streams.values())
@@ -169,19 +194,32 @@ def _check(saved: _Saved, step: int, path: Path) -> None:
         if (row.group is not None) != (row.state == "ready"):
             right = "a group" if row.state == "ready" else "null"
             raise DataError(f"{where}.group should be {right}, since the ticket is {row.state}")
-        if row.group is not None:
-            if row.group.problem.id != ticket.problem:
+        _check_parts(row, where)
+        for name, group in (("group", row.group), ("parts", row.parts)):
+            if group is None:
+                continue
+            if group.problem.id != ticket.problem:
                 raise DataError(
-                    f"{where}.group.problem.id is {row.group.problem.id!r}, and should be the ticket's, "
-                    f"{ticket.problem!r}"
+                    f"{where}.{name}.problem.id is {group.problem.id!r}, and should be the ticket's, {ticket.problem!r}"
                 )
-            check_versions(row.group, step, f"{where}.group")
+            check_versions(group, step, f"{where}.{name}")
         if ticket.start_version > step:
             raise DataError(
                 f"{where}.ticket.start_version is {ticket.start_version}, and should be at most the step, {step}"
             )
-    if (there := sum(saved.files)) != (groups := sum(row.group is not None for row in saved.tickets)):
+    if (there := sum(saved.files)) != (groups := sum(row.saved is not None for row in saved.tickets)):
         raise DataError(f"{path}: files has {there} groups, and should have {groups} as tickets has")
+
+
+def _check_parts(row: _TicketRow, where: str) -> None:
+    """A group is whole; parts are an open ticket's, each with its place in the group."""
+    if row.group is not None and not row.group.is_whole:
+        raise DataError(f"{where}.group has a response that has not ended or is not judged, and the ticket is ready")
+    if row.parts is not None and row.state != "open":
+        raise DataError(f"{where}.parts should be left out, since the ticket is {row.state}")
+    count = len(row.parts.responses) if row.parts else 0
+    if len(row.indices) != count or row.indices != sorted(set(row.indices)):
+        raise DataError(f"{where}.indices are {row.indices}, and should be one for each of {count} parts, in order")
 
 
 def check_data(data: Fingerprint | None, order: OrderState, where: str) -> None:
@@ -193,8 +231,8 @@ def check_data(data: Fingerprint | None, order: OrderState, where: str) -> None:
 def check_versions(group: GroupRow, step: int, where: str) -> None:
     """Raise DataError, which begins with `where`, for a sample of weights that are not there yet."""
     for place, response in enumerate(group.responses):
-        if response.weight_version > step:
+        newest = max([response.weight_version, *(version for version, _, _ in response.spans)])
+        if newest > step:
             raise DataError(
-                f"{where}.responses[{place}].weight_version is {response.weight_version}, and should be at most the "
-                f"step, {step}"
+                f"{where}.responses[{place}].weight_version is {newest}, and should be at most the step, {step}"
             )

@@ -1,7 +1,5 @@
 """A training run's rollouts, complete: problems, servers and verifiers, and the collector of its batches."""
 
-import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fipo.config import Config
@@ -14,21 +12,22 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group
-from megatron_fipo.rollout.admission import rounds
-from megatron_fipo.rollout.collector import Batch, RolloutCollector
-from megatron_fipo.rollout.events import Steps
+from megatron_fipo.rollout.admission import admission_of
+from megatron_fipo.rollout.collector import Batch, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import group_filter
 from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.rollout.listener import Listener, Progress
+from megatron_fipo.rollout.main_loop import MainLoop
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.snapshot import RolloutState
-from megatron_fipo.rollout.work import Sampling
+from megatron_fipo.rollout.work import Work
 from megatron_fipo.weights.deadline import Deadline
 
 
 class TrainingRollouts(JudgedRollouts):
     """What rank 0 has for sampling. A context manager, which ends servers and verifiers."""
 
-    def __init__(self, config: Config, model_dir: Path, run_dir: Path, listener: Listener):
+    def __init__(self, config: Config, model_dir: Path, run_dir: Path, listener: Listener, loop: MainLoop):
         """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
         tokenizer = tokenizer_of(config, model_dir)
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
@@ -43,23 +42,26 @@ class TrainingRollouts(JudgedRollouts):
                 listener.warn(warning)
             held_out = validation.problems
         context, samples = config.model.max_position_embeddings, config.algorithm.samples_per_prompt
-        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn)
+        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn, run=loop.run)
         fewest = min(samples, validation_samples(config)) if validates else samples
-        super().__init__(config, model_dir, tokenizer, pool, run_dir, fewest)
+        overlaps = config.rollout.max_off_policy_steps > 0
+        # A phase belongs to a step, and what goes on beside steps has none.
+        super().__init__(config, model_dir, tokenizer, pool, run_dir, fewest, loop, None if overlaps else listener)
         self._listener, self._held_out = listener, held_out
         self.problems, self.problem_counts, self._fingerprint = train.problems, train.counts, train.fingerprint
         self._prompts = PromptSampler(len(self.problems), config.run.seed, config.data.shuffle)
         self._collector = RolloutCollector(
             self.problems,
             self._prompts,
-            rounds(config.algorithm),
+            admission_of(config.algorithm, config.rollout.max_off_policy_steps),
             group_filter(config.algorithm.filter_groups),
-            self._sample_step,
+            Sampler(self._work, self._judged, loop.begin),
             lambda number: self.seed_of("train", number),
+            overlaps=overlaps,
         )
         self._progress: Progress = _nobody_hears
         self._in_step: list[Group] = []
-        self._failed_checks: str | None = None
+        """Judged since the last batch."""
 
     def __enter__(self) -> "TrainingRollouts":
         return self
@@ -72,7 +74,7 @@ class TrainingRollouts(JudgedRollouts):
             # One that is starting again would take its memory in the middle of an update.
             self.pool.admit()
         control = EngineControl(self.pool)
-        asyncio.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
+        self.loop.run(control.sleep(Deadline(self.config.rollout.update_timeout_s)))
 
     def replace_failed(self) -> bool:
         """Replace the servers that made a weight update fail; False if none did, or if that was tried too often."""
@@ -82,39 +84,36 @@ class TrainingRollouts(JudgedRollouts):
             self._listener.warn(str(error))
             return False
 
-    def next_batch(self, progress: Progress) -> Steps[Batch]:
-        """Sample until a batch is there.
+    def begin_batch(self, progress: Progress) -> Ongoing[Batch]:
+        """Sample until a batch is there; it ends with RewardError where too many checks failed."""
+        assert self.client is not None, "connect() comes first"
+        self._progress = progress
+        self.pool.lose_unfit()  # nobody may have asked for a long time
+        return Ongoing(self.client, self._next_batch())
 
-        Raises:
-            RewardError: too many checks failed; nothing more is sampled then.
-        """
-        self._progress, self._in_step, self._failed_checks = progress, [], None
-        batch = yield from self._collector.next_batch()
-        if self._failed_checks:
-            self._listener.warn(self._failed_checks)
-        return batch
+    def begin_validation(self, progress: Progress) -> Ongoing[list[Group]]:
+        """Sample and judge the held-out problems, with the same seeds every time."""
+        assert self.client is not None, "connect() comes first"
+        self.pool.lose_unfit()
+        return Ongoing(self.client, self._validate(progress))
 
     def settle(self, version: int) -> None:
         """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
         self._collector.settle(version)
 
-    def undo(self) -> None:
-        """Drop what was sampled since the last `settle`."""
-        self._collector.undo()
+    def break_off(self) -> None:
+        """Nobody waits for the batch that was begun; see RolloutCollector.break_off."""
+        self.loop.run(self._collector.break_off())
+        self._in_step.clear()
+
+    def busy(self) -> list[tuple[float, float]]:
+        """Stretches of time, since the last call, in which some server sampled: begin and seconds."""
+        return self.client.busy() if self.client else []
 
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""
         requests = self.client.end_step() if self.client else {}
         return {**self.pool.end_step(), **requests, **self._collector.metrics()}
-
-    def validate(self, progress: Progress) -> Steps[list[Group]]:
-        """Sample and judge the held-out problems, with the same seeds every time."""
-        seeds = [self.seed_of("validation", index) for index in range(len(self._held_out))]
-        samples, sampling = self.config.validation.samples, self.validation_sampling()
-        groups = yield from self._sample_and_judge(self._held_out, samples, sampling, seeds, progress)
-        if warning := self.failed_checks(groups, "in this validation", self._listener.note):
-            self._listener.warn(warning)
-        return groups
 
     def snapshot(self) -> RolloutState:
         """The present state, for a checkpoint."""
@@ -141,27 +140,41 @@ class TrainingRollouts(JudgedRollouts):
         if count := self._collector.restore(collected, new_order=new_order, discard=discards):
             self._listener.note(f"checkpoint.in_flight=discard: {count} prompts that were in flight are sampled anew")
 
-    def _sample_step(self, problems: Sequence[Problem], seeds: Sequence[int]) -> Steps[list[Group]]:
+    async def _next_batch(self) -> Batch:
+        batch = await self._collector.next_batch()
+        warning = self._warn_of_failed_checks()
+        self._in_step.clear()
+        if warning:
+            self._listener.warn(warning)
+        return batch
+
+    async def _validate(self, progress: Progress) -> list[Group]:
+        seeds = [self.seed_of("validation", index) for index in range(len(self._held_out))]
+        samples, sampling = self.config.validation.samples, self.validation_sampling()
+        groups = await self.groups(self._held_out, samples, sampling, seeds, progress)
+        if warning := self.failed_checks(groups, "in this validation", self._listener.note):
+            self._listener.warn(warning)
+        return groups
+
+    def _work(self, problem: Problem, seed: int) -> Work:
         """What the collector asks for."""
         rollout = self.config.rollout
         sampling = self.sampling_of(rollout.temperature, rollout.top_p, rollout.top_k)
-        samples = self.config.algorithm.samples_per_prompt
-        groups = yield from self._sample_and_judge(list(problems), samples, sampling, list(seeds), self._progress)
-        self._in_step += groups
-        self._failed_checks = self.failed_checks(self._in_step, "in this step", self._listener.note)
-        return groups
+        return Work(problem, self.config.algorithm.samples_per_prompt, sampling, seed)
 
-    def _sample_and_judge(
-        self, problems: list[Problem], samples: int, sampling: Sampling, seeds: list[int], progress: Progress
-    ) -> Steps[list[Group]]:
-        """Judged groups in the order of their problems."""
-        judged = yield from self.sample(problems, samples, sampling, seeds, progress)
-        groups = []
-        with self._listener.phase("verify") as verifying:
-            for future in judged:
-                groups.append(future.result())
-                verifying.progress(len(groups), len(judged), "groups")
-        return groups
+    async def _judged(self, work: Work) -> Group:
+        """Also looks whether verifiers still judge, each time that a step's worth of groups is there."""
+        group = await self.judged(work)
+        self._in_step.append(group)
+        wanted = self.config.algorithm.prompts_per_step
+        self._progress(len(self._in_step), max(wanted, len(self._in_step)), "groups")
+        if len(self._in_step) % wanted == 0:
+            self._warn_of_failed_checks()
+        return group
+
+    def _warn_of_failed_checks(self) -> str | None:
+        """A warning of the groups since the last batch. RewardError: too many failed."""
+        return self.failed_checks(self._in_step, "in this step", self._listener.note)
 
     def _check_lengths(self, groups: list[Group]) -> None:
         """Raise DataError for a group that micro-batches of this configuration may have no room for."""

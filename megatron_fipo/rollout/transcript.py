@@ -8,6 +8,7 @@ from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import RewardResult, Sample
 from megatron_fipo.records.segments import segments_around
 from megatron_fipo.records.streams import TOKEN_IDS, checked, read_only, sampled_streams
+from megatron_fipo.records.versions import VersionSpan, joined, mixed, oldest
 
 
 class Transcript:
@@ -19,7 +20,7 @@ class Transcript:
         """Actions so far."""
         self._parts: dict[str, list[numpy.ndarray]] = {name: [] for name in sampled_streams()}
         self._told: list[tuple[int, int]] = []
-        self._versions: list[int] = []
+        self._versions: list[VersionSpan] = []
         self._length = 0
 
     def __len__(self) -> int:
@@ -42,7 +43,7 @@ class Transcript:
         """Add what the policy produced."""
         for name, values in action.streams.items():
             self._parts[name].append(values)
-        self._versions.append(action.weight_version)
+        self._versions += [span.moved(self._length) for span in action.versions]
         self._length += len(action)
         self.turns += 1
 
@@ -63,7 +64,8 @@ class Transcript:
         return Sample(
             checked(streams, "a sample"),
             finish_reason,
-            min(self._versions, default=0),
+            oldest(self._versions) if self._versions else 0,
             result=result,
             segments=segments_around(told, end, "a sample"),
+            spans=mixed(joined(self._versions)),
         )

@@ -1,9 +1,10 @@
-"""What a `generate` call has to do: groups on their way, and which of them wait for a server."""
+"""What is to be sampled: groups on their way, and which of them wait for a server."""
 
 import asyncio
 import functools
 import hashlib
-from collections import deque
+import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,19 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.records.streams import TOKEN_IDS
+
+Parts = Mapping[int, Sample | Partial]
+"""What there is of a group's samples, by their index."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A group that is being sampled."""
+
+    problem: Problem
+    parts: Parts
+    """None is empty."""
+
 
 MAX_RETRIES = 3
 """Failed requests for one group, on servers that are well, after which the run gives up."""
@@ -53,6 +67,11 @@ class Work:
         else:
             self.arrived[index] = sample
             self.begun.pop(index, None)
+
+    def so_far(self) -> Begun:
+        """What has arrived, whole or not."""
+        there: dict[int, Sample | Partial] = {**self.begun, **self.arrived}
+        return Begun(self.problem, {index: there[index] for index in sorted(there)})
 
     def go_back_to(self, arrived: Mapping[int, Sample], begun: Mapping[int, Partial]) -> None:
         """Ask again for what has arrived since there was this."""
@@ -103,39 +122,81 @@ class Work:
             raise RolloutError(f"a request failed {self._failures} times: {reasons}")
 
 
-class Pending:
+@dataclass(eq=False)
+class Job:
+    """Work that is to be completed, and who waits for it."""
+
+    work: Work
+    place: tuple[bool, int]
+    """Among the others that wait: the lower comes first."""
+    done: "asyncio.Future[None]"
+    asking: "asyncio.Task[None] | None" = None
+    """The request that is out for it."""
+
+    def fail(self, error: Exception) -> None:
+        """Tell who waits."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def __lt__(self, other: "Job") -> bool:
+        return self.place < other.place
+
+
+class WorkQueue:
     """Work that waits for a server, in order, and work that one has been asked for."""
 
-    def __init__(self, waiting: deque[Work]):
-        self.waiting = waiting
-        self.asked: set[Work] = set()
-        self.changed = asyncio.Event()
-        """Set when there may be something to do."""
+    def __init__(self) -> None:
+        self.asked: set[Job] = set()
+        self._waiting: list[Job] = []
+        self._numbers = itertools.count()
 
     def __bool__(self) -> bool:
-        return bool(self.waiting or self.asked)
+        return bool(self._waiting or self.asked)
 
-    def go_on(self) -> None:
-        """Called in the event loop before each look at what waits. May raise what has ended the work."""
+    def add(self, work: Work, *, first: bool) -> Job:
+        """Work that waits: before all that is not `first`, after what came before."""
+        job = Job(work, (not first, next(self._numbers)), asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, job)
+        return job
 
-    def ended(self, work: Work) -> None:
-        """Take work whose samples have all arrived."""
+    @property
+    def next(self) -> Work | None:
+        """What a server is to be asked for next."""
+        return self._waiting[0].work if self._waiting else None
 
-    def take(self) -> Work:
-        """The next that waits, which a server is asked for now."""
-        work = self.waiting.popleft()
-        self.asked.add(work)
-        return work
+    def take(self) -> Job:
+        """The next, which a server is asked for now."""
+        job = heapq.heappop(self._waiting)
+        self.asked.add(job)
+        return job
 
-    def give_back(self, work: Work) -> None:
-        """Work that was asked for: done, or the next to be asked for again."""
-        self.asked.discard(work)
-        if not work.is_whole:
-            self.waiting.appendleft(work)
+    def give_back(self, job: Job) -> None:
+        """A server has been asked for it: it is done, or waits again where it was before."""
+        self.asked.discard(job)
+        if job.done.done():
+            return
+        if job.work.is_whole:
+            job.done.set_result(None)
+        else:
+            heapq.heappush(self._waiting, job)
+
+    def remove(self, job: Job) -> None:
+        """Nobody waits for it any more."""
+        if job.asking is not None:
+            job.asking.cancel()
+        self.asked.discard(job)
+        if job in self._waiting:
+            self._waiting.remove(job)
+            heapq.heapify(self._waiting)
+
+    def fail(self, error: Exception) -> None:
+        """Tell all who wait."""
+        for job in (*self._waiting, *self.asked):
+            job.fail(error)
 
     def late(self, work: Work, seconds: float) -> str:
         """What to say of work that took longer than `seconds`."""
-        names = sorted(item.problem.id for item in self.asked)
+        names = sorted(job.work.problem.id for job in self.asked)
         return (
             f"problem {work.problem.id} got no answer within rollout.request_timeout_s={seconds:g} s; "
             f"{len(names)} requests are pending: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"

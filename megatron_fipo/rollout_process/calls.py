@@ -1,14 +1,12 @@
 """Answers calls of the trainer's rank 0, one after the other in the process's main thread.
 
 Servers and verifiers end with the thread that started them, so that thread does everything; HTTP has a thread of its
-own, which passes calls on and says what the main thread has to say.
+own, which passes calls on and says what the main thread has to say. While the main thread waits, for the next call or
+in one, sampling that has begun goes on.
 """
 
 import asyncio
 import contextlib
-import os
-import queue
-import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,8 +18,8 @@ import msgspec
 from megatron_fipo.config import Config
 from megatron_fipo.engines.access import Receive, Scope, Send
 from megatron_fipo.errors import FipoError, RolloutError, one_line
-from megatron_fipo.processes.interrupt import CtrlC
 from megatron_fipo.processes.leftovers import own_place
+from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.store_server import body_of, say
 from megatron_fipo.rollout_process.call_messages import (
     CALL_PATH,
@@ -73,7 +71,7 @@ class Call:
         except Exception as error:
             traceback.print_exc()
             self.say(Refused(RolloutError.__name__, f"the rollout process failed: {one_line(error)}", 1))
-        except KeyboardInterrupt:  # it was broken off, and nobody listens any more
+        except asyncio.CancelledError:  # it was broken off, and nobody listens any more
             self.say(Refused(RolloutError.__name__, "broken off", 1))
 
     async def next_message(self, gone: asyncio.Future[Any]) -> Message | None:
@@ -136,10 +134,11 @@ class Reporter:
 class Desk:
     """Takes calls over HTTP (an ASGI application), and does them in the thread that calls `run`."""
 
-    def __init__(self, config: Config, ctrl_c: CtrlC):
-        self._config, self._ctrl_c = config, ctrl_c
+    def __init__(self, config: Config):
+        self._config, self._loop = config, MainLoop()
         self._reporter = Reporter()
-        self._waiting: queue.Queue[Call] = queue.Queue()
+        self._waiting: asyncio.Queue[Call] = asyncio.Queue()
+        """Of the main thread's loop."""
         self._stack = ExitStack()
         self._services: list[RolloutService] = []
         """One, once it is opened."""
@@ -159,17 +158,16 @@ class Desk:
             beside = asyncio.ensure_future(asyncio.to_thread(call.run, self._do(name)))
             beside.add_done_callback(lambda _: None)
         else:
-            self._waiting.put(call)
+            self._loop.call(lambda: self._waiting.put_nowait(call))
         await self._tell(call, receive, send)
 
     def run(self) -> None:
         """Do calls until `close`, whose servers and verifiers are ended then, and on the way out of an error too."""
         with self._stack:
             while True:
-                call = self._waiting.get()
-                allowed = self._ctrl_c.breaks() if call.name == BROKEN_OFF else contextlib.nullcontext()
+                call = self._loop.run(self._waiting.get())
                 with self._reporter.during(call):
-                    call.run(self._within(allowed, self._do(call.name)))
+                    call.run(self._do(call.name))
                 if call.name == "close":
                     return
 
@@ -184,7 +182,7 @@ class Desk:
                 if last:
                     return
             if call.name == BROKEN_OFF:
-                os.kill(os.getpid(), signal.SIGINT)
+                self._loop.call(self._services[0].break_wait)
         finally:
             gone.cancel()
 
@@ -202,16 +200,7 @@ class Desk:
         run_dir = Path(where.run_dir)
         self._stack.enter_context(own_place(run_dir))
         reporter = self._reporter
-        service = RolloutService(self._config, Path(where.model_dir), run_dir, reporter, reporter.progress)
+        model_dir, progress = Path(where.model_dir), reporter.progress
+        service = RolloutService(self._config, model_dir, run_dir, reporter, progress, self._loop)
         self._stack.callback(service.close)
         self._services.append(service)
-
-    @staticmethod
-    def _within(
-        context: contextlib.AbstractContextManager[None], work: Callable[[list[Any]], Any]
-    ) -> Callable[[list[Any]], Any]:
-        def done(arguments: list[Any]) -> Any:
-            with context:
-                return work(arguments)
-
-        return done

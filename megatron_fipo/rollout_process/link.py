@@ -64,8 +64,14 @@ class Rollouts(Protocol):
     def settle(self, version: int) -> None:
         """The servers have the weights `version`; the batch that was taken before, if one was, is trained."""
 
-    def undo(self) -> None:
-        """Drop what was sampled since the last `settle`."""
+    def break_off(self) -> None:
+        """Nobody waits for the batch that was begun.
+
+        Where sampling and training take turns, what was sampled since the last `settle` is dropped; else nothing is.
+        """
+
+    def busy(self) -> list[tuple[float, float]]:
+        """Stretches of time, since the last call, in which some server sampled: begin, since 1970, and seconds."""
 
     def end_step(self) -> dict[str, int | float]:
         """A step is done: metrics of the servers in it, and of all tickets so far."""

@@ -28,8 +28,7 @@ def main() -> None:
     """Be the rollout process until rank 0 closes it or ends."""
     die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     terminate_on_sigterm()
-    ctrl_c = CtrlC(is_led=True)
-    ctrl_c.begin()
+    CtrlC(is_led=True).begin()  # a Ctrl-C is rank 0's to hear
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=Config)
     threading.Thread(target=_end_with_rank_0, name="lifeline", daemon=True).start()
     start_early(config.rollout)
@@ -37,7 +36,7 @@ def main() -> None:
     from megatron_fipo.rollout.store_server import TokenServer
     from megatron_fipo.rollout_process.calls import Desk
 
-    desk = Desk(config, ctrl_c)
+    desk = Desk(config)
     listener = socket.create_server(("127.0.0.1", 0))
     server = TokenServer(desk, listener, f"127.0.0.1:{listener.getsockname()[1]}", name="calls")
     # Whatever else prints goes where rank 0's own output goes.

@@ -6,6 +6,7 @@ import selectors
 import ssl
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ import msgspec
 
 from megatron_fipo.engines.descriptors import NoDescriptors
 from megatron_fipo.errors import FipoError, RolloutError, RunFailed, WeightsRefused
+from megatron_fipo.processes.interrupt import Interrupted
 from megatron_fipo.records.rows import StoreAddress
 from megatron_fipo.rollout.events import Ready, WeightsWanted
 from megatron_fipo.rollout_process.call_messages import (
@@ -53,9 +55,19 @@ class RemoteRollouts:
     RolloutError too when the process ends, or gives no sign of life. A context manager, which ends it.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", model_dir: Path, run_dir: Path, console: Console):
-        """Have it load the problems, see that rewards can be had, and start servers, without waiting for them."""
-        self._process, self._console = process, console
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        model_dir: Path,
+        run_dir: Path,
+        console: Console,
+        stops_waiting: Callable[[], bool] = lambda: False,
+    ):
+        """Have it load the problems, see that rewards can be had, and start servers, without waiting for them.
+
+        `wait` raises Interrupted within seconds of when `stops_waiting` is true.
+        """
+        self._process, self._console, self._stops_waiting = process, console, stops_waiting
         try:
             self._address = self._wait_started()
             self._call(OPEN, msgspec.msgpack.encode(Opened(str(model_dir), str(run_dir))))
@@ -91,7 +103,7 @@ class RemoteRollouts:
         self._ask("begin_validation", step)
 
     def wait(self) -> Ready | WeightsWanted:
-        return self._ask("wait")
+        return self._ask("wait", breaks=self._stops_waiting)
 
     def taken(self) -> Offer:
         return self._ask("taken")
@@ -108,8 +120,11 @@ class RemoteRollouts:
     def settle(self, version: int) -> None:
         self._ask("settle", version)
 
-    def undo(self) -> None:
-        self._ask("undo")
+    def break_off(self) -> None:
+        self._ask("break_off")
+
+    def busy(self) -> list[tuple[float, float]]:
+        return self._ask("busy")
 
     def end_step(self) -> dict[str, int | float]:
         return self._ask("end_step")
@@ -156,15 +171,18 @@ class RemoteRollouts:
     def score(self, token_ids: list[int], seconds: float) -> dict[str, list[float | None]]:
         return self._ask("score", token_ids, seconds)
 
-    def _ask(self, name: str, *arguments: object) -> Any:
-        """The answer to one of the calls of link.py."""
-        result = self._call(name, msgspec.msgpack.encode(arguments))
+    def _ask(self, name: str, *arguments: object, breaks: Callable[[], bool] | None = None) -> Any:
+        """The answer to one of the calls of link.py. Interrupted as soon as `breaks`, looked at now and then, is true.
+
+        The rollout process breaks off a call whose connection has ended.
+        """
+        result = self._call(name, msgspec.msgpack.encode(arguments), breaks or (lambda: False))
         try:
             return decode_result(name, result)
         except ValueError as error:
             raise RolloutError(f"the rollout process answered {name} with something else: {error}") from None
 
-    def _call(self, name: str, body: bytes) -> bytes:
+    def _call(self, name: str, body: bytes, breaks: Callable[[], bool] = lambda: False) -> bytes:
         """What a call returned. From any thread, and after a fork too: each call has a connection of its own."""
         reader = MessageReader()
         try:
@@ -185,6 +203,8 @@ class RemoteRollouts:
                         if isinstance(message, Returned):
                             return message.result
                         self._hear(message, phases)
+                        if breaks():
+                            raise Interrupted
         except httpx.TimeoutException as error:
             raise RolloutError(f"the rollout process gives no sign of life in {name} for {SILENCE_S:g} s") from error
         except (httpx.TransportError, ValueError) as error:

@@ -1,6 +1,5 @@
 """A run's rollouts behind the calls of link.py: servers, verifiers, the collector, the store of what it has sampled."""
 
-import asyncio
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,9 +13,11 @@ from megatron_fipo.errors import CheckpointError
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import Batch
-from megatron_fipo.rollout.events import Ongoing, Ready, WeightsWanted
+from megatron_fipo.rollout.events import Ready, WeightsWanted
 from megatron_fipo.rollout.listener import Listener, Progress
+from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.offers import Offers
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.snapshot import Encoded
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.rollout_process.link import Offer, Resumed
@@ -31,14 +32,24 @@ from megatron_fipo.weights.transport_records import BucketHeader, JoinRequest
 class RolloutService:
     """Implements `link.RolloutCalls`. All calls come from one thread, but for `write_snapshot`."""
 
-    def __init__(self, config: Config, model_dir: Path, run_dir: Path, listener: Listener, progress: Progress):
+    def __init__(
+        self,
+        config: Config,
+        model_dir: Path,
+        run_dir: Path,
+        listener: Listener,
+        progress: Progress,
+        loop: MainLoop | None = None,
+    ):
         """Load the problems, see that rewards can be had, and start servers, without waiting for them.
 
-        `progress` hears how far `wait` is.
+        `progress` hears how far `wait` is. What overlaps with training is sampled whenever `loop` turns.
         """
         self._config, self._run_dir, self._listener, self._progress = config, run_dir, listener, progress
         self._stack = ExitStack()
-        self._rollouts = self._stack.enter_context(TrainingRollouts(config, model_dir, run_dir, listener))
+        self._loop = loop or MainLoop()
+        self._stack.callback(self._loop.close)
+        self._rollouts = self._stack.enter_context(TrainingRollouts(config, model_dir, run_dir, listener, self._loop))
         self._offers = self._stack.enter_context(Offers(config.algorithm, listener.warn))
         self._control = EngineControl(self._rollouts.pool)
         self._step = self._weight_version = 0
@@ -60,16 +71,21 @@ class RolloutService:
 
     def begin_batch(self, step: int, weight_version: int) -> None:
         self._step, self._weight_version = step, weight_version
-        self._batch, self._validation = Ongoing(self._rollouts.next_batch(self._progress)), None
+        self._batch, self._validation = self._rollouts.begin_batch(self._progress), None
 
     def begin_validation(self, step: int) -> None:
         self._step = step
-        self._batch, self._validation = None, Ongoing(self._rollouts.validate(self._progress))
+        self._batch, self._validation = None, self._rollouts.begin_validation(self._progress)
 
     def wait(self) -> Ready | WeightsWanted:
         ongoing = self._batch or self._validation
         assert ongoing is not None, "something is begun first"
         return ongoing.wait()
+
+    def break_wait(self) -> None:
+        """Have a `wait` that is under way end with asyncio.CancelledError. In the loop's thread, while it turns."""
+        if ongoing := self._batch or self._validation:
+            ongoing.cancel()
 
     def taken(self) -> Offer:
         assert self._batch is not None, "a batch is begun first"
@@ -77,11 +93,11 @@ class RolloutService:
         self._log(taken.sampled, self._config.tracking.samples_per_step, "step")
         if taken.gave_up:
             self._listener.warn(
-                f"step {self._step}: {len(taken.groups)} of {wanted} groups after {taken.counts.rounds} generation "
-                "batches; training on those"
+                f"step {self._step}: {len(taken.groups)} of {wanted} groups after {taken.generation_batches:g} "
+                "generation batches; training on those"
             )
         batch = self._offers.offer(taken.groups, self._step, self._weight_version)
-        return Offer(batch, sampling_metrics(taken))
+        return Offer(batch, sampling_metrics(taken, self._weight_version))
 
     def validated(self) -> ValidationResult:
         assert self._validation is not None, "a validation is begun first"
@@ -100,8 +116,11 @@ class RolloutService:
     def settle(self, version: int) -> None:
         self._rollouts.settle(version)
 
-    def undo(self) -> None:
-        self._rollouts.undo()
+    def break_off(self) -> None:
+        self._rollouts.break_off()
+
+    def busy(self) -> list[tuple[float, float]]:
+        return self._rollouts.busy()
 
     def end_step(self) -> dict[str, int | float]:
         return self._rollouts.end_step()
@@ -135,25 +154,25 @@ class RolloutService:
         return self._control.workers_of_server
 
     def pause(self, seconds: float) -> None:
-        asyncio.run(self._control.pause(Deadline(seconds)))
+        self._loop.run(self._control.pause(Deadline(seconds)))
 
     def resume_sampling(self, seconds: float) -> None:
-        asyncio.run(self._control.resume(Deadline(seconds)))
+        self._loop.run(self._control.resume(Deadline(seconds)))
 
     def join_transport(self, requests: list[JoinRequest], seconds: float) -> None:
-        asyncio.run(self._control.join_transport(requests, Deadline(seconds)))
+        self._loop.run(self._control.join_transport(requests, Deadline(seconds)))
 
     def start_weight_update(self, seconds: float) -> None:
-        asyncio.run(self._control.start_weight_update(Deadline(seconds)))
+        self._loop.run(self._control.start_weight_update(Deadline(seconds)))
 
     def update_weights(self, header: BucketHeader, seconds: float) -> None:
-        asyncio.run(self._control.update_weights(header, Deadline(seconds)))
+        self._loop.run(self._control.update_weights(header, Deadline(seconds)))
 
     def finish_weight_update(self, version: int, seconds: float) -> None:
-        asyncio.run(self._control.finish_weight_update(version, Deadline(seconds)))
+        self._loop.run(self._control.finish_weight_update(version, Deadline(seconds)))
 
     def score(self, token_ids: list[int], seconds: float) -> dict[str, list[float | None]]:
-        return asyncio.run(self._control.score(token_ids, Deadline(seconds)))
+        return self._loop.run(self._control.score(token_ids, Deadline(seconds)))
 
     def _log(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
         log_rollouts(self._run_dir, self._step, groups, count, self._rollouts.tokenizer.decode, of)

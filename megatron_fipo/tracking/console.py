@@ -77,8 +77,9 @@ class Console:
         enabled: bool = True,
         file: TextIO | None = None,
         width: int | None = None,
+        overlaps: bool = False,
     ) -> None:
-        """Print to standard output, or to `file` with `width` columns."""
+        """Print to standard output, or to `file` with `width` columns. `overlaps`: see StepTable."""
         self._enabled = enabled
         self._step, self._total_steps = resumed_step, total_steps
         self._phases: list[Phase] = []
@@ -89,7 +90,7 @@ class Console:
         self._live = enabled and self._rich.is_terminal and not self._rich.is_dumb_terminal
         if not self._live and width is None:
             self._rich.width = _PLAIN_WIDTH
-        self._table = StepTable(self._rich.width)
+        self._table = StepTable(self._rich.width, overlaps=overlaps)
         self._lines_since_header: int | None = None
         self._last_sign_of_life = time.monotonic()
         self._progress = self._bar()

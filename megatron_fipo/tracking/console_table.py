@@ -1,7 +1,7 @@
 """The line per step: the columns that fit on the terminal, and numbers of a fixed width."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,18 +90,24 @@ COLUMNS = (
 )
 
 
+LAG = Column("lag", 6, _metric("lag_mean"), _fixed(2), 9)
+"""In place of the time that judging takes, where that overlaps with training."""
+
+
 class StepTable:
     """The layout of the columns for a terminal's width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, overlaps: bool = False) -> None:
+        """`overlaps`: sampling and judging go on during the updates."""
         self._width = width
-        self._columns = _fitting(width)
+        self._all = tuple(LAG if overlaps and each.title == "verify" else each for each in COLUMNS)
+        self._columns = _fitting(self._all, width)
 
     def fit(self, width: int) -> bool:
         """Choose the columns for a new width. Return whether they have changed."""
         if width == self._width:
             return False
-        old, self._width, self._columns = self._columns, width, _fitting(width)
+        old, self._width, self._columns = self._columns, width, _fitting(self._all, width)
         return old != self._columns
 
     def header(self) -> str:
@@ -120,10 +126,10 @@ def _cell(column: Column, metrics: Mapping[str, Any]) -> str:
     return column.text(value) if math.isfinite(value) else str(value)
 
 
-def _fitting(width: int) -> list[Column]:
+def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
     """Return the columns that fit, chosen by rank, in the table's order."""
     chosen: list[Column] = []
-    for column in sorted(COLUMNS, key=lambda column: column.rank):
+    for column in sorted(columns, key=lambda column: column.rank):
         if sum(taken.width + 1 for taken in chosen) + column.width <= width:
             chosen.append(column)
-    return [column for column in COLUMNS if column in chosen]
+    return [column for column in columns if column in chosen]

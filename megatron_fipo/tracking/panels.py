@@ -38,6 +38,8 @@ class Panel:
 
 PHASES = ("start", "sample", "verify", "log-probs", "update", "weights", "validate", "checkpoint")
 """In the order of a step. Colours and the rows of the timeline have the same order."""
+ENGINES = "engines"
+"""The row of the timeline that shows when some engine samples; with rollout.max_off_policy_steps while others do."""
 
 
 def _phase_curve(phase: str) -> Curve:
@@ -114,6 +116,21 @@ PANELS = (
             Curve("groups_dropped_surplus", "surplus"),
         ),
         kind="stack",
+    ),
+    Panel(
+        "Lag: how old the weights are that sampled what is trained on",
+        "steps",
+        (Curve("lag_mean", "mean"), Curve("lag_max", "largest", dash="dash")),
+    ),
+    Panel(
+        "Importance weights of tokens",
+        "share of tokens",
+        (
+            Curve("is_ess", "effective"),
+            Curve("is_capped", "above tis_cap", dash="dash"),
+            Curve("is_masked", "outside of is_bounds", dash="dot"),
+        ),
+        percent=True,
     ),
     Panel("Throughput", "response tokens per second", (Curve("tokens_per_second", "whole step"),)),
     Panel(

@@ -24,7 +24,7 @@ from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.console_table import duration
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
 from megatron_fipo.tracking.page import asset, chart_scripts, in_script, page
-from megatron_fipo.tracking.panels import PANELS, PHASES, columns
+from megatron_fipo.tracking.panels import ENGINES, PANELS, PHASES, columns
 
 PAGE_FILE = "report.html"
 DATA_FILE = "report-data.js"
@@ -200,7 +200,9 @@ def _page(directory: Path, config: Config, data: str) -> str:
     problems = ", ".join(config.data.train) or config.data.task
     subtitle = f"{config.algorithm.name} · {config.model.path} · {problems} · seed {config.run.seed}"
     body = _BODY.format(subtitle=html.escape(subtitle), details=details, files="".join(links))
-    spec = in_script({"panels": [asdict(panel) for panel in PANELS], "phases": PHASES, "data_file": DATA_FILE})
+    spec = in_script(
+        {"panels": [asdict(panel) for panel in PANELS], "phases": [*PHASES, ENGINES], "data_file": DATA_FILE}
+    )
     scripts = [
         *chart_scripts(),
         f"const page = {spec};\n",

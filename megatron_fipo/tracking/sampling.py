@@ -9,25 +9,28 @@ import numpy
 from megatron_fipo.records.sample import FAILED_CHECKS, Group
 from megatron_fipo.rollout.collector import Batch
 from megatron_fipo.rollout.filters import ALL_RIGHT, ALL_WRONG
-from megatron_fipo.rollout.ledger import SURPLUS
+from megatron_fipo.rollout.ledger import STOPPED, SURPLUS
+from megatron_fipo.tracking.lag import lag_metrics
 
 
-def sampling_metrics(batch: Batch) -> dict[str, float]:
-    """Return one step's metrics of dynamic sampling, verdicts and responses.
+def sampling_metrics(batch: Batch, version: int) -> dict[str, float]:
+    """Return one step's metrics of dynamic sampling, verdicts, responses, and of how old the weights were.
 
-    Means of reward and accuracy are over the responses that were judged. Without any, they are left out.
+    Means of reward and accuracy are over the responses that were judged. Without any, they are left out. The step
+    starts from the weights of `version`.
     """
     rejected = batch.counts.rejected
     metrics: dict[str, float] = {
-        "num_gen_batches": batch.counts.rounds,
+        "num_gen_batches": batch.generation_batches,
         "groups_kept": len(batch.groups),
-        "groups_dropped": sum(count for reason, count in rejected.items() if reason != SURPLUS),
+        "groups_dropped": sum(count for reason, count in rejected.items() if reason not in (SURPLUS, STOPPED)),
         "groups_dropped_all_right": rejected.get(ALL_RIGHT, 0),
         "groups_dropped_all_wrong": rejected.get(ALL_WRONG, 0),
         "groups_dropped_surplus": rejected.get(SURPLUS, 0),
+        "groups_stopped": rejected.get(STOPPED, 0),
         "groups_carried": batch.left,
     }
-    return metrics | _verdicts(batch.sampled) | _responses(batch.sampled)
+    return metrics | _verdicts(batch.sampled) | _responses(batch.sampled) | lag_metrics(batch.groups, version)
 
 
 def _verdicts(sampled: Sequence[Group]) -> dict[str, float]:

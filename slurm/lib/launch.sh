@@ -312,7 +312,7 @@ launch_run() {
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   prepare_directory "$@"
   stopping=
-  trap 'stopping=1; say "asked to stop: the step in progress is finished and saved"; : >"$run_directory/stop"' USR1
+  trap 'stopping=1; say "asked to stop: the run saves and ends after the step in progress"; : >"$run_directory/stop"' USR1
   while :; do
     count_attempt
     attempt "$@"

@@ -16,8 +16,8 @@ from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.engines.states import State
 from megatron_fipo.errors import FipoError
 from megatron_fipo.records.problem import Problem, prompt_ids
-from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator, connections
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.work import Sampling
 
 SOFT, SAMPLES, PLACES = 1024, 4, 64
@@ -43,7 +43,9 @@ def main() -> None:
             provide(connections(pool.config, SAMPLES), f"{len(ports)} servers")
         with EngineGenerator(pool) as client:
             sampling = Sampling(1.0, 1.0, -1, LENGTH, [2])
-            groups = len(Ongoing(client.generate(problems, SAMPLES, sampling, range(count))).to_the_end(pool.admit))
+            groups = len(
+                Ongoing(client, client.generate(problems, SAMPLES, sampling, range(count))).to_the_end(pool.admit)
+            )
             retries = client.retries
     except FipoError as refusal:
         error = str(refusal)

@@ -12,6 +12,7 @@ from megatron_fipo.loop_state import LoopState
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import CollectorState
 from megatron_fipo.rollout.ledger import Ends, LedgerState, State, StepCounts, Ticket
+from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.seeds import request_seed
 from megatron_fipo.rollout.snapshot import RolloutState
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
@@ -26,7 +27,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingRollouts]:
         patch.setenv("FIPO_ROLLOUT_TOKEN", "secret")
         server = ["rollout.servers=0", "rollout.addresses=[http://127.0.0.1:9]"]
         config = load_config([*server, "reward.rule=exact_match", "reward.workers=1"])
-        with TrainingRollouts(config, model, tmp_path_factory.mktemp("run"), console) as rollouts:
+        directory = tmp_path_factory.mktemp("run")
+        with TrainingRollouts(config, model, directory, console, MainLoop()) as rollouts:
             yield rollouts
 
 

@@ -17,8 +17,8 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
-from megatron_fipo.rollout.events import Ongoing
 from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.work import Sampling
 
 VOCABULARY = 96
@@ -108,7 +108,7 @@ def generate(
     def give_up() -> None:
         raise RolloutError(f"no vLLM server is left: {client._pool.losses_in_words()}")
 
-    return Ongoing(client.generate(*asked, **more)).to_the_end(supply or give_up)
+    return Ongoing(client, client.generate(*asked, **more)).to_the_end(supply or give_up)
 
 
 def forward_log_probs(model: transformers.PreTrainedModel, prompt: numpy.ndarray, sample: Sample) -> torch.Tensor:

@@ -6,21 +6,15 @@ against the real engine in test_generator.py.
 
 import dataclasses
 import gc
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import msgspec
 import numpy
 import pytest
 
 from megatron_fipo.engines import watch
 from megatron_fipo.engines.access import TOKEN_VARIABLE
 from megatron_fipo.engines.generate_messages import (
-    GENERATE_PATH,
     ErrorFrame,
     GenerateRequest,
     PartFrame,
@@ -33,14 +27,12 @@ from megatron_fipo.records import streams
 from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.records.wire import FrameReader, encode_frame
 from megatron_fipo.rollout.answers import Answer, Asked, BadAnswer
-from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import (
     STOP_TOKEN,
     VOCABULARY,
     generate,
     problems,
     sampling,
-    serving_pool,
 )
 from tests.rollout.made_up_answers import (
     VERSION,
@@ -53,58 +45,7 @@ from tests.rollout.made_up_answers import (
     sample,
     with_first,
 )
-
-
-@contextmanager
-def client_of(
-    directory: Path, *answers: Server, silent_for: dict[int, int] | None = None
-) -> Iterator[tuple[EngineGenerator, list[str]]]:
-    """A client of web servers that answer like this each time, and what the pool has warned of.
-
-    `silent_for`: how many signs of life a server does not give, by its index.
-    """
-    silent = dict(silent_for or {})
-
-    def handler(index: int, answer: Server) -> type[BaseHTTPRequestHandler]:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                content = b'{"world_size": 1, "weight_version": "0"}'
-                if self.path == GENERATE_PATH:
-                    content = b"".join(answer(msgspec.json.decode(body, type=GenerateRequest)))
-                elif silent.get(index, 0):
-                    silent[index] -= 1
-                    self.send_error(500)
-                    return
-                self._send(content)
-
-            def do_GET(self) -> None:
-                self._send(b'{"world_size": 1, "weight_version": "0"}')
-
-            def _send(self, content: bytes) -> None:
-                self.send_response(200)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None: ...
-
-        return Handler
-
-    webs = [ThreadingHTTPServer(("127.0.0.1", 0), handler(*pair)) for pair in enumerate(answers)]
-    warnings: list[str] = []
-    try:
-        for web in webs:
-            threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
-        addresses = [f"http://127.0.0.1:{web.server_port}" for web in webs]
-        pool = serving_pool(addresses, directory, warn=warnings.append)
-        pool.note_version(VERSION)
-        with EngineGenerator(pool, vocab_size=VOCABULARY) as client:
-            yield client, warnings
-    finally:
-        for web in webs:
-            web.shutdown()
-            web.server_close()
+from tests.rollout.made_up_servers import client_of
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +130,8 @@ def test_what_has_arrived_in_parts_is_gone_on_with(tmp_path: Path) -> None:
     assert first.begun == [[], []] and second.begun == [[5, 7, 5, 7]] and warnings == []
     assert second.token_ids == first.token_ids and second.max_tokens == first.max_tokens
     assert second.seeds[0] not in first.seeds
-    assert client.end_step() == {"requests_repeated": 1, "tokens_continued": 4}
-    assert client.end_step() == {"requests_repeated": 0, "tokens_continued": 0}
+    assert client.end_step().items() >= {"requests_repeated": 1, "tokens_continued": 4}.items()
+    assert client.end_step().items() >= {"requests_repeated": 0, "tokens_continued": 0}.items()
     assert [sample.token_ids.tolist() for sample in group.samples] == [[5, 7, 2], [5, 7, 5, 7, 5, 7, 2]]
     assert group.samples[1].streams["rollout_log_probs"].tolist() == [-1, -0.5, -1, -0.5, -1, -0.5, -0.25]
     assert {sample.weight_version for sample in group.samples} == {VERSION}

@@ -14,11 +14,15 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import EnvironmentConfig, RewardConfig
 from megatron_fipo.environments.pool import EnvironmentPool
 from megatron_fipo.errors import RolloutError
+from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, Sample
 from megatron_fipo.rewards.failures import FailureLog
 from megatron_fipo.rewards.pool import RewardPool
-from megatron_fipo.rollout.episode import Surroundings, generate_in_turns
-from megatron_fipo.rollout.events import Ongoing
+from megatron_fipo.rollout.episode import Episodes, Surroundings
+from megatron_fipo.rollout.generator import EngineGenerator
+from megatron_fipo.rollout.main_loop import all_of
+from megatron_fipo.rollout.ongoing import Ongoing
+from megatron_fipo.rollout.work import Sampling, Work
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import VOCABULARY, forward_log_probs, generate, problems, sampling, serving_pool
 
@@ -41,18 +45,26 @@ def in_turns(
     failures: FailureLog | None = None,
     **options: Any,
 ) -> list[Group]:
-    """The groups, in the order of their problems; each has been handed on once."""
+    """The groups, in the order of their problems."""
     settings = EnvironmentConfig(name=name, options=options, workers=2, step_timeout_s=3.0)
-    handed_on: list[Group] = []
     with EnvironmentPool(settings, resolve_embedded("embedded:tiny"), VOCABULARY) as environments:
         around = Surroundings(environments, attempts, max_turns, 8, str, failures or FailureLog())
         chosen = sampling(max_tokens=max_tokens, temperature=temperature)
-        steps = generate_in_turns(
-            rollout.client, around, problems(prompts), samples, chosen, range(prompts), handed_on.append
-        )
-        found = Ongoing(steps).to_the_end(lambda: pytest.fail("no server is left"))
-    assert sorted(map(id, handed_on)) == sorted(map(id, found))
-    return found
+        groups = in_turns_of(rollout.client, around, problems(prompts), samples, chosen)
+        return Ongoing(rollout.client, groups).to_the_end(lambda: pytest.fail("no server is left"))
+
+
+async def in_turns_of(
+    client: EngineGenerator, around: Surroundings, asked: list[Problem], samples: int, chosen: Sampling
+) -> list[Group]:
+    episodes = Episodes(client, around)
+
+    async def group(problem: Problem, seed: int) -> Group:
+        work = Work(problem, samples, chosen, seed)
+        await episodes.complete(work)
+        return work.group
+
+    return await all_of(group(problem, seed) for seed, problem in enumerate(asked))
 
 
 def check_log_probs(rollout: Rollout, group: Group) -> None:
@@ -165,7 +177,6 @@ def test_an_environment_that_was_lost_begins_again_under_the_same_seed(rollout: 
 def test_without_a_server_the_next_event_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Environments keep what they have; the caller may give up meanwhile, and nothing waits for ever."""
     from megatron_fipo.engines.access import TOKEN_VARIABLE
-    from megatron_fipo.rollout.generator import EngineGenerator
 
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     servers = serving_pool(["http://127.0.0.1:9"], tmp_path)
@@ -175,6 +186,6 @@ def test_without_a_server_the_next_event_says_so(tmp_path: Path, monkeypatch: py
         EngineGenerator(servers) as client,
     ):
         around = Surroundings(environments, 1, 1, 8, str, FailureLog())
-        asked = Ongoing(generate_in_turns(client, around, problems(1), 1, sampling(), [0]))
+        asked = Ongoing(client, in_turns_of(client, around, problems(1), 1, sampling()))
         with pytest.raises(RolloutError, match=r"no vLLM server is left|failed"):
             asked.to_the_end(lambda: (_ for _ in ()).throw(RolloutError("no vLLM server is left")))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from megatron_fipo.errors import RolloutError
-from megatron_fipo.rollout.admission import Admission, Rounds, Window
+from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window
 from megatron_fipo.rollout.ledger import Ends, Ledger, State, StepCounts, Ticket
 
 
@@ -154,6 +154,9 @@ class Schedule:
             for ticket in taken.surplus:
                 ledger.reject(ticket, "surplus")
                 self.rejected.append(ticket.number)
+            for ticket in taken.stopped:
+                ledger.stop(ticket)
+                self.rejected.append(ticket.number)
             self.lags += [ledger.version - ticket.start_version for ticket in taken.tickets]
             self.sizes.append(len(taken.tickets))
         if self.kills and drawn.random() < 0.1:
@@ -213,6 +216,62 @@ def test_in_a_window_no_ticket_is_more_than_k_versions_old(seed: int, prompts: i
     assert max(schedule.lags, default=0) <= k
     assert set(schedule.sizes) <= {prompts}
     assert schedule.trained == sorted(schedule.trained), "in strict order"
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    prompts=st.integers(1, 6),
+    over=st.floats(1, 3),
+    most=st.integers(3, 30),
+    carry=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_with_refill_nothing_runs_during_an_update(
+    seed: int, prompts: int, over: float, most: int, carry: bool
+) -> None:
+    schedule = Schedule(Refill(prompts, over, most, carry), seed)
+    for _ in range(80):
+        schedule.act()
+        schedule.check()
+        if schedule.ledger.has_batch_out:
+            assert not schedule.ledger.tickets(State.OPEN, State.RUNNING, State.SCORED)
+    assert max(schedule.sizes, default=0) <= prompts
+    assert carry or max(schedule.lags, default=0) == 0, "strictly on policy"
+
+
+def test_with_refill_the_oldest_that_teach_something_make_the_batch_whoever_ends_first() -> None:
+    """Time decides nothing: a step of the groups that end first would be a step of short responses."""
+    admission = Refill(2, 1.5, most_rejected=9, carries_surplus=False)
+    ledger, (first, second, third) = opened(3)
+    assert Refill(2, 1.5, 9, False).admit(Ledger()) == 3 and admission.admit(ledger) == 0
+    ready(ledger, second)
+    ready(ledger, third)
+    assert admission.take(ledger) is None, "the first is still sampled"
+    ledger.start(first)
+    ledger.scored(first, "all_wrong")
+    taken = admission.take(ledger)
+    assert taken is not None and list(taken.tickets) == [second, third] and not taken.stopped
+
+    ledger, (first, second, third) = opened(3)
+    ready(ledger, first)
+    ready(ledger, second)
+    taken = admission.take(ledger)
+    assert taken is not None and list(taken.tickets) == [first, second] and list(taken.stopped) == [third]
+
+
+def test_a_step_without_contrast_ends_as_its_admission_says() -> None:
+    for admission in (Refill(2, 1.0, 4, True), Window(2, 1, 4)):
+        ledger, tickets = opened(4)
+        for ticket in tickets[:-1]:
+            ready(ledger, ticket, "all_wrong")
+        assert admission.take(ledger) is None, "the control"
+        ready(ledger, tickets[-1], "all_right")
+        if isinstance(admission, Window):
+            with pytest.raises(RolloutError, match=r"4 groups were rejected in one step \(1 all_right, 3 all_wrong\)"):
+                admission.take(ledger)
+        else:
+            taken = admission.take(ledger)
+            assert taken is not None and taken.gave_up and not taken.tickets and admission.admit(ledger) == 0
 
 
 def test_the_bound_of_a_window_is_reached_and_one_slot_more_would_break_it() -> None:

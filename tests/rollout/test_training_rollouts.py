@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, DataError
+from megatron_fipo.rollout.main_loop import MainLoop
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.tracking.console import Console
 
@@ -39,7 +40,7 @@ def rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         config = load_config([f"model.path={model}", *server, *reward, *overrides])
         with Console(1, 0, enabled=False) as console:
             monkeypatch.setattr(console, "warn", ([] if warned is None else warned).append)
-            made.append(TrainingRollouts(config, model, tmp_path, console))
+            made.append(TrainingRollouts(config, model, tmp_path, console, MainLoop()))
         return made[-1]
 
     yield make

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import HashStore, Store, TCPStore
 
 from megatron_fipo.errors import ConfigError, FipoError, RefusedOnRank0
-from megatron_fipo.rollout.events import BrokenOff, Event, Ongoing, Ready, Steps, WeightsWanted
+from megatron_fipo.rollout.events import BrokenOff, Event, Ready, WeightsWanted
 from megatron_fipo.runs.sampling_events import SamplingEvents
 
 WORLD = 3
@@ -85,17 +85,3 @@ def _raise(error: Exception) -> Callable[[], Event]:
         raise error
 
     return wait
-
-
-def test_sampling_goes_on_when_it_is_asked_again() -> None:
-    def steps() -> Steps[str]:
-        yield WeightsWanted(("http://a",))
-        yield WeightsWanted(("http://a",))
-        return "groups"
-
-    supplied: list[int] = []
-    assert Ongoing(steps()).to_the_end(lambda: supplied.append(1)) == "groups"
-    assert supplied == [1, 1]
-    sampling = Ongoing(steps())
-    assert sampling.wait() == sampling.wait() == WeightsWanted(("http://a",))
-    assert sampling.wait() == Ready() and sampling.result == "groups"

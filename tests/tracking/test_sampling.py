@@ -19,7 +19,7 @@ from tests.tracking.groups import make_group
 def metrics_of(sampled: list[Group]) -> dict[str, float]:
     """The metrics of a step that sampled these groups and trains on none."""
     counts = StepCounts(rounds=2, opened=9, rejected={"all_right": 1, "all_wrong": 2, "no_contrast": 3, "surplus": 4})
-    return sampling_metrics(Batch([], [], sampled, counts, left=5, gave_up=True))
+    return sampling_metrics(Batch([], [], sampled, counts, generation_batches=2, left=5, gave_up=True), 0)
 
 
 def test_groups_are_counted_by_what_became_of_them():
@@ -32,6 +32,7 @@ def test_groups_are_counted_by_what_became_of_them():
         "groups_dropped_all_right": 1,
         "groups_dropped_all_wrong": 2,
         "groups_dropped_surplus": 4,
+        "groups_stopped": 0,
         "groups_carried": 5,
     }
 
