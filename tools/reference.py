@@ -76,10 +76,11 @@ Any `attention_dropout` is allowed. A run trains without dropout, so that old an
 model. `model.max_position_embeddings` raises the context length without changing the rotary embedding, as the 7B recipe
 does.
 
-In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped, and no
-balancing loss is added. `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel ones, and
-`parallel.expert_tensor` cuts each. Tensor parallelism needs `parallel.sequence=true` there. Layers without experts
-between others (`mlp_only_layers`, `decoder_sparse_step`) and an expert for every token (Qwen2-MoE) are supported.
+In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped, and no loss
+balances the experts. `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel
+ones. `parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers
+without experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every
+token (Qwen2-MoE).
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no
