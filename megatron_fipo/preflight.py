@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,9 @@ def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, w
 
     parallel = config.parallel
     built = build_stages(config, model_config, world_size)
-    planned = parameters_per_rank(plan(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline))
+    layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    experts = {"expert_parallel_size": parallel.expert, "expert_tensor_parallel_size": parallel.expert_tensor}
+    planned = parameters_per_rank(plan(model_config, *layout, **experts))
     problems = [
         f"pipeline stage {stage.stage} holds {stage.parameters} parameters, planned are {planned[stage.stage]}"
         for stage in built
@@ -178,7 +181,24 @@ def _transformers_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
             model = AutoModelForCausalLM.from_config(settings)
     except Exception as error:
         raise refused(model_dir, error) from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return dict(pair for name, shape in shapes.items() for pair in _stored_shapes(name, shape, settings.model_type))
+
+
+def _stored_shapes(name: str, shape: tuple[int, ...], model_type: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield a parameter as files name it: transformers joins a layer's experts in memory, and renames Mixtral's."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    if model_type == "mixtral":
+        name, parts = name.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
+    prefix, _, joined = name.rpartition(".")
+    if not prefix.endswith(".experts"):
+        yield name, shape
+        return
+    for expert in range(shape[0]):
+        if joined == "gate_up_proj":
+            yield from ((f"{prefix}.{expert}.{part}.weight", (shape[1] // 2, shape[2])) for part in parts[:2])
+        else:
+            yield f"{prefix}.{expert}.{parts[2]}.weight", shape[1:]
 
 
 def _name_problems(built: "list[BuiltStage]", expected: dict[str, tuple[int, ...]]) -> list[str]:

@@ -61,7 +61,8 @@ class StageMemory:
 def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: int) -> list[StageMemory]:
     """Return the memory of every pipeline stage under the layout of `config.parallel`, or raise ConfigError."""
     parallel = config.parallel
-    counts = _parameters_per_rank(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    counts = _parameters_per_rank(model_config, layout, parallel.expert, parallel.expert_tensor)
     width = _width(config)
     stages = []
     for stage in range(parallel.pipeline):
@@ -88,8 +89,11 @@ def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: 
 
 # Cached, because the planner calls it for every layout.
 @functools.cache
-def _parameters_per_rank(model_config: ModelConfig, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
-    return parameters_per_rank(plan(model_config, tensor, pipeline, chunks))
+def _parameters_per_rank(
+    model_config: ModelConfig, layout: tuple[int, int, int | None], expert: int, expert_tensor: int
+) -> dict[int, int]:
+    planned = plan(model_config, *layout, expert_parallel_size=expert, expert_tensor_parallel_size=expert_tensor)
+    return parameters_per_rank(planned)
 
 
 def server_weights(config: Config, model_config: ModelConfig) -> int:

@@ -88,7 +88,7 @@ class Engine:
 
     def publish(self, version: int) -> None:
         """Hand the engine the model of this version: the first if it is even, else the second."""
-        self.publisher.publish(WholeWeights(list(self.models[version % 2].state_dict().items())), version)
+        self.publisher.publish({0: WholeWeights(list(self.models[version % 2].state_dict().items()))}, version)
 
     def answers_across(self, version: int) -> list[Answer]:
         """Responses in whose middle the weights of `version` came."""
@@ -117,10 +117,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         pool.start()
         pool.wait_ready()
         publisher = WeightPublisher(
-            make_transport(config, 0, directory / "run"),
+            {0: make_transport(config, 0, directory / "run")},
             EngineControl(pool),
             TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-            number=0,
             senders=Senders(1),
             timeout_s=60.0,
             begin_timeout_s=60.0,

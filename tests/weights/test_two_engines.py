@@ -46,10 +46,9 @@ def _publisher(
     pool: EnginePool, run_dir: Path, places: tuple[WorkerPlace, ...] | None = None, shared_gpu: SharedGpu | None = None
 ) -> WeightPublisher:
     return WeightPublisher(
-        make_transport(pool.config, 0, run_dir),
+        {0: make_transport(pool.config, 0, run_dir)},
         EngineControl(pool),
         HashStore(),
-        number=0,
         senders=Senders(1 if places is None else len(places), places),
         timeout_s=60.0,
         begin_timeout_s=60.0,
@@ -66,7 +65,7 @@ class Engines:
     publisher: WeightPublisher
 
     def publish(self, version: int, **changes: Any) -> None:
-        self.publisher.publish(WholeWeights(list(self.model.state_dict().items()), **changes), version)
+        self.publisher.publish({0: WholeWeights(list(self.model.state_dict().items()), **changes)}, version)
 
     def differences(self) -> dict[str, float]:
         """The probe's, by the server's address; the model is transformers' own."""
@@ -107,7 +106,7 @@ def test_the_engine_with_a_changed_tensor_is_named(
     other.wait_ready()
     publisher = _publisher(other, tmp_path)
     state = {name: tensor * 1.2 if name == CHANGED else tensor for name, tensor in engines.model.state_dict().items()}
-    publisher.publish(WholeWeights(list(state.items())), version=1)
+    publisher.publish({0: WholeWeights(list(state.items()))}, version=1)
     found = engines.differences()
     assert beyond(found, LIMIT) == [wrong.url]
     assert found[right.url] < 1e-4
