@@ -229,7 +229,7 @@ def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer
     stats = trainer.publish(old, version=0)
     assert stats.checked == stats.tensors, "version 0 is a multiple of CHECKSUM_EVERY"
     assert trainer.error_against(old, version=0) < 1e-4
-    for sender in (trainer.ranks[0]._transport, trainer.ranks[2]._transport):
+    for sender in (trainer.ranks[0]._transports[0], trainer.ranks[2]._transports[1]):
         assert not isinstance(sender, SharedMemoryTransport) or not list(sender._directory.iterdir())
 
 
@@ -252,7 +252,7 @@ def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
     trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainers["shared_memory"]
-    sender = trainer.ranks[2]._transport
+    sender = trainer.ranks[2]._transports[1]
     assert sender is not None
     sends: list[str] = []
     send = sender.send
