@@ -182,17 +182,17 @@ def test_a_trainer_that_shares_its_gpus_comes_and_leaves_while_engines_wait(engi
     pool.admit()
     turns, here = Turns(engines), WorkerPlace(socket.gethostname())
     publisher = _publisher(pool, tmp_path, (here, WorkerPlace("elsewhere")), turns)
-    tensors = WholeWeights(list(engines.model.state_dict().items()))
-    publisher.publish(tensors, version=7)
+    weights = {0: WholeWeights(list(engines.model.state_dict().items()))}
+    publisher.publish(weights, version=7)
     assert turns.seen == [("come", 2, 3), ("leave", 2, 7)]
     found = engines.differences()
     assert len(found) == 2 and max(found.values()) < 1e-4
 
     publisher = _publisher(pool, tmp_path, (here,), Turns(engines, fails=True))
-    with pytest.raises(RolloutError, match="weight update 8: sender 0: RuntimeError: no memory"):
-        publisher.publish(tensors, version=8)
+    with pytest.raises(RolloutError, match="weight update 8: rank 0: RuntimeError: no memory"):
+        publisher.publish(weights, version=8)
     assert not pool.serving, "half of the turn: nobody samples"
 
     publisher = _publisher(pool, tmp_path, (WorkerPlace("elsewhere"),))
     with pytest.raises(RolloutError, match="no process of the trainer is where an engine worker is"):
-        publisher.publish(tensors, version=9)
+        publisher.publish(weights, version=9)
