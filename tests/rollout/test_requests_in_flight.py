@@ -30,6 +30,7 @@ from megatron_fipo.engines.generate_messages import (
     read_about,
 )
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.use_messages import USE_PATH, CacheUse
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import FrameReader
 from megatron_fipo.weights.local_senders import Senders
@@ -85,6 +86,11 @@ class Engine:
                     answers.append(Answer(frame.arrays[TOKEN_IDS].tolist(), log_probs, about.spans))
         assert [len(answer.token_ids) for answer in answers] == [tokens] * samples
         return answers
+
+    def preemptions(self) -> int:
+        """All that the engine counts."""
+        answer = httpx.post(self.pool.servers[0].url + USE_PATH, headers=self.pool.headers, timeout=60, trust_env=False)
+        return msgspec.json.decode(answer.raise_for_status().content, type=CacheUse).preemptions
 
     def publish(self, version: int) -> None:
         """Hand the engine the model of this version: the first if it is even, else the second."""
@@ -171,6 +177,7 @@ def test_an_update_comes_in_the_middle_of_responses(
         assert found[not keep][cut:].max() > 0.1
         for off in (cut - 1, cut + 1):
             assert (expected(before, after, answer, off, keep=keep) - answer.log_probs).abs().max() > 0.01
+    assert engine.preemptions() == 0, "what an update has computed again is not for lack of memory"
 
 
 def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(
