@@ -114,7 +114,6 @@ class _Search:
 
     def __init__(self, way: str, variant: Config, model_config: ModelConfig, settings: Settings, trainers: _Trainers):
         """ConfigError if the variant cannot run."""
-        check(placed(variant, way, 1, 1), local=False)
         self._way, self._variant, self._model_config, self._settings = way, variant, model_config, settings
         self._quick = replace(settings, steps=min(_STEPS, settings.steps), samples_at_once=_SAMPLES_AT_ONCE)
         self._trainers = trainers
@@ -122,6 +121,8 @@ class _Search:
         self._unit = 1
         while self._nodes > _SPLITS * self._unit:
             self._unit *= 2
+        for trainer in [*self._trainer_nodes()][:1]:
+            check(placed(variant, way, trainer, 1), local=False)
         self._simulated_s = functools.cache(self._quickly_simulated_s)
 
     def best(self) -> Outcome | None:

@@ -19,17 +19,8 @@ def table(found: Plan, own: Outcome | None) -> Table:
     """A row for each way, and one for the run as it is configured, where that can be."""
     made = Table(title="The best of each way, simulated, not measured", title_justify="left")
     made.add_column("way", no_wrap=True)
-    headings = (
-        "nodes",
-        "TP × PP/chunks × CP × DP",
-        "recompute",
-        "refilled",
-        "engines",
-        "peak GiB",
-        "step s",
-        "tokens/s/GPU",
-    )
-    for name in (*headings, "trainer idle", "engines idle", "lag mean", "max"):
+    headings = ("nodes", "TP × PP/chunks × CP × DP", "recompute", "refilled", "engines", "peak GiB", "step s")
+    for name in (*headings, "tokens/s/GPU", "trainer idle", "engines idle", "lag mean", "max"):
         made.add_column(name, justify="right", no_wrap=name in headings[:2])
     for proposal in found.proposals:
         made.add_row(proposal.way, *_cells(proposal.outcome))

@@ -1,7 +1,6 @@
 """Ways to spread a run over the nodes that it has, as configurations, and the overrides that choose one."""
 
 import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +63,10 @@ def overrides(before: Config, after: Config) -> str:
 
 def _value(config: Config, key: str) -> Any:
     """A key's value; None below a section that is null."""
-    return functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _written(value: Any) -> str:

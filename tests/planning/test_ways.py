@@ -71,12 +71,12 @@ def test_the_overrides_give_what_was_simulated_and_the_simulator_says_the_same(w
 
 def test_longer_responses_want_more_nodes_that_sample() -> None:
     nodes = {}
-    for mean in (1500, 10_000):
+    for mean in (3700, 10_000):
         placed = {each.way: each.config.cluster.rollout_nodes for each in found(mean).proposals}
         assert placed.pop(COLOCATED) == 0
         nodes[mean] = placed
     for way in (SYNCHRONOUS, ASYNCHRONOUS):
-        assert nodes[1500][way] < nodes[10_000][way], way
+        assert nodes[3700][way] < nodes[10_000][way], way
 
 
 @pytest.mark.parametrize("way", [SYNCHRONOUS, ASYNCHRONOUS])
@@ -89,7 +89,7 @@ def test_no_split_and_no_size_of_an_engine_is_clearly_faster_than_the_choice(way
     chosen = search.best()
     points = [(trainer, width) for trainer in range(1, 6) for width in (1, 2, 4, 8)]
     every = [outcome.step_s for point in points if (outcome := search._simulated(*point, played))]
-    assert chosen is not None and chosen.step_s <= 1.03 * min(every)
+    assert chosen is not None and chosen.step_s <= 1.05 * min(every)
     assert max(every) > 1.3 * min(every), "the control: the choice matters"
 
 
@@ -182,7 +182,7 @@ def test_two_thousand_nodes_take_seconds(capsys: pytest.CaptureFixture[str]) -> 
         ([*RECIPE, "--mean=30000"], "--mean: 30000 tokens are more than rollout.max_response_length=20480"),
         (["--maen=1"], "did you mean --mean?"),
         (["run.stepz=1"], "run.stepz"),
-        ([*RECIPE, "cluster.trainer_nodes=1", "cluster.rollout_nodes=0"], "no layout of these nodes fits"),
+        ([*RECIPE, "cluster.trainer_nodes=1", "cluster.rollout_nodes=1", "hardware.memory_gib=20"], "no layout"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
@@ -197,16 +197,8 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 
 
 def test_planning_needs_no_torch() -> None:
-    check_torch = (
-        "import sys; from megatron_fipo.planner import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        check_torch,
-        "experiment=fipo_7b",
-        "cluster.trainer_nodes=1",
-        "cluster.rollout_nodes=1",
-    ]
+    code = "import sys; from megatron_fipo.planner import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    nodes = ("cluster.trainer_nodes=1", "cluster.rollout_nodes=1")
+    command = [sys.executable, "-c", code, "experiment=fipo_7b", *nodes]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.splitlines()[-1] == "False"
