@@ -20,7 +20,7 @@ def table(found: Plan, own: Outcome | None) -> Table:
     made = Table(title="The best of each way, simulated, not measured", title_justify="left")
     made.add_column("way", no_wrap=True)
     headings = ("nodes", "TP × PP/chunks × CP × DP", "recompute", "refilled", "engines", "peak GiB", "step s")
-    for name in (*headings, "tokens/s/GPU", "trainer idle", "engines idle", "lag mean", "max"):
+    for name in (*headings, "tokens / s / GPU", "idle: trainer, engines", "lag: mean, max"):
         made.add_column(name, justify="right", no_wrap=name in headings[:2])
     for proposal in found.proposals:
         made.add_row(proposal.way, *_cells(proposal.outcome))
@@ -90,10 +90,8 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{found.fullest.total / GIB:.1f}",
         _seconds(outcome),
         f"{outcome.tokens_per_gpu_s:,.0f}",
-        f"{max(0.0, outcome.trainer_idle):.0%}",
-        f"{max(0.0, outcome.engines_idle):.0%}",
-        f"{outcome.lag_mean:.2f}",
-        f"{outcome.lag_max}",
+        f"{max(0.0, outcome.trainer_idle):.0%}, {max(0.0, outcome.engines_idle):.0%}",
+        f"{outcome.lag_mean:.2f}, {outcome.lag_max}",
     ]
 
 
