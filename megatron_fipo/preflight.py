@@ -26,6 +26,10 @@ from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.site import site_file, site_problems, site_values
 from megatron_fipo.models.costs import parameter_counts
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.planning.search import as_configured, plan_ways
+from megatron_fipo.planning.shown import assumptions, busy_warning, faster, predicted
+from megatron_fipo.simulation.command import settings_of
+from megatron_fipo.simulation.options import parse
 from megatron_fipo.sizing.estimate import (
     Estimate,
     estimate,
@@ -95,6 +99,7 @@ def main(config: Config) -> None:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
     _print(console, config, model_config, result, counted, changes)
     _print_one_node(console, config, model_config, result)
+    simulated = _print_simulated(console, config, model_config) if result.fits else None
     report = result.to_dict() | {
         "experiment": config.run.name,
         "hardware": dataclasses.asdict(config.hardware),
@@ -102,6 +107,7 @@ def main(config: Config) -> None:
         "parallel": dataclasses.asdict(config.parallel),
         "weights": counted,
         "remedies": changes,
+        "simulated": simulated,
     }
     path = Path(config.run.directory) / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,6 +277,27 @@ def _print_one_node(console: Console, config: Config, model_config: ModelConfig,
     )
 
 
+def _print_simulated(console: Console, config: Config, model_config: ModelConfig) -> dict[str, Any]:
+    """Print what the run comes to with its waits, and warn if another way to spread it is clearly faster."""
+    settings = settings_of(parse([]), config)
+    own = as_configured(config, model_config, settings)
+    console.print(f"simulated, with {assumptions(settings)}: {predicted(own)}", soft_wrap=True)
+    several = config.cluster.trainer_nodes + config.cluster.rollout_nodes > 1
+    better = faster(config, own, plan_ways(config, model_config, settings)) if several else None
+    for warning in filter(None, (busy_warning(own), better)):
+        console.print(f"warning: {warning}", soft_wrap=True)
+    names = (
+        "step_s",
+        "tokens_per_gpu_s",
+        "trainer_idle",
+        "engines_idle",
+        "lag_mean",
+        "lag_max",
+        "rollout_process_busy",
+    )
+    return {name: getattr(own, name) for name in names} | {"faster": better}
+
+
 def _print_memory(console: Console, config: Config, result: Estimate, counted: dict[str, Any]) -> None:
     columns = [name for name in _COLUMNS if name != "server" or any(stage.server for stage in result.stages)]
     table = Table(title="Memory of each GPU, in GiB", title_justify="left")
@@ -305,6 +332,7 @@ def _print_time(console: Console, config: Config, model_config: ModelConfig, res
         "log-probs": time.log_probs,
         "update": time.update,
         "weights": time.weights,
+        **({"copies": time.turns} if time.turns else {}),
         "whole step": time.total,
         "longest step": time.longest,
     }
@@ -318,9 +346,15 @@ def _print_time(console: Console, config: Config, model_config: ModelConfig, res
         f"{_days(config.run.steps * time.total)}, without validation.",
         f"log-probs and update: {time.micro_batches} micro-batches per update; stages wait {time.bubble:.1%} of it for "
         "each other.",
+        *(["copies: between GPUs and hosts, for trainer and servers in turns."] if time.turns else []),
         f"weights: {model_bytes(config, model_config) / GIB:.1f} GiB go to each server after every step.",
-        "longest step: dynamic sampling has no groups left over and samples whole batches. A job needs this much time "
-        "between the request to stop and its time limit.",
+        "longest step: "
+        + (
+            "a stop waits for no sample."
+            if time.overlaps
+            else "dynamic sampling has no groups left over and samples whole batches."
+        )
+        + " A job needs this much time between the request to stop and its time limit.",
     ):
         console.print(f"  {line}", style="dim", soft_wrap=True)
 

@@ -40,6 +40,10 @@ _ATTENTION_HEAD = 128
 """Head size at which attention is as efficient as matrix products. With half the size it is half as efficient."""
 _ENGINE_OVERHEAD_S = 0.004
 """Fixed time of one decoding step of vLLM: launches, sampling, scheduling."""
+_SMALL_ALL_REDUCE_S = 10e-6
+"""Time of an all-reduce of few bytes between an engine's GPUs. Assumed, not measured."""
+_RECEIVE_SAMPLE_S, _RECEIVE_TOKEN_S = 150e-6, 13e-9
+"""CPU time of the rollout process for a sample, and for each of its tokens (benchmarks/README.md)."""
 
 
 @dataclass
@@ -56,16 +60,30 @@ class StepTime:
     """Micro-batches per update on each rank."""
     whole_sample: float
     """Seconds of sampling all generation batches of a step if no groups are left over from the last step."""
+    overlaps: bool
+    """Whether engines sample while the trainer works (rollout.max_off_policy_steps)."""
+    turns: float = 0.0
+    """Seconds of copies between GPUs and their hosts, where trainer and engines use the GPUs in turns."""
+
+    @property
+    def trainer(self) -> float:
+        """Seconds of the step in which the trainer works."""
+        return self.log_probs + self.update + self.weights + self.turns
 
     @property
     def total(self) -> float:
-        """Seconds of the step: the phases follow one another."""
-        return self.sample + self.log_probs + self.update + self.weights
+        """Seconds of the step: the phases follow one another, or sampling is hidden behind the trainer's."""
+        if self.overlaps:
+            return max(self.sample, self.log_probs + self.update) + self.weights
+        return self.sample + self.trainer
 
     @property
     def longest(self) -> float:
-        """Seconds of a step that samples whole generation batches. A job needs this time to stop before its limit."""
-        return self.whole_sample + self.log_probs + self.update + self.weights
+        """Seconds that a job needs to stop before its limit: of a step that samples whole generation batches.
+
+        Where sampling overlaps, a stop waits for no sample.
+        """
+        return self.trainer if self.overlaps else self.whole_sample + self.trainer
 
 
 @dataclass(frozen=True)
@@ -92,15 +110,19 @@ class EngineCosts:
     """Bytes per second that are reached."""
     token_flops_s: float
     """Seconds of products for one token."""
+    step_s: float
+    """Seconds that each decoding step takes whatever its size."""
+    token_sent_s: float
+    """Seconds in which one token's activations cross between its GPUs."""
 
     def decode_s(self, batch: float, held: float) -> float:
         """Seconds of a decoding step of `batch` sequences, whose caches hold `held` tokens in all."""
         read = self.weights + held * self.token_bytes
-        return max(read / self.bandwidth, self.token_flops_s * batch) + _ENGINE_OVERHEAD_S
+        return max(read / self.bandwidth, self.token_flops_s * batch) + self.step_s + self.token_sent_s * batch
 
     def prefill_s(self, tokens: float) -> float:
         """Seconds of products for a context of so many tokens."""
-        return self.token_flops_s * tokens
+        return (self.token_flops_s + self.token_sent_s) * tokens
 
 
 def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int) -> StepTime:
@@ -116,6 +138,7 @@ def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int
         bubble=trainer.bubble,
         micro_batches=trainer.micro_batches,
         whole_sample=_sample_s(config, model_config, _whole_batches_prompts(config)),
+        overlaps=config.rollout.max_off_policy_steps > 0,
     )
 
 
@@ -216,6 +239,14 @@ def rollout_servers(config: Config) -> int:
     return max(1, config.rollout.servers or len(config.rollout.addresses))
 
 
+def rollout_process_s(samples: float, tokens: float) -> float:
+    """Return the CPU seconds in which the rollout process, beside rank 0, receives so many samples of so many tokens.
+
+    It does all of it on one core while engines sample, so a step cannot be shorter.
+    """
+    return samples * _RECEIVE_SAMPLE_S + tokens * _RECEIVE_TOKEN_S
+
+
 def _sampled_prompts(config: Config) -> float:
     """Return the mean number of prompts sampled per step. A surplus that is carried over is not sampled again."""
     filtered = config.algorithm.filter_groups
@@ -240,12 +271,17 @@ def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
     token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
     weights = model_bytes(config, model_config) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
+    # Two all-reduces per layer, of which each GPU sends and receives all but its part twice.
+    reduces, others = 2 * model_config.num_layers, rollout.tensor_parallel - 1
+    sent = reduces * 2 * model_config.hidden_size * width * others / rollout.tensor_parallel
     return EngineCosts(
         weights=weights,
         token_bytes=token_bytes,
         cache_tokens=free / token_bytes,
         bandwidth=hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency,
         token_flops_s=2 * weights / width / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency),
+        step_s=_ENGINE_OVERHEAD_S + (reduces * _SMALL_ALL_REDUCE_S if others else 0.0),
+        token_sent_s=sent / (hardware.node_gb_s * 1e9 * hardware.bandwidth_efficiency),
     )
 
 
