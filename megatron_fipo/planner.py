@@ -17,7 +17,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.sizing.estimate import Estimate, estimate, model_directory
+from megatron_fipo.sizing.estimate import Estimate, estimate, model_directory, trainer_world_size
 from megatron_fipo.sizing.memory import GIB
 
 USAGE = """usage: megatron-fipo planner [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
@@ -32,8 +32,9 @@ examples:
   megatron-fipo planner --help cluster            what the keys of a section mean
 
 docs/cluster.md explains the estimate."""
-_SIZES = ("tensor", "pipeline", "chunks", "context", "data")
-"""Columns, named as the keys of the section parallel. "chunks" is virtual_pipeline: the chunks per stage."""
+_SIZES = ("tensor", "pipeline", "chunks", "context", "expert", "data")
+"""Columns, named as the keys of the section parallel. "chunks" is virtual_pipeline: the chunks per stage; "expert" has
+expert_tensor after a ×."""
 _SHOWN = 10
 _SHOWN_TOO_LARGE = 3
 
@@ -44,6 +45,7 @@ class Layout:
 
     config: Config
     estimate: Estimate
+    has_experts: bool = False
 
     def overrides(self) -> str:
         """The overrides that choose it."""
@@ -52,10 +54,17 @@ class Layout:
         return (
             f"parallel.tensor={parallel.tensor} parallel.sequence={str(parallel.sequence).lower()} "
             f"parallel.pipeline={parallel.pipeline} parallel.virtual_pipeline={chunks} "
-            f"parallel.context={parallel.context} model.recompute={self.config.model.recompute} "
+            f"parallel.context={parallel.context} "
+            f"{self._expert_overrides()}model.recompute={self.config.model.recompute} "
             f"cluster.trainer_nodes={self.config.cluster.trainer_nodes} "
             f"cluster.rollout_nodes={self.config.cluster.rollout_nodes}"
         )
+
+    def _expert_overrides(self) -> str:
+        parallel = self.config.parallel
+        if not self.has_experts:
+            return ""
+        return f"parallel.expert={parallel.expert} parallel.expert_tensor={parallel.expert_tensor} "
 
     def reason(self) -> str:
         """What takes most of its time, or by how much it is too large."""
@@ -81,10 +90,14 @@ def layouts(config: Config, model_config: ModelConfig) -> list[Layout]:
     """Return every layout that is possible for the model and the nodes. Layouts that fit come first, fastest first."""
     found = []
     for candidate in _candidates(config):
-        try:
-            found.append(Layout(candidate, estimate(candidate, model_config)))
-        except ConfigError:
-            continue
+        for expert, expert_tensor in _expert_sizes(candidate, model_config):
+            # estimate() keeps nothing of a configuration, and most of them do not divide the model.
+            candidate.parallel.expert, candidate.parallel.expert_tensor = expert, expert_tensor
+            try:
+                result = estimate(candidate, model_config)
+            except ConfigError:
+                continue
+            found.append(Layout(copy.deepcopy(candidate), result, model_config.experts is not None))
     return sorted(found, key=lambda layout: (not layout.estimate.fits, layout.estimate.time.total))
 
 
@@ -106,6 +119,19 @@ def _candidates(config: Config) -> Iterator[Config]:
         candidate.parallel.context, candidate.parallel.data = context, None
         candidate.model.recompute = recompute
         yield candidate
+
+
+def _expert_sizes(candidate: Config, model_config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """Yield expert-parallel sizes that divide the ranks of a stage, each with whole experts, and with cut ones."""
+    parallel, experts = candidate.parallel, model_config.experts
+    if experts is None:
+        yield 1, 1
+        return
+    stage = trainer_world_size(candidate) // parallel.pipeline
+    for expert in (size for size in range(1, experts.number + 1) if experts.number % size == 0):
+        for expert_tensor in sorted({1, parallel.tensor}):
+            if stage % (expert * expert_tensor) == 0:
+                yield expert, expert_tensor
 
 
 def main(config: Config) -> None:
@@ -140,6 +166,7 @@ def _table(title: str, why: str, chosen: list[Layout]) -> Table:
             f"{layout.estimate.time.total:.0f}",
             f"{layout.estimate.fullest.total / GIB:.1f}",
             *(str(n) for n in (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or "-", parallel.context)),
+            f"{parallel.expert}" + (f" × {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""),
             str(layout.estimate.data_parallel_size),
             layout.config.model.recompute,
             f"{cluster.trainer_nodes} + {cluster.rollout_nodes}",
