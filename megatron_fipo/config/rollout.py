@@ -25,8 +25,8 @@ class RolloutConfig:
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1, maximum=1024)
     expert_parallel: bool = setting(
         False,
-        "Deal the experts of a model to a server's tensor-parallel ranks, whole, instead of giving each a part of every "
-        "expert (vLLM's --enable-expert-parallel).",
+        "Deal the experts of a model to a server's tensor-parallel ranks, whole, instead of giving each rank a part of "
+        "every expert (vLLM's --enable-expert-parallel).",
     )
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
     quantization: str | None = setting(
