@@ -234,8 +234,8 @@ def _print(
         active = f", {counted['active'] / 1e9:.2f} B of them active"
         layout += f", experts over {parallel.expert} × {parallel.expert_tensor}"
     console.print(
-        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters{active}, {layout} = {result.world_size} trainer "
-        f"GPUs ({config.hardware.name}), {servers_text(config)}",
+        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters{active}, {layout} = {result.world_size} "
+        f"trainer GPUs ({config.hardware.name}), {servers_text(config)}",
         soft_wrap=True,
     )
     for note in notes(config, model_config, result.world_size, result.data_parallel_size):

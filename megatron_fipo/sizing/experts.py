@@ -49,7 +49,7 @@ class WeightsRead:
 
 @functools.cache  # the planner asks for every layout
 def parameters_by_stage(model_config: ModelConfig, layout: Layout) -> dict[int, RankParameters]:
-    """Return the parameters on each rank, by pipeline stage. ConfigError for a layout that does not divide the model."""
+    """Return the parameters on each rank, by stage. ConfigError for a layout that does not divide the model."""
     layout.check(model_config)
     dense, experts = dict.fromkeys(range(layout.pipeline), 0), dict.fromkeys(range(layout.pipeline), 0)
     for item in layout.place(_one_of_the_experts(model_config), model_config):
