@@ -27,7 +27,7 @@ from megatron_fipo.engines.generate_messages import (
 from megatron_fipo.records.wire import encode_frame
 
 STOP_TOKEN, VOCABULARY = 2, 152_064
-ABOUT = b'{"world_size": 1, "weight_version": "0"}'
+ABOUT = b'{"world_size": 1, "weight_version": "0", "results": [{"machine": "here"}]}'
 """A server's answer to every request about itself."""
 
 

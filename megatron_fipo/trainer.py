@@ -181,17 +181,16 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.run.steps)
 
     def asked_to_stop(self) -> bool:
-        """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory, now removed."""
+        """Whether to stop before the last step: a Ctrl-C, or a file named stop in the run's directory."""
         if self.step == self.config.run.steps and not self.lacks_validation():
             return False
         file = self._directory / STOP_FILE
         if by_file := self._leader is not None and file.exists():
-            file.unlink()
             self._console.note(f"stopping after step {self.step}, as {file} asks for")
         return fact_of_rank_0(by_file or self._ctrl_c.asked)
 
     def stop(self) -> NoReturn:
-        """Save what no checkpoint has yet, and end this process in peace."""
+        """Save what no checkpoint has yet, and end this process in peace. The file that asked for it is removed."""
         self._on_rank_0(lambda _: (self._directory / STOP_FILE).unlink(missing_ok=True))
         self.settle()
         if self.step > 0 and self._checkpoints.saved_step != self.step:

@@ -164,9 +164,9 @@ def test_a_server_that_leaves_no_room_on_a_shared_gpu(tmp_path: Path) -> None:
         "preflight", tmp_path, "experiment=fipo_7b", "cluster.trainer_nodes=1", "cluster.rollout_nodes=0", *shared
     )
     assert ended.returncode == 3, ended.stdout + ended.stderr
-    assert "96.9 of 74.6 GiB" in ended.stdout and "GiB too much" in ended.stdout
+    assert "75.6 of 74.6 GiB" in ended.stdout and "GiB too much" in ended.stdout
     assert "8 rollout servers on 8 of the trainer's GPUs, in turns" in ended.stdout
-    assert "would fit with rollout.gpu_memory_utilization=0.55" in ended.stdout
+    assert "would fit with rollout.gpu_memory_utilization=0.8" in ended.stdout
     assert "on one node of 8 GPUs: cluster.trainer_nodes=1 cluster.rollout_nodes=0" in ended.stdout
 
 

@@ -255,9 +255,14 @@ def reference_kl(inputs: LossInputs, estimator: str) -> Tensor:
     estimates = {
         "k1": lambda: -distance,
         "k2": lambda: distance.square() / 2,
-        "k3": lambda: distance.expm1() - distance,
+        "k3": lambda: k3(distance),
     }
     return estimates[estimator]()
+
+
+def k3(distance: Tensor) -> Tensor:
+    """exp(d) − 1 − d ≥ 0, which estimates KL(p || q) from a token that p sampled, with d = log q − log p."""
+    return distance.expm1() - distance
 
 
 def _log_ratio(inputs: LossInputs) -> Tensor:

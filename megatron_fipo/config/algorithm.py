@@ -62,7 +62,7 @@ class FilterGroupsConfig:
         None,
         "null: whole generation batches, each sampled to its end. 1 or more: a rejected group is replaced at once, and "
         "for each group that the step lacks, this many are being sampled. Groups that are not needed are stopped; "
-        "their prompts come first in the next step. Only with rollout.max_off_policy_steps=0.",
+        "their prompts come first in the next step. With rollout.max_off_policy_steps, null is 1.",
         minimum=1,
         maximum=100,
     )

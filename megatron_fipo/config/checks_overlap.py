@@ -45,7 +45,6 @@ def _window(config: Config) -> None:
         )
     for key, value, right in (
         ("algorithm.generation_batch_prompts", algorithm.generation_batch_prompts, "null"),
-        ("algorithm.filter_groups.over_sampling", algorithm.filter_groups.over_sampling, "null"),
         ("algorithm.filter_groups.surplus", algorithm.filter_groups.surplus, "carry"),
     ):
         if value not in (None, "carry"):

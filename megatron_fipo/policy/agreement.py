@@ -6,14 +6,13 @@ precision rounds, or something is wrong: weights that did not arrive, a stale ca
 
 from torch import Tensor
 
+from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP
+from megatron_fipo.algorithm.losses import k3
 from megatron_fipo.algorithm.statistics import part_means, token_statistics
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.errors import FipoError
 from megatron_fipo.policy.micro_batch import MicroBatch
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS
-
-_LARGEST_CHANGE = 20.0
-"""|d| is cut off here, so that exp(d) is finite in fp32."""
 
 
 def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str, Tensor]:
@@ -35,15 +34,10 @@ def log_prob_differences(micro_batch: MicroBatch, log_probs: Tensor) -> dict[str
     ages = {"lag_0": present, "lag_1": mask & (lag == 1), "lag_2_or_more": mask & (lag > 1)}
     parts |= {f"log_prob_diff_{age}": tokens for age, tokens in ages.items() if age != "lag_0"}
     # Of lag 0 it is arithmetic alone; the rest is how far the policy has moved.
-    divergences = part_means(_divergence(change), {f"behaviour_kl_{age}": tokens for age, tokens in ages.items()})
+    divergence = k3(change.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+    divergences = part_means(divergence, {f"behaviour_kl_{age}": tokens for age, tokens in ages.items()})
     means = token_statistics(present, {"log_prob_diff": gap}, {"log_prob_diff": gap}) | part_means(gap, parts)
     return means | divergences
-
-
-def _divergence(change: Tensor) -> Tensor:
-    """The k3 estimate, exp(d) − 1 − d ≥ 0, of each token, where `change` is d = log π_trainer − log π_engine."""
-    bounded = change.clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
-    return bounded.expm1() - bounded
 
 
 class AgreementCheck:

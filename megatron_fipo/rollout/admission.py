@@ -32,6 +32,10 @@ class Take:
 class Admission(Protocol):
     """Decides by the ledger alone, and changes nothing."""
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Tickets of a full batch."""
+
     def admit(self, ledger: Ledger) -> int:
         """Tickets to open now."""
 
@@ -124,23 +128,30 @@ class Window:
     With P prompts per step there are (k + 1) P slots. A slot is held until the ticket is rejected, has failed, or the
     weights of its step are published. Batches are taken in strict order of numbers. So at most (k + 1) P − 1 older
     tickets train before one, and its lag is at most k; at k = 0 nothing runs during an update.
+
+    With `over_sampling`, so many tickets are under way for each slot that no judged one has, since most filters reject
+    many. Where fewer are rejected, those that would train too late are stopped when a batch is taken: the last of those
+    that were opened together, however long their responses are.
     """
 
     prompts_per_step: int
     max_off_policy_steps: int
     most_rejected: int | None = None
     """In one step. A short batch in place of an error would break the bound."""
+    over_sampling: float = 1.0
 
     def admit(self, ledger: Ledger) -> int:
         """As many as there are free slots; none where a resume has fewer slots than there are tickets."""
-        return max(0, (self.max_off_policy_steps + 1) * self.prompts_per_step - len(ledger))
+        unfinished = len(_unfinished(ledger))
+        free = (self.max_off_policy_steps + 1) * self.prompts_per_step - (len(ledger) - unfinished)
+        return max(0, math.ceil(self.over_sampling * free) - unfinished)
 
     def take(self, ledger: Ledger) -> Take | None:
         """The oldest tickets, once they are a full batch and all READY."""
         if ledger.has_batch_out:
             return None
         if oldest := _oldest_if_ready(ledger, self.prompts_per_step):
-            return Take(oldest)
+            return Take(oldest, *self._too_late(ledger, oldest))
         if self.most_rejected is not None and _filtered(ledger) >= self.most_rejected:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(ledger.step.rejected.items()))
             raise RolloutError(
@@ -152,6 +163,15 @@ class Window:
     def generation_batches(self, ledger: Ledger) -> float:
         """By the number of prompts."""
         return ledger.step.opened / self.prompts_per_step
+
+    def _too_late(self, ledger: Ledger, chosen: Sequence[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
+        """Tickets that no batch after the chosen one may train on: READY ones, and others."""
+        if self.over_sampling == 1:
+            return [], []  # none by the number of slots; after a resume with fewer, what there is trains all the same
+        newest, oldest_allowed = chosen[-1].number, ledger.version - self.max_off_policy_steps + 1
+        ready, unfinished = ledger.tickets(State.READY), _unfinished(ledger)
+        late = [ticket for ticket in ready if ticket.number > newest and ticket.start_version < oldest_allowed]
+        return late, [ticket for ticket in unfinished if ticket.start_version < oldest_allowed]
 
 
 def certain(ledger: Ledger, prompts_per_step: int) -> list[Ticket]:
@@ -171,7 +191,8 @@ def admission_of(algorithm: AlgorithmConfig, max_off_policy_steps: int) -> Admis
     most, carries = filtered.max_num_gen_batches, filtered.surplus == "carry"
     if max_off_policy_steps:
         # The first step fills the whole window.
-        return Window(prompts, max_off_policy_steps, (max_off_policy_steps + 1) * most * prompts)
+        most_rejected = (max_off_policy_steps + 1) * most * prompts
+        return Window(prompts, max_off_policy_steps, most_rejected, filtered.over_sampling or 1.0)
     if filtered.enable and filtered.over_sampling is not None:
         return Refill(prompts, filtered.over_sampling, most * prompts, carries)
     return rounds(algorithm)

@@ -55,15 +55,6 @@ class Batch:
     """The first so many groups have been handed over in parts before."""
 
 
-@dataclass(frozen=True)
-class PartSize:
-    """How a batch is handed over before it is whole."""
-
-    prompts_per_step: int
-    prompts: int
-    """Of one part; a multiple of an update's."""
-
-
 class CollectorState(Struct, frozen=True):
     """A collector between two steps, or in the middle of one. Made of references: all in it is immutable."""
 
@@ -88,19 +79,20 @@ class RolloutCollector:
         seed_of: Callable[[int], int],
         *,
         overlaps: bool = False,
-        parts: PartSize | None = None,
+        part_prompts: int | None = None,
     ):
         """Nothing is opened yet.
 
         Args:
             seed_of: gives the seed of a ticket's number.
             overlaps: sampling goes on while a batch is trained on.
-            parts: in which parts a batch is handed over before it is whole; None: in none.
+            part_prompts: a batch is handed over in parts of so many, a multiple of an update's, before it is whole;
+                None: in none.
         """
         self._prompts, self._admission, self._reject = prompts, admission, reject
         self._sampler, self._seed_of, self._overlaps = sampler, seed_of, overlaps
         self._drawn_from = problems
-        self._by_id = {problem.id: problem for problem in problems}
+        self._places = {problem.id: place for place, problem in enumerate(problems)}
         self._ledger = Ledger()
         self._groups: dict[int, Group] = {}
         self._work: dict[int, Work] = {}
@@ -109,7 +101,7 @@ class RolloutCollector:
         self._sampled: dict[int, Group] = {}
         self._failures: list[Exception] = []
         self._changed = asyncio.Event()
-        self._parts, self._in_parts = parts, 0
+        self._part_prompts, self._in_parts = part_prompts, 0
         self.part_ready = asyncio.Event()
         """Set while `part` has something new."""
         self._is_wanted = False
@@ -174,7 +166,7 @@ class RolloutCollector:
             self.restore(self._settled)
         elif self._ledger.has_batch_out:
             self.give_back()
-            self._sampled |= {number: self._groups[number] for number in self._groups if number not in self._sampled}
+            self._sampled = self._groups | self._sampled
         self._in_parts = 0
         self.part_ready.clear()
 
@@ -207,7 +199,7 @@ class RolloutCollector:
         Nothing may be sampled meanwhile.
         """
         lacking = [
-            ticket for ticket, at in state.ledger.tickets if at is State.OPEN and ticket.problem not in self._by_id
+            ticket for ticket, at in state.ledger.tickets if at is State.OPEN and ticket.problem not in self._places
         ]
         if lacking and not discard:
             raise DataError(
@@ -247,7 +239,7 @@ class RolloutCollector:
             self._tasks[ticket.number] = self._sampler.begin(self._collect(ticket, self._work[ticket.number]))
 
     def _work_of(self, ticket: Ticket) -> Work:
-        return self._sampler.work(self._by_id[ticket.problem], ticket.seed)
+        return self._sampler.work(self._drawn_from[self._places[ticket.problem]], ticket.seed)
 
     async def _collect(self, ticket: Ticket, work: Work) -> None:
         """Sample and judge one group. Its slot is free, or it waits for its step, as soon as it is judged."""
@@ -286,10 +278,10 @@ class RolloutCollector:
 
     def _certain_parts(self) -> list[Ticket]:
         """The tickets of the next parts, if these are certain."""
-        if self._parts is None:
+        if self._part_prompts is None:
             return []
-        sure = certain(self._ledger, self._parts.prompts_per_step)[self._in_parts :]
-        return sure[: len(sure) // self._parts.prompts * self._parts.prompts]
+        sure = certain(self._ledger, self._admission.prompts_per_step)[self._in_parts :]
+        return sure[: len(sure) // self._part_prompts * self._part_prompts]
 
     def _sampled_until(self, tickets: Sequence[Ticket]) -> list[Group]:
         """See Batch.sampled."""
@@ -306,9 +298,8 @@ class RolloutCollector:
         self._put_back(tickets)
 
     def _put_back(self, tickets: Sequence[Ticket]) -> None:
-        if tickets:
-            places = {problem.id: place for place, problem in enumerate(self._drawn_from)}
-            self._prompts.put_back([places[ticket.problem] for ticket in tickets if ticket.problem in places])
+        places = self._places
+        self._prompts.put_back([places[ticket.problem] for ticket in tickets if ticket.problem in places])
 
     async def _cancel(self, numbers: Sequence[int]) -> None:
         tasks = [self._tasks.pop(number) for number in numbers]

@@ -14,7 +14,8 @@ class JudgingPhase:
         self._listener = listener
         self._sampling = self._judging = self._begun_with = 0
         self._open = ExitStack()
-        self._stages: list[Stage] = []
+        self._stage: Stage | None = None
+        """That phase, while it goes on."""
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -41,12 +42,11 @@ class JudgingPhase:
         if self._listener is None:
             return
         only_judged = self._judging > 0 and self._sampling == 0
-        if self._begun_with and not only_judged:
-            self._open.close()
-            self._begun_with = 0
-            self._stages.clear()
-        elif only_judged and not self._begun_with:
+        if only_judged and self._stage is None:
             self._begun_with = self._judging
-            self._stages.append(self._open.enter_context(self._listener.phase("verify")))
-        elif only_judged:
-            self._stages[-1].progress(self._begun_with - self._judging, self._begun_with, "groups")
+            self._stage = self._open.enter_context(self._listener.phase("verify"))
+        elif only_judged and self._stage is not None:
+            self._stage.progress(self._begun_with - self._judging, self._begun_with, "groups")
+        elif self._stage is not None:
+            self._open.close()
+            self._stage = None

@@ -14,7 +14,7 @@ from megatron_fipo.errors import DataError, RolloutError
 from megatron_fipo.records.problem import Problem
 from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.rollout.admission import admission_of
-from megatron_fipo.rollout.collector import Batch, CollectorState, PartSize, RolloutCollector, Sampler
+from megatron_fipo.rollout.collector import Batch, CollectorState, RolloutCollector, Sampler
 from megatron_fipo.rollout.filters import group_filter
 from megatron_fipo.rollout.judged_rollouts import JudgedRollouts, tokenizer_of, validation_samples
 from megatron_fipo.rollout.listener import Listener, Progress
@@ -62,7 +62,7 @@ class TrainingRollouts(JudgedRollouts):
             Sampler(self._work, self._judged, loop.begin),
             lambda number: self.seed_of("train", number),
             overlaps=overlaps,
-            parts=part_size(config),
+            part_prompts=part_prompts(config),
         )
         self._progress: Progress = _nobody_hears
         self._in_step: list[Group] = []
@@ -216,8 +216,8 @@ class TrainingRollouts(JudgedRollouts):
                 )
 
 
-def part_size(config: Config) -> PartSize | None:
-    """In which parts a batch is handed over, so that idle trainers can score them; None: in none.
+def part_prompts(config: Config) -> int | None:
+    """Prompts of each part in which a batch is handed over, so that idle trainers can score it; None: in no parts.
 
     A trainer that shares its GPUs with the engines is not idle. The first update scores what it trains on by itself.
     """
@@ -225,7 +225,7 @@ def part_size(config: Config) -> PartSize | None:
     updates = algorithm.prompts_per_step // algorithm.mini_batch_prompts
     if updates < _PARTS or config.rollout.shared_gpu:
         return None
-    return PartSize(algorithm.prompts_per_step, updates // _PARTS * algorithm.mini_batch_prompts)
+    return updates // _PARTS * algorithm.mini_batch_prompts
 
 
 def _nobody_hears(done: int, total: int, unit: str, /) -> None:

@@ -32,7 +32,7 @@ def play(options: argparse.Namespace, begun: float) -> None:
     outcomes = all_outcomes(config, model_config, settings, options.modes)
     today = outcomes[0]
     shown = [outcome for outcome in outcomes if outcome.mode.name in options.modes]
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_heading(config, settings, today), soft_wrap=True, highlight=False)
     console.print(table(shown, today))
     if options.html is not None:

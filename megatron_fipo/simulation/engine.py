@@ -5,6 +5,7 @@ Between two events the step's seconds are those in the middle: exact where they 
 
 import heapq
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 from megatron_fipo.rollout.ledger import Ticket
@@ -157,6 +158,12 @@ class Engine:
             self._remove(sequence)
         self._ends, self._debt_s = [], 0.0
         return lost
+
+    def stop(self, now: float, tickets: Container[int]) -> None:
+        """Take off what runs for these tickets, by number."""
+        self.advance(now)
+        for sequence in [each for each in self._running if each.ticket.number in tickets]:
+            self._remove(sequence)
 
     def _prefill_again(self, tokens: float) -> None:
         self._debt_s += self._slow * self._costs.prefill_s(tokens)

@@ -2,7 +2,7 @@
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as Row
 from dataclasses import fields
 from functools import partial
@@ -40,6 +40,13 @@ class Fleet:
         """Sample these, after those that wait."""
         self._waiting.extend(sequences)
         self._dispatch(now)
+
+    def stop(self, now: float, tickets: Container[int]) -> None:
+        """Sample no further for these tickets, by number."""
+        self._waiting = deque(each for each in self._waiting if each.ticket.number not in tickets)
+        for index, engine in enumerate(self._engines):
+            engine.stop(now, tickets)
+            self._plan(now, index)
 
     def pause(self, now: float) -> None:
         """No engine decodes until `resume`."""

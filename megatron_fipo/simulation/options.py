@@ -20,7 +20,18 @@ EPILOG = """examples:
   megatron-fipo simulate --help cluster           what the keys of a section mean
 """
 DEFAULT_PAGE = Path("simulation.html")
-MODE_NAMES = ("rounds", "k0", "k1", "k2", "k4", "colocated-rounds", "colocated-k0")
+MODE_NAMES = (
+    "rounds",
+    "refill",
+    "refill-2",
+    "k1",
+    "k1-2",
+    "k2",
+    "k2-2",
+    "k4",
+    "colocated-rounds",
+    "colocated-refill-2",
+)
 
 
 def parser() -> Parser:

@@ -1,11 +1,12 @@
 """A run in made-up time: the real admission and ledger, and engines and a trainer of whom only seconds are known."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Row
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_fipo.rollout.admission import Rounds, Window
+from megatron_fipo.rollout.admission import Admission, Rounds
 from megatron_fipo.rollout.ledger import SURPLUS, Ledger, Ticket
 from megatron_fipo.simulation.engine import Engine, Sequence, Work
 from megatron_fipo.simulation.events import Clock, Span
@@ -46,7 +47,7 @@ class Played:
 class Parts:
     """What a run is made of."""
 
-    admission: Rounds | Window
+    admission: Admission
     engines: list[Engine]
     places: int
     """Of one engine."""
@@ -130,7 +131,8 @@ class Simulation:
         self._fleet.submit(now, [Sequence(ticket, int(n)) for ticket, n in zip(owners, lengths, strict=True)])
 
     def _sample_ended(self, now: float, sequence: Sequence) -> None:
-        group = self._groups[sequence.ticket.number]
+        if (group := self._groups.get(sequence.ticket.number)) is None:
+            return  # it was stopped as it ended
         group.left -= 1
         group.tokens += self._settings.prompt + sequence.length
         if group.left:
@@ -145,7 +147,7 @@ class Simulation:
 
     def _take(self, now: float) -> None:
         admission = self._parts.admission
-        # As above: a window's batch is full of READY tickets.
+        # As above: without rounds, a batch is full of READY tickets.
         if not isinstance(admission, Rounds) and self._ready < admission.prompts_per_step:
             return
         if (take := admission.take(self._ledger)) is None:
@@ -154,6 +156,7 @@ class Simulation:
         for ticket in take.surplus:
             self._ledger.reject(ticket, SURPLUS)
             del self._groups[ticket.number]
+        self._stop(now, take.stopped)
         self._ready -= len(take.tickets) + len(take.surplus)
         tokens = sum(self._groups[ticket.number].tokens for ticket in take.tickets)
         lags = tuple(self._ledger.version - ticket.start_version for ticket in take.tickets)
@@ -161,6 +164,15 @@ class Simulation:
         end = self._trainer_spans(now, log_probs, update)
         self._taken = _Taken(list(take.tickets), tokens, lags, end - now)
         self._clock.at(end, self._publish)
+
+    def _stop(self, now: float, tickets: Row[Ticket]) -> None:
+        """They are not needed."""
+        if tickets:
+            self._fleet.stop(now, {ticket.number for ticket in tickets})
+        for ticket in tickets:
+            self._ledger.stop(ticket)
+            del self._groups[ticket.number]
+        self._sampling -= len(tickets)
 
     def _trainer_spans(self, now: float, log_probs: float, update: float) -> float:
         """Note what the trainer does from now on; when it is done."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_fipo.config import Config
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.rollout.admission import Rounds, Window, rounds
+from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window, rounds
 from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.run import Parts
@@ -18,6 +18,8 @@ from megatron_fipo.sizing.timing import rollout_servers
 _GRID = 100
 """Parts of a mean length to which ends of samples are rounded up where a step has many."""
 _MANY_SAMPLES = 1000
+_NO_LIMIT = 2**62
+"""Of rejected groups in a step: what is played does not give up."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,25 @@ class Mode:
 
     name: str
     title: str
-    steps_ahead: int | None
-    """Window's k. None: rounds."""
+    steps_ahead: int = 0
+    """Window's k."""
+    over_sampling: float | None = None
+    """None: rounds at k = 0, else 1."""
     in_turns: bool = False
     """Trainer and engines on the same GPUs."""
 
 
 MODES = (
-    Mode("rounds", "rounds (today)", None),
-    Mode("k0", "window, k = 0", 0),
+    Mode("rounds", "rounds (today)"),
+    Mode("refill", "refilled × 1", over_sampling=1.0),
+    Mode("refill-2", "refilled × 2", over_sampling=2.0),
     Mode("k1", "window, k = 1", 1),
+    Mode("k1-2", "window, k = 1, × 2", 1, over_sampling=2.0),
     Mode("k2", "window, k = 2", 2),
+    Mode("k2-2", "window, k = 2, × 2", 2, over_sampling=2.0),
     Mode("k4", "window, k = 4", 4),
-    Mode("colocated-rounds", "colocated, rounds", None, in_turns=True),
-    Mode("colocated-k0", "colocated, k = 0", 0, in_turns=True),
+    Mode("colocated-rounds", "colocated, rounds", in_turns=True),
+    Mode("colocated-refill-2", "colocated, refilled × 2", over_sampling=2.0, in_turns=True),
 )
 
 
@@ -137,10 +144,13 @@ def part_of(config: Config, engines: int, settings: Settings) -> Part:
     return Part(max(1, round(prompts * fewer / engines)), fewer, engines / fewer)
 
 
-def admission(mode: Mode, config: Config, part: Part) -> Rounds | Window:
+def admission(mode: Mode, config: Config, part: Part) -> Admission:
     """The mode's admission, over the part's prompts."""
-    if mode.steps_ahead is not None:
-        return Window(part.prompts, mode.steps_ahead)
+    if mode.steps_ahead:
+        return Window(part.prompts, mode.steps_ahead, over_sampling=mode.over_sampling or 1.0)
+    if mode.over_sampling is not None:
+        carries = config.algorithm.filter_groups.surplus == "carry"
+        return Refill(part.prompts, mode.over_sampling, _NO_LIMIT, carries)
     whole = rounds(config.algorithm)
     batch = max(1, round(whole.batch * part.prompts / whole.prompts_per_step))
     return Rounds(part.prompts, batch, whole.most_rounds, whole.carries_surplus)

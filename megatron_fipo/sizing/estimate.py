@@ -101,14 +101,15 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     check_expert_ranks(config, data)
     check_experts_of_model(config, model_config)
     hardware, stages = config.hardware, stage_memory(config, model_config, data)
-    check_host_memory(config, model_config, stages)
+    away = host_bytes(config, model_config, stages)
+    check_host_memory(config, away, stages)
     return Estimate(
         world_size=world_size,
         data_parallel_size=data,
         stages=stages,
         time=step_time(config, model_config, data),
         usable_bytes=int((hardware.memory_gib - hardware.reserved_gib) * GIB),
-        host_bytes=host_bytes(config, model_config, stages),
+        host_bytes=away,
     )
 
 

@@ -65,9 +65,9 @@ def host_bytes(config: Config, model_config: ModelConfig, stages: list[StageMemo
     return trainer + servers * rollout.tensor_parallel * server_weights(config, model_config)
 
 
-def check_host_memory(config: Config, model_config: ModelConfig, stages: list[StageMemory]) -> None:
-    """Raise ConfigError if what leaves a node's GPUs does not fit into its host's memory."""
-    needed, limit = host_bytes(config, model_config, stages), config.hardware.host_memory_gib
+def check_host_memory(config: Config, needed: int, stages: list[StageMemory]) -> None:
+    """Raise ConfigError if what leaves a node's GPUs, `host_bytes`, does not fit into its host's memory."""
+    limit = config.hardware.host_memory_gib
     if limit is not None and needed > limit * GIB:
         state = config.cluster.gpus_per_node * max(stage.host for stage in stages)
         raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.weights.bucket_layout import BucketLayout
-from megatron_fipo.weights.dtypes import torch_dtype
+from megatron_fipo.weights.dtypes import dtype_name, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bucket:
         return BucketLayout(
             names=tuple(name for name, _ in self.tensors),
             shapes=tuple(tuple(tensor.shape) for _, tensor in self.tensors),
-            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in self.tensors),
+            dtypes=tuple(dtype_name(tensor.dtype) for _, tensor in self.tensors),
         )
 
     @property

@@ -19,6 +19,7 @@ from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.models.parameters import Parameter, parameters
 from megatron_fipo.models.rules import LAYER_PREFIX
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, CheckpointWriter
+from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut
@@ -196,7 +197,7 @@ def _all_shapes(group: Iterable[Parameter]) -> list[tuple[int, ...]]:
 def _only_dtype(reader: HuggingFaceReader, source: Path) -> torch.dtype:
     dtypes = {info.dtype for info in reader.tensors.values()}
     if len(dtypes) > 1:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        names = ", ".join(sorted(map(dtype_name, dtypes)))
         raise WeightError(f"{source} mixes the types {names}; choose one with --dtype")
     return dtypes.pop()
 

@@ -34,6 +34,7 @@ from megatron_fipo.files import sync
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.models.parameters import Parameter
 from megatron_fipo.weights.checkpoint_metadata import read_metadata
+from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.formats import METADATA
 from megatron_fipo.weights.huggingface import TensorInfo
 from megatron_fipo.weights.huggingface_writer import carry_files
@@ -190,7 +191,7 @@ class CheckpointWriter:
         with self._staging.unfinished(name).open("wb") as file:
             for parameter in parameters:
                 key, rows, tensor = parameter.stored, parameter.rows, next(values)
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtype = dtype_name(tensor.dtype)
                 row = tensor[(None,) * len(rows)]
                 entries.append([key, rows, list(row.shape), dtype, *_append(file, row)])
                 del tensor, row

@@ -16,6 +16,7 @@ from megatron_fipo.config import RolloutConfig
 from megatron_fipo.weights.bucket_layout import BucketLayout
 from megatron_fipo.weights.buckets import Bucket, unpack
 from megatron_fipo.weights.cuda_ipc import device_uuid
+from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.gather import HeldWeights, expert_ranks
 from megatron_fipo.weights.reshard import gather_texts
 from megatron_fipo.weights.transfer_plan import SenderGroup
@@ -47,7 +48,7 @@ class WholeModel:
             assert bucket is not None
             return bucket
         names, shapes = zip(*planned.tensors, strict=True)
-        layout = BucketLayout(names, shapes, (str(self._held.dtype).removeprefix("torch."),) * len(names))
+        layout = BucketLayout(names, shapes, (dtype_name(self._held.dtype),) * len(names))
         if bucket is not None:
             packed = bucket.pack()
         else:

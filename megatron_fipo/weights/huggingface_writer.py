@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync, write_json_atomically
+from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.huggingface import INDEX, SAFETENSORS_TYPES, SINGLE, TensorInfo
 from megatron_fipo.weights.staging import Staging
 
@@ -129,7 +130,7 @@ def carry_files(source: Path, directory: Path, dtype: torch.dtype) -> None:
             shutil.copyfile(path, directory / path.name)
             sync(directory / path.name)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
     write_json_atomically(directory / "config.json", config)
 
 

@@ -79,8 +79,14 @@ def finish(process: subprocess.Popen[str], directory: Path, timeout_s: float = 3
     except subprocess.TimeoutExpired:
         end(process)
         raise AssertionError(f"not done after {timeout_s} s:\n{output(directory)[-4000:]}") from None
-    assert code == exit_code, f"exit code {code}:\n{output(directory)[-6000:]}"
+    assert code == exit_code, f"exit code {code}:\n{crashed(directory)}{output(directory)[-6000:]}"
     return output(directory)
+
+
+def crashed(directory: Path) -> str:
+    """What the thread was doing in which a process crashed, in a few lines; "" if none did."""
+    found = output(directory).partition("Current thread")
+    return f"{''.join(found[1:])[:1500]}\n...\n" if found[1] else ""
 
 
 def run(

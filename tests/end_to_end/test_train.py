@@ -189,6 +189,7 @@ def assert_same_as_converted(directory: Path, step: int) -> None:
     assert len(changed) > len(start) / 2, "the control: a run changes its weights"
 
 
+@pytest.mark.matrix  # at k = 1 test_overlap.py shows it
 def test_two_servers_of_which_one_is_killed_and_then_both(tmp_path: Path) -> None:
     """Both are started by the run, and get every weight update in several buckets.
 

@@ -4,6 +4,7 @@ The ledger and both admissions alone, by random schedules and by each transition
 a snapshot goes to a file and back, are test_collector.py and tests/loop_state.
 """
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -204,15 +205,18 @@ def test_in_rounds_every_ticket_is_trained_or_rejected_once(
     assert max(schedule.sizes, default=0) <= prompts
 
 
-@given(seed=st.integers(0, 2**32), prompts=st.integers(1, 6), k=st.integers(0, 3))
-@settings(max_examples=300, deadline=None)
-def test_in_a_window_no_ticket_is_more_than_k_versions_old(seed: int, prompts: int, k: int) -> None:
+@given(
+    seed=st.integers(0, 2**32), prompts=st.integers(1, 6), k=st.integers(0, 3), over=st.sampled_from([1.0, 1.5, 3.0])
+)
+@settings(max_examples=400, deadline=None)
+def test_in_a_window_no_ticket_is_more_than_k_versions_old(seed: int, prompts: int, k: int, over: float) -> None:
     """At k = 0 that is strictly on policy: each ticket trains from the version that it was opened under."""
-    schedule = Schedule(Window(prompts, k), seed)
+    schedule = Schedule(Window(prompts, k, over_sampling=over), seed)
     for _ in range(80):
         schedule.act()
         schedule.check()
-        assert len(schedule.ledger) <= (k + 1) * prompts
+        assert len(schedule.ledger) <= math.ceil(over * (k + 1) * prompts)
+        assert over > 1 or not {"surplus", "stopped"} & set(schedule.ledger.ends.rejected)
     assert max(schedule.lags, default=0) <= k
     assert set(schedule.sizes) <= {prompts}
     assert schedule.trained == sorted(schedule.trained), "in strict order"

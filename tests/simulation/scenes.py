@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from megatron_fipo.rollout.admission import Rounds, Window
+from megatron_fipo.rollout.admission import Admission, Rounds
 from megatron_fipo.simulation.costs import EngineSize, MeasuredDecoding
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.lengths import Lengths
@@ -35,7 +35,7 @@ class Costly:
 
 
 def scene(
-    admission: Rounds | Window,
+    admission: Admission,
     engines: int = 2,
     places: int = 8,
     cache_tokens: float = float("inf"),

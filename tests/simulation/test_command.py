@@ -57,7 +57,7 @@ def test_a_page_shows_trainer_and_engines(capsys: pytest.CaptureFixture[str], tm
             ["experiment=fipo_32b", "--mean=30000"],
             "--mean: 30000 tokens are more than rollout.max_response_length=20480",
         ),
-        (["--modes=rounds,k3"], "k3 is no mode; there are rounds, k0"),
+        (["--modes=rounds,k3"], "k3 is no mode; there are rounds, refill"),
         (["--rejected=1"], "1 should be from 0 to 0.95"),
         (["algorithm.filter_groups.enable=false", "--rejected=0.5"], "rejects no group"),
         (["--slow=2"], "2 should be a share up to 1 and a factor from 1"),

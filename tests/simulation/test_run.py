@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_fipo.rollout.admission import Rounds, Window
+from megatron_fipo.rollout.admission import Refill, Rounds, Window
 from megatron_fipo.rollout.ledger import Ledger, Ticket
 from megatron_fipo.simulation.costs import EngineSize, MeasuredDecoding
 from megatron_fipo.simulation.engine import Engine, Sequence
@@ -17,14 +17,16 @@ from megatron_fipo.simulation.run import Simulation
 from megatron_fipo.simulation.settings import Troubles
 from tests.simulation.scenes import PROMPTS, SAMPLES, SETTINGS, WITH_TROUBLES, Costly, played, rounds, scene
 
-ADMISSIONS = [rounds(), rounds("drop"), *(Window(PROMPTS, k) for k in (0, 1, 2, 4))]
+REFILLS = [Refill(PROMPTS, over, 10**9, carries) for over in (1.0, 1.5) for carries in (True, False)]
+WINDOWS = [*(Window(PROMPTS, k) for k in (0, 1, 2, 4)), *(Window(PROMPTS, k, over_sampling=2.0) for k in (1, 2))]
+ADMISSIONS = [rounds(), rounds("drop"), *REFILLS, *WINDOWS]
 
 
 @pytest.mark.parametrize("troubles", [Troubles(), WITH_TROUBLES], ids=["sound", "failing"])
 @pytest.mark.parametrize("cache_tokens", [float("inf"), 2500], ids=["ample", "tight"])
 @pytest.mark.parametrize("admission", ADMISSIONS, ids=str)
 def test_each_ticket_is_trained_once_and_no_older_than_k(
-    admission: Rounds | Window, cache_tokens: float, troubles: Troubles
+    admission: Rounds | Refill | Window, cache_tokens: float, troubles: Troubles
 ) -> None:
     """Also where engines fail and caches overflow. The ledger itself refuses what does not add up, at each step."""
     run = played(scene(admission, cache_tokens=cache_tokens), troubles=troubles, seed=3)
@@ -37,6 +39,21 @@ def test_each_ticket_is_trained_once_and_no_older_than_k(
         assert max(lags) > 0 or admission.max_off_policy_steps == 0, "the control: windows do overlap"
     elif not admission.carries_surplus:
         assert lags == {0}
+
+
+def test_what_is_stopped_takes_no_more_of_an_engine() -> None:
+    """Over-sampling without any rejection: the step is full when its own samples end, and the others are taken off."""
+    constant = Lengths(mean=100, spread=0, longest=1000)
+    few = {"lengths": constant, "rejected": 0.0}
+    parts = [
+        scene(Refill(PROMPTS, over, 10**9, False), engines=1, places=48, costs=MeasuredDecoding(0.0, 0.01))
+        for over in (1.0, 1.5)
+    ]
+    alone, more = (played(each, **few) for each in parts)
+    assert [len(step.numbers) for step in more.steps] == [PROMPTS] * len(more.steps)
+    # 32 samples take 32 s; 48 at a time end together, 16 of them for nothing.
+    assert alone.steps[0].end == pytest.approx(32 + 3.5) and more.steps[0].end == pytest.approx(48 + 3.5)
+    assert more.steps[1].end - more.steps[0].end == pytest.approx(48 + 3.5), "nothing is left of the step before"
 
 
 def test_one_engine_with_constant_lengths_is_exact() -> None:

@@ -46,7 +46,7 @@ scontrol() { printf 'node3\\nnode5\\n'; [ "$*" = "show hostnames node[3,5]" ] ||
 echo "order: ${good_nodes[*]}"
 good_nodes=(node1 node2 node3); failed_last
 echo "without a spare: ${good_nodes[*]}"
-failed_nodes=(); good_nodes=(node1 node2 node3); addresses=$1/addresses; remember_failed $(silent_nodes)
+failed_nodes=(); server_nodes=(node2 node3); addresses=$1/addresses; remember_failed $(silent_nodes)
 good_nodes=(node1 node2 node3 node4); failed_last
 echo "after a silent one: ${good_nodes[*]}"
 """
