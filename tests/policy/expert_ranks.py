@@ -1,4 +1,4 @@
-"""What the ranks of test_experts.py run: updates of a model with experts, with a change of layout between them."""
+"""What ranks of test_layouts.py run: updates of a model with experts, with a change of layout between them."""
 
 from pathlib import Path
 from typing import Any

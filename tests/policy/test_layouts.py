@@ -102,6 +102,17 @@ MORE_EXPERT_LAYOUTS = [
     {"expert": 2, "data": 4, "model": {"recompute": "selective"}},
 ]
 """Each goes with a control, whose routers score the wrong experts."""
+SHARDED = {"data": 4, "distributed_optimizer": True}
+Moves = list[list[dict[str, Any]]]
+MOVES: Moves = [
+    [{**SHARDED, "expert": 2}, SHARDED],
+    [{**SHARDED, "expert": 2}, {**SHARDED, "expert": 2, "data": 2, "pipeline": 2}],
+]
+MORE_MOVES: Moves = [
+    [SHARDED, {**SHARDED, "expert": 4}],
+    [{"data": 4, "expert": 2}, {"tensor": 2, "sequence": True, "data": 2}],
+]
+"""From the layout of a checkpoint to the one that resumes it."""
 WITHOUT_ITS_OWN = {"tensor": 2, "pipeline": 2, "sabotage": "family"}
 
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -283,6 +294,33 @@ def test_gradients_of_samples_in_turns_equal_the_reference(tmp_path: Path) -> No
 def test_gradients_of_other_families_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """The negative control takes away what sets the family apart: the window, and the 1 that norms add."""
     check_gradients(case, layouts, updates_under(case, 4, layouts))
+
+
+@pytest.mark.parametrize(
+    "moves", [MOVES, pytest.param(MORE_MOVES, marks=pytest.mark.matrix)], ids=["moves", "more moves"]
+)
+def test_a_checkpoint_resumes_under_another_layout_of_experts(tmp_path: Path, moves: Moves) -> None:
+    """As if there had been no break: the same gradient norm, rate and weights.
+
+    Experts over ranks have an optimizer of their own, so that another layout has another number of them; a moment or a
+    step that is lost lets a run go another way, without any error. One pipeline stage of the model has no experts.
+    """
+    case = make_case(tmp_path, "qwen3_moe_dense_first", [])
+    arguments = {
+        "model_dir": str(case["folder"] / "model"),
+        "batch": str(case["folder"] / "batch.safetensors"),
+        "directory": str(tmp_path / "checkpoints"),
+        "moves": moves,
+    }
+    by_rank = run_ranks("tests.policy.expert_ranks:resume", 4, arguments, 300, worker_of="tests.policy.layouts")
+    for move, found in zip(moves, zip(*by_rank, strict=True), strict=True):
+        for rank in found:
+            through, resumed = rank["through"], rank["resumed"]
+            assert resumed["grad_norm"] == pytest.approx(through["grad_norm"], rel=1e-5), move
+            assert resumed["rate"] == through["rate"], move
+            assert rank["worst"] < 1e-4, move
+    found = {rank[0][when]["optimizers"] for rank in by_rank for when in ("through", "resumed")}
+    assert found == {1, 2}, "the first move is to another number of optimizers"
 
 
 EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} for layout in MORE_EXPERT_LAYOUTS)]
