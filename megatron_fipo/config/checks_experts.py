@@ -64,8 +64,11 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
         )
 
 
-def check_dispatcher_here(config: Config, has_cuda: bool) -> None:
-    """Raise ConfigError if this machine lacks what the dispatcher runs on."""
+def check_experts_here(config: Config, has_cuda: bool) -> None:
+    """Raise ConfigError if this machine lacks what the dispatcher runs on, or its servers cannot deal experts."""
+    if config.rollout.expert_parallel and config.rollout.servers and not has_cuda:
+        problem = "vLLM's CPU kernels take every rank of a server to have all experts, and would compute nonsense"
+        raise ConfigError("rollout.expert_parallel", problem, "rollout.expert_parallel=false without a GPU")
     if config.parallel.expert_dispatcher == "flex" and not (has_cuda and find_spec("deep_ep")):
         lacking = "DeepEP (the package deep_ep)" if has_cuda else "CUDA"
         raise ConfigError("parallel.expert_dispatcher", f"flex needs {lacking}", "parallel.expert_dispatcher=alltoall")
