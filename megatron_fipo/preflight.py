@@ -24,7 +24,7 @@ from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.site import site_file, site_problems, site_values
-from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.costs import active_parameters, parameter_counts
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.planning.search import as_configured, plan_ways
 from megatron_fipo.planning.shown import assumptions, busy_warning, faster, predicted
@@ -168,6 +168,7 @@ def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, w
         raise WeightError("\n  ".join(["the weights do not fit the model:", *problems]))
     return {
         "parameters": parameter_counts(model_config)[0],
+        "active": active_parameters(model_config),
         "huggingface_tensors": len(expected),
         "stages": [{"stage": stage.stage, "rank": stage.rank, "parameters": stage.parameters} for stage in built],
     }
@@ -234,9 +235,13 @@ def _print(
     if parallel.virtual_pipeline:
         layout += f" ({parallel.virtual_pipeline} chunks per stage)"
     layout += f" × context {parallel.context} × data {result.data_parallel_size}"
+    active = ""
+    if model_config.experts is not None:
+        active = f", {counted['active'] / 1e9:.2f} B of them active"
+        layout += f", experts over {parallel.expert} × {parallel.expert_tensor}"
     console.print(
-        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters, {layout} = {result.world_size} trainer "
-        f"GPUs ({config.hardware.name}), {servers_text(config)}",
+        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters{active}, {layout} = {result.world_size} "
+        f"trainer GPUs ({config.hardware.name}), {servers_text(config)}",
         soft_wrap=True,
     )
     for note in notes(config, model_config, result.world_size, result.data_parallel_size):

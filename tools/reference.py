@@ -80,7 +80,9 @@ In a **mixture of experts**, a router sends each token to a few experts of a lay
 balances the experts. `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel
 ones. `parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers
 without experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every
-token (Qwen2-MoE).
+token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts
+by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
+mixture of experts on a CPU.
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no

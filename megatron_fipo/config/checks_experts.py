@@ -23,6 +23,10 @@ def experts(config: Config) -> Iterator[str]:
                 f" {parallel.pipeline}",
                 "parallel.expert_dispatcher=alltoall",
             )
+    rollout = config.rollout
+    if rollout.expert_parallel and rollout.tensor_parallel == 1:
+        problem = "deals experts to the ranks of a server, and rollout.tensor_parallel is 1"
+        raise ConfigError("rollout.expert_parallel", problem, "false, or a larger rollout.tensor_parallel")
     if parallel.expert_dispatcher == "flex" and size == 1:
         problem = "flex sends between ranks, and every expert is whole on each"
         raise ConfigError("parallel.expert_dispatcher", problem, "parallel.expert=2 or more, or alltoall")
@@ -50,6 +54,8 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError if the model's experts cannot be laid out as configured."""
     parallel = config.parallel
     check_expert_parallel(model_config, parallel.expert, parallel.expert_tensor)
+    if model_config.experts is None and config.rollout.expert_parallel:
+        raise ConfigError("rollout.expert_parallel", "the model has no experts", "rollout.expert_parallel=false")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             "parallel.sequence",
@@ -58,8 +64,11 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
         )
 
 
-def check_dispatcher_here(config: Config, has_cuda: bool) -> None:
-    """Raise ConfigError if this machine lacks what the dispatcher runs on."""
+def check_experts_here(config: Config, has_cuda: bool) -> None:
+    """Raise ConfigError if this machine lacks what the dispatcher runs on, or its servers cannot deal experts."""
+    if config.rollout.expert_parallel and config.rollout.servers and not has_cuda:
+        problem = "vLLM's CPU kernels take every rank of a server to have all experts, and would compute nonsense"
+        raise ConfigError("rollout.expert_parallel", problem, "rollout.expert_parallel=false without a GPU")
     if config.parallel.expert_dispatcher == "flex" and not (has_cuda and find_spec("deep_ep")):
         lacking = "DeepEP (the package deep_ep)" if has_cuda else "CUDA"
         raise ConfigError("parallel.expert_dispatcher", f"flex needs {lacking}", "parallel.expert_dispatcher=alltoall")

@@ -15,6 +15,22 @@ def parameter_counts(model_config: ModelConfig) -> tuple[int, int]:
     return sum(counts), max(counts)
 
 
+@functools.cache
+def expert_parameters(model_config: ModelConfig) -> int:
+    """Return the parameters of all experts, without routers and those experts that every token goes to."""
+    return sum(
+        sum(map(math.prod, entry.shapes)) for entry in parameters(model_config).values() if entry.expert is not None
+    )
+
+
+def active_parameters(model_config: ModelConfig) -> int:
+    """Return the parameters that one token's forward pass uses: all but the experts that it does not go to."""
+    experts, total = model_config.experts, parameter_counts(model_config)[0]
+    if experts is None:
+        return total
+    return total - expert_parameters(model_config) // experts.number * (experts.number - experts.per_token)
+
+
 def layer_products(model_config: ModelConfig) -> int:
     """Return the number of weights in a layer's matrix products for one token, on average over the layers.
 

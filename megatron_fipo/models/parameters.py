@@ -5,9 +5,12 @@ from `models/model_config.py`. The rules of a layer belong to the family (`model
 layers are here. Imports no torch, so that a configuration can be checked quickly.
 """
 
+import functools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
@@ -59,8 +62,12 @@ class Parameter:
         return (sum(piece[0] for piece in pieces), *pieces[0][1:])
 
 
-def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
-    """Return every Megatron-Core parameter by name, in export order: embedding, layers, final norm, output."""
+@functools.lru_cache(maxsize=4)
+def parameters(model_config: ModelConfig) -> Mapping[str, Parameter]:
+    """Return every Megatron-Core parameter by name, in export order: embedding, layers, final norm, output.
+
+    The table is kept: with experts it has tens of thousands of entries, and preflight asks for it for every rank.
+    """
     table = [_fill(_EMBEDDING, model_config)]
     for layer in range(model_config.num_layers):
         table += _layer(model_config, layer)
@@ -69,7 +76,7 @@ def parameters(model_config: ModelConfig) -> dict[str, Parameter]:
         table.append(_fill(_TIED_OUTPUT, model_config, exported=False))
     else:
         table.append(_fill(_OUTPUT, model_config))
-    return {parameter.megatron: parameter for parameter in table}
+    return MappingProxyType({parameter.megatron: parameter for parameter in table})
 
 
 def canonical_name(name: str, layer: int | None, first_expert: int = 0) -> str:

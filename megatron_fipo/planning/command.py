@@ -22,8 +22,9 @@ from megatron_fipo.sizing.estimate import model_directory
 from megatron_fipo.sizing.layouts import Layout, layouts
 from megatron_fipo.sizing.memory import GIB
 
-_SIZES = ("tensor", "pipeline", "chunks", "context", "data")
-"""Columns, named as the keys of the section parallel. "chunks" is virtual_pipeline: the chunks per stage."""
+_SIZES = ("tensor", "pipeline", "chunks", "context", "expert", "data")
+"""Columns, named as the keys of the section parallel. "chunks" is virtual_pipeline: the chunks per stage; "expert" has
+expert_tensor after a ×."""
 _SHOWN = 5
 _SHOWN_TOO_LARGE = 3
 
@@ -97,6 +98,7 @@ def _layout_table(title: str, why: str, chosen: list[Layout]) -> Table:
             f"{layout.estimate.time.trainer:,.0f}",
             f"{layout.estimate.fullest.total / GIB:.1f}",
             *(str(n) for n in (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline or "-", parallel.context)),
+            f"{parallel.expert}" + (f" × {parallel.expert_tensor}" if parallel.expert_tensor > 1 else ""),
             str(layout.estimate.data_parallel_size),
             layout.config.model.recompute,
             layout.reason(),

@@ -19,7 +19,7 @@ def table(found: Plan, own: Outcome | None) -> Table:
     """A row for each way, and one for the run as it is configured, where that can be."""
     made = Table(title="The best of each way, simulated, not measured", title_justify="left")
     made.add_column("way", no_wrap=True)
-    headings = ("nodes", "TP × PP/chunks × CP × DP", "recompute", "refilled", "engines", "peak GiB", "step s")
+    headings = ("nodes", "TP × PP/chunks × CP × DP, EP", "recompute", "refilled", "engines", "peak GiB", "step s")
     for name in (*headings, "tokens / s / GPU", "idle: trainer, engines", "lag: mean, max"):
         made.add_column(name, justify="right", no_wrap=name in headings[:2])
     for proposal in found.proposals:
@@ -81,9 +81,10 @@ def _cells(outcome: Outcome) -> list[str]:
     config, found = outcome.placement.config, outcome.placement.estimate
     parallel, over_sampling = config.parallel, config.algorithm.filter_groups.over_sampling
     chunks = f"/{parallel.virtual_pipeline}" if parallel.virtual_pipeline else ""
+    experts = f", {parallel.expert}" if parallel.expert > 1 else ""
     return [
         outcome.placement.text,
-        f"{parallel.tensor} × {parallel.pipeline}{chunks} × {parallel.context} × {found.data_parallel_size}",
+        f"{parallel.tensor} × {parallel.pipeline}{chunks} × {parallel.context} × {found.data_parallel_size}{experts}",
         config.model.recompute,
         "-" if over_sampling is None else f"× {over_sampling:g}",
         f"{outcome.placement.engines} × {config.rollout.tensor_parallel}",

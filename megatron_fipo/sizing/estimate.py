@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.checks_experts import check_expert_ranks, check_experts_of_model
 from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
@@ -104,6 +105,8 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
         )
     check_placement(config, world_size)
     data = world_size // replica
+    check_expert_ranks(config, data)
+    check_experts_of_model(config, model_config)
     stages = stage_memory(config, model_config, data)
     away = host_bytes(config, model_config, stages)
     check_host_memory(config, away, stages)

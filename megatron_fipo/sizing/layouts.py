@@ -43,10 +43,14 @@ def layouts(config: Config, model_config: ModelConfig) -> list[Layout]:
     """Return every layout of the trainer on cluster.trainer_nodes. Those that fit come first, fastest trainer first."""
     found = []
     for candidate in _candidates(config):
-        try:
-            found.append(Layout(candidate, estimate(candidate, model_config)))
-        except ConfigError:
-            continue
+        for expert, expert_tensor in _expert_sizes(candidate, model_config):
+            # estimate() keeps nothing of a configuration, and most of them do not divide the model.
+            candidate.parallel.expert, candidate.parallel.expert_tensor = expert, expert_tensor
+            try:
+                result = estimate(candidate, model_config)
+            except ConfigError:
+                continue
+            found.append(Layout(copy.deepcopy(candidate), result))
     return sorted(found, key=lambda layout: (not layout.estimate.fits, layout.estimate.time.trainer))
 
 
@@ -70,3 +74,16 @@ def _candidates(config: Config) -> Iterator[Config]:
         candidate.parallel.context, candidate.parallel.data = context, None
         candidate.model.recompute = recompute
         yield candidate
+
+
+def _expert_sizes(candidate: Config, model_config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """Yield expert-parallel sizes that divide the ranks of a stage, each with whole experts, and with cut ones."""
+    parallel, experts = candidate.parallel, model_config.experts
+    if experts is None:
+        yield 1, 1
+        return
+    stage = candidate.cluster.trainer_nodes * candidate.cluster.gpus_per_node // parallel.pipeline
+    for expert in (size for size in range(1, experts.number + 1) if experts.number % size == 0):
+        for expert_tensor in sorted({1, parallel.tensor}):
+            if stage % (expert * expert_tensor) == 0:
+                yield expert, expert_tensor

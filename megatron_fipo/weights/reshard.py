@@ -7,7 +7,7 @@ WeightError.
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -155,7 +155,7 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     return [bytes(part[: int(size)].tolist()).decode() for part, size in zip(received, lengths, strict=True)]
 
 
-def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: dict[str, Parameter]) -> list[str]:
+def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: Mapping[str, Parameter]) -> list[str]:
     """What of this rank's model does not fit the table."""
     problems = []
     for name, parameter in held:
@@ -170,7 +170,7 @@ def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: dict[str, P
     return problems
 
 
-def _check_coverage(names: Sequence[str], table: dict[str, Parameter], device: torch.device) -> None:
+def _check_coverage(names: Sequence[str], table: Mapping[str, Parameter], device: torch.device) -> None:
     """Each parameter of the table lies on exactly one pipeline stage, once, and each expert's on one expert-parallel
     rank of it: compared over all ranks.
     """
@@ -213,7 +213,7 @@ def _raise_together(problems: Sequence[str], device: torch.device) -> None:
 @torch.no_grad()
 def _copy(
     held: Sequence[tuple[str, nn.Parameter]],
-    table: dict[str, Parameter],
+    table: Mapping[str, Parameter],
     reader: HuggingFaceReader | CheckpointReader,
     device: torch.device,
 ) -> None:

@@ -125,42 +125,68 @@ class PlannedTransfer:
     """Trainer ranks that hold a part each; the first one sends the whole."""
     destinations: tuple[str, ...]
     """Engine workers that receive it, as server.worker."""
+    keepers: tuple[str, ...]
+    """Those of them that put it, or a part, into their layers. An expert has one per server with expert parallelism."""
     needed: int
-    """Bytes of it that one worker puts into its layers; what it receives beyond that it drops."""
+    """Bytes of it that each keeper puts into its layers; what workers receive beyond that they drop."""
 
 
 def plan_transfers(
-    plan: TransferPlan, *, servers: int = 1, server_tensor_parallel_size: int = 1, bytes_per_value: int = 2
+    plan: TransferPlan,
+    *,
+    servers: int = 1,
+    server_tensor_parallel_size: int = 1,
+    server_experts: int | None = None,
+    bytes_per_value: int = 2,
 ) -> list[PlannedTransfer]:
-    """Every tensor of a plan, in the order in which they are sent, with the workers that it goes to."""
-    workers = tuple(f"{server}.{worker}" for server in range(servers) for worker in range(server_tensor_parallel_size))
+    """Every tensor of a plan, in the order in which they are sent, with the workers that it goes to.
+
+    `server_experts` is the number of experts of a layer if servers deal them to their workers, as vLLM does with expert
+    parallelism: neighbours together. None: each worker has a part of every expert.
+    """
+    size = server_tensor_parallel_size
+    workers = tuple(f"{server}.{worker}" for server in range(servers) for worker in range(size))
     transfers = []
     for group, parameter in _in_order(plan):
         sources = group.ranks if parameter.cut is not None else group.ranks[:1]
+        keepers, parts = workers, size if parameter.cut is not None else 1
+        if server_experts is not None and parameter.expert is not None:
+            owner = expert_owner(parameter.expert, server_experts, size)
+            keepers, parts = tuple(f"{server}.{owner}" for server in range(servers)), 1
         for name, shape in zip(parameter.names, parameter.shapes, strict=True):
             nbytes = math.prod(shape) * bytes_per_value
-            share = -(-nbytes // server_tensor_parallel_size) if parameter.cut is not None else nbytes
-            transfers.append(PlannedTransfer(name, nbytes, sources, workers, share))
+            transfers.append(PlannedTransfer(name, nbytes, sources, workers, keepers, -(-nbytes // parts)))
     return transfers
+
+
+def expert_owner(expert: int, experts: int, workers: int) -> int:
+    """The worker of a server that has an expert: neighbours are together, and the first workers may have one more."""
+    share, more = divmod(experts, workers)
+    first = more * (share + 1)
+    return expert // (share + 1) if expert < first else more + (expert - first) // share
 
 
 def format_transfers(transfers: Iterable[PlannedTransfer]) -> Iterator[str]:
     """A line per tensor, and the sums of bytes by rank."""
     sent: dict[int, int] = {}
     gathered: dict[int, int] = {}
-    total, needed = 0, 0
+    needed: dict[str, int] = {}
+    total = 0
     for transfer in transfers:
         sources, destinations = ",".join(map(str, transfer.sources)), ",".join(transfer.destinations)
-        yield f"{transfer.name}  {transfer.nbytes} bytes  ranks {sources}  ->  workers {destinations}"
+        kept = "" if transfer.keepers == transfer.destinations else f", kept by {','.join(transfer.keepers)}"
+        yield f"{transfer.name}  {transfer.nbytes} bytes  ranks {sources}  ->  workers {destinations}{kept}"
         sent[transfer.sources[0]] = sent.get(transfer.sources[0], 0) + transfer.nbytes
         for rank in transfer.sources:
             part = transfer.nbytes // len(transfer.sources)
             gathered[rank] = gathered.get(rank, 0) + transfer.nbytes - part
         total += transfer.nbytes
-        needed += transfer.needed
+        for worker in transfer.keepers:
+            needed[worker] = needed.get(worker, 0) + transfer.needed
     for rank, nbytes in gathered.items():
         yield f"rank {rank}: gathers {nbytes} bytes, sends {sent.get(rank, 0)} bytes"
-    yield f"each worker: receives {total} bytes, needs {needed}"
+    low, high = min(needed.values(), default=0), max(needed.values(), default=0)
+    yield f"each worker: receives {total} bytes, needs {high if low == high else f'{low} to {high}'}"
 
 
 def _in_order(plan: TransferPlan) -> Iterator[tuple[SenderGroup, Parameter]]:
