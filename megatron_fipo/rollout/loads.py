@@ -63,7 +63,7 @@ class Loads:
 
     def __init__(self, config: RolloutConfig):
         self.lengths = ResponseLengths(config.max_response_length)
-        self._most_at_once = config.max_num_seqs
+        self._config = config
         self._outstanding: Counter[str] = Counter()
 
     def count(self, server: Server, samples: int) -> None:
@@ -83,7 +83,7 @@ class Loads:
         no more before a whole group has ended, and still has work while the next one travels. Where memory is the
         limit, an engine would not have them wait.
         """
-        places = self._most_at_once + WAITING_GROUPS * work.samples
+        places = self._config.max_num_seqs + WAITING_GROUPS * work.samples
         if server.cache is not None:
             # The last block is half empty on average. Samples of a group share their prompt, which is left out: some
             # room for lengths above the average.
