@@ -20,6 +20,7 @@ from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.preflight import _check_stored_weights
+from megatron_fipo.planning.ways import overrides
 from megatron_fipo.sizing.estimate import estimate, model_directory, remedies
 from megatron_fipo.sizing.layouts import layouts
 from megatron_fipo.sizing.memory import GIB
@@ -113,12 +114,13 @@ def test_a_layout_of_experts_is_chosen_by_its_costs(tmp_path: Path) -> None:
     large = read_architecture(tmp_path)
     servers = ["cluster.rollout_nodes=0", "rollout.addresses=[http://a:80]", "rollout.tensor_parallel=8"]
     start = ["experiment=fipo_30b_a3b", "cluster.trainer_nodes=16", *servers]
-    ranked = layouts(load_config(start), large)
+    configured = load_config(start)
+    ranked = layouts(configured, large)
     fitting = [layout for layout in ranked if layout.estimate.fits]
     assert fitting and all(layout.config.parallel.expert > 1 for layout in fitting)
     assert any(layout.config.parallel.expert == 1 for layout in ranked), "the control"
     best = fitting[0]
-    chosen = load_config([*start, *best.overrides().split()])
+    chosen = load_config([*start, *overrides(configured, best.config).split()])
     assert estimate(chosen, large).time == best.estimate.time
 
 
