@@ -19,8 +19,8 @@ from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.planning.ways import overrides
+from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.sizing.estimate import estimate, model_directory, remedies
 from megatron_fipo.sizing.layouts import layouts
 from megatron_fipo.sizing.memory import GIB
