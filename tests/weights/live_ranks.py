@@ -64,7 +64,7 @@ def publish(server: dict[str, Any], run_dir: str) -> list[dict[str, Any]]:
 def _update(publisher: PolicyPublisher, version: int, warnings: list[str]) -> dict[str, Any]:
     warnings.clear()
     with ExitStack() as stack:
-        for part in publisher._weights.parts if version == 2 else ():
+        for part in publisher._weights.values() if version == 2 else ():
             gather = part.gather
             stack.enter_context(patch.object(part, "gather", lambda index, gather=gather: _changed(gather(index))))
         metrics = publisher.publish(version, lambda: False) | publisher.probe()
