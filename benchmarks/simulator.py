@@ -120,7 +120,6 @@ def fitted(runs: list[Run]) -> Settings:
         seed=0,
         samples_at_once=None,
         overfill=False,
-        host_gb_s=25.0,
         measured=measured,
     )
     # Seconds of sampling are linear in both coefficients: decoding steps, and sequences in them.

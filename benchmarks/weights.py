@@ -172,16 +172,14 @@ def _costs_of_updates(
         pool.start()
         pool.wait_ready()
         server = psutil.Process(pool.servers[0].process.pid)  # type: ignore[union-attr]
-        publisher = open_publisher(
-            config, EngineControl(pool), number=0, senders=Senders(1), sends=True, run_dir=run_dir
-        )
+        publisher = open_publisher(config, EngineControl(pool), groups={0: True}, senders=Senders(1), run_dir=run_dir)
         weights = _Whole(tensors, config.bucket_mib << 20)
         try:
-            publisher.publish(weights, version=1)  # the first one allocates all memory
+            publisher.publish({0: weights}, version=1)  # the first one allocates all memory
             for version in range(2, 2 + 2 * UPDATES):
                 copies.append(once(lambda: _copy(tensors, buffers)))
                 mine, theirs = time.process_time(), _cpu_seconds(server)
-                wall = publisher.publish(weights, version).seconds
+                wall = publisher.publish({0: weights}, version).seconds
                 costs[version] = _Cost(wall, time.process_time() - mine, _cpu_seconds(server) - theirs)
         finally:
             publisher.close()

@@ -17,7 +17,7 @@ COMMANDS = {
         "megatron_fipo.preflight",
         "estimate memory and time of a run, and check its weights, before it starts",
     ),
-    "planner": ("megatron_fipo.planner", "the fastest layouts of a model on a cluster"),
+    "planner": ("megatron_fipo.planner", "the best modes, splits of nodes and layouts of a model on a cluster"),
     "simulate": (
         "megatron_fipo.simulate",
         "simulate a run: step time and idle share of synchronous, overlapped and colocated modes",

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,12 @@ from megatron_fipo.config.configure import run_with_config
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.launch.site import site_file, site_problems, site_values
-from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.costs import active_parameters, parameter_counts
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
+from megatron_fipo.planning.search import as_configured, plan_ways
+from megatron_fipo.planning.shown import assumptions, busy_warning, faster, predicted
+from megatron_fipo.simulation.command import settings_of
+from megatron_fipo.simulation.options import parse
 from megatron_fipo.sizing.estimate import (
     Estimate,
     estimate,
@@ -94,6 +99,7 @@ def main(config: Config) -> None:
         console.print(f"model: {config.model.path} is not here; its published configuration is used", soft_wrap=True)
     _print(console, config, model_config, result, counted, changes)
     _print_one_node(console, config, model_config, result)
+    simulated = _print_simulated(console, config, model_config) if result.fits else None
     report = result.to_dict() | {
         "experiment": config.run.name,
         "hardware": dataclasses.asdict(config.hardware),
@@ -101,6 +107,7 @@ def main(config: Config) -> None:
         "parallel": dataclasses.asdict(config.parallel),
         "weights": counted,
         "remedies": changes,
+        "simulated": simulated,
     }
     path = Path(config.run.directory) / "preflight.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +155,9 @@ def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, w
 
     parallel = config.parallel
     built = build_stages(config, model_config, world_size)
-    planned = parameters_per_rank(plan(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline))
+    layout = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    experts = {"expert_parallel_size": parallel.expert, "expert_tensor_parallel_size": parallel.expert_tensor}
+    planned = parameters_per_rank(plan(model_config, *layout, **experts))
     problems = [
         f"pipeline stage {stage.stage} holds {stage.parameters} parameters, planned are {planned[stage.stage]}"
         for stage in built
@@ -159,6 +168,7 @@ def verify_weights(config: Config, model_config: ModelConfig, model_dir: Path, w
         raise WeightError("\n  ".join(["the weights do not fit the model:", *problems]))
     return {
         "parameters": parameter_counts(model_config)[0],
+        "active": active_parameters(model_config),
         "huggingface_tensors": len(expected),
         "stages": [{"stage": stage.stage, "rank": stage.rank, "parameters": stage.parameters} for stage in built],
     }
@@ -178,7 +188,24 @@ def _transformers_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
             model = AutoModelForCausalLM.from_config(settings)
     except Exception as error:
         raise refused(model_dir, error) from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return dict(pair for name, shape in shapes.items() for pair in _stored_shapes(name, shape, settings.model_type))
+
+
+def _stored_shapes(name: str, shape: tuple[int, ...], model_type: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield a parameter as files name it: transformers joins a layer's experts in memory, and renames Mixtral's."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    if model_type == "mixtral":
+        name, parts = name.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
+    prefix, _, joined = name.rpartition(".")
+    if not prefix.endswith(".experts"):
+        yield name, shape
+        return
+    for expert in range(shape[0]):
+        if joined == "gate_up_proj":
+            yield from ((f"{prefix}.{expert}.{part}.weight", (shape[1] // 2, shape[2])) for part in parts[:2])
+        else:
+            yield f"{prefix}.{expert}.{parts[2]}.weight", shape[1:]
 
 
 def _name_problems(built: "list[BuiltStage]", expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -208,9 +235,13 @@ def _print(
     if parallel.virtual_pipeline:
         layout += f" ({parallel.virtual_pipeline} chunks per stage)"
     layout += f" × context {parallel.context} × data {result.data_parallel_size}"
+    active = ""
+    if model_config.experts is not None:
+        active = f", {counted['active'] / 1e9:.2f} B of them active"
+        layout += f", experts over {parallel.expert} × {parallel.expert_tensor}"
     console.print(
-        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters, {layout} = {result.world_size} trainer "
-        f"GPUs ({config.hardware.name}), {servers_text(config)}",
+        f"{config.run.name}: {counted['parameters'] / 1e9:.2f} B parameters{active}, {layout} = {result.world_size} "
+        f"trainer GPUs ({config.hardware.name}), {servers_text(config)}",
         soft_wrap=True,
     )
     for note in notes(config, model_config, result.world_size, result.data_parallel_size):
@@ -251,6 +282,27 @@ def _print_one_node(console: Console, config: Config, model_config: ModelConfig,
     )
 
 
+def _print_simulated(console: Console, config: Config, model_config: ModelConfig) -> dict[str, Any]:
+    """Print what the run comes to with its waits, and warn if another way to spread it is clearly faster."""
+    settings = settings_of(parse([]), config)
+    own = as_configured(config, model_config, settings)
+    console.print(f"simulated, with {assumptions(settings)}: {predicted(own)}", soft_wrap=True)
+    several = config.cluster.trainer_nodes + config.cluster.rollout_nodes > 1
+    better = faster(config, own, plan_ways(config, model_config, settings)) if several else None
+    for warning in filter(None, (busy_warning(own), better)):
+        console.print(f"warning: {warning}", soft_wrap=True)
+    names = (
+        "step_s",
+        "tokens_per_gpu_s",
+        "trainer_idle",
+        "engines_idle",
+        "lag_mean",
+        "lag_max",
+        "rollout_process_busy",
+    )
+    return {name: getattr(own, name) for name in names} | {"faster": better}
+
+
 def _print_memory(console: Console, config: Config, result: Estimate, counted: dict[str, Any]) -> None:
     columns = [name for name in _COLUMNS if name != "server" or any(stage.server for stage in result.stages)]
     table = Table(title="Memory of each GPU, in GiB", title_justify="left")
@@ -285,6 +337,7 @@ def _print_time(console: Console, config: Config, model_config: ModelConfig, res
         "log-probs": time.log_probs,
         "update": time.update,
         "weights": time.weights,
+        **({"copies": time.turns} if time.turns else {}),
         "whole step": time.total,
         "longest step": time.longest,
     }
@@ -298,9 +351,15 @@ def _print_time(console: Console, config: Config, model_config: ModelConfig, res
         f"{_days(config.run.steps * time.total)}, without validation.",
         f"log-probs and update: {time.micro_batches} micro-batches per update; stages wait {time.bubble:.1%} of it for "
         "each other.",
+        *(["copies: between GPUs and hosts, for trainer and servers in turns."] if time.turns else []),
         f"weights: {model_bytes(config, model_config) / GIB:.1f} GiB go to each server after every step.",
-        "longest step: dynamic sampling has no groups left over and samples whole batches. A job needs this much time "
-        "between the request to stop and its time limit.",
+        "longest step: "
+        + (
+            "a stop waits for no sample."
+            if time.overlaps
+            else "dynamic sampling has no groups left over and samples whole batches."
+        )
+        + " A job needs this much time between the request to stop and its time limit.",
     ):
         console.print(f"  {line}", style="dim", soft_wrap=True)
 

@@ -27,15 +27,19 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    function: str, world_size: int, arguments: dict[str, Any] | None = None, timeout: float = 120
+    function: str,
+    world_size: int,
+    arguments: dict[str, Any] | None = None,
+    timeout: float = 120,
+    worker_of: str | None = None,
 ) -> list[Any]:
     """Call `module:function(**arguments)` on every rank and return what each returned, by rank.
 
     Arguments and results travel as JSON. RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; joining the process
     group is the function's own business. After `timeout` seconds, or when one rank fails, all its processes are
-    killed.
+    killed. The worker is that of the function's module, or of the module `worker_of`, which some test has asked for.
     """
-    worker = _worker(function.split(":")[0])
+    worker = _worker(worker_of or function.split(":")[0])
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         request = {"function": function, "world_size": world_size, "arguments": arguments or {}, "directory": directory}
         try:

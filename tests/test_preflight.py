@@ -19,11 +19,12 @@ from benchmarks.usage import Ended, run_measured
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.planner import layouts
+from megatron_fipo.planning.ways import overrides
 from megatron_fipo.preflight import _check_stored_weights
 from megatron_fipo.sizing.estimate import estimate, model_directory, remedies
+from megatron_fipo.sizing.layouts import layouts
 from megatron_fipo.sizing.memory import GIB
-from tests.config.published import GEMMA_7B, MISTRAL_7B
+from tests.config.published import GEMMA_7B, MISTRAL_7B, QWEN3_235B_A22B
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_32B = 32_763_876_352
@@ -59,8 +60,68 @@ def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     assert (first["weights"], first["gradients"], first["optimizer"]) == (built[0] * 2, built[0] * 4, built[0] * 6)
     assert "stage 0 is the fullest" in ended.stdout and "32.76 B parameters" in ended.stdout
     assert "16 rollout servers on 8 nodes of their own" in ended.stdout
+    faster = report["simulated"]["faster"]
+    assert "times as fast, simulated" in faster and "rollout." in faster and report["simulated"]["trainer_idle"] > 0.5
     assert seconds < 30 or os.getloadavg()[0] > 2, f"{seconds:.0f} s"
     assert ended.peak_bytes < 2 * GIB
+
+
+LARGE_LAYOUT = [
+    *("parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=null"),
+    *("parallel.expert=16", "cluster.trainer_nodes=16", "cluster.rollout_nodes=16", "rollout.tensor_parallel=8"),
+]
+SHAPES = {
+    "fipo_30b_a3b": (30_532_122_624, 3_353_032_704, 3 + 48 * (3 + 6 + 128 * 3), []),
+    "235B-A22B": (
+        235_093_634_560,
+        22_190_763_520,
+        3 + 94 * (3 + 6 + 128 * 3),
+        LARGE_LAYOUT,
+    ),
+}
+"""All parameters and those of one token, tensors, and the layout."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["fipo_30b_a3b", pytest.param("235B-A22B", marks=pytest.mark.matrix)])
+def test_a_run_with_experts(tmp_path: Path, shape: str) -> None:
+    """Parameters as published, and every rank of an expert-parallel group built: no expert is missing or twice."""
+    parameters, active, tensors, layout = SHAPES[shape]
+    model = []
+    if shape == "235B-A22B":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3_235B_A22B))
+        model = [f"model.path={tmp_path}/model"]
+    ended = run("preflight", tmp_path, "experiment=fipo_30b_a3b", *model, *layout)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "preflight.json").read_text())
+    weights = report["weights"]
+    assert (weights["parameters"], weights["active"]) == (parameters, active)
+    assert weights["huggingface_tensors"] == tensors
+    assert f"{active / 1e9:.2f} B of them active" in ended.stdout
+    first, parallel = report["stages"][0], report["parallel"]
+    assert first["weights"] == 2 * weights["stages"][0]["parameters"]
+    # 12 bytes a parameter, shared by the ranks that have the same ones: fewer have the same experts.
+    data = report["data_parallel_size"]
+    same_experts = data * parallel["tensor"] // parallel["expert"]
+    assert first["parameters"] * 12 / data <= first["optimizer"] <= first["parameters"] * 12 / same_experts + 12
+    assert ended.peak_bytes < 3 * GIB
+
+
+def test_a_layout_of_experts_is_chosen_by_its_costs(tmp_path: Path) -> None:
+    """The largest model fits only with its experts dealt, and the printed overrides give the layout."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B_A22B))
+    large = read_architecture(tmp_path)
+    servers = ["cluster.rollout_nodes=0", "rollout.addresses=[http://a:80]", "rollout.tensor_parallel=8"]
+    start = ["experiment=fipo_30b_a3b", "cluster.trainer_nodes=16", *servers]
+    configured = load_config(start)
+    ranked = layouts(configured, large)
+    fitting = [layout for layout in ranked if layout.estimate.fits]
+    assert fitting and all(layout.config.parallel.expert > 1 for layout in fitting)
+    assert any(layout.config.parallel.expert == 1 for layout in ranked), "the control"
+    best = fitting[0]
+    chosen = load_config([*start, *overrides(configured, best.config).split()])
+    assert estimate(chosen, large).time == best.estimate.time
 
 
 @pytest.mark.slow
@@ -120,7 +181,7 @@ def test_a_bad_override_is_refused(tmp_path: Path) -> None:
     assert "parallel" in ended.stderr
 
 
-@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
+@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b", "fipo_30b_a3b"])
 @pytest.mark.parametrize("hardware", ["a100", "h100", "h200", "gh200", "b200", "gb200"])
 def test_the_shipped_recipes_fit(experiment: str, hardware: str) -> None:
     config = load_config([f"experiment={experiment}", f"hardware={hardware}"])
@@ -135,13 +196,18 @@ def test_the_longest_step_samples_whole_generation_batches(model_config: ModelCo
     config.algorithm.filter_groups.surplus = "drop"
     every = estimate(config, model_config).time
     assert time.longest == every.longest == every.total > time.total
+    config.rollout.max_off_policy_steps = 1
+    beside = estimate(config, model_config).time
+    assert beside.total == max(beside.sample, beside.log_probs + beside.update) + beside.weights < every.total
+    assert beside.longest == beside.trainer < time.longest, "a stop waits for no sample"
+    config.rollout.max_off_policy_steps = 0
     config.algorithm.generation_batch_prompts = 1024
     assert estimate(config, model_config).time.longest == pytest.approx(time.total)
     config.algorithm.filter_groups.enable = False
     assert estimate(config, model_config).time.longest < time.total
 
 
-@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b"])
+@pytest.mark.parametrize("experiment", ["fipo_32b", "dapo_32b", "fipo_7b", "fipo_30b_a3b"])
 def test_a_job_is_asked_to_stop_before_its_longest_step_would_meet_the_time_limit(experiment: str) -> None:
     """With a fifth of it to spare, on the slowest hardware that the recipes are estimated for."""
     config = load_config([f"experiment={experiment}", "hardware=h100"])
@@ -177,16 +243,14 @@ def test_remedies_do_fit(model_config: ModelConfig) -> None:
     assert remedies(config, model_config) == []
 
 
-def test_planner_ranks_what_fits_by_time(model_config: ModelConfig) -> None:
+def test_layouts_that_fit_are_ranked_by_time(model_config: ModelConfig) -> None:
     ranked = layouts(load_config(["experiment=fipo_32b"]), model_config)
     fitting = [layout for layout in ranked if layout.estimate.fits]
     assert 0 < len(fitting) < len(ranked)
     assert ranked[: len(fitting)] == fitting
-    times = [layout.estimate.time.total for layout in fitting]
+    times = [layout.estimate.time.trainer for layout in fitting]
     assert times == sorted(times)
     assert all(layout.estimate.fullest.total <= 74.6 * GIB for layout in fitting)
-    chosen = load_config(["experiment=fipo_32b", *fitting[0].overrides().split()])
-    assert estimate(chosen, model_config).time == fitting[0].estimate.time, "the printed overrides give that layout"
     assert "too large, mostly" in ranked[-1].reason()
 
 

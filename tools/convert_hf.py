@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.errors import FipoError, WeightError
+from megatron_fipo.errors import ConfigError, FipoError, WeightError
 from megatron_fipo.exporting.progress import progress_bar
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.weights.transfer_plan import format_transfers, plan_transfers, transfer_plan
@@ -79,11 +79,16 @@ def parse_arguments() -> argparse.Namespace:
         ("tensor", 1, "the trainer's tensor-parallel size"),
         ("pipeline", 1, "its pipeline-parallel size"),
         ("virtual-pipeline", None, "its model chunks per stage"),
+        ("expert", 1, "its expert-parallel size"),
+        ("expert-tensor", 1, "its experts' tensor-parallel size"),
         ("replicas", 1, "its data-parallel times its context-parallel size"),
         ("servers", 1, "number of vLLM servers"),
         ("server-tensor", 1, "their tensor-parallel size"),
     ):
         plan.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    plan.add_argument(
+        "--server-experts", action="store_true", help="servers deal experts to their workers (rollout.expert_parallel)"
+    )
     plan.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the policy's type (default bfloat16)")
     return parser.parse_args()
 
@@ -91,11 +96,15 @@ def parse_arguments() -> argparse.Namespace:
 def print_plan(arguments: argparse.Namespace) -> None:
     """Print every tensor of a live weight update with bytes, source ranks and destinations, then the sums by rank."""
     bytes_per_value = 4 if arguments.dtype == "float32" else 2
+    model_config = read_architecture(arguments.model)
+    check_layout(model_config, arguments)
     plan = transfer_plan(
-        read_architecture(arguments.model),
+        model_config,
         tensor_parallel_size=arguments.tensor,
         pipeline_parallel_size=arguments.pipeline,
         virtual_pipeline_parallel_size=arguments.virtual_pipeline,
+        expert_parallel_size=arguments.expert,
+        expert_tensor_parallel_size=arguments.expert_tensor,
         replicas=arguments.replicas,
         bytes_per_value=bytes_per_value,
     )
@@ -103,10 +112,24 @@ def print_plan(arguments: argparse.Namespace) -> None:
         plan,
         servers=arguments.servers,
         server_tensor_parallel_size=arguments.server_tensor,
+        server_experts=model_config.dimension("experts") if arguments.server_experts else None,
         bytes_per_value=bytes_per_value,
     )
     for line in format_transfers(transfers):
         print(line)
+
+
+def check_layout(model_config: ModelConfig, arguments: argparse.Namespace) -> None:
+    """Raise ConfigError if experts do not divide the ranks of a stage, or servers deal what a model has not."""
+    ranks, size = arguments.tensor * arguments.replicas, arguments.expert * arguments.expert_tensor
+    if ranks % size:
+        raise ConfigError(
+            "--expert",
+            f"--expert × --expert-tensor is {size}, which does not divide --tensor × --replicas = {ranks}",
+            "a divisor",
+        )
+    if arguments.server_experts and model_config.experts is None:
+        raise ConfigError("--server-experts", "the model has no experts", "leave it out")
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,9 @@ of two digits wrong as often as right. This takes about 25 minutes on two cores,
 first stage:
 
     python tools/make_tiny_model.py --out megatron_fipo/assets/tiny
+    python tools/make_tiny_model.py --experts --out megatron_fipo/assets/tiny_moe
+
+--experts makes a Qwen3-MoE of 1 M parameters, of which 0.4 M are active.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import random
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +53,8 @@ class Stage:
 
 
 ADDING = Stage(steps=2200, batch=64, lr=2e-3, learning_share=0.88, wrong=0.0)
+ADDING_WITH_EXPERTS = replace(ADDING, steps=600)
+"""A model with experts adds after 300 steps."""
 DOUBTING = Stage(steps=300, batch=32, lr=1e-3, learning_share=0.75, wrong=0.5)
 
 
@@ -58,11 +63,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write; replaced if it exists")
     parser.add_argument("--start", type=Path, help="a model that adds correctly, to run only the last stage")
+    parser.add_argument("--experts", action="store_true", help="every layer has a mixture of experts")
+    parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
     arguments = parser.parse_args()
     if not already_launched():
         with tempfile.TemporaryDirectory() as logs:
-            return launch(2, logs, [sys.executable, *sys.argv])
+            return launch(arguments.ranks, logs, [sys.executable, *sys.argv])
     adopt_environment()
     train(arguments)
     return 0
@@ -85,9 +92,9 @@ def train(arguments: argparse.Namespace) -> None:
         if adds is None:
             start, adds = Path(shared[0], "random"), Path(shared[0], "adds")
             if torch.distributed.get_rank() == 0:
-                write_random_model(start, arguments.seed)
+                write_random_model(start, arguments.seed, with_experts=arguments.experts)
             torch.distributed.barrier()
-            teach(start, ADDING, arguments.seed, adds)
+            teach(start, ADDING_WITH_EXPERTS if arguments.experts else ADDING, arguments.seed, adds)
         teach(adds, DOUBTING, arguments.seed, arguments.out)
     platform.stop_process_group()
 
@@ -102,29 +109,31 @@ def teach(start: Path, stage: Stage, seed: int, out: Path) -> None:
     torch.distributed.barrier()
 
 
-def write_random_model(directory: Path, seed: int) -> None:
-    """Write a Qwen2 of 0.8 M parameters with random weights, and the task's tokenizer."""
+def write_random_model(directory: Path, seed: int, *, with_experts: bool) -> None:
+    """Write a Qwen2 of 0.8 M parameters or a Qwen3-MoE of 1 M with random weights, and the task's tokenizer."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
     from megatron_fipo.data.column_sums import BOS_ID, CHARACTERS, EOS_ID, PAD_ID, write_tokenizer
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(CHARACTERS) + 4,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,  # divides into two stages of two chunks, for the interleaved schedule
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        rope_theta=10000.0,
-        pad_token_id=PAD_ID,
-        eos_token_id=EOS_ID,
-        bos_token_id=BOS_ID,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
+    sizes = {
+        "vocab_size": len(CHARACTERS) + 4,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,  # divides into two stages of two chunks, for the interleaved schedule
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "pad_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "bos_token_id": BOS_ID,
+    }
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**sizes, **experts, head_dim=32) if with_experts else Qwen2Config(**sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     write_tokenizer(directory)
 
 

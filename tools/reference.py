@@ -54,7 +54,7 @@ _MODELS_HEADER = """\
 <!-- Written by tools/reference.py from megatron_fipo/models/families/ and models/keys.py. -->
 
 Give a model by its name on the Hugging Face hub ([getting.md](getting.md)), as a Hugging Face directory, or as a
-distributed checkpoint with config.json and tokenizer beside it. Dense models of the families below are supported. Each
+distributed checkpoint with config.json and tokenizer beside it. Models of the families below are supported. Each
 family is declared in one file in `megatron_fipo/models/families/` ([how to add one](adding_a_family.md)).
 
 Every key of config.json is in one of the three lists below. Training, preflight, the planner, `tools/convert_hf.py` and
@@ -75,6 +75,14 @@ context. `tools/convert_hf.py --verify` compares logits at such positions ([weig
 Any `attention_dropout` is allowed. A run trains without dropout, so that old and new log-probs come from the same
 model. `model.max_position_embeddings` raises the context length without changing the rotary embedding, as the 7B recipe
 does.
+
+In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped, and no loss
+balances the experts. `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel
+ones. `parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers
+without experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every
+token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts
+by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
+mixture of experts on a CPU.
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no

@@ -15,6 +15,7 @@ from megatron_fipo.config.agreement import agreement_limits
 from megatron_fipo.config.algorithm_names import label
 from megatron_fipo.config.checks_data import data
 from megatron_fipo.config.checks_environment import environment
+from megatron_fipo.config.checks_experts import check_expert_ranks, experts
 from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
@@ -49,6 +50,7 @@ def check(
     check_values(config)
     judges = (
         _layout,
+        experts,
         precision,
         _batches,
         _algorithm,
@@ -114,6 +116,8 @@ def _check_world(config: Config, world_size: int | None) -> None:
             f"{samples} samples per update are too few for {data} data-parallel ranks",
             "a larger mini-batch or fewer ranks",
         )
+    if world_size is not None or parallel.data is not None:
+        check_expert_ranks(config, data)
 
 
 def _batches(config: Config) -> Iterator[str]:

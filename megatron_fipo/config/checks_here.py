@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_environment import check_environment_here
+from megatron_fipo.config.checks_experts import check_experts_here, check_experts_of_model
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
@@ -124,6 +125,8 @@ def _check_model(config: Config) -> None:
 
 def _check_layout(config: Config, model_config: ModelConfig) -> None:
     _check_servers_layout(config, model_config)
+    check_experts_of_model(config, model_config)
+    check_experts_here(config, has_cuda_driver())
     parallel = config.parallel
     heads, groups, layers = model_config.num_attention_heads, model_config.num_query_groups, model_config.num_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)

@@ -61,6 +61,13 @@ class HardwareConfig:
     network_gb_s: float = setting(
         50.0, "Bandwidth of one GPU to other nodes, one direction, in GB/s.", minimum=0.001, maximum=10**9
     )
+    host_gb_s: float = setting(
+        64.0,
+        "Bandwidth of one GPU to its host's memory, one direction, in GB/s. With rollout.shared_gpu the trainer's "
+        "state and the engines' weights go that way.",
+        minimum=0.001,
+        maximum=10**9,
+    )
     gpus_per_node: int | None = setting(
         8,
         "GPUs per node in the product as sold; a larger cluster.gpus_per_node causes a warning.",

@@ -70,13 +70,34 @@ class ParallelConfig:
     context: int = setting(
         1, "Context-parallel size: each sequence is split over this many ranks.", minimum=1, maximum=1024
     )
+    expert: int = setting(
+        1,
+        "Expert-parallel size: the experts of each layer are dealt to this many ranks of a pipeline stage, across its "
+        "tensor-, context- and data-parallel ranks. It has to divide the number of experts.",
+        minimum=1,
+        maximum=2**16,
+    )
+    expert_tensor: int = setting(
+        1,
+        "Tensor-parallel size of each expert. 1: experts are whole, which is usually faster than cutting them.",
+        minimum=1,
+        maximum=1024,
+    )
+    expert_dispatcher: str = setting(
+        "alltoall",
+        "How tokens get to their experts. alltoall: each rank sends each token to where it goes. allgather: every rank "
+        "gets all tokens of its tensor- and context-parallel ranks. flex: DeepEP's kernels, on GPUs.",
+        choices=("alltoall", "allgather", "flex"),
+    )
     data: int | None = setting(
         None,
         "Data-parallel size. null: computed from the number of started processes; 1 if the run starts them itself.",
         minimum=1,
         maximum=10**5,
     )
-    sequence: bool = setting(False, "Sequence parallelism inside the tensor-parallel group.")
+    sequence: bool = setting(
+        False, "Sequence parallelism inside the tensor-parallel group. Models with experts need it there."
+    )
     distributed_optimizer: bool = setting(True, "Shard the optimizer state over the data-parallel ranks.")
     overlap_grad_reduce: bool = setting(
         False, "Reduce gradients over data-parallel ranks in buckets while the rest of the backward pass runs."

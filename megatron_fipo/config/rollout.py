@@ -23,6 +23,11 @@ class RolloutConfig:
         "127.0.0.1", "IP address that the started servers bind to. An address that means all interfaces is refused."
     )
     tensor_parallel: int = setting(1, "Tensor-parallel size of one server.", minimum=1, maximum=1024)
+    expert_parallel: bool = setting(
+        False,
+        "Deal the experts of a model to a server's tensor-parallel ranks, whole, instead of giving each rank a part of "
+        "every expert (vLLM's --enable-expert-parallel).",
+    )
     dtype: str = setting("bfloat16", "Type of the engine's weights.", choices=("float32", "bfloat16"))
     quantization: str | None = setting(
         None,

@@ -11,6 +11,7 @@ from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.descriptors import raise_if_exhausted
 from megatron_fipo.engines.server_process import family, shared_files
 from megatron_fipo.engines.states import Server
+from megatron_fipo.engines.use_messages import USE_PATH, CacheUse
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.weights.transport_records import WorkerPlace
 
@@ -46,6 +47,7 @@ async def why_not_ready(server: Server, http: httpx.AsyncClient, config: Rollout
         response.raise_for_status()
         await _check_workers(server, http, config.tensor_parallel)
         (await http.post(f"{server.url}/collective_rpc", json=_WORKERS_HEALTH)).raise_for_status()
+        server.cache = await cache_use(server, http)
         version = {"new_version": str(INITIAL_VERSION)}
         (await http.post(f"{server.url}/update_weight_version", json=version)).raise_for_status()
     except httpx.HTTPError as error:
@@ -76,6 +78,16 @@ async def _check_workers(server: Server, http: httpx.AsyncClient, expected: int)
             f"the server at {server.url} does not say where its workers run ({error}): start it with python -m "
             "megatron_fipo.engines.server of this version"
         ) from None
+
+
+async def cache_use(server: Server, http: httpx.AsyncClient) -> CacheUse | None:
+    """How full its cache was since this was asked last; None where it does not say in time."""
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            answer = (await http.post(server.url + USE_PATH, timeout=None)).raise_for_status()
+        return msgspec.json.decode(answer.content, type=CacheUse)
+    except (TimeoutError, httpx.HTTPError, msgspec.DecodeError):
+        return None
 
 
 async def why_unfit(server: Server, http: httpx.AsyncClient) -> str | None:

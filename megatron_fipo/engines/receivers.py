@@ -77,6 +77,7 @@ class CheckpointEngine(WeightTransferEngine):
             raise WeightsRefused(f"the update lacks {len(missing)} tensors of the model: {_some(missing)}")
         finalize_layerwise_reload(self.model, self.model_config)
         self._refresh_tied_output_layer()
+        self._pack_experts()
         self._unfinished = False
 
     def _refresh_tied_output_layer(self) -> None:
@@ -88,6 +89,15 @@ class CheckpointEngine(WeightTransferEngine):
         output_layer: Any = getattr(self.model, "lm_head", None)
         if self._tied and self.device.type == "cpu" and output_layer is not None:
             output_layer.quant_method.process_weights_after_loading(output_layer)
+
+    def _pack_experts(self) -> None:
+        """Has a layer's experts packed anew: vLLM's CPU kernel multiplies by packed weights, and packs only once."""
+        if self.device.type != "cpu":
+            return
+        for module in self.model.modules():
+            kernel: Any = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         """Nothing to release unless a transport says otherwise."""

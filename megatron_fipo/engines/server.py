@@ -9,6 +9,7 @@ import os
 import sys
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE
+from megatron_fipo.engines.cache_counter import count_cache_use
 from megatron_fipo.engines.early_server import EARLY_VARIABLE, PARENT_VARIABLE, wait_for_order
 from megatron_fipo.engines.engine_process import keep_a_lone_worker_inside
 from megatron_fipo.engines.lifeline import bind_descendants
@@ -24,6 +25,7 @@ ALWAYS = (
     "--tokens-only",
     "--middleware=megatron_fipo.engines.generate_route.GenerateRoute",
     "--middleware=megatron_fipo.engines.score_route.ScoreRoute",
+    "--middleware=megatron_fipo.engines.use_route.UseRoute",
     # The last is the first to see a call: nothing is behind the token's back.
     "--middleware=megatron_fipo.engines.access.RequireToken",
     "--worker-extension-cls=megatron_fipo.engines.vllm_plugin.WorkerExtension",
@@ -38,6 +40,8 @@ if __name__ == "__mp_main__":
         name_shared_memory(names)
 if __name__ in ("__main__", "__mp_main__"):
     bind_descendants()
+if __name__ == "__mp_main__":
+    count_cache_use()
 
 
 def main() -> None:
@@ -57,6 +61,7 @@ def main() -> None:
         name_shared_memory(names)
     sys.argv[1:] = [*sys.argv[1:], *ALWAYS]
     keep_a_lone_worker_inside()
+    count_cache_use()
 
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

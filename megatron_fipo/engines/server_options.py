@@ -61,6 +61,8 @@ def server_arguments(
     else:
         # After a prompt processed in parts vLLM winds a seeded request's generator back, which a CPU one cannot.
         arguments += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(longest, CPU_BATCHED_TOKENS)}"]
+    if config.expert_parallel:
+        arguments.append("--enable-expert-parallel")
     if config.enforce_eager:
         arguments.append("--enforce-eager")
     if max_position_embeddings is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fipo.engines.server_log import ServerLog
+from megatron_fipo.engines.use_messages import CacheUse
 from megatron_fipo.weights.transport_records import WorkerPlace
 
 
@@ -57,6 +58,8 @@ class Server:
     """its environment: what it is started with again."""
     workers: tuple[WorkerPlace, ...] = ()
     """Where its engine's workers run, known from when it first answers."""
+    cache: CacheUse | None = None
+    """What its engine's cache holds, likewise; None where it does not say."""
     segments: set[Path] = field(default_factory=set)
     """Shared memory of its processes, which outlives them if they are killed."""
     state: State = State.STARTING

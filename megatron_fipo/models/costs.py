@@ -15,10 +15,36 @@ def parameter_counts(model_config: ModelConfig) -> tuple[int, int]:
     return sum(counts), max(counts)
 
 
+@functools.cache
+def expert_parameters(model_config: ModelConfig) -> int:
+    """Return the parameters of all experts, without routers and those experts that every token goes to."""
+    return sum(
+        sum(map(math.prod, entry.shapes)) for entry in parameters(model_config).values() if entry.expert is not None
+    )
+
+
+def active_parameters(model_config: ModelConfig) -> int:
+    """Return the parameters that one token's forward pass uses: all but the experts that it does not go to."""
+    experts, total = model_config.experts, parameter_counts(model_config)[0]
+    if experts is None:
+        return total
+    return total - expert_parameters(model_config) // experts.number * (experts.number - experts.per_token)
+
+
 def layer_products(model_config: ModelConfig) -> int:
-    """Return the number of weights in a layer's matrix products. Each takes two operations per token, forward."""
+    """Return the number of weights in a layer's matrix products for one token, on average over the layers.
+
+    Each takes two operations per token, forward. Of experts only those count that a token goes to.
+    """
     query, key_value = model_config.dimension("query"), model_config.dimension("key_value")
-    return model_config.hidden_size * (2 * query + 2 * key_value + 3 * model_config.ffn_hidden_size)
+    experts, layers = model_config.experts, model_config.num_layers
+    sparse = sum(experts.layers) if experts else 0
+    widths = 3 * model_config.ffn_hidden_size * (layers - sparse)
+    if experts is not None:
+        widths += sparse * (
+            3 * (experts.per_token * experts.ffn_hidden_size + experts.shared_ffn_hidden_size) + experts.number
+        )
+    return model_config.hidden_size * (2 * query + 2 * key_value) + model_config.hidden_size * widths // layers
 
 
 def products(model_config: ModelConfig) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_fipo.models.experts import ExpertKeys
 from megatron_fipo.models.kinds import Kind
 from megatron_fipo.models.rules import QK_NORM, QKV_BIAS, Rule
 
@@ -18,6 +19,10 @@ class Family:
     """The value of config.json's `model_type`."""
     layer: tuple[Rule, ...]
     """The weights of one layer: how Hugging Face tensors become Megatron-Core parameters."""
+    expert_layer: tuple[Rule, ...] = ()
+    """The same for a layer whose feed-forward is a mixture of experts."""
+    experts: ExpertKeys | None = None
+    """The keys of config.json that describe the experts; None: no layer has any."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that transformers uses for missing keys. None for `num_key_value_heads`: the number of query heads."""
     keys: Mapping[str, Kind] = field(default_factory=dict)
@@ -28,6 +33,8 @@ class Family:
     """Whether norms multiply by 1 + weight."""
     scaled_embedding: bool = False
     """Whether token embeddings are multiplied by √hidden_size, rounded to the weights' type, before the first layer."""
+    default_rope_theta: float = 10000.0
+    """Base of the rotary frequencies where config.json gives none."""
     windowed: bool = False
     """Whether every layer attends to only `sliding_window` tokens, if config.json has this key and it is not null."""
     free_head_dim: bool = True

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.experts import Experts, ExpertsProblem, read_experts
 from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.family import Family
 from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
 from megatron_fipo.models.kinds import shown
 from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
+from megatron_fipo.models.rules import Rule
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 """Files that AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt write beside quantised weights."""
@@ -64,6 +66,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     window: int | None = None
     """Number of tokens that a token attends to in every layer, including itself; None: all tokens before it."""
+    experts: Experts | None = None
+    """The mixture of experts; None: every layer is dense."""
 
     @property
     def family(self) -> Family:
@@ -77,6 +81,15 @@ class ModelConfig:
             return self.rope_scaling.original_max_position_embeddings
         return self.max_position_embeddings
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has a feed-forward without experts."""
+        return self.experts is None or not self.experts.everywhere
+
+    def layer_rules(self, layer: int) -> tuple[Rule, ...]:
+        """The family's rules for a layer, dense or with experts."""
+        return self.family.expert_layer if self.experts and self.experts.layers[layer] else self.family.layer
+
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """The vocabulary rounded up to a multiple of the tensor-parallel size.
 
@@ -87,6 +100,7 @@ class ModelConfig:
 
     def dimension(self, name: str) -> int:
         """Return the length of a dimension, given its name in the tables."""
+        experts = self.experts
         return {
             "vocabulary": self.vocab_size,
             "hidden": self.hidden_size,
@@ -94,6 +108,10 @@ class ModelConfig:
             "key_value": self.num_query_groups * self.head_dim,
             "head": self.head_dim,
             "ffn": self.ffn_hidden_size,
+            "expert_ffn": experts.ffn_hidden_size if experts else 0,
+            "shared_ffn": experts.shared_ffn_hidden_size if experts else 0,
+            "experts": experts.number if experts else 0,
+            "one": 1,
         }[name]
 
 
@@ -111,8 +129,9 @@ def read_architecture(model_dir: str | Path) -> ModelConfig:
         _check_key(path, family, key, value)
     config = _DEFAULTS | dict(family.defaults) | config
     try:
-        rope_theta, rope_scaling = read_rope(config)
-    except RopeProblem as error:
+        rope_theta, rope_scaling = read_rope(config, family.default_rope_theta)
+        experts = read_experts(config, family.experts) if family.experts else None
+    except (RopeProblem, ExpertsProblem) as error:
         raise _refusal(path, _name(error.key), error.problem, error.remedy) from None
     heads, groups, head_dim = _heads(path, family, config)
     _check_layers(path, config)
@@ -133,6 +152,7 @@ def read_architecture(model_dir: str | Path) -> ModelConfig:
         max_position_embeddings=config["max_position_embeddings"],
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         window=config["sliding_window"] if family.windowed else None,
+        experts=experts,
     )
 
 

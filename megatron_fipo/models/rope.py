@@ -7,8 +7,6 @@ from typing import Any
 from megatron_fipo.models.keys import UNDERSTOOD
 from megatron_fipo.models.kinds import number, same_value, shown
 
-DEFAULT_THETA = 10000.0
-
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -50,7 +48,7 @@ class RopeProblem(Exception):
         self.key, self.problem, self.remedy = key, problem, remedy
 
 
-def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Mapping[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
     """Return the base of the rotary frequencies, and how they are scaled.
 
     `config` is a whole config.json. transformers 5 writes everything into rope_parameters. transformers 4 writes the
@@ -58,14 +56,16 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     they must agree. Raises RopeProblem.
     """
     places = [place for place in _PLACES if config.get(place)] or [_PLACES[0]]
-    described = [_read_place(place, config.get(place) or {}, config) for place in places]
+    described = [_read_place(place, config.get(place) or {}, config, default_theta) for place in places]
     if len(described) == 2:
         _must_agree(*described)
     rope = described[0]
     return float(rope[_THETA]), _scaling(places[0], rope)
 
 
-def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_place(
+    place: str, given: Mapping[str, Any], config: Mapping[str, Any], default_theta: float
+) -> dict[str, Any]:
     """Read one dictionary together with the keys beside it: the type as rope_type, then each key of that type."""
     rope = dict(given)
     kind = rope.pop("type", rope.get("rope_type", "default"))
@@ -85,7 +85,7 @@ def _read_place(place: str, given: Mapping[str, Any], config: Mapping[str, Any])
             raise RopeProblem(f"{place}.{key}", f"is not a key of rope_type {kind}", f"it has {', '.join(allowed)}")
         if key != "rope_type" and not (right := UNDERSTOOD.get(key, _FACTOR)).accepts(value):
             raise RopeProblem(f"{place}.{key}", f"= {shown(value)} is not supported", f"it must be {right.expected}")
-    rope.setdefault(_THETA, config.get(_THETA, DEFAULT_THETA))
+    rope.setdefault(_THETA, config.get(_THETA, default_theta))
     for key in KEYS_OF_TYPE[kind]:
         if key not in rope:
             raise RopeProblem(f"{place}.{key}", f"is missing, and rope_type {kind} needs it", "add it")

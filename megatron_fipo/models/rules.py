@@ -10,9 +10,10 @@ LAYER_PREFIX = "decoder.layers."
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor of a rule: its name, with {layer} for the layer, and the names of its dimensions.
+    """One Hugging Face tensor of a rule: its name, with {layer} and {expert}, and the names of its dimensions.
 
-    Dimensions are vocabulary, hidden, query, key_value, head and ffn.
+    Dimensions are vocabulary, hidden, query, key_value, head and ffn; of experts also expert_ffn, shared_ffn, experts
+    and one.
     """
 
     name: str
@@ -29,6 +30,11 @@ class Rule:
     """Dimension of each source that tensor parallelism cuts into equal parts; None: every rank has the whole tensor."""
     interleaved: bool = False
     """Whether a rank's parts of several sources are joined by head group on dimension 0, or one after the other."""
+
+    @property
+    def of_each_expert(self) -> bool:
+        """Whether every expert has a parameter of its own by this rule."""
+        return "{expert}" in self.megatron
 
 
 def layer_rule(
@@ -59,7 +65,7 @@ QK_NORM = (
 )
 """A norm of each head's query and key."""
 
-DENSE_LAYER = (
+ATTENTION = (
     layer_rule("input_layernorm.weight", ("input_layernorm.weight", ("hidden",))),
     layer_rule(
         "self_attention.linear_qkv.weight",
@@ -71,12 +77,33 @@ DENSE_LAYER = (
     ),
     layer_rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", ("hidden", "query")), cut=1),
     layer_rule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight", ("hidden",))),
-    layer_rule(
-        "mlp.linear_fc1.weight",
-        ("mlp.gate_proj.weight", ("ffn", "hidden")),
-        ("mlp.up_proj.weight", ("ffn", "hidden")),
-        cut=0,
-    ),
-    layer_rule("mlp.linear_fc2.weight", ("mlp.down_proj.weight", ("hidden", "ffn")), cut=1),
 )
-"""Two norms, grouped-query attention without biases, and a gated feed-forward."""
+"""Two norms, and grouped-query attention without biases between them."""
+
+
+def gated_feed_forward(megatron: str, prefix: str, names: tuple[str, str, str], width: str) -> tuple[Rule, Rule]:
+    """Return the rules of a feed-forward: `names` are those of its gate, up and down projections in Hugging Face."""
+    gate, up, down = (f"{prefix}.{name}.weight" for name in names)
+    return (
+        layer_rule(f"{megatron}.linear_fc1.weight", (gate, (width, "hidden")), (up, (width, "hidden")), cut=0),
+        layer_rule(f"{megatron}.linear_fc2.weight", (down, ("hidden", width)), cut=1),
+    )
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The names that most families give to a feed-forward's parts."""
+
+
+def router(name: str) -> Rule:
+    """Return the rule of the matrix that scores the experts for a token: `name` is its name in Hugging Face."""
+    return layer_rule("mlp.router.weight", (f"{name}.weight", ("experts", "hidden")))
+
+
+EXPERT = "mlp.experts.local_experts.{expert}"
+"""Megatron-Core's name of an expert, here with its number in the whole model."""
+
+DENSE_LAYER = (
+    *ATTENTION,
+    *gated_feed_forward("mlp", "mlp", PROJECTIONS, "ffn"),
+)
+"""Attention, and one gated feed-forward."""

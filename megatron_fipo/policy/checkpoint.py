@@ -23,6 +23,7 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_json_atomically
 from megatron_fipo.policy import megatron_versions, platform
 from megatron_fipo.policy.checkpoint_places import newest, step_of
+from megatron_fipo.policy.optimizer import of_this_layout
 from megatron_fipo.policy.optimizer_blocks import SHARDING, in_blocks
 from megatron_fipo.policy.plain_resume import plain_data_only, plain_extra_state
 from megatron_fipo.policy.save_plan import make_plan
@@ -38,7 +39,8 @@ _TRAINER_STATE = "trainer.json"
 # The key of trainer.json that tells which Megatron-Core wrote the checkpoint.
 _WRITTEN_BY = "megatron_core"
 _EXTRA_STATE = "_extra_state"
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING}
+# Experts that lie over ranks have an optimizer of their own, whose tensors have the same keys under any layout.
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": SHARDING, "chained_optim_avoid_prefix": True}
 
 
 def start_saving(
@@ -106,13 +108,9 @@ def load(policy: Policy, checkpoint: Path) -> None:
 
 def _restore_optimizer(policy: Policy, loaded: dict[str, Any]) -> None:
     """Fill the optimizer and the learning-rate schedule. Raises nearly anything."""
-    settings = policy.config.optimizer
-    betas = (settings.beta1, settings.beta2)
-    # What the configuration says now, not what it said then.
-    rates = {"max_lr": settings.lr, "min_lr": settings.min_lr, "eps": settings.eps, "betas": betas}
-    megatron_versions.set_rates(loaded["optimizer"], rates)
+    state = of_this_layout(policy.optimizer, loaded["optimizer"])
     with torch.no_grad():  # fp32 parameters are views that the optimizer writes to
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.optimizer.load_state_dict(state)
     policy.scheduler.load_state_dict(loaded["scheduler"])
 
 

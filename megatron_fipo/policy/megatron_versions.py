@@ -6,7 +6,6 @@ asks for a version. CPU stand-ins for names of torch.cuda that only one of them 
 
 import io
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -76,27 +75,6 @@ def keep_common(sharded: dict[str, Any], common: dict[str, Any]) -> bytes | None
     content = io.BytesIO()
     torch.save(common, content)
     return content.getvalue()
-
-
-def set_rates(optimizer_state: dict[str, Any], rates: dict[str, Any]) -> None:
-    """Overwrite settings in the parameter groups of an optimizer's state, in place, before the optimizer takes it.
-
-    0.19 finds a group's counterpart by its learning rates, among others; those of a checkpoint may be of the past.
-
-    Args:
-        optimizer_state: of one optimizer or of several, as in a checkpoint.
-        rates: settings, of which a group gets those that it has.
-    """
-    for group in _groups(optimizer_state):
-        group |= {name: value for name, value in rates.items() if name in group}
-
-
-def _groups(state: Any) -> Iterator[dict[str, Any]]:
-    """The parameter groups, wherever they lie in the state."""
-    if isinstance(state, dict):
-        yield from state.get("param_groups", [])
-        for value in state.values():
-            yield from _groups(value)
 
 
 def check_readable(checkpoint: object, written_by: str | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_te_version
 
 from megatron_fipo.config import Config, ParallelConfig, PolicySection
@@ -36,6 +37,8 @@ def start_model_parallel(parallel: ParallelConfig, seed: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     # 0 is Megatron-Core's unset seed.
     model_parallel_cuda_manual_seed(seed + 1)
@@ -129,9 +132,10 @@ def transformer_config(config: Config, model_config: ModelConfig) -> Transformer
         perform_initialization=True,
         # One exact token mean over data and context parallelism and micro-batches.
         calculate_per_token_loss=True,
-        # Micro-batches differ in length. The dispatcher is for experts, but its default refuses that even here.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
+        # Micro-batches differ in length, which pipeline stages have to be told; without a pipeline nobody asks.
+        variable_seq_lengths=parallel.expert_dispatcher != "allgather",
+        moe_token_dispatcher_type=parallel.expert_dispatcher,
+        **_expert_settings(config, model_config),
         **_schedule_settings(parallel),
         **precision_settings(model),
         **_recompute_settings(model),
@@ -147,6 +151,34 @@ def _check_attention(config: Config, model_config: ModelConfig) -> None:
             "model.dtype=bfloat16, model.layers=local or parallel.context=1",
         )
     check_window(config, model_config)
+
+
+def _expert_settings(config: Config, model_config: ModelConfig) -> dict[str, Any]:
+    """The mixture of experts: no token is dropped, and no loss is added to the policy's."""
+    parallel, experts = config.parallel, model_config.experts
+    if experts is None:
+        return {}
+    with_te = wants_transformer_engine(config.model)
+    shared = experts.shared_ffn_hidden_size
+    return {
+        "num_moe_experts": experts.number,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        # A list has each layer saved by itself, since they are not alike.
+        "moe_layer_freq": 1 if experts.everywhere else [int(is_sparse) for is_sparse in experts.layers],
+        "moe_shared_expert_intermediate_size": shared or None,
+        "moe_shared_expert_gate": shared > 0,
+        "moe_router_topk": experts.per_token,
+        # A softmax over the chosen scores alone is the one over all of them, scaled to a sum of 1.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": with_te,
+        "moe_permute_fusion": with_te,
+        "moe_router_padding_for_quantization": config.model.fp8 != "off",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _activation(family: Family, fused: bool) -> Callable[..., torch.Tensor]:
@@ -194,7 +226,7 @@ def _build_chunk(
 ) -> GPTModel:
     chunk = GPTModel(
         megatron,
-        _layer_specification(megatron, with_te, virtual_stage),
+        _layer_specifications(megatron, model_config, with_te, virtual_stage),
         vocab_size=model_config.padded_vocab_size(config.parallel.tensor),
         max_sequence_length=context_length(config, model_config),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
@@ -205,6 +237,7 @@ def _build_chunk(
         vp_stage=virtual_stage,
     )
     stretch(chunk.rotary_pos_emb, model_config.rope_scaling)
+    _mark_experts(chunk, config.parallel)
     if model_config.family.scaled_embedding and chunk.pre_process:
         # Rounded to the weights' type first, as transformers and vLLM have it.
         scale = torch.tensor(model_config.hidden_size**0.5, device="cpu").to(megatron.params_dtype).item()
@@ -212,17 +245,58 @@ def _build_chunk(
     return chunk
 
 
-def _layer_specification(
-    megatron: TransformerConfig, with_te: bool, virtual_stage: int | None
+def _mark_experts(chunk: GPTModel, parallel: ParallelConfig) -> None:
+    """Have the experts' gradients summed over all ranks that have the same experts.
+
+    Megatron-Core marks them itself where experts are dealt to ranks. Where they are not, but tensor parallelism cuts
+    the rest of the model otherwise, ranks of one tensor-parallel group have the same experts, and each sees a part of
+    the tokens; without the mark the loss is right and the experts' gradients are not.
+    """
+    if parallel.expert_tensor == parallel.tensor:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+
+
+def _layer_specifications(
+    megatron: TransformerConfig, model_config: ModelConfig, with_te: bool, virtual_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    if with_te:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=megatron.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=megatron.qk_layernorm)
+    build = _te_layer if with_te else _local_layer
+    experts = model_config.experts
+    if with_te and (experts is None or experts.everywhere):
+        return build(megatron, experts is not None)
+    first, count = (
+        get_transformer_layer_offset(megatron, virtual_stage),
+        get_num_layers_to_build(megatron, virtual_stage),
+    )
+    sparse = experts.layers[first : first + count] if experts else (False,) * count
+    kinds = {is_sparse: build(megatron, is_sparse) for is_sparse in set(sparse)}
+    norm = TENorm if with_te else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[kinds[is_sparse] for is_sparse in sparse], layer_norm=norm)
+
+
+def _te_layer(megatron: TransformerConfig, is_sparse: bool) -> ModuleSpec:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=megatron.num_moe_experts if is_sparse else None,
+        moe_grouped_gemm=is_sparse,
+        qk_layernorm=megatron.qk_layernorm,
+    )
+
+
+def _local_layer(megatron: TransformerConfig, is_sparse: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=megatron.num_moe_experts if is_sparse else None,
+        normalization="RMSNorm",
+        qk_layernorm=megatron.qk_layernorm,
+    )
+    if is_sparse:
+        # Saved as Transformer Engine saves it, which has this norm by itself before a router.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = TorchAttention
     if megatron.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(megatron, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return layer

@@ -1,5 +1,6 @@
 """Megatron-Core's optimizer and learning-rate schedule by the configuration."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -8,6 +9,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_fipo.config import Config
+from megatron_fipo.policy.optimizer_blocks import SHARDING
 from megatron_fipo.policy.precision import optimizer_settings
 
 
@@ -38,6 +40,41 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> An
         for group in part.optimizer.param_groups:
             group.setdefault("step", 0)
     return optimizer
+
+
+def of_this_layout(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """The optimizer's state of a checkpoint, with this run's parts, groups and settings.
+
+    Experts that lie over ranks have an optimizer of their own, so that another layout has another number of parts, each
+    with groups of its own. What is particular to the checkpoint are tensors, which `loaded` has by this layout's parts,
+    and the number of Adam's steps, which all groups have in common. Rates are what the configuration says now.
+
+    Args:
+        loaded: what Megatron-Core makes of a checkpoint and of this layout; it is changed.
+    """
+    steps = [group["step"] for group in _groups(loaded) if "step" in group]
+    parts = optimizer.chained_optimizers
+    single = len(parts) == 1
+    states = {0: loaded} if single else {number: loaded.setdefault(number, {}) for number in range(len(parts))}
+    for part, state in zip(parts, states.values(), strict=True):
+        own = part.state_dict()
+        place = state
+        if "optimizer" in own:
+            own, place = own["optimizer"], state.setdefault("optimizer", {})
+        place["param_groups"] = [group | ({"step": steps[0]} if steps else {}) for group in own["param_groups"]]
+        if "param_state" in state:
+            state["param_state_sharding_type"] = SHARDING
+    if single:
+        return {key: value for key, value in loaded.items() if not isinstance(key, int)}
+    return states
+
+
+def _groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups, wherever they lie in the state."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", [])
+        for value in state.values():
+            yield from _groups(value)
 
 
 def build_scheduler(config: Config, optimizer: Any, updates: int) -> OptimizerParamScheduler:

@@ -18,11 +18,15 @@ from typing import Any
 import torch
 import torch.distributed
 
+from megatron_fipo.policy import cpu_experts
 from megatron_fipo.policy.megatron_versions import quiet_warnings
 from megatron_fipo.policy.rendezvous import meeting_point
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like")
-_CUDA_NAMES = ("current_device", "current_stream", "synchronize", "manual_seed", "get_rng_state", "set_rng_state")
+_CUDA_NAMES = (
+    *("current_device", "current_stream", "synchronize", "manual_seed", "get_rng_state", "set_rng_state"),
+    *("Stream", "Event", "stream"),
+)
 _installed = False
 
 
@@ -54,6 +58,7 @@ def install() -> None:
         for name in _FACTORIES:
             setattr(torch, name, _on_cpu(getattr(torch, name)))
         _redirect_tensor_methods()
+        cpu_experts.install_dispatch()
     _install_adam()
     quiet_warnings()
     _installed = True
@@ -73,25 +78,7 @@ def _check_names_exist() -> None:
 def _redirect_device_queries() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.current_stream = lambda *args, **kwargs: IdleStream()  # type: ignore[assignment,return-value]
-
-
-class IdleStream:
-    """The current stream where there is no CUDA: nothing runs on it, so whatever it is told to wait for is done.
-
-    Megatron-Core 0.19 asks for it whenever gradients are reduced, Transformer Engine around its own streams.
-    """
-
-    cuda_stream = 0
-
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event
+    cpu_experts.install_streams()
 
 
 def _redirect_random_state() -> None:

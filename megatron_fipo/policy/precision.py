@@ -5,7 +5,7 @@ transformer block; the embedding, the output layer, and with it log-probs, loss 
 every recipe but delayed scaling the first and the last layer stay in bf16 too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def check_widths(config: Config, model_config: ModelConfig) -> None:
         ("hidden size", model_config.hidden_size, recipe.multiple_of_layer_inputs(config.parallel.sequence)),
         ("query, key and value size of a tensor-parallel rank", (query + 2 * key_value) // tensor, recipe.multiple),
         ("attention size of a tensor-parallel rank", query // tensor, recipe.multiple),
-        ("feed-forward size of a tensor-parallel rank", model_config.ffn_hidden_size // tensor, recipe.multiple),
+        *_feed_forward_widths(config, model_config, recipe.multiple),
     ):
         if width % multiple:
             where = " with sequence parallelism" if multiple != recipe.multiple else ""
@@ -172,6 +172,15 @@ def check_widths(config: Config, model_config: ModelConfig) -> None:
                 f"{config.model.fp8} needs widths that divide by {multiple}{where}, and the model's {what} is {width}",
                 "model.fp8=off, or another parallel.tensor" + (" or parallel.sequence=false" if where else ""),
             )
+
+
+def _feed_forward_widths(config: Config, model_config: ModelConfig, multiple: int) -> Iterator[tuple[str, int, int]]:
+    tensor, experts = config.parallel.tensor, model_config.experts
+    if model_config.has_dense_layers:
+        yield "feed-forward size of a tensor-parallel rank", model_config.ffn_hidden_size // tensor, multiple
+    if experts is not None:
+        yield "size of an expert on a rank", experts.ffn_hidden_size // config.parallel.expert_tensor, multiple
+        yield "size of the shared expert on a rank", experts.shared_ffn_hidden_size // tensor, multiple
 
 
 def token_multiple(config: Config) -> int:

@@ -1,6 +1,6 @@
 """How the policy's weights get to the engines, as the training loop sees it: published, repeated, and probed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,18 +34,17 @@ class _Part:
     """This rank's part of every weight update."""
 
     senders: Senders
-    number: int
-    """Of the sender that this rank gathers for."""
-    sends: bool
-    """Whether this rank is that sender."""
-    weights: GroupWeights | None
-    """What it gathers; None: nothing."""
+    sends: Mapping[int, bool]
+    """By the numbers of the senders that this rank gathers for, whether it is that sender."""
+    weights: Mapping[int, GroupWeights]
+    """What it gathers for each of them."""
 
 
-def _part_of_one_stage(held: HeldWeights) -> _Part:
-    """Each pipeline stage has a sender, which reaches every engine: this rank gathers its stage, or looks on."""
+def _part_of_groups(held: HeldWeights) -> _Part:
+    """Each group of the plan has a sender, which reaches every engine: this rank gathers its own, or looks on."""
     senders = Senders(len(held.plan.groups))
-    return _Part(senders, held.group.number, held.sends, held if held.is_in_group else None)
+    own = {part.group.number: part for part in held.own}
+    return _Part(senders, {number: part.sends for number, part in own.items()}, own)
 
 
 def _part_of_all(rollout: RolloutConfig, held: HeldWeights) -> _Part:
@@ -54,7 +53,8 @@ def _part_of_all(rollout: RolloutConfig, held: HeldWeights) -> _Part:
     places = places_of_ranks(rollout, device)
     numbers, rank = sending_ranks(places), torch.distributed.get_rank()
     senders = Senders(len(numbers), tuple(places[sender] for sender in numbers))
-    return _Part(senders, numbers.get(rank, 0), rank in numbers, WholeModel(held, device))
+    number = numbers.get(rank, 0)
+    return _Part(senders, {number: rank in numbers}, {number: WholeModel(held, device)})
 
 
 class _InTurns:
@@ -88,14 +88,13 @@ class PolicyPublisher:
         # Every forward pass moves the scales of delayed scaling: the probe would change what is trained.
         self._probes = config.model.fp8 != "delayed" and longest > 1
         held = HeldWeights(policy.chunks, policy.model_config, config.rollout.bucket_mib << 20)
-        part = _part_of_all(config.rollout, held) if config.rollout.shared_gpu else _part_of_one_stage(held)
+        part = _part_of_all(config.rollout, held) if config.rollout.shared_gpu else _part_of_groups(held)
         self._weights = part.weights
         self._publisher = open_publisher(
             config.rollout,
             control,
-            number=part.number,
+            groups=part.sends,
             senders=part.senders,
-            sends=part.sends,
             run_dir=run_dir,
             shared_gpu=_InTurns(policy.offload, self._score) if policy.offload else None,
         )

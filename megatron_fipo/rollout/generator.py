@@ -9,7 +9,6 @@ waits for the samples hears of it (rollout/ongoing.py).
 
 import asyncio
 import secrets
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_fipo.config import RolloutConfig
+from megatron_fipo.engines.cache_use import CacheUseOfSteps
 from megatron_fipo.engines.connections import tls
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.descriptors import NoDescriptors
@@ -31,6 +31,7 @@ from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.rollout.answers import BadAnswer
 from megatron_fipo.rollout.events import WeightsWanted
+from megatron_fipo.rollout.loads import WAITING_GROUPS, Loads
 from megatron_fipo.rollout.main_loop import MainLoop, all_of
 from megatron_fipo.rollout.occupancy import Occupancy
 from megatron_fipo.rollout.requests import NotAnswered, Requests
@@ -38,7 +39,6 @@ from megatron_fipo.rollout.work import Job, Sampling, Work, WorkQueue
 from megatron_fipo.weights.deadline import Deadline
 
 RETRY_PAUSE_S = 0.5
-_WAITING_GROUPS = 2
 _CALLS_BESIDE = 3
 """Connections to a server beside its requests: a sign of life, a probe, a control call."""
 CONNECT_TIMEOUT_S = 30.0
@@ -46,7 +46,7 @@ CONNECT_TIMEOUT_S = 30.0
 
 def connections(config: RolloutConfig, fewest_samples: int) -> int:
     """How many connections an EngineGenerator has open at most, where no request is for fewer samples than these."""
-    requests = config.max_num_seqs // fewest_samples + _WAITING_GROUPS
+    requests = config.max_num_seqs // fewest_samples + WAITING_GROUPS
     return (len(config.addresses) or config.servers) * (requests + _CALLS_BESIDE)
 
 
@@ -77,7 +77,7 @@ class EngineGenerator:
             trust_env=False,
             verify=tls(),
         )
-        self._outstanding: Counter[str] = Counter()
+        self._loads, self._cache_use = Loads(pool.config), CacheUseOfSteps(pool)
         self._occupancy = Occupancy()
         self._scarcity: Deadline | None = None
         """How long there may be no descriptor for a request; None while there are."""
@@ -126,7 +126,7 @@ class EngineGenerator:
         """
         if work.is_whole:
             return
-        job = self._queue.add(work, first=first)
+        job = self._queue.add(work, first=first, expected=self._expected(work))
         self._wake()
         if self._dispatching is None or self._dispatching.done():
             self._dispatching = asyncio.ensure_future(self._dispatch())
@@ -135,6 +135,7 @@ class EngineGenerator:
         finally:
             self._queue.remove(job)
             self._changed.set()
+        self._loads.lengths.note(work.problem, [len(sample) for sample in work.arrived.values()])
 
     async def until(self, done: "asyncio.Future[Any]", also: asyncio.Event | None = None) -> None:
         """Wait until `done` is done, no server is left, or `also` is set."""
@@ -162,14 +163,26 @@ class EngineGenerator:
                 )
 
     def end_step(self) -> dict[str, int | float]:
-        """A step is done: requests that were sent again in it, tokens that these did not lose, and how busy it was."""
+        """A step is done: requests that were sent again in it, tokens that these did not lose, and how busy it was.
+
+        Also how full the servers' caches were, where these say so.
+        """
         retries, continued = self.retries - self._told[0], self.continued - self._told[1]
         self._told = self.retries, self.continued
-        return {"requests_repeated": retries, "tokens_continued": continued, **self._occupancy.metrics()}
+        return {
+            "requests_repeated": retries,
+            "tokens_continued": continued,
+            **self._occupancy.metrics(),
+            **self._take_use(),
+        }
 
     def forget_occupancy(self) -> None:
-        """Leave out of the next `end_step` how busy servers were until now."""
+        """Leave out of the next `end_step` how busy servers were until now, and how full."""
         self._occupancy.metrics()
+        self._take_use()
+
+    def _take_use(self) -> dict[str, float]:
+        return self.loop.run(self._cache_use.take(self._http))
 
     def busy(self) -> list[tuple[float, float]]:
         """See Occupancy.take."""
@@ -236,21 +249,19 @@ class EngineGenerator:
 
     def _count(self, server: Server, samples: int) -> None:
         """So many more samples are outstanding at this server; fewer, if negative."""
-        self._outstanding[server.url] += samples
+        self._loads.count(server, samples)
         self._occupancy.add(samples)
 
     def _with_room(self) -> Server | None:
-        """The server with the fewest outstanding samples, if it has places for the next work.
-
-        Beside the samples that it runs, those of _WAITING_GROUPS groups wait at a server: an engine that is full is
-        asked for no more before a whole group has ended, and still has work while the next one travels.
-        """
+        """The server that is to have the next work, if one has room for it."""
         if (work := self._queue.next) is None or not (serving := self._pool.serving):
             return None
         servers = [server for server in serving if server.url not in work.failed] or serving
-        server = min(servers, key=lambda server: self._outstanding[server.url])
-        places = self._pool.config.max_num_seqs + _WAITING_GROUPS * work.samples
-        return server if self._outstanding[server.url] + len(work.missing()) <= places else None
+        return self._loads.with_room(servers, work)
+
+    def _expected(self, work: Work) -> float:
+        """Longer work is first where a step waits for all. Else the oldest is, which the next batch waits for."""
+        return 0.0 if self._pool.config.max_off_policy_steps else self._loads.lengths.expected(work.problem)
 
     async def _ask(self, asking: "_Asking") -> None:
         """One request for what the work lacks. If it fails, the work waits for another."""

@@ -127,7 +127,7 @@ class Job:
     """Work that is to be completed, and who waits for it."""
 
     work: Work
-    place: tuple[bool, int]
+    place: tuple[bool, float, int]
     """Among the others that wait: the lower comes first."""
     done: "asyncio.Future[None]"
     asking: "asyncio.Task[None] | None" = None
@@ -143,7 +143,10 @@ class Job:
 
 
 class WorkQueue:
-    """Work that waits for a server, in order, and work that one has been asked for."""
+    """Work that waits for a server, in order, and work that one has been asked for.
+
+    In order of expected lengths, the longest first, and then of age.
+    """
 
     def __init__(self) -> None:
         self.asked: set[Job] = set()
@@ -153,9 +156,9 @@ class WorkQueue:
     def __bool__(self) -> bool:
         return bool(self._waiting or self.asked)
 
-    def add(self, work: Work, *, first: bool) -> Job:
-        """Work that waits: before all that is not `first`, after what came before."""
-        job = Job(work, (not first, next(self._numbers)), asyncio.get_running_loop().create_future())
+    def add(self, work: Work, *, first: bool, expected: float) -> Job:
+        """Work that waits: before all that is not `first`, and among these before what is `expected` to be shorter."""
+        job = Job(work, (not first, -expected, next(self._numbers)), asyncio.get_running_loop().create_future())
         heapq.heappush(self._waiting, job)
         return job
 

@@ -67,7 +67,6 @@ def settings_of(options: argparse.Namespace, config: Config) -> Settings:
         seed=options.seed,
         samples_at_once=None if options.whole else options.samples_at_once,
         overfill=options.overfill,
-        host_gb_s=options.host_gb_s,
         measured=Measured(options.decode_s, options.log_probs_s, options.update_s, options.weights_s, options.other_s),
         troubles=Troubles(slow_share, slow_factor, options.hours_between_failures, options.restart_s),
     )

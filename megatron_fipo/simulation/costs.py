@@ -1,6 +1,6 @@
 """Seconds of what engines and trainer do: the planner's, or measured ones in their place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_fipo.config import Config
@@ -65,9 +65,7 @@ def _windowed(costs: EngineCosts, model_config: ModelConfig, settings: Settings)
     """A token counts for less where attention has a window: the share that a sequence of mean length keeps."""
     length = settings.prompt + settings.lengths.mean
     share = attended_tokens(model_config, length) / (length / 2)
-    return EngineCosts(
-        costs.weights, costs.token_bytes * share, costs.cache_tokens / share, costs.bandwidth, costs.token_flops_s
-    )
+    return replace(costs, token_bytes=costs.token_bytes * share, cache_tokens=costs.cache_tokens / share)
 
 
 @dataclass(frozen=True)

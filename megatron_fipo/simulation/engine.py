@@ -24,6 +24,8 @@ class Sequence:
     length: int
     done: float = 0.0
     """Tokens that it has."""
+    expected: float = 0.0
+    """Its length, as far as it can be known before."""
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Engine:
     def __len__(self) -> int:
         """Sequences that run."""
         return len(self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """What runs."""
+        return list(self._running)
 
     @property
     def is_working(self) -> bool:

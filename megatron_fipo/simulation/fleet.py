@@ -73,6 +73,10 @@ class Fleet:
         for index in list(self._busy_since):
             self._close(now, index)
 
+    def _line_of(self, index: int) -> deque[Sequence]:
+        """What the engine starts next."""
+        return self._waiting
+
     def _dispatch(self, now: float) -> None:
         if not self._waiting:
             return
@@ -101,10 +105,11 @@ class Fleet:
         if engine.plan != plan:
             return
         ended, put_back = engine.reach(now)
-        self._waiting.extendleft(put_back)
+        line = self._line_of(index)
+        line.extendleft(put_back)
         if not put_back:
-            while self._waiting and engine.has_room(self._waiting[0]):
-                engine.start(now, self._waiting.popleft())
+            while line and engine.has_room(line[0]):
+                engine.start(now, line.popleft())
         self._plan(now, index)
         for sequence in ended:
             self._on_end(now, sequence)

@@ -22,19 +22,45 @@ class Lengths:
     spread: float
     """Standard deviation of the logarithm before the cut; 0: all have the mean's length."""
     longest: int
+    alike: float = 0.0
+    """Share of the logarithm's variance that lies between problems: 0: a problem says nothing of its responses'
+    lengths; 1: all responses to a problem have one length."""
+
+    def draw_groups(
+        self, count: int, samples: int, random: np.random.Generator, problems: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Lengths [count, samples] of the responses to `count` problems, and the length [count] to expect of each.
+
+        Expected is the mean of as many other responses to the same problem: what an earlier epoch has left. `problems`
+        draws what responses to one problem have in common, and is not used where that is nothing. ConfigError as by
+        `draw`.
+        """
+        self._check()
+        if not self.alike or self.spread == 0 or self.mean == self.longest:
+            return self.draw(count * samples, random).reshape(count, samples), np.full(count, self.mean)
+        between = _location(self) + self.spread * math.sqrt(self.alike) * problems.standard_normal((count, 1))
+        within = self.spread * math.sqrt(1 - self.alike)
+        now, before = (
+            np.clip(np.rint(np.exp(between + within * source.standard_normal((count, samples)))), 1, self.longest)
+            for source in (random, problems)
+        )
+        return now.astype(np.int64), before.mean(axis=1)
 
     def draw(self, count: int, random: np.random.Generator) -> NDArray[np.int64]:
         """`count` lengths, each from 1 to the longest. ConfigError if there is no such distribution."""
+        self._check()
+        if self.spread == 0 or self.mean == self.longest:
+            return np.full(count, round(self.mean), dtype=np.int64)
+        drawn = random.lognormal(_location(self), self.spread, count)
+        return np.clip(np.rint(drawn), 1, self.longest).astype(np.int64)
+
+    def _check(self) -> None:
         if not 1 <= self.mean <= self.longest:
             raise ConfigError(
                 "--mean",
                 f"{self.mean:g} tokens are no mean of responses of 1 to {self.longest} tokens",
                 "another mean, or another rollout.max_response_length",
             )
-        if self.spread == 0 or self.mean == self.longest:
-            return np.full(count, round(self.mean), dtype=np.int64)
-        drawn = random.lognormal(_location(self), self.spread, count)
-        return np.clip(np.rint(drawn), 1, self.longest).astype(np.int64)
 
 
 @functools.cache

@@ -55,14 +55,14 @@ def parser() -> Parser:
         metavar="FILE",
         help="write a page that shows who works when (default ./simulation.html)",
     )
-    _add_lengths(made)
+    add_lengths(made)
     _add_troubles(made)
     _add_measured(made)
     _add_played(made)
     return made
 
 
-def _add_lengths(made: Parser) -> None:
+def add_lengths(made: Parser) -> None:
     """What is sampled."""
     lengths = made.add_argument_group("responses and groups")
     lengths.add_argument(
@@ -155,13 +155,6 @@ def _add_played(made: Parser) -> None:
     played.add_argument("--whole", action="store_true", help="play all of it, however long that takes")
     played.add_argument(
         "--overfill", action="store_true", help="start rollout.max_num_seqs sequences whatever the cache holds"
-    )
-    played.add_argument(
-        "--host-gb-s",
-        type=_number(0.001),
-        default=25.0,
-        metavar="GB",
-        help="between a GPU and its host per second, when a colocated trainer is put away (default %(default)g)",
     )
 
 

@@ -10,6 +10,7 @@ from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.simulation.run import Played, Simulation
 from megatron_fipo.simulation.scenarios import Mode, Placement, part_of, parts, split, trainer_nodes
 from megatron_fipo.simulation.settings import Settings
+from megatron_fipo.sizing.timing import rollout_process_s
 
 _FIRST_SPLITS = 5
 """How many splits are tried before the search narrows."""
@@ -34,6 +35,8 @@ class Outcome:
     lag_max: int
     prefilled_again: float
     """Tokens that were prefilled a second time, for each that was sampled."""
+    rollout_process_busy: float
+    """Share of the time in which the rollout process, beside rank 0, receives samples. Near 1, it is too slow."""
     played: Played
 
 
@@ -51,6 +54,8 @@ def simulate(mode: Mode, placement: Placement, model_config: ModelConfig, settin
     both = 1 - sampling - training
     lags = [lag for step in steps for lag in step.lags]
     tokens = part.whole * sum(step.tokens for step in steps)
+    sampled = last.tokens - first.tokens
+    received = part.whole * rollout_process_s(sampled / settings.lengths.mean, sampled)
     return Outcome(
         mode=mode,
         placement=placement,
@@ -61,7 +66,8 @@ def simulate(mode: Mode, placement: Placement, model_config: ModelConfig, settin
         places_used=(last.place_s - first.place_s) / (seconds * part.engines * made.places),
         lag_mean=fmean(lags) if lags else 0.0,
         lag_max=max(lags, default=0),
-        prefilled_again=(last.again - first.again) / max(1.0, last.tokens - first.tokens),
+        prefilled_again=(last.again - first.again) / max(1.0, sampled),
+        rollout_process_busy=received / seconds,
         played=played,
     )
 

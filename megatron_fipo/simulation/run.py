@@ -11,6 +11,7 @@ from megatron_fipo.rollout.ledger import SURPLUS, Ledger, Ticket
 from megatron_fipo.simulation.engine import Engine, Sequence, Work
 from megatron_fipo.simulation.events import Clock, Span
 from megatron_fipo.simulation.fleet import Fleet
+from megatron_fipo.simulation.group_fleet import Dispatch, GroupFleet
 from megatron_fipo.simulation.settings import Settings
 
 REJECTED = "rejected"
@@ -59,6 +60,8 @@ class Parts:
     recompute: bool
     """Whether what runs during a weight update is prefilled again."""
     stream_tokens: int
+    dispatch: Dispatch | None = None
+    """How groups go to engines; None: sample by sample, each to the engine that runs the fewest."""
 
 
 @dataclass
@@ -87,11 +90,10 @@ class Simulation:
     def __init__(self, parts: Parts, settings: Settings):
         self._parts, self._settings = parts, settings
         # Drawn in the order of tickets: their samples are the same whatever samples them, and modes can be compared.
-        self._lengths, self._verdicts, failures = np.random.default_rng(settings.seed).spawn(3)
+        self._lengths, self._verdicts, failures, self._problems = np.random.default_rng(settings.seed).spawn(4)
         self._clock, self._ledger = Clock(), Ledger()
-        self._fleet = Fleet(
-            self._clock, parts.engines, self._sample_ended, parts.stream_tokens, settings.troubles, failures
-        )
+        about = self._clock, parts.engines, self._sample_ended, parts.stream_tokens, settings.troubles, failures
+        self._fleet = Fleet(*about) if parts.dispatch is None else GroupFleet(*about, parts.dispatch)
         self._groups: dict[int, _Group] = {}
         self._sampling = self._ready = 0
         self._taken: _Taken | None = None
@@ -121,14 +123,15 @@ class Simulation:
     def _open(self, now: float, count: int) -> None:
         tickets = self._ledger.open([""] * count, lambda number: number)
         samples = self._parts.samples
-        lengths = self._settings.lengths.draw(count * samples, self._lengths)
+        lengths, expected = self._settings.lengths.draw_groups(count, samples, self._lengths, self._problems)
         rejected = self._verdicts.random(count) < self._settings.rejected
         for ticket, is_rejected in zip(tickets, rejected, strict=True):
             self._ledger.start(ticket)
             self._groups[ticket.number] = _Group(samples, bool(is_rejected))
         self._sampling += count
-        owners = (ticket for ticket in tickets for _ in range(samples))
-        self._fleet.submit(now, [Sequence(ticket, int(n)) for ticket, n in zip(owners, lengths, strict=True)])
+        groups = zip(tickets, lengths, expected, strict=True)
+        drawn = [Sequence(ticket, int(n), expected=float(mean)) for ticket, row, mean in groups for n in row]
+        self._fleet.submit(now, drawn)
 
     def _sample_ended(self, now: float, sequence: Sequence) -> None:
         if (group := self._groups.get(sequence.ticket.number)) is None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
+from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window, rounds
@@ -12,7 +13,7 @@ from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.run import Parts
 from megatron_fipo.simulation.settings import Settings
-from megatron_fipo.sizing.estimate import Estimate, estimate
+from megatron_fipo.sizing.estimate import Estimate, estimate, in_turns
 from megatron_fipo.sizing.timing import rollout_servers
 
 _GRID = 100
@@ -48,6 +49,12 @@ MODES = (
     Mode("colocated-rounds", "colocated, rounds", in_turns=True),
     Mode("colocated-refill-2", "colocated, refilled × 2", over_sampling=2.0, in_turns=True),
 )
+
+
+def own_mode(config: Config) -> Mode:
+    """The mode that the configuration has, wherever it has its trainer and engines."""
+    over_sampling = config.algorithm.filter_groups.over_sampling
+    return Mode("own", "as configured", config.rollout.max_off_policy_steps, over_sampling)
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,8 @@ def split(config: Config, model_config: ModelConfig, trainer: int) -> Placement 
 
 def _all_in_turns(config: Config, model_config: ModelConfig) -> Placement:
     """Trainer and engines on all GPUs. The trainer's memory is on its hosts while engines sample."""
-    changed = copy.deepcopy(config)
-    cluster, tensor = changed.cluster, config.rollout.tensor_parallel
-    cluster.trainer_nodes, cluster.rollout_nodes = cluster.trainer_nodes + cluster.rollout_nodes, 0
-    changed.rollout.shared_gpu = False
-    if config.cluster.rollout_nodes:
-        changed.parallel.data = None
+    tensor = config.rollout.tensor_parallel
+    changed = config if servers_on_every_node(config) else in_turns(config, tensor)
     found = estimate(changed, model_config)
     engines = found.world_size // tensor
     if not engines:
@@ -172,7 +175,7 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
         places=engine_size(config, model_config, settings).places,
         samples=samples,
         trainer=trainer,
-        weights_s=costs.weights_s() + (_switch_s(placement, settings) if mode.in_turns else 0.0),
+        weights_s=costs.weights_s() + placement.estimate.time.turns,
         recompute=config.rollout.kv_on_update == "recompute",
         stream_tokens=config.rollout.stream_tokens,
     )
@@ -189,9 +192,3 @@ def _engines(placement: Placement, model_config: ModelConfig, settings: Settings
         Engine(costs, size, settings.prompt, 1 / samples, quantum, troubles.slow_factor if index < slow else 1.0)
         for index in range(part.engines)
     ]
-
-
-def _switch_s(placement: Placement, settings: Settings) -> float:
-    """Seconds to put a trainer's memory away and to take it back, once each per step."""
-    kept = max(stage.always for stage in placement.estimate.stages)
-    return 2 * kept / (settings.host_gb_s * 1e9)

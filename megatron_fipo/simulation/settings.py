@@ -51,7 +51,5 @@ class Settings:
     """A step with more samples is played by a part of engines and prompts; None: never."""
     overfill: bool
     """Start sequences whatever the cache holds."""
-    host_gb_s: float
-    """Between a GPU and its host, for what a colocated trainer puts away."""
     measured: Measured = Measured()
     troubles: Troubles = Troubles()

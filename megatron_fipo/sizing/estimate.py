@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
+from megatron_fipo.config.checks_experts import check_expert_ranks, check_experts_of_model
 from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
@@ -18,7 +19,9 @@ from megatron_fipo.sizing.placement import (
     check_placement,
     has_room_to_sample,
     host_bytes,
+    on_all_nodes,
     on_one_node,
+    turns_s,
     utilisation,
 )
 from megatron_fipo.sizing.timing import StepTime, step_time
@@ -77,6 +80,11 @@ def trainer_world_size(config: Config) -> int:
     return config.cluster.trainer_nodes * config.cluster.gpus_per_node
 
 
+def usable_bytes(config: Config) -> int:
+    """Return a GPU's memory without the part that the hardware section reserves."""
+    return int((config.hardware.memory_gib - config.hardware.reserved_gib) * GIB)
+
+
 def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     """Estimate memory and time of a run on GPUs.
 
@@ -97,15 +105,17 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
         )
     check_placement(config, world_size)
     data = world_size // replica
-    hardware, stages = config.hardware, stage_memory(config, model_config, data)
+    check_expert_ranks(config, data)
+    check_experts_of_model(config, model_config)
+    stages = stage_memory(config, model_config, data)
     away = host_bytes(config, model_config, stages)
     check_host_memory(config, away, stages)
     return Estimate(
         world_size=world_size,
         data_parallel_size=data,
         stages=stages,
-        time=step_time(config, model_config, data),
-        usable_bytes=int((hardware.memory_gib - hardware.reserved_gib) * GIB),
+        time=replace(step_time(config, model_config, data), turns=turns_s(config, model_config, stages)),
+        usable_bytes=usable_bytes(config),
         host_bytes=away,
     )
 
@@ -139,6 +149,14 @@ def one_node(config: Config, model_config: ModelConfig) -> tuple[str, Estimate] 
         if result.fits and not result.tight and has_room_to_sample(changed, model_config):
             found.append((_one_node_overrides(config, changed), result))
     return min(found, key=lambda pair: pair[1].time.total, default=None)
+
+
+def in_turns(config: Config, tensor_parallel: int) -> Config:
+    """Return the run with trainer and servers in turns on all of its nodes, with a margin beside the servers' share."""
+    changed = on_all_nodes(config, tensor_parallel)
+    # Nothing of the trainer is beside a server, whatever its layout.
+    changed.rollout.gpu_memory_utilization = round(utilisation(changed, [], (1 - _TIGHT) * usable_bytes(config)), 2)
+    return changed
 
 
 def _one_node_overrides(before: Config, after: Config) -> str:

@@ -7,15 +7,23 @@ With rollout.shared_gpu the trainer's state leaves the GPU while engines have th
 are freed, weights and optimizer state are in host memory. Only the weights come back for a weight update.
 """
 
-import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_fipo.config import Config
 from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.models.costs import parameter_counts
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.weights.plan import parameters_per_rank, plan
+from megatron_fipo.sizing.experts import (
+    RankParameters,
+    expert_bytes_per_token,
+    expert_working_bytes,
+    load,
+    parameters_by_stage,
+    replicas,
+)
+from megatron_fipo.weights.plan import Layout
 
 GIB = 1 << 30
 _LOG_PROB_CHUNK_ELEMENTS = 1 << 25
@@ -58,38 +66,41 @@ class StageMemory:
         return max(update, beside_refit + self.refit, beside_server + self.server)
 
 
-def stage_memory(config: Config, model_config: ModelConfig, data_parallel_size: int) -> list[StageMemory]:
-    """Return the memory of every pipeline stage under the layout of `config.parallel`, or raise ConfigError."""
+def stage_memory(
+    config: Config, model_config: ModelConfig, data_parallel_size: int, fullest: float | None = None
+) -> list[StageMemory]:
+    """Return the memory of every pipeline stage under the layout of `config.parallel`, or raise ConfigError.
+
+    Args:
+        fullest: tokens that come to the rank's experts, relative to the mean over ranks; None: as assumed.
+    """
     parallel = config.parallel
-    counts = _parameters_per_rank(model_config, parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    chunks = parallel.virtual_pipeline or 1
+    layout = Layout(parallel.tensor, parallel.pipeline, chunks, parallel.expert, parallel.expert_tensor)
+    counts = parameters_by_stage(model_config, layout)
     width = _width(config)
+    fullest = load(config) if fullest is None else fullest
     stages = []
     for stage in range(parallel.pipeline):
         count = counts[stage]
         shares = _shares_a_gpu(config, stage, data_parallel_size)
-        weights, optimizer = count * width, _optimizer_bytes(config, count, data_parallel_size)
+        weights, optimizer = count.total * width, _optimizer_bytes(config, count, data_parallel_size)
         stages.append(
             StageMemory(
                 stage=stage,
-                parameters=count,
+                parameters=count.total,
                 weights=weights,
-                gradients=count * 4,  # reduced in fp32
+                gradients=count.total * 4,  # reduced in fp32
                 optimizer=optimizer,
-                activations=_activation_bytes(config, model_config, stage, data_parallel_size),
+                activations=_activation_bytes(config, model_config, stage, data_parallel_size, fullest),
                 logits=_log_prob_bytes(config, model_config) if stage == parallel.pipeline - 1 else 0,
-                working=_working_bytes(config, model_config, stage),
+                working=_working_bytes(config, model_config, stage, fullest),
                 refit=_refit_bytes(config, model_config) + (server_weights(config, model_config) if shares else 0),
                 server=int(config.rollout.gpu_memory_utilization * config.hardware.memory_gib * GIB) if shares else 0,
                 host=weights + optimizer if config.rollout.shared_gpu else 0,
             )
         )
     return stages
-
-
-# Cached, because the planner calls it for every layout.
-@functools.cache
-def _parameters_per_rank(model_config: ModelConfig, tensor: int, pipeline: int, chunks: int | None) -> dict[int, int]:
-    return parameters_per_rank(plan(model_config, tensor, pipeline, chunks))
 
 
 def server_weights(config: Config, model_config: ModelConfig) -> int:
@@ -119,8 +130,15 @@ def micro_batches(config: Config, data_parallel_size: int, length: float) -> int
     return math.ceil(count / multiple) * multiple
 
 
-def layer_bytes_per_token(config: Config, model_config: ModelConfig) -> float:
-    """Return the bytes that one layer keeps for the backward pass per token of this rank, without recomputation."""
+def layer_bytes_per_token(
+    config: Config, model_config: ModelConfig, layers: Iterable[int] | None = None, fullest: float | None = None
+) -> float:
+    """Return the bytes that one layer keeps for the backward pass per token of this rank, without recomputation.
+
+    Args:
+        layers: the layers whose mean it is; None: all of them.
+        fullest: as `stage_memory` has it.
+    """
     width, tensor = _width(config), config.parallel.tensor
     query, key_value = model_config.dimension("query"), model_config.dimension("key_value")
     local = config.model.layers == "local"
@@ -129,13 +147,22 @@ def layer_bytes_per_token(config: Config, model_config: ModelConfig) -> float:
     norm = (8 + width if local else 2 * width) * model_config.hidden_size
     # Rotated query and attention output; the joint projection, of which value is a view; rotated key; normalisers.
     attention = (2 * query + (query + 2 * key_value) + key_value) * width + 4 * model_config.num_attention_heads
+    if model_config.family.qk_norm:
+        # As the norm above, but for its output, which the rotation does not keep.
+        attention += (8 if local else width) * (query + key_value)
     # Cosines and sines for rotating query and key, which every rank needs for whole sequences. Transformer Engine's
     # kernel does not keep them.
     rotary = 4 * model_config.head_dim * width if local else 0
     # Gate and up as one tensor, and their product. Plain operations also keep the activated gate, and up with an offset
     # of zero.
-    feed_forward = (5 if local else 3) * model_config.ffn_hidden_size * width
-    return 2 * norm / _sequence_cut(config) + rotary + (attention + feed_forward) / tensor
+    feed_forward = (5 if local else 3) * model_config.ffn_hidden_size * width / tensor
+    if model_config.experts is not None:
+        chosen = range(model_config.num_layers) if layers is None else tuple(layers)
+        sparse = sum(model_config.experts.layers[layer] for layer in chosen) / len(chosen)
+        assumed = load(config) if fullest is None else fullest
+        of_experts = expert_bytes_per_token(config, model_config, assumed)
+        feed_forward = sparse * of_experts + (1 - sparse) * feed_forward
+    return 2 * norm / _sequence_cut(config) + rotary + attention / tensor + feed_forward
 
 
 def _shares_a_gpu(config: Config, stage: int, data_parallel_size: int) -> bool:
@@ -156,14 +183,26 @@ def _sequence_cut(config: Config) -> int:
     return config.parallel.tensor if config.parallel.sequence else 1
 
 
-def _optimizer_bytes(config: Config, count: int, data_parallel_size: int) -> int:
+def _optimizer_bytes(config: Config, count: RankParameters, data_parallel_size: int) -> int:
     """Return the bytes of two fp32 moments, and of the fp32 master copy of bfloat16 weights."""
     a_parameter = 12 if _width(config) == 2 else 8
-    shards = data_parallel_size * config.parallel.context if config.parallel.distributed_optimizer else 1
-    return math.ceil(count / shards) * a_parameter
+    dense, experts = (1, 1)
+    if config.parallel.distributed_optimizer:
+        dense, experts = replicas(config.parallel, data_parallel_size)
+    return (math.ceil(count.dense / dense) + math.ceil(count.experts / experts)) * a_parameter
 
 
-def _activation_bytes(config: Config, model_config: ModelConfig, stage: int, data_parallel_size: int) -> int:
+def _layers_of_stage(config: Config, model_config: ModelConfig, stage: int) -> list[int]:
+    """Return the layers of a stage: with a virtual pipeline, those of all its chunks."""
+    pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    count = model_config.num_layers // (pipeline * chunks)
+    firsts = [(chunk * pipeline + stage) * count for chunk in range(chunks)]
+    return [first + index for first in firsts for index in range(count)]
+
+
+def _activation_bytes(
+    config: Config, model_config: ModelConfig, stage: int, data_parallel_size: int, fullest: float
+) -> int:
     parallel = config.parallel
     pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
     count = micro_batches(config, data_parallel_size, longest_sequence(config))
@@ -172,10 +211,12 @@ def _activation_bytes(config: Config, model_config: ModelConfig, stage: int, dat
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1, count * chunks)
     layers = model_config.num_layers // (pipeline * chunks)
-    layer = layer_bytes_per_token(config, model_config)
+    of_stage = _layers_of_stage(config, model_config, stage)
+    layer = layer_bytes_per_token(config, model_config, of_stage, fullest)
     boundary = model_config.hidden_size * _width(config) / _sequence_cut(config)
     if config.model.recompute == "full":
         # The input of each layer, and everything of the one layer that is being recomputed.
+        layer = max(layer_bytes_per_token(config, model_config, [one], fullest) for one in of_stage)
         a_token = in_flight * layers * boundary + layer
     else:
         a_token = in_flight * (layers * layer + boundary)
@@ -197,24 +238,29 @@ def _log_prob_bytes(config: Config, model_config: ModelConfig) -> int:
     return logits + 8 * piece
 
 
-def _working_bytes(config: Config, model_config: ModelConfig, stage: int) -> int:
+def _working_bytes(config: Config, model_config: ModelConfig, stage: int, fullest: float) -> int:
     parallel, hidden, width = config.parallel, model_config.hidden_size, _width(config)
     # Under sequence parallelism a layer's input is gathered again, and its whole gradient exists before it is
     # scattered.
     a_token = (2 if parallel.sequence else 1) * hidden + hidden / _sequence_cut(config)
-    a_token += model_config.ffn_hidden_size / parallel.tensor
     # The gradient of a weight in the weights' own type, before it is added to the fp32 gradient.
-    largest = 2 * model_config.ffn_hidden_size * hidden // parallel.tensor
+    largest, of_experts = 0, 0.0
+    if model_config.has_dense_layers:
+        a_token += model_config.ffn_hidden_size / parallel.tensor
+        largest = 2 * model_config.ffn_hidden_size * hidden // parallel.tensor
+    if model_config.experts is not None:
+        of_experts = expert_working_bytes(config, model_config, micro_batch_tokens(config), fullest)
     if stage in (0, parallel.pipeline - 1):
         largest = max(largest, _local_vocab_size(config, model_config) * hidden)
     gradient_of_logits = _logits_bytes(config, model_config) if stage == parallel.pipeline - 1 else 0
-    return math.ceil(a_token * width * micro_batch_tokens(config)) + largest * width + gradient_of_logits
+    of_layer = math.ceil(a_token * width * micro_batch_tokens(config))
+    return max(of_layer + largest * width + gradient_of_logits, math.ceil(of_layer + of_experts))
 
 
 def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
     largest_bytes = parameter_counts(model_config)[1] * _width(config)
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
-    tensor = config.parallel.tensor
+    tensor = max(config.parallel.tensor, config.parallel.expert_tensor)
     shards = bucket + bucket // tensor if tensor > 1 else 0  # all ranks', and this rank's packed
     # On shared GPUs every rank has the whole bucket, which goes from stage to stage packed.
     across = bucket if config.rollout.shared_gpu and config.parallel.pipeline > 1 else 0

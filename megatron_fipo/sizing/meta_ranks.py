@@ -27,11 +27,11 @@ _META = torch.device("meta")
 
 @dataclass
 class BuiltStage:
-    """The parameters of each rank of one pipeline stage. All ranks of a stage are equal, since all cuts are equal."""
+    """The parameters of each rank of one pipeline stage. Its ranks are equal in size, since all cuts are equal."""
 
     stage: int
     rank: int
-    """The global rank that was built."""
+    """The first of the global ranks that were built."""
     parameters: int
     weight_bytes: int
     layers: int
@@ -42,6 +42,8 @@ class BuiltStage:
 def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> list[BuiltStage]:
     """Build one rank of each pipeline stage of a run of `world_size` ranks, one after the other.
 
+    Where experts are dealt to ranks, one with each share of them is built.
+
     The layers are Megatron-Core's local layers, with the same parameters as Transformer Engine's. No process group
     may be joined in this process.
     """
@@ -49,10 +51,18 @@ def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> 
     config = copy.deepcopy(config)
     config.model.layers, config.model.fp8 = "local", "off"
     ranks_of_stage = world_size // config.parallel.pipeline
-    return [
-        _build(config, model_config, stage, stage * ranks_of_stage, world_size)
-        for stage in range(config.parallel.pipeline)
-    ]
+    parallel, stages = config.parallel, []
+    for stage in range(parallel.pipeline):
+        first = stage * ranks_of_stage
+        built, *others = (
+            _build(config, model_config, stage, first + share * parallel.expert_tensor, world_size)
+            for share in range(parallel.expert)
+        )
+        for other in others:
+            sent = {tensor.name for tensor in built.exported}
+            built.exported += [tensor for tensor in other.exported if tensor.name not in sent]
+        stages.append(built)
+    return stages
 
 
 def _build(config: Config, model_config: ModelConfig, stage: int, rank: int, world_size: int) -> BuiltStage:
@@ -79,6 +89,8 @@ def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=False,  # those would wait for the other ranks
         )
         model_parallel_cuda_manual_seed(1)  # for the initialisation, which uses no random numbers on the meta device

@@ -65,6 +65,19 @@ def host_bytes(config: Config, model_config: ModelConfig, stages: list[StageMemo
     return trainer + servers * rollout.tensor_parallel * server_weights(config, model_config)
 
 
+def turns_s(config: Config, model_config: ModelConfig, stages: list[StageMemory]) -> float:
+    """Return the seconds per step in which GPUs that are used in turns copy to and from their hosts; 0 if none are.
+
+    Weights and optimizer state leave a GPU once (policy/offload.py). Weights come back twice: for the weight update,
+    and for training. Optimizer state comes back beside the first forward passes, and gradients are only freed. An
+    engine's weights leave and come back once.
+    """
+    if not config.rollout.shared_gpu:
+        return 0.0
+    moved = max(3 * stage.weights + stage.optimizer for stage in stages) + 2 * server_weights(config, model_config)
+    return moved / (config.hardware.host_gb_s * 1e9 * config.hardware.bandwidth_efficiency)
+
+
 def check_host_memory(config: Config, needed: int, stages: list[StageMemory]) -> None:
     """Raise ConfigError if what leaves a node's GPUs, `host_bytes`, does not fit into its host's memory."""
     limit = config.hardware.host_memory_gib
@@ -125,7 +138,7 @@ def _tensor_across_nodes(config: Config, model_config: ModelConfig, data_paralle
 
 def utilisation(config: Config, stages: list[StageMemory], usable: float) -> float:
     """Return the largest share of a GPU that is left for a shared server, given `usable` bytes, in steps of 5 %."""
-    free = usable - max(0 if stage.host else stage.always for stage in stages)
+    free = usable - max((0 if stage.host else stage.always for stage in stages), default=0)
     return math.floor(free / (config.hardware.memory_gib * GIB) / _UTILISATION_STEP) * _UTILISATION_STEP
 
 
@@ -138,6 +151,18 @@ def on_one_node(config: Config, tensor_parallel: int) -> Config:
     rollout.shared_gpu, rollout.weight_transfer, rollout.addresses = True, "shared_memory", []
     rollout.tensor_parallel = tensor_parallel
     rollout.servers = config.cluster.gpus_per_node // tensor_parallel
+    return changed
+
+
+def on_all_nodes(config: Config, tensor_parallel: int) -> Config:
+    """Return the run with trainer and servers in turns on all of its nodes. The servers' share is not yet set."""
+    changed = copy.deepcopy(config)
+    cluster, rollout = changed.cluster, changed.rollout
+    if cluster.rollout_nodes:
+        changed.parallel.data = None
+    cluster.trainer_nodes, cluster.rollout_nodes = cluster.trainer_nodes + cluster.rollout_nodes, 0
+    rollout.shared_gpu, rollout.weight_transfer = True, "cuda_ipc"
+    rollout.servers, rollout.addresses, rollout.tensor_parallel = 0, [], tensor_parallel
     return changed
 
 

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from megatron_fipo.config import Config
 from megatron_fipo.config.servers import job_starts_servers, servers_per_node
 from megatron_fipo.models.costs import (
+    active_parameters,
     attended_tokens,
     attention_operations,
+    expert_parameters,
     layer_products,
     parameter_counts,
     products,
 )
 from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.sizing.experts import WeightsRead, dispatch_s, load, mean_held, replicas, weights_traffic
 from megatron_fipo.sizing.memory import (
     GIB,
     layer_bytes_per_token,
@@ -40,6 +43,10 @@ _ATTENTION_HEAD = 128
 """Head size at which attention is as efficient as matrix products. With half the size it is half as efficient."""
 _ENGINE_OVERHEAD_S = 0.004
 """Fixed time of one decoding step of vLLM: launches, sampling, scheduling."""
+_SMALL_ALL_REDUCE_S = 10e-6
+"""Time of an all-reduce of few bytes between an engine's GPUs. Assumed, not measured."""
+_RECEIVE_SAMPLE_S, _RECEIVE_TOKEN_S = 150e-6, 13e-9
+"""CPU time of the rollout process for a sample, and for each of its tokens (benchmarks/README.md)."""
 
 
 @dataclass
@@ -56,16 +63,30 @@ class StepTime:
     """Micro-batches per update on each rank."""
     whole_sample: float
     """Seconds of sampling all generation batches of a step if no groups are left over from the last step."""
+    overlaps: bool
+    """Whether engines sample while the trainer works (rollout.max_off_policy_steps)."""
+    turns: float = 0.0
+    """Seconds of copies between GPUs and their hosts, where trainer and engines use the GPUs in turns."""
+
+    @property
+    def trainer(self) -> float:
+        """Seconds of the step in which the trainer works."""
+        return self.log_probs + self.update + self.weights + self.turns
 
     @property
     def total(self) -> float:
-        """Seconds of the step: the phases follow one another."""
-        return self.sample + self.log_probs + self.update + self.weights
+        """Seconds of the step: the phases follow one another, or sampling is hidden behind the trainer's."""
+        if self.overlaps:
+            return max(self.sample, self.log_probs + self.update) + self.weights
+        return self.sample + self.trainer
 
     @property
     def longest(self) -> float:
-        """Seconds of a step that samples whole generation batches. A job needs this time to stop before its limit."""
-        return self.whole_sample + self.log_probs + self.update + self.weights
+        """Seconds that a job needs to stop before its limit: of a step that samples whole generation batches.
+
+        Where sampling overlaps, a stop waits for no sample.
+        """
+        return self.trainer if self.overlaps else self.whole_sample + self.trainer
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,7 @@ class TrainerTime:
 class EngineCosts:
     """What one rollout server reads and computes for each decoding step, and what its cache holds."""
 
-    weights: float
+    weights: WeightsRead
     """Bytes on each of its GPUs."""
     token_bytes: float
     """Keys and values of one token, on each of its GPUs."""
@@ -92,15 +113,19 @@ class EngineCosts:
     """Bytes per second that are reached."""
     token_flops_s: float
     """Seconds of products for one token."""
+    step_s: float
+    """Seconds that each decoding step takes whatever its size."""
+    token_sent_s: float
+    """Seconds in which one token's activations cross between its GPUs."""
 
     def decode_s(self, batch: float, held: float) -> float:
         """Seconds of a decoding step of `batch` sequences, whose caches hold `held` tokens in all."""
-        read = self.weights + held * self.token_bytes
-        return max(read / self.bandwidth, self.token_flops_s * batch) + _ENGINE_OVERHEAD_S
+        read = self.weights.by_batch(batch) + held * self.token_bytes
+        return max(read / self.bandwidth, self.token_flops_s * batch) + self.step_s + self.token_sent_s * batch
 
     def prefill_s(self, tokens: float) -> float:
         """Seconds of products for a context of so many tokens."""
-        return self.token_flops_s * tokens
+        return (self.token_flops_s + self.token_sent_s) * tokens
 
 
 def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int) -> StepTime:
@@ -116,6 +141,7 @@ def step_time(config: Config, model_config: ModelConfig, data_parallel_size: int
         bubble=trainer.bubble,
         micro_batches=trainer.micro_batches,
         whole_sample=_sample_s(config, model_config, _whole_batches_prompts(config)),
+        overlaps=config.rollout.max_off_policy_steps > 0,
     )
 
 
@@ -145,7 +171,9 @@ def model_bytes(config: Config, model_config: ModelConfig) -> int:
 def weight_sync_s(config: Config, model_config: ModelConfig) -> float:
     """Return the seconds of a weight update. Stages send one after the other, and each sends to all engines at once."""
     size, hardware = model_bytes(config, model_config), config.hardware
-    gather = size / (hardware.node_gb_s * 1e9) if config.parallel.tensor > 1 else 0.0
+    of_experts = size * expert_parameters(model_config) / parameter_counts(model_config)[0]
+    gathered = (size - of_experts) * (config.parallel.tensor > 1) + of_experts * (config.parallel.expert_tensor > 1)
+    gather = gathered / (hardware.node_gb_s * 1e9)
     return (gather + size / (hardware.network_gb_s * 1e9)) / hardware.bandwidth_efficiency
 
 
@@ -163,8 +191,10 @@ def forward_s(
     tokens_of_rank = tokens / (data_parallel_size * parallel.context)
     compute = tokens / ranks * _products_s(config, model_config, length)
     kept = tokens_of_rank * layers * layer_bytes_per_token(config, model_config)
-    memory = _TRAFFIC * kept / (hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency)
-    launches = _LAUNCH_S * layers * tokens_of_rank / parallel.micro_batch_tokens
+    passes = tokens_of_rank / parallel.micro_batch_tokens
+    moved = _TRAFFIC * kept + passes * weights_traffic(config, model_config)
+    memory = moved / (hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency)
+    launches = _LAUNCH_S * layers * passes
     return max(compute + memory, launches) + _communication_s(config, model_config, tokens_of_rank)
 
 
@@ -173,7 +203,11 @@ def _products_s(config: Config, model_config: ModelConfig, length: float) -> flo
     hardware, layer = config.hardware, layer_products(model_config)
     # The first and the last layer stay in bf16, except with the recipe that treats all layers alike.
     in_fp8 = {"off": 0, "delayed": model_config.num_layers}.get(config.model.fp8, max(0, model_config.num_layers - 2))
-    in_bf16 = products(model_config) - in_fp8 * layer
+    in_bf16 = float(products(model_config) - in_fp8 * layer)
+    if model_config.experts is not None:
+        # Ranks wait for the one whose experts have most tokens.
+        share = expert_parameters(model_config) / model_config.experts.number * model_config.experts.per_token
+        in_bf16 += (load(config) - 1) * share
     attended = attention_operations(model_config, attended_tokens(model_config, length))
     attention = attended / min(1.0, model_config.head_dim / _ATTENTION_HEAD)
     seconds = (2 * in_bf16 + attention) / (hardware.bf16_tflops * 1e12)
@@ -194,17 +228,19 @@ def _communication_s(config: Config, model_config: ModelConfig, tokens_of_rank: 
     gathered *= parallel.context - 1
     across = parallel.tensor * parallel.context <= config.cluster.gpus_per_node
     context_gb_s = hardware.node_gb_s if across else hardware.network_gb_s
-    return (sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)) / hardware.bandwidth_efficiency
+    seconds = (sent / (inside * 1e9) + gathered / (context_gb_s * 1e9)) / hardware.bandwidth_efficiency
+    return seconds + dispatch_s(config, model_config, tokens_of_rank)
 
 
 def _reduce_s(config: Config, model_config: ModelConfig, data_parallel_size: int) -> float:
     """Return the seconds of one update's gradient reduction (fp32) and gathering of new weights."""
     parallel, hardware = config.parallel, config.hardware
-    replicas = data_parallel_size * parallel.context
     width = 2 if config.model.dtype == "bfloat16" else 4
-    held = parameter_counts(model_config)[0] / (parallel.tensor * parallel.pipeline)
-    sent = held * (4 + width) * (replicas - 1) / replicas
-    ranks = parallel.tensor * parallel.pipeline * replicas
+    sent = sum(
+        held * (4 + width) * (same - 1) / same
+        for held, same in zip(mean_held(config, model_config), replicas(parallel, data_parallel_size), strict=True)
+    )
+    ranks = parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size
     gb_s = hardware.node_gb_s if ranks <= config.cluster.gpus_per_node else hardware.network_gb_s
     return sent / (gb_s * 1e9 * hardware.bandwidth_efficiency)
 
@@ -214,6 +250,14 @@ def rollout_servers(config: Config) -> int:
     if job_starts_servers(config):
         return (config.cluster.rollout_nodes or config.cluster.trainer_nodes) * servers_per_node(config)
     return max(1, config.rollout.servers or len(config.rollout.addresses))
+
+
+def rollout_process_s(samples: float, tokens: float) -> float:
+    """Return the CPU seconds in which the rollout process, beside rank 0, receives so many samples of so many tokens.
+
+    It does all of it on one core while engines sample, so a step cannot be shorter.
+    """
+    return samples * _RECEIVE_SAMPLE_S + tokens * _RECEIVE_TOKEN_S
 
 
 def _sampled_prompts(config: Config) -> float:
@@ -239,13 +283,20 @@ def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
     width = 2 if rollout.dtype == "bfloat16" else 4
     token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
     weights = model_bytes(config, model_config) / rollout.tensor_parallel
+    of_experts = weights * expert_parameters(model_config) / parameter_counts(model_config)[0]
+    experts, active = model_config.experts, active_parameters(model_config) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)
+    # Two all-reduces per layer, of which each GPU sends and receives all but its part twice.
+    reduces, others = 2 * model_config.num_layers, rollout.tensor_parallel - 1
+    sent = reduces * 2 * model_config.hidden_size * width * others / rollout.tensor_parallel
     return EngineCosts(
-        weights=weights,
+        weights=WeightsRead(weights - of_experts, of_experts, experts.per_token / experts.number if experts else 1.0),
         token_bytes=token_bytes,
         cache_tokens=free / token_bytes,
         bandwidth=hardware.memory_gb_s * 1e9 * hardware.bandwidth_efficiency,
-        token_flops_s=2 * weights / width / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency),
+        token_flops_s=2 * active / (hardware.bf16_tflops * 1e12 * hardware.compute_efficiency),
+        step_s=_ENGINE_OVERHEAD_S + (reduces * _SMALL_ALL_REDUCE_S if others else 0.0),
+        token_sent_s=sent / (hardware.node_gb_s * 1e9 * hardware.bandwidth_efficiency),
     )
 
 

@@ -18,7 +18,7 @@ from megatron_fipo.errors import WeightError
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.models.parameters import Parameter, parameters
 from megatron_fipo.models.rules import LAYER_PREFIX
-from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, CheckpointWriter, stored_place
+from megatron_fipo.weights.distributed_checkpoint import CheckpointReader, CheckpointWriter
 from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
@@ -108,7 +108,7 @@ def to_megatron(
     groups = _groups(table)
     sizes = [sum(map(math.prod, _all_shapes(group))) * stored_dtype.itemsize for group in groups]
     total, done = sum(sizes), 0
-    with _writing(target), CheckpointWriter(source, target, model_config, recipe) as writer:
+    with _writing(target), CheckpointWriter(source, target, recipe) as writer:
         taken_up = sum(size for index, size in enumerate(sizes) if writer.is_written(index))
         check_space(target, total - taken_up)
         for index, group in enumerate(groups):
@@ -145,7 +145,7 @@ def differences(checkpoint: Path, directory: Path, dtype: torch.dtype | None = N
 
 
 def _stored_dtype(reader: HuggingFaceReader | CheckpointReader, entry: Parameter, name: str) -> torch.dtype:
-    key = stored_place(entry)[0] if isinstance(reader, CheckpointReader) else name
+    key = entry.stored if isinstance(reader, CheckpointReader) else name
     return reader.tensors[key].dtype
 
 

@@ -1,8 +1,9 @@
 """Megatron-Core's distributed checkpoints on disk (its torch_dist format), read and written a parameter at a time.
 
 Megatron-Core itself loads and saves a model as a whole. Here are the same files without a model: metadata that says in
-which chunks of which file a tensor lies, torch.save'd chunks, metadata.json and common.pt. Layers are stacked: layer i
-of a parameter is row i of one tensor of the whole model, under Transformer Engine's name for the norms.
+which chunks of which file a tensor lies, torch.save'd chunks, metadata.json and common.pt. Layers and experts are
+stacked: layer i of a parameter is row i of one tensor of the whole model, and expert j is row j of that. Where layers
+are not all alike, each has tensors of its own. Norms have Transformer Engine's names.
 """
 
 import io
@@ -11,6 +12,8 @@ import math
 import os
 import pickle
 from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_fipo.errors import WeightError
 from megatron_fipo.files import sync
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.models.parameters import EMBEDDING, FUSED_NORMS, Parameter
-from megatron_fipo.models.rules import LAYER_PREFIX
+from megatron_fipo.models.parameters import Parameter
 from megatron_fipo.weights.checkpoint_metadata import read_metadata
 from megatron_fipo.weights.dtypes import dtype_name
 from megatron_fipo.weights.formats import METADATA
@@ -42,17 +44,6 @@ from megatron_fipo.weights.staging import Staging
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 FORMAT |= {"common_backend_version": 1}
 OPTIMIZER_PREFIX = "optimizer."
-_STORED_NORMS = {local: fused for fused, local in FUSED_NORMS.items()}
-
-
-def stored_place(parameter: Parameter) -> tuple[str, int | None]:
-    """The parameter's key in a checkpoint, and its layer's row there; None outside layers."""
-    if not parameter.exported:
-        return EMBEDDING, None  # the output layer of tied embeddings is stored once, as the embedding
-    if not parameter.megatron.startswith(LAYER_PREFIX):
-        return parameter.megatron, None
-    layer, inner = parameter.megatron.removeprefix(LAYER_PREFIX).split(".", 1)
-    return LAYER_PREFIX + _STORED_NORMS.get(inner, inner), int(layer)
 
 
 class CheckpointReader:
@@ -75,6 +66,7 @@ class CheckpointReader:
             ) from None
         if found.get("sharded_backend") != FORMAT["sharded_backend"]:
             raise WeightError(f"{directory} is in the format {found.get('sharded_backend')}; torch_dist can be read")
+        self._chunks = cache(self._find_chunks)
         self.tensors = {
             key: TensorInfo(key, tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -89,16 +81,15 @@ class CheckpointReader:
 
     def sources(self, parameter: Parameter) -> list[Tensor]:
         """The Hugging Face tensors of one parameter, whole, in the order of its names."""
-        return merge(parameter, [self.read(*stored_place(parameter))])
+        return merge(parameter, [self._read(parameter.stored, tuple(row for row, _ in parameter.rows))])
 
     def problems(self, table: Iterable[Parameter], model_config: ModelConfig) -> list[str]:
         """What does not fit the table: every tensor missing, left over or of a wrong shape, with both shapes."""
         expected: dict[str, tuple[int, ...]] = {}
         padded: set[str] = set()
         for entry in table:
-            key, layer = stored_place(entry)
-            expected[key] = (*(() if layer is None else (model_config.num_layers,)), *entry.local_shape(1))
-            padded |= {key} if entry.padded else set()
+            expected[entry.stored] = (*(length for _, length in entry.rows), *entry.local_shape(1))
+            padded |= {entry.stored} if entry.padded else set()
         groups = model_config.num_query_groups
         # The run's tensor-parallel size is unknown, but it divides the groups, and decides how the vocabulary was
         # padded.
@@ -116,29 +107,34 @@ class CheckpointReader:
                 problems.append(f"{key}: left over, shape {info.shape}")
         return problems
 
-    def read(self, key: str, layer: int | None) -> Tensor:
-        """The tensor of `key`, or its row `layer`, whole and on CPU."""
-        info = self.tensors[key]
-        shape = info.shape if layer is None else info.shape[1:]
-        whole: Tensor | None = None
-        count = 0
+    def _find_chunks(self, key: str, leading: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """The chunks of a tensor by row of its first `leading` dimensions; one may be of several rows."""
         entry = self._metadata.state_dict_metadata[key]
         assert isinstance(entry, TensorStorageMetadata)
+        found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
         for chunk in entry.chunks:
-            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
-            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
-                continue
+            places = zip(chunk.offsets[:leading], chunk.sizes[:leading], strict=True)
+            for rows in product(*(range(offset, offset + size) for offset, size in places)):
+                found.setdefault(rows, []).append(chunk)
+        return found
+
+    def _read(self, key: str, rows: tuple[int, ...]) -> Tensor:
+        """One row of a tensor's first dimensions, or the tensor if there are no `rows`, whole and on CPU."""
+        info, leading = self.tensors[key], len(rows)
+        shape = info.shape[leading:]
+        whole: Tensor | None = None
+        count = 0
+        for chunk in self._chunks(key, leading).get(rows, []):
             part = self._read_chunk(MetadataIndex(key, chunk.offsets))
-            if layer is not None:
-                part = part[layer - offsets[0]]
-                offsets, sizes = offsets[1:], sizes[1:]
+            for row, offset in zip(rows, chunk.offsets, strict=False):
+                part = part[row - offset]
             if tuple(part.shape) == shape:
                 return part
             if whole is None:
                 whole = torch.empty(shape, dtype=info.dtype)
             place = whole
-            for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-                place = place.narrow(dimension, offset, size)
+            for dimension, offset in enumerate(chunk.offsets[leading:]):
+                place = place.narrow(dimension, offset, part.shape[dimension])
             place.copy_(part)
             count += part.numel()
         if whole is None or count != whole.numel():
@@ -166,8 +162,8 @@ class CheckpointWriter:
     when it cannot be written.
     """
 
-    def __init__(self, source_dir: Path, target: Path, model_config: ModelConfig, recipe: dict[str, Any]):
-        self._source, self._model_config = source_dir, model_config
+    def __init__(self, source_dir: Path, target: Path, recipe: dict[str, Any]):
+        self._source = source_dir
         self._staging = Staging(target, recipe)
 
     def __enter__(self) -> "CheckpointWriter":
@@ -194,15 +190,14 @@ class CheckpointWriter:
         name, entries = _file_name(group), []
         with self._staging.unfinished(name).open("wb") as file:
             for parameter in parameters:
-                key, layer = stored_place(parameter)
-                tensor = next(values)
+                key, rows, tensor = parameter.stored, parameter.rows, next(values)
                 dtype = dtype_name(tensor.dtype)
-                row = tensor if layer is None else tensor[None]
-                entries.append([key, layer, list(row.shape), dtype, *_append(file, row)])
+                row = tensor[(None,) * len(rows)]
+                entries.append([key, rows, list(row.shape), dtype, *_append(file, row)])
                 del tensor, row
-                if layer is not None and ".linear_" in key and key.endswith(".weight"):
+                if ".linear_" in key and key.endswith(".weight"):
                     # Every Megatron-Core linear layer looks for extra state, and a layer without FP8 has stored None.
-                    extra = f"{key.removesuffix('weight')}_extra_state/shard_{layer}_{self._model_config.num_layers}"
+                    extra = f"{key.removesuffix('weight')}_extra_state/{_shard(rows)}"
                     entries.append([extra, None, None, None, *_append(file, [None])])
         self._staging.finish(name, {"entries": entries, "record": record()})
 
@@ -222,14 +217,14 @@ class CheckpointWriter:
         tensors: dict[str, Any] = {}
         places: dict[MetadataIndex, _StorageInfo] = {}
         for name in sorted(self._staging.finished):
-            for key, layer, shape, dtype, offset, length in self._staging.finished[name]["entries"]:
+            for key, rows, shape, dtype, offset, length in self._staging.finished[name]["entries"]:
                 place = _StorageInfo(name, offset, length)
                 if shape is None:
                     tensors[key] = BytesStorageMetadata()
                     places[MetadataIndex(key)] = place
                     continue
-                whole = shape if layer is None else [self._model_config.num_layers, *shape[1:]]
-                start = torch.Size([layer or 0, *[0] * (len(shape) - 1)])
+                whole = [*(stacked for _, stacked in rows), *shape[len(rows) :]]
+                start = torch.Size([*(row for row, _ in rows), *[0] * (len(shape) - len(rows))])
                 if key not in tensors:
                     properties = TensorProperties(dtype=getattr(torch, dtype))
                     tensors[key] = TensorStorageMetadata(properties, torch.Size(whole), [])
@@ -241,6 +236,12 @@ class CheckpointWriter:
 
 def _file_name(group: int) -> str:
     return f"__0_{group}.distcp"
+
+
+def _shard(rows: Sequence[tuple[int, int]]) -> str:
+    """How Megatron-Core names an object of a row: by the rows and their numbers, 0 of 1 if there are none."""
+    numbers = rows or ((0, 1),)
+    return f"shard_{'.'.join(str(row) for row, _ in numbers)}_{'.'.join(str(length) for _, length in numbers)}"
 
 
 def _append(file: Any, value: Any) -> tuple[int, int]:

@@ -9,6 +9,8 @@ Every rank of the trainer calls `publish` (SPMD). Who sends what is the plan's t
 * a *sender* puts the buckets of its group on a transport, gathering the next while the last one travels;
 * the other ranks of a sender's group take part in its gathers. All other ranks wait for the verdict.
 
+A rank may be in two groups, one that sends experts and one that sends the rest.
+
 An update begins with joining all engine workers to every sender's transport when servers have come or gone since the
 last one, or when that one failed. Messages go through a `Mailbox`. Whatever fails, the conductor ends the update with a
 verdict within `rollout.update_timeout_s`, the senders' groups gather to the end so that no gather is left hanging,
@@ -16,7 +18,8 @@ transports are closed, which frees engines that wait in them, and every rank rai
 not failed stay paused until another update succeeds: half-loaded weights must not sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -55,9 +58,8 @@ def open_publisher(
     rollout: RolloutConfig,
     control: WeightControl | None,
     *,
-    number: int,
+    groups: Mapping[int, bool],
     senders: Senders,
-    sends: bool,
     run_dir: Path,
     shared_gpu: SharedGpu | None = None,
 ) -> "WeightPublisher":
@@ -65,16 +67,18 @@ def open_publisher(
 
     Args:
         control: given on global rank 0, None elsewhere.
-        number: of the sender whose weights this rank gathers, out of `senders`.
-        sends: whether this rank is that sender.
+        groups: by the numbers of the senders whose weights this rank gathers, out of `senders`, whether it sends.
         run_dir: the run's directory, by whose name what is left of a killed run is found.
     """
+    # Senders of the same buckets on several machines have one number to the engines.
+    numbers = {number: number if senders.places is None else 0 for number in groups}
     return WeightPublisher(
-        # Senders of the same buckets on several machines have one number to the engines.
-        make_transport(rollout, number if senders.places is None else 0, run_dir) if sends else None,
+        {
+            number: make_transport(rollout, numbers[number], run_dir) if sends else None
+            for number, sends in groups.items()
+        },
         control,
         trainer_store(),
-        number=number,
         senders=senders,
         timeout_s=rollout.update_timeout_s,
         begin_timeout_s=rollout.start_timeout_s + rollout.update_timeout_s,
@@ -88,35 +92,35 @@ class WeightPublisher:
 
     def __init__(
         self,
-        transport: WeightTransport | None,
+        transports: Mapping[int, WeightTransport | None],
         control: WeightControl | None,
         store: Store,
         *,
-        number: int,
         senders: Senders,
         timeout_s: float,
         begin_timeout_s: float,
         checksum_every: int = 0,
         shared_gpu: SharedGpu | None = None,
     ):
-        """`transport` is a sender's. `timeout_s` is for an update from when rank 0 begins it.
+        """`transports` has the numbers of this rank's groups, with a transport where it is the sender.
 
+        `timeout_s` is for an update from when rank 0 begins it.
         `begin_timeout_s` is for the other ranks until then. Versions that are multiples of `checksum_every` are sent
         with checksums; 0 is never. `shared_gpu` is given on every rank or on none.
         """
         self._shared_gpu = shared_gpu
-        self._transport, self._control, self._store = transport, control, store
-        self._number, self._senders = number, senders
+        self._transports, self._control, self._store = dict(transports), control, store
+        self._senders = senders
         self._timeout_s, self._begin_timeout_s = timeout_s, begin_timeout_s
         self._checksum_every = checksum_every
         self._updates = 0
         self._joined_roster: int | None = None
 
-    def publish(self, weights: GroupWeights | None, version: int) -> Published:
+    def publish(self, weights: Mapping[int, GroupWeights], version: int) -> Published:
         """Hand the weights to all engines as `version`, by which their responses are labelled from then on.
 
         Args:
-            weights: of this rank's sender's group; None on a rank that is in none.
+            weights: of each of this rank's groups.
 
         Raises, on every rank alike; it may be called again then:
             RolloutError: engines failed, or the deadline has passed.
@@ -136,11 +140,12 @@ class WeightPublisher:
         return verdict.published
 
     def close(self) -> None:
-        """Releases the transport; the next update would open it again."""
-        if self._transport is not None:
-            self._transport.close()
+        """Releases the transports; the next update would open them again."""
+        for transport in self._transports.values():
+            if transport is not None:
+                transport.close()
 
-    def _update(self, mailbox: Mailbox, weights: GroupWeights | None, version: int) -> Verdict:
+    def _update(self, mailbox: Mailbox, weights: Mapping[int, GroupWeights], version: int) -> Verdict:
         """One update on this rank, up to its verdict."""
         what = f"weight update {version}"
         begin = self._begin(mailbox, what)
@@ -184,16 +189,22 @@ class WeightPublisher:
         return begin
 
     def _take_part(
-        self, mailbox: Mailbox, deadline: Deadline, weights: GroupWeights | None, *, join: bool, check: bool
+        self, mailbox: Mailbox, deadline: Deadline, weights: Mapping[int, GroupWeights], *, join: bool, check: bool
     ) -> None:
-        if weights is None:
-            return
-        if self._transport is None:
-            self._or_report(mailbox, lambda: _gather_all(weights))
-            return
-        sender = Sender(self._number, self._transport, weights, mailbox, deadline)
-        self._or_report(mailbox, lambda: sender.run(join=join, check=check))
-        self._or_report(mailbox, sender.gather_the_rest)
+        senders = {
+            number: Sender(number, transport, weights[number], mailbox, deadline)
+            for number, transport in sorted(self._transports.items())
+            if transport is not None
+        }
+        for number, sender in senders.items():  # all of them before any has its turn
+            self._or_report(mailbox, f"sender {number}", partial(sender.begin, join=join))
+        # In the groups' order: whoever waits in a gather waits for ranks that come to it next.
+        for number in sorted(self._transports):
+            if number in senders:
+                self._or_report(mailbox, f"sender {number}", partial(senders[number].send, check=check))
+                self._or_report(mailbox, f"sender {number}", senders[number].gather_the_rest)
+            else:
+                self._or_report(mailbox, f"sender {number}", partial(_gather_all, weights[number]))
 
     def _comes(self, mailbox: Mailbox, deadline: Deadline, shared: SharedGpu) -> bool:
         """Have this rank's weights where engines have made room for them; False if rank 0 has given up before.
@@ -207,7 +218,7 @@ class WeightPublisher:
             came.append(True)
             shared.come()
 
-        self._or_report(mailbox, come)
+        self._or_report(mailbox, f"rank {shared.rank}", come)
         return bool(came)
 
     def _leaves(self, mailbox: Mailbox, deadline: Deadline, shared: SharedGpu) -> None:
@@ -218,9 +229,9 @@ class WeightPublisher:
             shared.leave()
             mailbox.post(f"left/{shared.rank}", Cue())
 
-        self._or_report(mailbox, leave)
+        self._or_report(mailbox, f"rank {shared.rank}", leave)
 
-    def _or_report(self, mailbox: Mailbox, work: Callable[[], None]) -> None:
+    def _or_report(self, mailbox: Mailbox, who: str, work: Callable[[], None]) -> None:
         """Runs this rank's part; a failure goes to rank 0, whose verdict raises it on every rank."""
         try:
             work()
@@ -228,7 +239,7 @@ class WeightPublisher:
             return
         except Exception as error:
             text = str(error) if isinstance(error, FipoError) else f"{type(error).__name__}: {error}"
-            mailbox.post(FAILED, Failure(f"sender {self._number}: {text}"))
+            mailbox.post(FAILED, Failure(f"{who}: {text}"))
 
 
 def _gather_all(weights: GroupWeights) -> None:

@@ -6,8 +6,8 @@ WeightError.
 
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from megatron_fipo.errors import WeightError
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.models.parameters import Parameter, check_tensor_parallel, parameters
+from megatron_fipo.models.parameters import Parameter, check_expert_parallel, check_tensor_parallel, parameters
 from megatron_fipo.weights.buckets import Bucket, unpack
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
-from megatron_fipo.weights.gather import HeldWeights, held_parameters
+from megatron_fipo.weights.gather import HeldWeights, cut_over, expert_ranks, held_parameters
 from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import DEFAULT_SHARD_BYTES, HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut
@@ -51,6 +51,8 @@ def load_into(model_chunks: Sequence[nn.Module], model_dir: str | Path, model_co
     of.
     """
     check_tensor_parallel(model_config, parallel_state.get_tensor_model_parallel_world_size())
+    expert, expert_tensor = expert_ranks()
+    check_expert_parallel(model_config, expert.size(), expert_tensor.size())
     table = parameters(model_config)
     held = list(held_parameters(model_chunks))
     device = held[0][1].device
@@ -76,7 +78,7 @@ def save_huggingface(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     complete: Callable[[Path], None] = lambda directory: None,
 ) -> None:
-    """Write the model as a Hugging Face directory, from rank 0; the stages send theirs in order, bucket by bucket.
+    """Write the model as a Hugging Face directory, from rank 0; the senders send theirs in order, bucket by bucket.
 
     Configuration and tokenizer come along from `source_dir`, and `complete` adds what else belongs to them.
     `target_dir` appears complete or not at all. Raises WeightError on every rank.
@@ -96,11 +98,12 @@ def save_huggingface(
     assert weights is not None
     if writer is not None:
         problems = _write(writer, weights)
-    elif weights.is_in_group:
-        for index in range(weights.buckets):
-            bucket = weights.gather(index)
-            if weights.sends:
-                dist.send(bucket.pack(), dst=0, group=parallel_state.get_pipeline_model_parallel_group())
+    else:
+        for part in weights.own:
+            for index in range(part.buckets):
+                bucket = part.gather(index)
+                if part.sends:
+                    dist.send(bucket.pack(), dst=0)
     _raise_together(problems, device)
 
 
@@ -129,12 +132,13 @@ def _write(writer: HuggingFaceWriter, weights: HeldWeights) -> list[str]:
 
 
 def _whole(weights: HeldWeights, group: SenderGroup, index: int) -> Bucket:
-    """On rank 0: a bucket of its own group, or what another group's sender sends."""
-    if group is weights.group:
-        return weights.gather(index)
+    """On rank 0: a bucket of a group of its own, or what another group's sender sends."""
+    for part in weights.own:
+        if part.group is group:
+            return part.gather(index)
     expected = weights.empty(group.buckets[index])
     packed = expected.pack()
-    dist.recv(packed, src=group.ranks[0], group=parallel_state.get_pipeline_model_parallel_group())
+    dist.recv(packed, src=group.ranks[0])
     return Bucket(list(unpack(packed, expected.layout())))
 
 
@@ -151,36 +155,43 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     return [bytes(part[: int(size)].tolist()).decode() for part, size in zip(received, lengths, strict=True)]
 
 
-def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: dict[str, Parameter]) -> list[str]:
+def _model_problems(held: Sequence[tuple[str, nn.Parameter]], table: Mapping[str, Parameter]) -> list[str]:
     """What of this rank's model does not fit the table."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
     problems = []
     for name, parameter in held:
         if name not in table:
             problems.append(f"{name}: in the Megatron model, but no rule of the architecture fills it")
-        elif tuple(parameter.shape) != (expected := table[name].local_shape(size)):
-            shape = tuple(parameter.shape)
+            continue
+        size, shape = cut_over(table[name]).size(), tuple(parameter.shape)
+        if shape != (expected := table[name].local_shape(size)):
             problems.append(
                 f"{name}: {shape} in the Megatron model, {expected} by config.json at tensor-parallel size {size}"
             )
     return problems
 
 
-def _check_coverage(names: Sequence[str], table: dict[str, Parameter], device: torch.device) -> None:
-    """Each parameter of the table lies on exactly one pipeline stage, once: compared over all ranks."""
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+def _check_coverage(names: Sequence[str], table: Mapping[str, Parameter], device: torch.device) -> None:
+    """Each parameter of the table lies on exactly one pipeline stage, once, and each expert's on one expert-parallel
+    rank of it: compared over all ranks.
+    """
+    stage, expert_rank = parallel_state.get_pipeline_model_parallel_rank(), expert_ranks()[0].rank()
     stages: dict[str, set[int]] = {}
-    problems = [f"{name}: twice on pipeline stage {stage}" for name in sorted(set(names)) if names.count(name) > 1]
-    for text in gather_texts(json.dumps([stage, names]), device):
-        other_stage, other_names = json.loads(text)
+    expert_places: dict[str, set[int]] = {}
+    counts = Counter(names)
+    problems = [f"{name}: twice on pipeline stage {stage}" for name in sorted(counts) if counts[name] > 1]
+    for text in gather_texts(json.dumps([stage, expert_rank, names]), device):
+        other_stage, other_expert_rank, other_names = json.loads(text)
         for name in other_names:
             stages.setdefault(name, set()).add(other_stage)
+            if name in table and table[name].expert is not None:
+                expert_places.setdefault(name, set()).add(other_expert_rank)
     problems += [
         f"{name}: on no rank of the Megatron model; {', '.join(entry.names)} would be dropped"
         for name, entry in table.items()
         if entry.exported and name not in stages
     ]
-    problems += [f"{name}: on pipeline stages {sorted(found)}" for name, found in stages.items() if len(found) > 1]
+    for what, places in (("pipeline stages", stages), ("expert-parallel ranks", expert_places)):
+        problems += [f"{name}: on {what} {sorted(found)}" for name, found in places.items() if len(found) > 1]
     _raise_together(problems, device)
 
 
@@ -202,25 +213,28 @@ def _raise_together(problems: Sequence[str], device: torch.device) -> None:
 @torch.no_grad()
 def _copy(
     held: Sequence[tuple[str, nn.Parameter]],
-    table: dict[str, Parameter],
+    table: Mapping[str, Parameter],
     reader: HuggingFaceReader | CheckpointReader,
     device: torch.device,
 ) -> None:
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    first_replica = {
+        False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+        True: parallel_state.get_expert_data_parallel_rank() == 0,
+    }
     counts: dict[str, int] = {}
     problems = []
     for name, parameter in held:
         entry = table[name]
+        group = cut_over(entry)
         try:
-            shard = cut(entry, reader.sources(entry), rank, size)
+            shard = cut(entry, reader.sources(entry), group.rank(), group.size())
         except (SafetensorError, OSError, WeightError) as error:
             problems.append(f"{', '.join(entry.names)}: cannot be read from {reader.directory}: {error}")
             continue
         parameter.copy_(shard)
         _keep_exact(parameter, shard)
-        only_copy = entry.exported and (entry.cut is not None or rank == 0)
-        if only_copy and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        only_copy = entry.exported and (entry.cut is not None or group.rank() == 0)
+        if only_copy and first_replica[entry.expert is not None]:
             counts[", ".join(entry.names)] = int(shard.isfinite().logical_not().sum())
     _raise_together(problems, device)
     _warn_of_non_finite(counts, device)

@@ -41,29 +41,34 @@ class Sender:
         self._number, self._transport, self._weights = number, transport, weights
         self._mailbox, self._deadline = mailbox, deadline
         self._next = 0
+        self._sends = False
+        """Whether engines are served by this sender, as rank 0 says; until then it sends nothing."""
 
-    def run(self, *, join: bool, check: bool) -> None:
-        """Send every bucket, with checksums if `check`; `join` with the engine workers joining first.
+    def begin(self, *, join: bool) -> None:
+        """Hear from rank 0 whether this sender sends. If it does, and `join`, have the engine workers join.
 
         Raises:
             UpdateAborted: rank 0 has given the update up.
         """
-        if not self._wait(f"part/{self._number}", Part, "rank 0 to say who sends").sends:
-            self.gather_the_rest()
-            return
-        if join:
+        self._sends = self._wait(f"part/{self._number}", Part, "rank 0 to say who sends").sends
+        if self._sends and join:
             self._join()
-        self._send(check)
 
     def _join(self) -> None:
-        """Open the transport and wait for the engine workers in it."""
+        """Open the transport and wait for the engine workers in it, when it is this sender's turn to."""
         asked = self._wait(f"join/{self._number}", Join, "rank 0 to connect this sender")
         self._mailbox.post(f"opened/{self._number}", Opened(self._transport.open(asked.workers)))
         _run_abandonable(self._transport.join, self._mailbox, self._deadline)
         self._mailbox.post(f"joined/{self._number}", Cue())
 
-    def _send(self, check: bool) -> None:
-        """Send each bucket when the engines have the one before."""
+    def send(self, *, check: bool) -> None:
+        """If engines are served: send each bucket when they have the one before, with checksums if `check`.
+
+        Raises:
+            UpdateAborted: rank 0 has given the update up.
+        """
+        if not self._sends:
+            return
         totals = Totals()
         # Before the first bucket this sender's turn, before any other the engines' receipt for the last one.
         cue, what = f"turn/{self._number}", "the turn of this sender"
@@ -82,7 +87,10 @@ class Sender:
         self._mailbox.post(f"bucket/{self._number}/{self._weights.buckets}", totals)
 
     def gather_the_rest(self) -> None:
-        """After a failure: gather what is left and send nothing, since the group's other ranks go on gathering."""
+        """Gather what is left and send nothing, since the group's other ranks go on gathering.
+
+        That is all of it where no engines are served, and what has not been sent after a failure.
+        """
         for index in range(self._next, self._weights.buckets):
             self._gather(index)
 

@@ -31,7 +31,7 @@ from tests.config.judging import judge
             "rollout.max_response_length",
             "model.max_position_embeddings=40064",
         ),
-        ([], {"architectures": ["MixtralForCausalLM"]}, "model.path", "Qwen2ForCausalLM"),
+        ([], {"architectures": ["FalconForCausalLM"]}, "model.path", "Qwen2ForCausalLM"),
         ([], {"num_attention_heads": None}, "model.path", "config.json"),
         ([], {"architectures": None}, "model.path", "config.json"),
     ],

@@ -70,6 +70,21 @@ def test_a_run_on_one_gpu(transport: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("vllm_on_gpu")
+@pytest.mark.parametrize("dealt", [True, False])
+def test_engines_with_experts_on_two_gpus(dealt: bool, tmp_path: Path) -> None:
+    """Whole experts on each, or a part of every expert: after updates their log-probs are the trainer's either way."""
+    if torch.cuda.device_count() < 3:
+        pytest.skip(
+            f"needs three GPUs, one for the trainer and two for the server, and {torch.cuda.device_count()} is here"
+        )
+    layout = ["parallel.expert=1", "parallel.data=1", "model.layers=local", "rollout.tensor_parallel=2"]
+    dtypes = ["model.dtype=bfloat16", "rollout.dtype=bfloat16"]
+    server = [f"rollout.expert_parallel={str(dealt).lower()}", "rollout.weight_transfer=shared_memory"]
+    runs.run(tmp_path, "experiment=tiny_moe", *SMALL, *layout, *dtypes, *server, "rollout.checksum_every=1")
+    assert all(0 < row["log_prob_diff_mean"] < 0.1 for row in runs.rows(tmp_path))
+
+
+@pytest.mark.usefixtures("vllm_on_gpu")
 @pytest.mark.parametrize("quantization", ["fp8_per_channel", "fp8_per_tensor", "fp8_per_block"])
 def test_a_run_with_an_engine_in_fp8(quantization: str, tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (8, 9):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.experts import ExpertKeys, Experts
 from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.keys import HARMLESS, HARMLESS_KEYS, REFUSED, UNDERSTOOD
 from megatron_fipo.models.model_config import QUANTIZATION_FILES, ModelConfig, read_architecture
@@ -27,7 +28,11 @@ from tests.config.published import (
     LLAMA_31_8B,
     MISTRAL_7B,
     MISTRAL_NEMO,
+    MIXTRAL_8X7B,
     QWEN3_8B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+    QWEN15_MOE,
     QWEN25_32B,
     SMOLLM2,
     TRANSFORMERS_4,
@@ -74,6 +79,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "hidden_act": "gelu",
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        **SIZES,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+    },
 }
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 2, 3, 4, -1, 10**6, 10**12, 10**40),
@@ -110,6 +145,7 @@ def transformers_model_config(config: dict[str, Any]) -> ModelConfig:
     found = getattr(transformers, kind).from_dict(copy.deepcopy(config))
     assert found.hidden_act == {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[family.activation]
     assert family.qkv_bias or not getattr(found, "attention_bias", False)
+    assert getattr(found, "qkv_bias", None) is not False
     assert not getattr(found, "attention_out_bias", False) and not getattr(found, "mlp_bias", False)
     assert family.windowed or not getattr(found, "use_sliding_window", False)
     assert set(getattr(found, "layer_types", None) or ["full_attention"]) == {"full_attention"}
@@ -135,7 +171,22 @@ def transformers_model_config(config: dict[str, Any]) -> ModelConfig:
         rope_scaling=scaling,
         max_position_embeddings=found.max_position_embeddings,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        window=getattr(found, "sliding_window", None),
+        window=getattr(found, "sliding_window", None) or None,
+        experts=transformers_experts(found, family.experts) if family.experts else None,
+    )
+
+
+def transformers_experts(found: Any, keys: ExpertKeys) -> Experts:
+    """Return the same record, with the layers by the rule in transformers' decoder layers."""
+    dense, step = getattr(found, "mlp_only_layers", []), getattr(found, "decoder_sparse_step", 1)
+    assert not getattr(found, "router_jitter_noise", 0)
+    return Experts(
+        number=found.num_experts,
+        per_token=found.num_experts_per_tok,
+        ffn_hidden_size=getattr(found, keys.ffn_hidden_size),
+        normalized=getattr(found, "norm_topk_prob", True),
+        layers=tuple(index not in dense and (index + 1) % step == 0 for index in range(found.num_hidden_layers)),
+        shared_ffn_hidden_size=found.shared_expert_intermediate_size if keys.shared_ffn_hidden_size else 0,
     )
 
 
@@ -346,7 +397,28 @@ def test_a_window_is_read_or_refused_by_its_name(tmp_path: Path, window: Any, fo
         assert refusal is not None and "use_sliding_window = true is not supported" in str(refusal)
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is more than num_experts = 8"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok = 1, and the only score is scaled to 1"),
+        ({"mlp_only_layers": [0, 1]}, "mlp_only_layers = [0, 1] leaves none of num_hidden_layers = 2 with experts"),
+        ({"decoder_sparse_step": 3}, "decoder_sparse_step = 3 leaves none of num_hidden_layers = 2 with experts"),
+        ({"num_local_experts": 4}, "num_local_experts is 4, but num_experts is 8"),
+        ({"n_shared_experts": 1}, "n_shared_experts = 1 is a key that is not known"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_by_their_key(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    refusal = judge(tmp_path, MODELS["qwen3_moe"] | changes)
+    assert refusal is not None and said in str(refusal)
+
+
+def test_dense_families_refuse_experts(tmp_path: Path) -> None:
+    refusal = judge(tmp_path, MODELS["qwen3"] | {"num_experts": 8})
+    assert refusal is not None and "num_experts = 8 is not supported" in str(refusal)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama", "Mistral", "Gemma", "Qwen3Moe", "Qwen2Moe", "Mixtral"])
 def test_what_transformers_writes_is_accepted(tmp_path: Path, kind: str) -> None:
     """This tests all keys of transformers' dictionary, and the file that it saves."""
     found = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], eos_token_id=2)
@@ -362,8 +434,11 @@ def test_what_transformers_4_wrote_is_listed() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [QWEN25_32B, QWEN3_8B, LLAMA_31_8B, SMOLLM2, MISTRAL_7B, MISTRAL_NEMO, GEMMA_7B],
-    ids=["qwen25", "qwen3", "llama", "smol", "mistral", "nemo", "gemma"],
+    [
+        *(QWEN25_32B, QWEN3_8B, LLAMA_31_8B, SMOLLM2, MISTRAL_7B, MISTRAL_NEMO, GEMMA_7B),
+        *(QWEN3_30B_A3B, QWEN3_235B_A22B, MIXTRAL_8X7B, QWEN15_MOE),
+    ],
+    ids=["qwen25", "qwen3", "llama", "smol", "mistral", "nemo", "gemma", "30b-a3b", "235b-a22b", "8x7b", "a2.7b"],
 )
 def test_published_models_are_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
     """The contents of these models' own config.json, written by transformers 4."""

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_fipo.errors import ConfigError, WeightError
 from megatron_fipo.models.costs import parameter_counts
+from megatron_fipo.models.experts import Experts
 from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.models.parameters import canonical_name, check_tensor_parallel, parameters
@@ -25,7 +26,17 @@ from megatron_fipo.weights.huggingface import HuggingFaceReader, TensorInfo
 from megatron_fipo.weights.huggingface_writer import HuggingFaceWriter
 from megatron_fipo.weights.layouts import cut, merge
 from megatron_fipo.weights.plan import parameters_per_rank, plan
-from tests.config.published import GEMMA_7B, LLAMA_31_8B, MISTRAL_7B, MISTRAL_NEMO, QWEN25_32B
+from tests.config.published import (
+    GEMMA_7B,
+    LLAMA_31_8B,
+    MISTRAL_7B,
+    MISTRAL_NEMO,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+    QWEN15_MOE,
+    QWEN25_32B,
+)
 
 
 def read(tmp_path: Path, config: dict[str, Any]) -> ModelConfig:
@@ -38,9 +49,18 @@ def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     """Return a random small model, and a tensor-parallel size that divides it, except for the vocabulary."""
     size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = size * draw(st.integers(1, 2))
+    architecture = draw(st.sampled_from(sorted(FAMILIES)))
+    experts = Experts(
+        number=draw(st.integers(2, 5)),
+        per_token=2,
+        ffn_hidden_size=size * draw(st.integers(1, 3)),
+        normalized=True,
+        layers=tuple(draw(st.sampled_from([(True, True), (True, False)]))),
+        shared_ffn_hidden_size=size * draw(st.integers(1, 3)),
+    )
     model_config = ModelConfig(
-        architecture=draw(st.sampled_from(sorted(FAMILIES))),
-        num_layers=1,
+        architecture=architecture,
+        num_layers=2,
         hidden_size=draw(st.integers(1, 5)),
         num_attention_heads=groups * draw(st.integers(1, 4)),
         num_query_groups=groups,
@@ -53,6 +73,7 @@ def model_configs(draw: st.DrawFn) -> tuple[ModelConfig, int]:
         rope_scaling=None,
         max_position_embeddings=8,
         eos_token_ids=(),
+        experts=experts if FAMILIES[architecture].experts else None,
     )
     return model_config, size
 
@@ -99,6 +120,18 @@ def test_both_layer_specifications_lead_to_the_same_parameter(tmp_path: Path) ->
         assert table[name].shapes == ((5120,),)
 
 
+def test_both_ways_to_hold_experts_lead_to_the_same_parameter(tmp_path: Path) -> None:
+    """Sequential and grouped, on the second of two expert-parallel ranks."""
+    table = parameters(read(tmp_path, QWEN3_30B_A3B))
+    for name in ("mlp.experts.local_experts.3.linear_fc1.weight", "mlp.experts.linear_fc1.weight3"):
+        found = canonical_name(f"decoder.layers.1.{name}", layer=33, first_expert=64)
+        assert found == "decoder.layers.33.mlp.experts.local_experts.67.linear_fc1.weight"
+        assert table[found].names == tuple(
+            f"model.layers.33.mlp.experts.67.{part}_proj.weight" for part in ("gate", "up")
+        )
+    assert canonical_name("decoder.layers.1.pre_mlp_layernorm.weight", layer=33) in table
+
+
 def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -> None:
     """The two counts were taken from GPTModels built on the meta device at TP8·PP4."""
     counts = parameters_per_rank(plan(read(tmp_path, QWEN25_32B), 8, 4))
@@ -107,8 +140,12 @@ def test_plan_of_the_32b_recipe_counts_what_megatron_allocates(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [(MISTRAL_7B, 7_241_732_096), (MISTRAL_NEMO, 12_247_782_400), (GEMMA_7B, 8_537_680_896)],
-    ids=["mistral", "nemo", "gemma"],
+    [
+        *((MISTRAL_7B, 7_241_732_096), (MISTRAL_NEMO, 12_247_782_400), (GEMMA_7B, 8_537_680_896)),
+        *((QWEN3_30B_A3B, 30_532_122_624), (QWEN3_235B_A22B, 235_093_634_560)),
+        *((MIXTRAL_8X7B, 46_702_792_704), (QWEN15_MOE, 14_315_784_192)),
+    ],
+    ids=["mistral", "nemo", "gemma", "30b-a3b", "235b-a22b", "8x7b", "a2.7b"],
 )
 def test_published_models_have_as_many_parameters_as_published(
     tmp_path: Path, config: dict[str, Any], expected: int

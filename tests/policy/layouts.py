@@ -1,6 +1,8 @@
 """What the ranks of test_layouts.py run: one update under a layout, its gradients named as the reference names them."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ platform.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_fipo.models.model_config import read_architecture  # noqa: E402
+from megatron_fipo.policy import model  # noqa: E402
 from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
 from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
@@ -54,9 +57,9 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip_gr
 UNCLIPPED = dataclasses.replace(OPTIMIZER, clip_grad=0.0)
 
 
-def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm: str, **model: Any) -> Config:
+def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm: str, **section: Any) -> Config:
     return Config(
-        model=PolicySection(**({"dtype": "float32"} | model)),
+        model=PolicySection(**({"dtype": "float32"} | section)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
         algorithm=ALGORITHMS[algorithm],
         optimizer=optimizer,
@@ -89,10 +92,10 @@ def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, 
     results = []
     for layout in layouts:
         settings = dict(layout)
-        sabotage, model = settings.pop("sabotage", None), settings.pop("model", {})
+        sabotage, section = settings.pop("sabotage", None), settings.pop("model", {})
         algorithm = settings.pop("algorithm", "fipo")
         compare = settings.pop("compare", algorithm)
-        config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, algorithm, **model)
+        config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, algorithm, **section)
         start_model_parallel(config.parallel, 0)
         results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage))
         parallel_state.destroy_model_parallel()
@@ -107,11 +110,17 @@ def mean_of_means(policy: Policy, micro_batch: MicroBatch, logits: torch.Tensor)
 
 
 def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: str | None) -> dict[str, Any]:
-    policy = Policy(config, read_architecture(model_dir), model_dir, updates=10)
+    with _experts_unmarked() if sabotage == "expert_mark" else contextlib.nullcontext():
+        policy = Policy(config, read_architecture(model_dir), model_dir, updates=10)
     if sabotage == "norm_weight":
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
                 parameter.sequence_parallel = False
+    if sabotage == "router":
+        with torch.no_grad():
+            for name, parameter in (pair for chunk in policy.chunks for pair in chunk.named_parameters()):
+                if name.endswith("mlp.router.weight"):
+                    parameter.copy_(parameter.roll(1, 0))  # each token goes to the next expert
     if sabotage == "family":
         for module in (module for chunk in policy.chunks for module in chunk.modules()):
             if isinstance(module, TorchAttention):
@@ -148,6 +157,16 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
         "where": max(errors, key=errors.__getitem__),
         "whole": _relative_error(list(found.values()), [expected[name] for name in found]),
     }
+
+
+@contextlib.contextmanager
+def _experts_unmarked() -> Iterator[None]:
+    """Within it, models are built with experts' gradients that are summed as the others are."""
+    mark, model._mark_experts = model._mark_experts, lambda chunk, parallel: None
+    try:
+        yield
+    finally:
+        model._mark_experts = mark
 
 
 def _relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -24,15 +24,18 @@ from tests.policy.training import MODEL, _batch, _policy  # noqa: E402
 UPDATES = 3
 
 
-def train(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> dict[str, Any]:
+def train(
+    model: dict[str, Any], parallel: dict[str, Any], directory: str, model_dir: str | None = None
+) -> dict[str, Any]:
     """Three updates without a break, and three between which the state leaves; digests of everything after each.
 
-    The last state of each is saved: at home, and away.
+    The last state of each is saved: at home, and away. The model is the embedded one, or that of `model_dir`.
     """
     platform.start_process_group(60)
+    start = Path(model_dir) if model_dir else MODEL
     found: dict[str, Any] = {}
     for name in ("stays", "leaves"):
-        policy = _policy(model, parallel, UPDATES)
+        policy = _policy(model, parallel, UPDATES, start=start, architecture=start)
         offload = Offload(policy.chunks, policy.optimizer)
         if name == "leaves":
             policy.offload = offload
@@ -40,10 +43,10 @@ def train(model: dict[str, Any], parallel: dict[str, Any], directory: str) -> di
         seen = [_update(policy) for _ in range(UPDATES)]
         if name == "leaves":
             _leave(policy, offload)
-        saving = checkpoint.start_saving(policy, Path(directory, name), UPDATES, {}, keep=0, model_dir=MODEL)
+        saving = checkpoint.start_saving(policy, Path(directory, name), UPDATES, {}, keep=0, model_dir=start)
         saved = saving.finish()
         # What is saved away is read by another policy, at home.
-        fresh = _policy(model, parallel, UPDATES)
+        fresh = _policy(model, parallel, UPDATES, start=start, architecture=start)
         checkpoint.load(fresh, saved)
         found[name] = {"updates": seen, "saved": _digests(fresh), "at the end": _digests(policy)}
     platform.stop_process_group()
@@ -90,7 +93,7 @@ def _update(policy: Policy) -> dict[str, Any]:
 
 def _leave(policy: Policy, offload: Offload) -> dict[str, int]:
     """Bytes of the buffers of weights and gradients before and after the state left."""
-    buffers = [buffer for chunk in policy.chunks for buffer in chunk.buffers]
+    buffers = [buffer for chunk in policy.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     storages = {
         "gradients": [buffer.grad_data.untyped_storage() for buffer in buffers],
         "weights": [buffer.param_data.untyped_storage() for buffer in buffers if buffer.param_data is not None],

@@ -96,7 +96,7 @@ def _differing(policy: Policy, saved: Path, other: Path) -> list[str]:
     torch.distributed.barrier()
     ours, theirs = CheckpointReader(saved), CheckpointReader(other)
     assert ours.tensors == theirs.tensors and len([key for key in ours.tensors if "optimizer" in key]) > 20
-    return [key for key in ours.tensors if not torch.equal(ours.read(key, None), theirs.read(key, None))]
+    return [key for key in ours.tensors if not torch.equal(ours._read(key, ()), theirs._read(key, ()))]
 
 
 def _write_rollout(directory: Path) -> None:

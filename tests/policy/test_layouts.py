@@ -21,6 +21,7 @@ from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
 from tests.policy.layouts import ALGORITHMS, OPTIMIZER, REFERENCE_SCALE
+from tests.weights.models import by_stored_names
 
 pytestmark = pytest.mark.slow
 
@@ -78,8 +79,43 @@ FAMILIES = [
     {"packing": True, "tensor": 2, "pipeline": 2, "sequence": True, "compare": "updated"},
     {"data": 2, "tensor": 2, "model": {"recompute": "full"}},
 ]
+SPLIT = {"tensor": 2, "sequence": True}
+EXPERT_LAYOUTS = [
+    {**SPLIT, "expert": 2, "data": 2},
+    {**SPLIT, "expert": 2, "expert_tensor": 2, "data": 2},
+    {**SPLIT, "data": 2},
+    {**SPLIT, "data": 2, "sabotage": "expert_mark"},
+    {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
+    {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
+    {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
+    {"expert": 2, "data": 4, "sabotage": "router"},
+]
+MORE_EXPERT_LAYOUTS = [
+    {"data": 4},
+    {"expert": 2, "data": 4},
+    {"expert": 4, "data": 4, "packing": True},
+    {**SPLIT, "expert": 4, "data": 2},
+    {**SPLIT, "expert": 2, "expert_dispatcher": "allgather", "data": 2},
+    {"pipeline": 2, "expert": 2, "data": 2},
+    {"packing": True, "expert": 2, "context": 2, "data": 2},
+    {"packing": True, "pipeline": 2, "expert": 2, "context": 2, "model": {"recompute": "full"}},
+    {"expert": 2, "data": 4, "model": {"recompute": "selective"}},
+]
+"""Each goes with a control, whose routers score the wrong experts."""
+SHARDED = {"data": 4, "distributed_optimizer": True}
+Moves = list[list[dict[str, Any]]]
+MOVES: Moves = [
+    [{**SHARDED, "expert": 2}, SHARDED],
+    [{**SHARDED, "expert": 2}, {**SHARDED, "expert": 2, "data": 2, "pipeline": 2}],
+]
+MORE_MOVES: Moves = [
+    [SHARDED, {**SHARDED, "expert": 4}],
+    [{"data": 4, "expert": 2}, {"tensor": 2, "sequence": True, "data": 2}],
+]
+"""From the layout of a checkpoint to the one that resumes it."""
 WITHOUT_ITS_OWN = {"tensor": 2, "pipeline": 2, "sabotage": "family"}
 
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "untied": ("Qwen2", {"tie_word_embeddings": False}),
@@ -87,6 +123,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma": ("Gemma", {"head_dim": 24, "pad_token_id": None}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 24, **EXPERTS, "num_experts": 8, "num_experts_per_tok": 3}),
+    "qwen3_moe_dense_first": ("Qwen3Moe", {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0, 1]}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
 }
 """transformers' class and what sets the model apart. A token for padding would have no gradient in transformers."""
 
@@ -132,7 +175,9 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
             parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
         ):
             parameter.grad = gradient.contiguous()
-        save_file({key: p.grad for key, p in zip(names, parameters, strict=True)}, folder / f"{name}.safetensors")
+        gradients = by_stored_names(kind, [(key, p.grad) for key, p in zip(names, parameters, strict=True)])
+        assert all(gradient.any() for gradient in gradients.values()), "each expert has to have tokens"
+        save_file(gradients, folder / f"{name}.safetensors")
         norms[name] = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
     responses = (lengths - prompts).tolist()
     old = torch.cat([row[:count] for row, count in zip(inputs.old_log_probs, responses, strict=True)])
@@ -148,7 +193,8 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad)
     assert norms["fipo"] > OPTIMIZER.clip_grad, "the clipping has to have something to do"
     _adam(model).step()
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "updated.safetensors")
+    updated = by_stored_names(kind, [(name, p.detach().contiguous()) for name, p in model.named_parameters()])
+    save_file(updated, folder / "updated.safetensors")
     return {"folder": folder, "loss": {name: loss.item() for name, loss in losses.items()}, "grad_norm": norms}
 
 
@@ -248,6 +294,53 @@ def test_gradients_of_samples_in_turns_equal_the_reference(tmp_path: Path) -> No
 def test_gradients_of_other_families_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """The negative control takes away what sets the family apart: the window, and the 1 that norms add."""
     check_gradients(case, layouts, updates_under(case, 4, layouts))
+
+
+@pytest.mark.parametrize(
+    "moves", [MOVES, pytest.param(MORE_MOVES, marks=pytest.mark.matrix)], ids=["moves", "more moves"]
+)
+def test_a_checkpoint_resumes_under_another_layout_of_experts(tmp_path: Path, moves: Moves) -> None:
+    """As if there had been no break: the same gradient norm, rate and weights.
+
+    Experts over ranks have an optimizer of their own, so that another layout has another number of them; a moment or a
+    step that is lost lets a run go another way, without any error. One pipeline stage of the model has no experts.
+    """
+    case = make_case(tmp_path, "qwen3_moe_dense_first", [])
+    arguments = {
+        "model_dir": str(case["folder"] / "model"),
+        "batch": str(case["folder"] / "batch.safetensors"),
+        "directory": str(tmp_path / "checkpoints"),
+        "moves": moves,
+    }
+    by_rank = run_ranks("tests.policy.expert_ranks:resume", 4, arguments, 300, worker_of="tests.policy.layouts")
+    for move, found in zip(moves, zip(*by_rank, strict=True), strict=True):
+        for rank in found:
+            through, resumed = rank["through"], rank["resumed"]
+            assert resumed["grad_norm"] == pytest.approx(through["grad_norm"], rel=1e-5), move
+            assert resumed["rate"] == through["rate"], move
+            assert rank["worst"] < 1e-4, move
+    found = {rank[0][when]["optimizers"] for rank in by_rank for when in ("through", "resumed")}
+    assert found == {1, 2}, "the first move is to another number of optimizers"
+
+
+EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} for layout in MORE_EXPERT_LAYOUTS)]
+
+
+@pytest.mark.parametrize(
+    ("case", "layouts"),
+    [
+        ("qwen3_moe", EXPERT_LAYOUTS),
+        pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
+        pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
+        pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
+    ],
+    indirect=["case"],
+)
+def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
+    """Every expert and router, over expert-parallel ranks. One control has the experts' gradients summed over too few
+    ranks, the others have routers that score the wrong experts.
+    """
+    check_gradients(case, layouts, updates_under(case, 4, layouts, timeout=300))
 
 
 def test_updates_one_after_the_other_learn_alike_with_overlap() -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.policy.host_memory import own_memory, reserve
 from tests.distributed import run_ranks
+from tests.weights.models import SmallModel, write_model
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "fp32, plain optimizer": (1, {"dtype": "float32", "layers": "local"}, {"distributed_optimizer": False}),
@@ -28,13 +29,38 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"dtype": "bfloat16", "layers": "local"},
         {"pipeline": 2, "distributed_optimizer": False},
     ),
+    "bf16, experts over ranks, and on the last pipeline stage alone": (
+        4,
+        {"dtype": "bfloat16", "layers": "local"},
+        {"pipeline": 2, "expert": 2},
+    ),
 }
+DENSE_FIRST = SmallModel(
+    "dense-first",
+    "Qwen3Moe",
+    heads=4,
+    groups=2,
+    vocab=61,
+    tied=False,
+    extra={
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0, 1],
+        "max_position_embeddings": 128,
+    },
+)
+"""The first of two pipeline stages has an optimizer for experts, without any."""
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "experts" in name else name for name in LAYOUTS]
+)
 def test_training_is_bitwise_the_same(name: str, tmp_path: Path) -> None:
     ranks, model, parallel = LAYOUTS[name]
     arguments = {"model": model, "parallel": parallel, "directory": str(tmp_path)}
+    if "experts" in name:
+        arguments["model_dir"] = str(write_model(DENSE_FIRST, tmp_path))
     for found in run_ranks("tests.policy.offload_ranks:train", ranks, arguments):
         freed = found["freed"]
         assert freed["gradients before"] > 0 == freed["gradients"]

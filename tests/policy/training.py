@@ -108,7 +108,12 @@ def _exported(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 def _policy(
-    model: dict[str, Any], parallel: dict[str, Any], updates: int, lr: float = 1e-4, start: Path | None = MODEL
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    updates: int,
+    lr: float = 1e-4,
+    start: Path | None = MODEL,
+    architecture: Path = MODEL,
 ) -> Policy:
     config = Config(
         model=PolicySection(**model),
@@ -118,7 +123,7 @@ def _policy(
     )
     if not parallel_state.model_parallel_is_initialized():
         start_model_parallel(config.parallel, 0)
-    return Policy(config, read_architecture(MODEL), str(start) if start else None, updates)
+    return Policy(config, read_architecture(architecture), str(start) if start else None, updates)
 
 
 def _batch(vocabulary: int) -> Made:

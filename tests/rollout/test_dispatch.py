@@ -60,7 +60,7 @@ def test_places_are_given_back_whenever_nobody_wants_them_any_more(tmp_path: Pat
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await asyncio.sleep(0.05)
-        assert not client._queue and not +client._outstanding and client._occupancy._samples == 0, turns
+        assert not client._queue and not +client._loads._outstanding and client._occupancy._samples == 0, turns
 
     with client_of(tmp_path, good) as (client, _):
         for turns in range(6):

@@ -77,7 +77,7 @@ def _error(model: Qwen2ForCausalLM, responses: list[Sample]) -> float:
 
 
 def _publish(publisher: WeightPublisher, model: Qwen2ForCausalLM, version: int) -> None:
-    publisher.publish(WholeWeights(list(model.state_dict().items())), version)
+    publisher.publish({0: WholeWeights(list(model.state_dict().items()))}, version)
 
 
 def test_an_update_quantises_as_the_start_does(
@@ -86,9 +86,7 @@ def test_an_update_quantises_as_the_start_does(
     log = pool.servers[0].log
     assert log is not None and "quantization=fp8_per_channel" in log.path.read_text()
     with EngineGenerator(pool) as client:
-        publisher = open_publisher(
-            _config(), client.control, number=0, senders=Senders(1), sends=True, run_dir=tmp_path
-        )
+        publisher = open_publisher(_config(), client.control, groups={0: True}, senders=Senders(1), run_dir=tmp_path)
         at_start = _responses(client)
         _publish(publisher, models["large"], version=1)
         large = _responses(client)

@@ -30,6 +30,7 @@ from megatron_fipo.engines.generate_messages import (
     read_about,
 )
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.engines.use_messages import USE_PATH, CacheUse
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.records.wire import FrameReader
 from megatron_fipo.weights.local_senders import Senders
@@ -86,9 +87,14 @@ class Engine:
         assert [len(answer.token_ids) for answer in answers] == [tokens] * samples
         return answers
 
+    def preemptions(self) -> int:
+        """All that the engine counts."""
+        answer = httpx.post(self.pool.servers[0].url + USE_PATH, headers=self.pool.headers, timeout=60, trust_env=False)
+        return msgspec.json.decode(answer.raise_for_status().content, type=CacheUse).preemptions
+
     def publish(self, version: int) -> None:
         """Hand the engine the model of this version: the first if it is even, else the second."""
-        self.publisher.publish(WholeWeights(list(self.models[version % 2].state_dict().items())), version)
+        self.publisher.publish({0: WholeWeights(list(self.models[version % 2].state_dict().items()))}, version)
 
     def answers_across(self, version: int) -> list[Answer]:
         """Responses in whose middle the weights of `version` came."""
@@ -117,10 +123,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         pool.start()
         pool.wait_ready()
         publisher = WeightPublisher(
-            make_transport(config, 0, directory / "run"),
+            {0: make_transport(config, 0, directory / "run")},
             EngineControl(pool),
             TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
-            number=0,
             senders=Senders(1),
             timeout_s=60.0,
             begin_timeout_s=60.0,
@@ -172,6 +177,7 @@ def test_an_update_comes_in_the_middle_of_responses(
         assert found[not keep][cut:].max() > 0.1
         for off in (cut - 1, cut + 1):
             assert (expected(before, after, answer, off, keep=keep) - answer.log_probs).abs().max() > 0.01
+    assert engine.preemptions() == 0, "what an update has computed again is not for lack of memory"
 
 
 def test_a_salt_per_version_keeps_prefixes_of_older_weights_away(

@@ -18,7 +18,6 @@ SETTINGS = Settings(
     seed=1,
     samples_at_once=None,
     overfill=False,
-    host_gb_s=25,
 )
 PROMPTS, SAMPLES = 8, 4
 

@@ -19,6 +19,27 @@ def test_spread_is_that_of_the_logarithm_where_nothing_is_cut() -> None:
     assert np.log(drawn).std() == pytest.approx(0.5, rel=0.01)
 
 
+@pytest.mark.parametrize("alike", [0.3, 0.9])
+def test_responses_to_one_problem_are_as_alike_as_asked(alike: float) -> None:
+    lengths = Lengths(1000, 0.5, 10**6, alike)
+    found, expected = lengths.draw_groups(20_000, 8, np.random.default_rng(1), np.random.default_rng(2))
+    logarithms = np.log(found)
+    assert found.mean() == pytest.approx(1000, rel=0.02) and logarithms.std() == pytest.approx(0.5, rel=0.02)
+    assert np.corrcoef(logarithms[:, 0], logarithms[:, 1])[0, 1] == pytest.approx(alike, abs=0.02)
+    # What is expected is of other responses: it is no nearer to these than their own kind.
+    before = np.log(expected)
+    assert np.corrcoef(before, logarithms[:, 0])[0, 1] == pytest.approx(
+        np.sqrt(alike) * np.sqrt(alike / (alike + (1 - alike) / 8)), abs=0.03
+    )
+
+
+def test_groups_without_likeness_are_drawn_as_before() -> None:
+    lengths = Lengths(1000, 0.5, 10**6)
+    found, expected = lengths.draw_groups(10, 4, np.random.default_rng(1), np.random.default_rng(2))
+    assert found.ravel().tolist() == lengths.draw(40, np.random.default_rng(1)).tolist()
+    assert set(expected) == {1000}
+
+
 def test_no_spread_is_one_length() -> None:
     assert set(Lengths(77, 0, 100).draw(5, np.random.default_rng(1))) == {77}
 

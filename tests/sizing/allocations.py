@@ -50,10 +50,10 @@ def allocate(dtype: str) -> dict[str, Any]:
         policy.chunks[0](tokens, positions, None)
     found = {
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "weights": _bytes(parameters),
-        "gradients": _bytes(parameter.main_grad for parameter in parameters),
-        "optimizer": _optimizer_bytes(policy.optimizer, held),
-        "activations": _bytes(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in held),
+        "weights": byte_count(parameters),
+        "gradients": byte_count(parameter.main_grad for parameter in parameters),
+        "optimizer": optimizer_bytes(policy.optimizer, held),
+        "activations": byte_count(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in held),
     }
     platform.stop_process_group()
     return found
@@ -102,7 +102,7 @@ def _peak(config: Config, model_config: ModelConfig, stage: int, fused: bool) ->
             # As the data-parallel wrapper does, whose fp32 gradients are counted elsewhere.
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         wrapped = Float16Module(model.config, model)
-        with _LiveBytes(model.parameters()) as live:
+        with LiveBytes(model.parameters()) as live:
             outputs = [_forward(wrapped, config, model_config) for _ in range(parallel.pipeline - stage)]
             torch.autograd.backward(outputs[0], torch.zeros_like(outputs[0]))
         return live.peak
@@ -128,7 +128,7 @@ def _forward(model: torch.nn.Module, config: Config, model_config: ModelConfig) 
     return output
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows every tensor that an operation makes to the end of its storage."""
 
     def __init__(self, besides: Iterable[torch.Tensor]):
@@ -154,12 +154,12 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def byte_count(tensors: Iterable[torch.Tensor]) -> int:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def _optimizer_bytes(optimizer: Any, held: set[int]) -> int:
+def optimizer_bytes(optimizer: Any, held: set[int]) -> int:
     """Return the moments, and the master copies that are not views of weights."""
     tensors = []
     for part in optimizer.chained_optimizers:
@@ -167,4 +167,4 @@ def _optimizer_bytes(optimizer: Any, held: set[int]) -> int:
             tensors += [master for master in group["params"] if master.untyped_storage().data_ptr() not in held]
         for state in part.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return _bytes(tensors)
+    return byte_count(tensors)

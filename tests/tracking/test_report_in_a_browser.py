@@ -17,6 +17,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.console import Span
+from megatron_fipo.tracking.panels import ENGINES, PHASES
 from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.rollout_log import log_rollouts
 from tests.distributed import ROOT
@@ -44,6 +45,15 @@ const out = (box, frame) =>
 return [...document.querySelectorAll('.plot')].filter((plot) => [...plot.querySelectorAll('text')]
   .some((text) => out(text.getBoundingClientRect(), plot.getBoundingClientRect())))
   .map((plot) => plot.parentElement.dataset.title);"""
+# The legend's colour of each name in a chart with bars, and the bars' own.
+COLOURS = """
+const plot = document.querySelector(`figure[data-title='${arguments[0]}'] .plot`);
+const fill = (element) => element && getComputedStyle(element).fill;
+const legend = [...plot.querySelectorAll('.legend .traces')]
+  .map((entry) => [entry.querySelector('.legendtext').textContent, fill(entry.querySelector('.legendpoints path'))]);
+const bars = [...plot.querySelectorAll('.barlayer .trace')]
+  .map((trace) => [trace.__data__[0].trace.name, fill(trace.querySelector('.point path'))]);
+return [legend, bars];"""
 # The least contrast of a text to its card, as WCAG 2 defines it: 4.5 and more is readable.
 CONTRAST = """
 const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
@@ -101,8 +111,10 @@ def write_run(directory: Path, steps: int) -> None:
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):
-            spans = [Span("sample", 1e9 + 20 + 4 * step, 2.0), Span("checkpoint", 1e9 + 22 + 4 * step, 2.0)]
-            report.add_step(step_row(step), spans)
+            begin = 1e9 + 20 + 4 * step
+            phases = ("sample", "verify", "log-probs", "update", "weights", "validate", "checkpoint")
+            spans = [Span(phase, begin + index / 2, 0.5) for index, phase in enumerate(phases)]
+            report.add_step(step_row(step), [*spans, Span("engines", begin, 3.0)])
         report.finish(200.0, [])
 
 
@@ -176,6 +188,17 @@ def test_values_are_shown_where_the_mouse_is(chrome: Chrome, run: Path) -> None:
     link = chrome.find_element(By.CSS_SELECTOR, "#held-out a").get_attribute("href") or ""
     assert link == (run / "samples" / "validation-000000.txt").as_uri()
     assert (run / "samples" / "validation-000000.txt").is_file()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_timeline_says_which_colour_is_what(chrome: Chrome, run: Path, scheme: str) -> None:
+    """Each row's bars have the colour beside its name, and no other row has it."""
+    show(chrome, run / "report.html", 1280, scheme)
+    named, drawn = chrome.execute_script(COLOURS, "Timeline of the latest phases")
+    assert [name for name, _ in named] == [*PHASES, ENGINES]
+    assert len({colour for _, colour in named}) == len(named)
+    assert drawn == named
+    assert chrome.execute_script(COLOURS, "Reward")[0] != named, "the control: another chart"
 
 
 def test_the_scheme_can_change_under_an_open_page(chrome: Chrome, run: Path) -> None:

@@ -1,5 +1,6 @@
 """Small random models of each architecture, made with transformers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,59 @@ SMALL_MODELS = (
     SmallModel("mistral-window", "Mistral", heads=8, groups=4, vocab=61, tied=False, extra={"sliding_window": 5}),
     SmallModel("gemma-tied", "Gemma", heads=4, groups=4, vocab=61, tied=True, extra={"head_dim": 16}),
 )
+
+_MOE: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+MOE_MODELS = (
+    SmallModel("qwen3-moe", "Qwen3Moe", heads=8, groups=4, vocab=61, tied=False, extra={**_MOE, "num_experts": 8}),
+    SmallModel(
+        "qwen3-moe-dense-between",
+        "Qwen3Moe",
+        heads=4,
+        groups=4,
+        vocab=50,
+        tied=True,
+        extra={**_MOE, "num_experts": 4, "mlp_only_layers": [2], "norm_topk_prob": True, "head_dim": 16},
+    ),
+    SmallModel(
+        "qwen3-moe-bfloat16",
+        "Qwen3Moe",
+        heads=8,
+        groups=4,
+        vocab=61,
+        tied=False,
+        dtype="bfloat16",
+        extra={**_MOE, "num_experts": 6, "num_experts_per_tok": 3, "decoder_sparse_step": 2},
+    ),
+    SmallModel(
+        "qwen2-moe",
+        "Qwen2Moe",
+        heads=4,
+        groups=4,
+        vocab=61,
+        tied=False,
+        extra={**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 40},
+    ),
+    SmallModel("mixtral", "Mixtral", heads=8, groups=4, vocab=62, tied=False, extra={"num_local_experts": 4}),
+    SmallModel("mixtral-tied", "Mixtral", heads=4, groups=4, vocab=64, tied=True, extra={"num_local_experts": 2}),
+)
+"""With a mixture of experts, in every layer or between dense ones, with and without one that all tokens go to."""
+
+
+def by_stored_names(kind: str, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Tensors by the names in a model's file: transformers joins a layer's experts in memory, and renames Mixtral's."""
+    parts = ("w1", "w3", "w2") if kind == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, Any] = {}
+    for name, tensor in named:
+        if kind == "Mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, _, part = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for expert, whole in enumerate(tensor):
+            pieces = zip(parts[:2], whole.chunk(2), strict=True) if part == "gate_up_proj" else [(parts[2], whole)]
+            found |= {f"{prefix}.{expert}.{piece}.weight": value.contiguous() for piece, value in pieces}
+    return found
 
 
 def write_model(model: SmallModel, directory: Path) -> Path:

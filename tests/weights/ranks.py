@@ -2,6 +2,7 @@
 
 import logging
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from megatron_fipo.weights import reshard
 from megatron_fipo.weights.gather import HeldWeights, exported_tensors, held_parameters
 from megatron_fipo.weights.plan import plan
 
-Layout = tuple[int, int, int | None]
-"""Tensor, pipeline and virtual pipeline size."""
+Layout = Sequence[Any]
+"""Tensor, pipeline and virtual pipeline size; then the experts' two sizes, if they are not 1."""
 
 
 def round_trips(
@@ -36,14 +37,14 @@ def round_trips(
     platform.start_process_group(60)
     seen: dict[str, dict[str, Any]] = {}
     for layout in layouts:
-        tensor, pipeline, virtual = layout
+        tensor = layout[0]
         config = _config(layout)
         start_model_parallel(config.parallel, seed=0)
         for model_dir in map(Path, model_dirs):
             model_config = read_architecture(model_dir)
             if model_config.num_query_groups % tensor:
                 continue
-            name = f"{model_dir.name}-{tensor}-{pipeline}-{virtual}"
+            name = "-".join(map(str, (model_dir.name, *layout)))
             chunks = _loaded(config, model_config, model_dir)
             seen[name] = {
                 "planned": _as_planned(chunks, model_config, layout),
@@ -143,7 +144,8 @@ def _differences_from_mbridge(config: Config, model_dir: str) -> list[str]:
 def _config(layout: Layout) -> Config:
     config = Config()
     config.model.dtype = "float32"
-    config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline = layout
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline = layout[:3]
+    config.parallel.expert, config.parallel.expert_tensor = layout[3:] or (1, 1)
     return config
 
 
@@ -178,8 +180,13 @@ def _wrapped(chunks: list[Any], config: Config) -> list[Any]:
 
 def _as_planned(chunks: list[Any], model_config: ModelConfig, layout: Layout) -> bool:
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    expert, expert_tensor = layout[3:] or (1, 1)
+    planned = plan(model_config, *layout[:3], expert_parallel_size=expert, expert_tensor_parallel_size=expert_tensor)
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
     expected = {
-        item.parameter.megatron: item.local_shape for item in plan(model_config, *layout) if item.stage == stage
+        item.parameter.megatron: item.local_shape
+        for item in planned
+        if item.stage == stage and item.expert_rank in (None, expert_rank)
     }
     return expected == {name: tuple(value.shape) for name, value in held_parameters(chunks)}
 
@@ -187,12 +194,14 @@ def _as_planned(chunks: list[Any], model_config: ModelConfig, layout: Layout) ->
 def _as_announced(chunks: list[Any], model_config: ModelConfig) -> bool:
     """What is gathered, bucket by bucket, is what the plan says, and what is built; buckets have several parameters."""
     weights = HeldWeights(chunks, model_config, bucket_bytes=40_000)
-    gathered = [weights.gather(index) for index in range(weights.buckets)]
+    gathered = [part.gather(index) for part in weights.parts for index in range(part.buckets)]
     found = [(name, tuple(value.shape), value.dtype) for bucket in gathered for name, value in bucket.tensors]
-    planned = [(name, shape, weights.dtype) for bucket in weights.group.buckets for name, shape in bucket.tensors]
+    buckets = [bucket for part in weights.parts for bucket in part.group.buckets]
+    planned = [(name, shape, weights.dtype) for bucket in buckets for name, shape in bucket.tensors]
     built = [(info.name, info.shape, info.dtype) for info in exported_tensors(chunks, model_config)]
-    several = any(len(bucket.parameters) > 1 for bucket in weights.group.buckets)
-    return found == planned == built and several and weights.buckets > 1
+    if len(weights.parts) > 1:  # experts are sent after the rest
+        found, planned, built = sorted(found, key=str), sorted(planned, key=str), sorted(built, key=str)
+    return found == planned == built and any(len(bucket.parameters) > 1 for bucket in buckets) and len(buckets) > 1
 
 
 @torch.no_grad()
@@ -201,6 +210,9 @@ def _logits_error(chunks: list[Any], model_dir: Path) -> float | None:
     reference = load_file(model_dir / "reference" / "reference.safetensors")
     tokens = reference["tokens"]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    for chunk in chunks:
+        chunk.eval()  # in training, experts over tensor-parallel ranks would need sequence parallelism
 
     def forward_step(_: Any, chunk: Any) -> Any:
         return chunk(tokens, positions, None), lambda output, non_loss_data: output

@@ -25,7 +25,7 @@ from megatron_fipo.errors import WeightError
 from megatron_fipo.weights.conversion import differences, to_huggingface, to_megatron
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader
-from tests.weights.models import SMALL_MODELS, write_model
+from tests.weights.models import MOE_MODELS, SMALL_MODELS, write_model
 
 NO_MOUNT, CLONE_NEWNS, MS_REC, MS_PRIVATE = 77, 0x20000, 0x4000, 0x40000
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
@@ -34,7 +34,7 @@ NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
-    return {model.name: write_model(model, directory) for model in SMALL_MODELS}
+    return {model.name: write_model(model, directory) for model in (*SMALL_MODELS, *MOE_MODELS)}
 
 
 @pytest.fixture
@@ -88,7 +88,21 @@ def test_keys_are_those_of_transformer_engine(models: dict[str, Path], tmp_path:
     assert metadata.state_dict_metadata.keys() == expected
 
 
-@pytest.mark.parametrize("name", [model.name for model in SMALL_MODELS])
+def test_experts_lie_in_rows_where_megatron_puts_them(models: dict[str, Path], tmp_path: Path) -> None:
+    """Stacked over layers and experts, or over experts alone where only some layers have any."""
+    to_megatron(models["qwen3-moe"], tmp_path / "alike")
+    to_megatron(models["qwen3-moe-dense-between"], tmp_path / "unlike")
+    alike, unlike = CheckpointReader(tmp_path / "alike"), CheckpointReader(tmp_path / "unlike")
+    assert alike.tensors["decoder.layers.mlp.experts.linear_fc1.weight"].shape == (4, 8, 48, 48)
+    assert alike.tensors["decoder.layers.pre_mlp_layernorm.weight"].shape == (4, 48)
+    assert unlike.tensors["decoder.layers.3.mlp.experts.linear_fc2.weight"].shape == (4, 48, 24)
+    assert unlike.tensors["decoder.layers.2.mlp.linear_fc1.layer_norm_weight"].shape == (48,)
+    objects = alike._metadata.state_dict_metadata.keys(), unlike._metadata.state_dict_metadata.keys()
+    assert "decoder.layers.mlp.experts.linear_fc1._extra_state/shard_3.7_4.8" in objects[0]
+    assert "decoder.layers.3.self_attention.linear_qkv._extra_state/shard_0_1" in objects[1]
+
+
+@pytest.mark.parametrize("name", [model.name for model in (*SMALL_MODELS, *MOE_MODELS)])
 def test_there_and_back_gives_the_same_file(models: dict[str, Path], tmp_path: Path, name: str) -> None:
     model = models[name]
     to_megatron(model, tmp_path / "megatron")
@@ -387,9 +401,9 @@ def test_a_tensor_in_pieces_with_a_hole_is_refused(checkpoint: Path) -> None:
     reader = CheckpointReader(checkpoint)
     key = "decoder.layers.mlp.linear_fc2.weight"
     reader._metadata.state_dict_metadata[key].chunks.pop()
-    assert reader.read(key, 0).shape == (48, 80)
+    assert reader._read(key, (0,)).shape == (48, 80)
     with pytest.raises(WeightError, match=r"linear_fc2.weight has 0 of 3840 values in its chunks"):
-        reader.read(key, 3)
+        reader._read(key, (3,))
 
 
 def test_a_detached_tensor_outlives_its_reader(model: Path) -> None:

@@ -2,9 +2,10 @@
 whatever one of them mixes up is a policy that nobody trained.
 
 Megatron-Core in two tensor-parallel halves of two pipeline stages, on four real ranks; vLLM with one worker, which
-serves a Mistral with a window shorter than its prompts, and with two, which serve a Gemma. What fails in an update, and
-shared memory, are in test_transfer.py, with Qwen2; the other layouts in test_reshard.py. The probe that ends an update
-is compared on the way; its negative control is a tensor that the trainer itself sends changed.
+serves a Mistral with a window shorter than its prompts, and with two, which serve a Gemma. A Qwen3 with experts, which
+lie on two ranks of two tensor-parallel halves, goes to one worker, which joins a layer's experts. What fails in an
+update, and shared memory, are in test_transfer.py, with Qwen2; the other layouts in test_reshard.py. The probe that
+ends an update is compared on the way; its negative control is a tensor that the trainer itself sends changed.
 """
 
 from collections.abc import Iterator
@@ -26,36 +27,61 @@ from tests.rollout.engines import (
     sampling,
     save_tiny_model,
 )
+from tests.weights.models import by_stored_names
 
 pytestmark = pytest.mark.slow
 
-MODELS: dict[int, dict[str, Any]] = {1: {"kind": "Mistral", "sliding_window": 24}, 2: {"kind": "Gemma", "head_dim": 32}}
-"""By number of workers of the server, what its models are."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"kind": "Mistral", "sliding_window": 24},
+    "gemma": {"kind": "Gemma", "head_dim": 32},
+    "qwen3_moe": {"kind": "Qwen3Moe", "head_dim": 32, **EXPERTS},
+}
+WORKERS = {"mistral": 1, "gemma": 2, "qwen3_moe": 1}
+"""Of the server of each."""
+STAGES = {"tensor": 2, "pipeline": 2}
+LAYOUTS = {
+    "mistral": STAGES,
+    "gemma": STAGES,
+    "qwen3_moe": {"tensor": 2, "sequence": True, "expert": 2, "data": 2},
+}
 
 WARM = problems(4, length=CACHED_PROMPT)
 COLD = problems(5, length=CACHED_PROMPT)
 
 
+@pytest.fixture(
+    scope="module",
+    params=[("mistral", "gemma"), pytest.param(("qwen3_moe",), marks=pytest.mark.matrix)],
+    ids=["dense", "experts"],
+)
+def names(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Of the models whose servers run at the same time."""
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[PreTrainedModel]]]:
-    """By number of workers an old and a new model, in directories named after workers and 0 or 1."""
+def models(
+    names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[PreTrainedModel]]]:
+    """By name an old and a new model, in directories named after it and 0 or 1."""
     directory = tmp_path_factory.mktemp("models")
     return directory, {
-        workers: [save_tiny_model(directory / f"{workers}-{seed}", seed, **settings) for seed in range(2)]
-        for workers, settings in MODELS.items()
+        name: [save_tiny_model(directory / f"{name}-{seed}", seed, **MODELS[name]) for seed in range(2)]
+        for name in names
     }
 
 
 @pytest.fixture(scope="module")
-def pools(models: tuple[Path, dict[int, list[PreTrainedModel]]]) -> Iterator[dict[int, EnginePool]]:
-    """By number of workers, with the old model."""
-    directory, _ = models
-    started: dict[int, EnginePool] = {}
+def pools(models: tuple[Path, dict[str, list[PreTrainedModel]]]) -> Iterator[dict[str, EnginePool]]:
+    """By name, with the old model."""
+    directory, pairs = models
+    started: dict[str, EnginePool] = {}
     try:
-        for workers in MODELS:
-            config = rollout_config(tensor_parallel=workers, weight_transfer="process_group")
-            started[workers] = EnginePool(config, directory / f"{workers}-0", directory / f"run{workers}", seed=0)
-            started[workers].start()
+        for name in pairs:
+            config = rollout_config(tensor_parallel=WORKERS[name], weight_transfer="process_group")
+            started[name] = EnginePool(config, directory / f"{name}-0", directory / f"run-{name}", seed=0)
+            started[name].start()
         for pool in started.values():
             pool.wait_ready()
         yield started
@@ -75,29 +101,30 @@ def _errors(client: EngineGenerator, model: PreTrainedModel) -> tuple[float, flo
 
 
 def test_engines_hold_what_the_trainer_holds_in_shards(
-    models: tuple[Path, dict[int, list[PreTrainedModel]]], pools: dict[int, EnginePool], tmp_path: Path
+    models: tuple[Path, dict[str, list[PreTrainedModel]]], pools: dict[str, EnginePool], tmp_path: Path
 ) -> None:
     directory, pairs = models
-    clients = {workers: EngineGenerator(pool) for workers, pool in pools.items()}
-    for workers, client in clients.items():
+    clients = {name: EngineGenerator(pool) for name, pool in pools.items()}
+    for name, client in clients.items():
         groups = generate(client, WARM, 2, sampling(), range(len(WARM)))
-        old = pairs[workers][0]
+        old = pairs[name][0]
         assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
     servers = [
         {
             "url": pool.servers[0].url,
             "token": pool.headers["Authorization"].removeprefix("Bearer "),
-            "workers": workers,
-            "model_dir": str(directory / f"{workers}-1"),
+            "workers": WORKERS[name],
+            "parallel": LAYOUTS[name],
+            "model_dir": str(directory / f"{name}-1"),
         }
-        for workers, pool in pools.items()
+        for name, pool in pools.items()
     ]
-    by_rank = run_ranks(
-        "tests.weights.live_ranks:publish", 4, {"servers": servers, "run_dir": str(tmp_path)}, timeout=180
-    )
-    for rank in by_rank:
-        for server, (_, new), updates in zip(servers, pairs.values(), rank, strict=True):
-            named = dict(new.named_parameters())  # a tied one counts once
+    for server, (name, (_, new)) in zip(servers, pairs.items(), strict=True):
+        # Ranks of their own, as for a run: messages of two trainers' first updates have the same names.
+        arguments = {"server": server, "run_dir": str(tmp_path)}
+        for updates in run_ranks("tests.weights.live_ranks:publish", 4, arguments, timeout=120):
+            # A tied one counts once, and each expert's by itself.
+            named = by_stored_names(MODELS[name]["kind"], new.named_parameters())
             right, changed, again = (update["metrics"] for update in updates)
             assert right["weights_checked"] == len(named)
             assert right["weights_bytes"] == sum(tensor.nbytes for tensor in named.values())
@@ -107,8 +134,8 @@ def test_engines_hold_what_the_trainer_holds_in_shards(
             assert not updates[0]["warnings"] and not updates[2]["warnings"]
             (warning,) = updates[1]["warnings"]
             assert f"the engine at {server['url']} are not the trainer's" in warning
-    for workers, client in clients.items():
-        old, new = pairs[workers]
+    for name, client in clients.items():
+        old, new = pairs[name]
         warm, cold = _errors(client, new)
         assert warm < 1e-4 and cold < 1e-4
         assert min(_errors(client, old)) > 0.5, "the two models are too alike to tell"

@@ -5,6 +5,9 @@ Who serves whom, with made-up places; what travels is real. Real engines on two 
 in tests/gpu.
 """
 
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -25,6 +28,7 @@ from megatron_fipo.weights.transport_records import (
 )
 from tests.distributed import run_ranks
 from tests.rollout.engines import save_tiny_model
+from tests.weights.models import by_stored_names
 
 LAYOUT = BucketLayout(("a",), ((2,),), ("float32",))
 
@@ -92,13 +96,26 @@ def test_senders_that_differ_in_a_bucket_are_refused() -> None:
         joined_header([header(0), other])
 
 
-@pytest.mark.parametrize("layout", [(2, 2), (1, 2), (2, 1)], ids=["tp2-pp2", "pp2-dp2", "tp2-dp2"])
-def test_every_rank_gathers_the_whole_model(layout: tuple[int, int], tmp_path: object) -> None:
-    """Of every stage, in the same buckets on every rank: checksums are those of transformers' own tensors."""
-    model = save_tiny_model(tmp_path / "model", seed=3)  # type: ignore[operator]
-    arguments = {"model_dir": str(tmp_path / "model"), "tensor": layout[0], "pipeline": layout[1]}  # type: ignore[operator]
+EXPERTS = {"kind": "Qwen3Moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "settings"),
+    [
+        ({"tensor": 2, "pipeline": 2}, {}),
+        ({"tensor": 1, "pipeline": 2}, {}),
+        ({"tensor": 2, "pipeline": 1}, {}),
+        ({"pipeline": 2, "expert": 2}, EXPERTS),
+        ({"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, EXPERTS),
+    ],
+    ids=["tp2-pp2", "pp2-dp2", "tp2-dp2", "pp2-ep2", "tp2-ep2-etp2"],
+)
+def test_every_rank_gathers_the_whole_model(parallel: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of every stage and all experts, in the same buckets on every rank: checksums are those of transformers' own."""
+    model = save_tiny_model(tmp_path / "model", seed=3, **settings)
+    arguments = {"model_dir": str(tmp_path / "model"), "parallel": parallel}
     by_rank = run_ranks("tests.weights.whole_ranks:gather", 4, arguments)
-    named = dict(model.state_dict())
+    named = by_stored_names(settings.get("kind", "Qwen2"), model.state_dict().items())
     expected = dict(zip(named, Bucket(list(named.items())).checksums(), strict=True))
     assert all(dict(pair for bucket in rank for pair in bucket) == expected for rank in by_rank)
     assert all(rank == by_rank[0] for rank in by_rank) and len(by_rank[0]) > 4, "the same buckets, and several"

@@ -7,7 +7,7 @@ their names), NCCL, or the way to vLLM.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_fipo.weights.conversion import to_megatron
 from tests.distributed import run_ranks
-from tests.weights.models import SMALL_MODELS, write_model
+from tests.weights.models import MOE_MODELS, SMALL_MODELS, write_model
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = {
+LAYOUTS: dict[int, list[tuple[int | None, ...]]] = {
     4: [
         (1, 1, None),
         (2, 1, None),
@@ -47,32 +47,71 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {model.name: write_model(model, directory) for model in SMALL_MODELS}
 
 
+EXPERT_LAYOUTS: list[tuple[int | None, ...]] = [(1, 1, None, 2, 1), (2, 1, None, 2, 2), (2, 2, 2, 2, 1)]
+"""With the experts' two sizes too, of four ranks."""
+MORE_EXPERT_LAYOUTS: list[tuple[int | None, ...]] = [
+    (1, 1, None),
+    (2, 1, None, 2, 1),
+    (2, 1, None, 1, 2),
+    (2, 1, None, 1, 1),
+    (1, 2, None, 2, 1),
+]
+
+
+ONE_OF_EACH_MOE = ("qwen3-moe-dense-between", "qwen2-moe", "mixtral-tied")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "names"),
+    [
+        (EXPERT_LAYOUTS, ONE_OF_EACH_MOE),
+        pytest.param(
+            EXPERT_LAYOUTS + MORE_EXPERT_LAYOUTS, [model.name for model in MOE_MODELS], marks=pytest.mark.matrix
+        ),
+    ],
+    ids=["experts", "more experts"],
+)
+def test_experts_go_there_and_back_over_expert_parallel_ranks(
+    tmp_path: Path, layouts: list[tuple[int | None, ...]], names: Sequence[str]
+) -> None:
+    """Each expert is on one expert-parallel rank, whole or cut; the logits are transformers'."""
+    models = [model for model in MOE_MODELS if model.name in names]
+    model_dirs = {model.name: write_model(model, tmp_path / "models") for model in models}
+    _go_there_and_back(model_dirs, tmp_path, 4, layouts)
+
+
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_round_trip_is_exact_and_logits_are_those_of_transformers(
     model_dirs: dict[str, Path], tmp_path: Path, ranks: int
 ) -> None:
     model_dirs = {name: path for name, path in model_dirs.items() if ranks == 4 or name in ONE_OF_EACH}
+    _go_there_and_back(model_dirs, tmp_path, ranks, LAYOUTS[ranks])
+
+
+def _go_there_and_back(
+    model_dirs: dict[str, Path], tmp_path: Path, ranks: int, layouts: list[tuple[int | None, ...]]
+) -> None:
     checkpoints = {name: str(tmp_path / "checkpoints" / name) for name in model_dirs}
     (tmp_path / "checkpoints").mkdir()
     for name, model_dir in model_dirs.items():
         to_megatron(model_dir, Path(checkpoints[name]))
     arguments: dict[str, Any] = {
         "model_dirs": list(map(str, model_dirs.values())),
-        "layouts": LAYOUTS[ranks],
+        "layouts": layouts,
         "target": str(tmp_path),
     }
     arguments["checkpoints"] = checkpoints
     by_rank = run_ranks("tests.weights.ranks:round_trips", ranks, arguments, timeout=300)
     runs = by_rank[0]
     # Two key-value groups do not go on four ranks; all else runs.
-    assert len(runs) == len(LAYOUTS[ranks]) * len(model_dirs) - ("llama-two-groups" in model_dirs)
+    assert len(runs) == len(layouts) * len(model_dirs) - ("llama-two-groups" in model_dirs)
     for run in runs:
         seen = [rank[run] for rank in by_rank]
         assert all(rank["planned"] and rank["announced"] for rank in seen), run
         assert not any(rank["unlike checkpoint"] for rank in seen), run
         errors = [rank["logits"] for rank in seen if rank["logits"] is not None]
         assert errors and max(errors) < (0.5 if "bfloat16" in run else 1e-4), run
-        source = model_dirs[next(name for name in model_dirs if run.startswith(name + "-"))]
+        source = model_dirs[max((name for name in model_dirs if run.startswith(name + "-")), key=len)]
         assert_same_tensors(source, tmp_path / run)
 
 

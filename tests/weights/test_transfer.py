@@ -33,7 +33,7 @@ from megatron_fipo.weights.buckets import Bucket
 from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import WeightPublisher
 from megatron_fipo.weights.transport_records import BucketHeader
-from megatron_fipo.weights.transports import SharedMemoryTransport, make_transport
+from megatron_fipo.weights.transports import SharedMemoryTransport, WeightTransport, make_transport
 from megatron_fipo.weights.update_records import Published
 from tests.rollout.engines import (
     CACHED_PROMPT,
@@ -75,12 +75,14 @@ class Trainer:
         host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stores: list[Store] = [host]
         stores += [TCPStore("127.0.0.1", host.port, timeout=timedelta(seconds=30)) for _ in range(4)]
+        transports: list[dict[int, WeightTransport | None]]
+        first, second = make_transport(config, 0, self.run_dir), make_transport(config, 1, self.run_dir)
+        transports = [{0: first}, {0: None}, {1: second}, {1: None}, {}]
         self.ranks = [
             WeightPublisher(
-                make_transport(config, rank // 2, self.run_dir) if rank in (0, 2) else None,
+                transports[rank],
                 self.client.control if rank == 0 else None,
                 store,
-                number=rank // 2,
                 senders=Senders(2),
                 timeout_s=config.update_timeout_s,
                 begin_timeout_s=30.0,
@@ -127,16 +129,16 @@ class Trainer:
         parts = [named[:middle], named[:middle], change(named[middle:]), named[middle:]]
         self.gathered = dict.fromkeys(range(4), 0)
 
-        def weights(rank: int) -> WholeWeights | None:
+        def weights(rank: int) -> dict[int, WholeWeights]:
             if rank == 4:
-                return None
+                return {}
 
             def count(index: int) -> None:
                 if rank == 2:
                     before(index)
                 self.gathered[rank] += 1
 
-            return WholeWeights(parts[rank], BUCKET_BYTES, count)
+            return {rank // 2: WholeWeights(parts[rank], BUCKET_BYTES, count)}
 
         published = self.everywhere(lambda rank: rank.publish(weights(self.ranks.index(rank)), version))
         assert all(each == published[0] for each in published)
@@ -227,7 +229,7 @@ def test_after_an_update_the_engine_is_the_new_model(trainers: dict[str, Trainer
     stats = trainer.publish(old, version=0)
     assert stats.checked == stats.tensors, "version 0 is a multiple of CHECKSUM_EVERY"
     assert trainer.error_against(old, version=0) < 1e-4
-    for sender in (trainer.ranks[0]._transport, trainer.ranks[2]._transport):
+    for sender in (trainer.ranks[0]._transports[0], trainer.ranks[2]._transports[1]):
         assert not isinstance(sender, SharedMemoryTransport) or not list(sender._directory.iterdir())
 
 
@@ -250,7 +252,7 @@ def test_a_bit_flipped_on_the_way_is_named_and_the_next_update_repairs_it(
     trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainers["shared_memory"]
-    sender = trainer.ranks[2]._transport
+    sender = trainer.ranks[2]._transports[1]
     assert sender is not None
     sends: list[str] = []
     send = sender.send

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
 from megatron_fipo.models.parameters import parameters
-from megatron_fipo.weights.transfer_plan import TransferPlan, cut_by_size, plan_transfers, transfer_plan
-from tests.config.published import GEMMA_7B, LLAMA_31_8B, QWEN25_32B
+from megatron_fipo.weights.transfer_plan import TransferPlan, cut_by_size, expert_owner, plan_transfers, transfer_plan
+from tests.config.published import GEMMA_7B, LLAMA_31_8B, QWEN3_30B_A3B, QWEN25_32B
 
 BUCKET_BYTES = 512 << 20
 
@@ -60,6 +60,23 @@ def test_every_tensor_is_sent_once_in_buckets_of_bounded_size(
         tuple(range(12 * stage, 12 * stage + 4)) for stage in range(pipeline)
     ]
     assert plan == transfer_plan(read(tmp_path, config | {"num_hidden_layers": 8}), **layout, bucket_bytes=BUCKET_BYTES)
+
+
+def test_each_expert_leaves_its_owner_and_stays_with_one_worker_of_a_server(tmp_path: Path) -> None:
+    """EP 4 on the trainer's side. On the engines' side whole experts or parts of each: as many bytes either way."""
+    model_config = read(tmp_path, QWEN3_30B_A3B | {"num_hidden_layers": 2})
+    plan = transfer_plan(model_config, tensor_parallel_size=2, replicas=2, expert_parallel_size=4)
+    cut = plan_transfers(plan, servers=2, server_tensor_parallel_size=2)
+    dealt = plan_transfers(plan, servers=2, server_tensor_parallel_size=2, server_experts=128)
+    expert = "model.layers.1.mlp.experts.{}.up_proj.weight"
+    by_name = {transfer.name: transfer for transfer in dealt}
+    assert [by_name[expert.format(number)].sources for number in (0, 31, 32, 127)] == [(0,), (0,), (1,), (3,)]
+    assert by_name[expert.format(63)].keepers == ("0.0", "1.0") and by_name[expert.format(64)].keepers == ("0.1", "1.1")
+    assert by_name["model.layers.1.mlp.gate.weight"].keepers == ("0.0", "0.1", "1.0", "1.1")
+    for worker in ("0.0", "1.1"):
+        needed = [sum(transfer.needed for transfer in sent if worker in transfer.keepers) for sent in (cut, dealt)]
+        assert needed[0] == needed[1] < sum(transfer.nbytes for transfer in dealt) * 0.51
+    assert [expert_owner(number, 5, 2) for number in range(5)] == [0, 0, 0, 1, 1], "as vLLM deals them"
 
 
 def test_what_is_printed_is_the_plan(tmp_path: Path) -> None:

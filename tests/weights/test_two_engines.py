@@ -46,10 +46,9 @@ def _publisher(
     pool: EnginePool, run_dir: Path, places: tuple[WorkerPlace, ...] | None = None, shared_gpu: SharedGpu | None = None
 ) -> WeightPublisher:
     return WeightPublisher(
-        make_transport(pool.config, 0, run_dir),
+        {0: make_transport(pool.config, 0, run_dir)},
         EngineControl(pool),
         HashStore(),
-        number=0,
         senders=Senders(1 if places is None else len(places), places),
         timeout_s=60.0,
         begin_timeout_s=60.0,
@@ -66,7 +65,7 @@ class Engines:
     publisher: WeightPublisher
 
     def publish(self, version: int, **changes: Any) -> None:
-        self.publisher.publish(WholeWeights(list(self.model.state_dict().items()), **changes), version)
+        self.publisher.publish({0: WholeWeights(list(self.model.state_dict().items()), **changes)}, version)
 
     def differences(self) -> dict[str, float]:
         """The probe's, by the server's address; the model is transformers' own."""
@@ -107,7 +106,7 @@ def test_the_engine_with_a_changed_tensor_is_named(
     other.wait_ready()
     publisher = _publisher(other, tmp_path)
     state = {name: tensor * 1.2 if name == CHANGED else tensor for name, tensor in engines.model.state_dict().items()}
-    publisher.publish(WholeWeights(list(state.items())), version=1)
+    publisher.publish({0: WholeWeights(list(state.items()))}, version=1)
     found = engines.differences()
     assert beyond(found, LIMIT) == [wrong.url]
     assert found[right.url] < 1e-4
@@ -183,17 +182,17 @@ def test_a_trainer_that_shares_its_gpus_comes_and_leaves_while_engines_wait(engi
     pool.admit()
     turns, here = Turns(engines), WorkerPlace(socket.gethostname())
     publisher = _publisher(pool, tmp_path, (here, WorkerPlace("elsewhere")), turns)
-    tensors = WholeWeights(list(engines.model.state_dict().items()))
-    publisher.publish(tensors, version=7)
+    weights = {0: WholeWeights(list(engines.model.state_dict().items()))}
+    publisher.publish(weights, version=7)
     assert turns.seen == [("come", 2, 3), ("leave", 2, 7)]
     found = engines.differences()
     assert len(found) == 2 and max(found.values()) < 1e-4
 
     publisher = _publisher(pool, tmp_path, (here,), Turns(engines, fails=True))
-    with pytest.raises(RolloutError, match="weight update 8: sender 0: RuntimeError: no memory"):
-        publisher.publish(tensors, version=8)
+    with pytest.raises(RolloutError, match="weight update 8: rank 0: RuntimeError: no memory"):
+        publisher.publish(weights, version=8)
     assert not pool.serving, "half of the turn: nobody samples"
 
     publisher = _publisher(pool, tmp_path, (WorkerPlace("elsewhere"),))
     with pytest.raises(RolloutError, match="no process of the trainer is where an engine worker is"):
-        publisher.publish(tensors, version=9)
+        publisher.publish(weights, version=9)

@@ -35,8 +35,8 @@ class WholeWeights:
 
 
 def stage_tensors(chunks: Sequence[Any], model_config: Any, bucket_bytes: int = 40_000) -> dict[str, Tensor]:
-    """This pipeline stage's tensors, whole. Every rank of a tensor-parallel group calls this together."""
+    """This pipeline stage's tensors, whole, of experts this rank's. Its tensor-parallel groups call this together."""
     from megatron_fipo.weights.gather import HeldWeights
 
     weights = HeldWeights(chunks, model_config, bucket_bytes)
-    return dict(pair for index in range(weights.buckets) for pair in weights.gather(index).tensors)
+    return dict(pair for part in weights.parts for index in range(part.buckets) for pair in part.gather(index).tensors)

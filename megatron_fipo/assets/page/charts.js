@@ -12,7 +12,7 @@ const charts = (() => {
   const drawn = new Map(); // plot element -> chart
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-  const series = (index) => colour(`series-${(index % 8) + 1}`);
+  const series = (index) => colour(`series-${(index % 9) + 1}`);
   const translucent = (hex) => `${hex}33`;
 
   function traces(chart) {
@@ -46,7 +46,7 @@ const charts = (() => {
     const axis = { gridcolor: grid, linecolor: line, zerolinecolor: line, tickfont: { size: 12, color: quiet }, automargin: true };
     const title = (words) => ({ text: words, font: { size: 12, color: quiet }, standoff: 8 });
     const nothing = chart.percent && chart.lines.every((line) => line.y.every((value) => !value));
-    const several = !timeline && chart.lines.length > 1;
+    const several = chart.lines.length > 1;
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: text },
       paper_bgcolor: card,

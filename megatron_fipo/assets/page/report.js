@@ -134,7 +134,7 @@ const report = (() => {
       const own = latest.filter(([name]) => name === phase);
       return {
         name: phase,
-        colour: page.phases.indexOf(phase) + 7, // those of the seconds by phase, which have no start
+        colour: page.phases.indexOf(phase) + 8, // of nine: those of the seconds by phase, which have no start
         y: own.map(() => phase),
         base: own.map(([, at]) => (at - start) / size),
         x: own.map(([, , seconds]) => seconds / size),

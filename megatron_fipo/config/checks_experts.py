@@ -1,0 +1,74 @@
+"""Checks of how the experts of a model are laid out over processes. Imports no torch."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from megatron_fipo.config import Config
+from megatron_fipo.errors import ConfigError
+from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.models.parameters import check_expert_parallel
+
+
+def experts(config: Config) -> Iterator[str]:
+    """Raise ConfigError for a dispatcher that cannot serve the layout."""
+    parallel = config.parallel
+    size = parallel.expert * parallel.expert_tensor
+    if parallel.expert_dispatcher == "allgather":
+        replica = parallel.tensor * parallel.context
+        if parallel.pipeline > 1 or replica % size:
+            raise ConfigError(
+                "parallel.expert_dispatcher",
+                "allgather needs micro-batches of one length, which only the ranks of one replica without a pipeline"
+                f" have, and expert × expert_tensor is {size}, tensor × context {replica}, pipeline"
+                f" {parallel.pipeline}",
+                "parallel.expert_dispatcher=alltoall",
+            )
+    rollout = config.rollout
+    if rollout.expert_parallel and rollout.tensor_parallel == 1:
+        problem = "deals experts to the ranks of a server, and rollout.tensor_parallel is 1"
+        raise ConfigError("rollout.expert_parallel", problem, "false, or a larger rollout.tensor_parallel")
+    if parallel.expert_dispatcher == "flex" and size == 1:
+        problem = "flex sends between ranks, and every expert is whole on each"
+        raise ConfigError("parallel.expert_dispatcher", problem, "parallel.expert=2 or more, or alltoall")
+    yield from ()
+
+
+def check_expert_ranks(config: Config, data: int) -> None:
+    """Raise ConfigError if the experts' layout does not divide the ranks of a pipeline stage.
+
+    Args:
+        data: data-parallel size.
+    """
+    parallel = config.parallel
+    stage, size = parallel.tensor * parallel.context * data, parallel.expert * parallel.expert_tensor
+    if stage % size:
+        raise ConfigError(
+            "parallel.expert",
+            f"expert {parallel.expert} × expert_tensor {parallel.expert_tensor} is {size}, which does not divide the "
+            f"{stage} ranks of a pipeline stage, tensor × context × data",
+            "a divisor of them",
+        )
+
+
+def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
+    """Raise ConfigError if the model's experts cannot be laid out as configured."""
+    parallel = config.parallel
+    check_expert_parallel(model_config, parallel.expert, parallel.expert_tensor)
+    if model_config.experts is None and config.rollout.expert_parallel:
+        raise ConfigError("rollout.expert_parallel", "the model has no experts", "rollout.expert_parallel=false")
+    if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            "parallel.sequence",
+            "is false, and experts of a model over tensor-parallel ranks need it: all would dispatch each token",
+            "parallel.sequence=true",
+        )
+
+
+def check_experts_here(config: Config, has_cuda: bool) -> None:
+    """Raise ConfigError if this machine lacks what the dispatcher runs on, or its servers cannot deal experts."""
+    if config.rollout.expert_parallel and config.rollout.servers and not has_cuda:
+        problem = "vLLM's CPU kernels take every rank of a server to have all experts, and would compute nonsense"
+        raise ConfigError("rollout.expert_parallel", problem, "rollout.expert_parallel=false without a GPU")
+    if config.parallel.expert_dispatcher == "flex" and not (has_cuda and find_spec("deep_ep")):
+        lacking = "DeepEP (the package deep_ep)" if has_cuda else "CUDA"
+        raise ConfigError("parallel.expert_dispatcher", f"flex needs {lacking}", "parallel.expert_dispatcher=alltoall")
