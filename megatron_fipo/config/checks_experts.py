@@ -10,7 +10,14 @@ from megatron_fipo.models.parameters import check_expert_parallel
 
 
 def experts(config: Config) -> Iterator[str]:
-    """Raise ConfigError for a dispatcher that cannot serve the layout."""
+    """Raise ConfigError for a dispatcher that cannot serve the layout, or servers of one rank that deal experts."""
+    check_dispatcher(config)
+    _check_ranks_of_server(config)
+    yield from ()
+
+
+def check_dispatcher(config: Config) -> None:
+    """Raise ConfigError for a dispatcher that cannot serve the layout or the precision."""
     parallel = config.parallel
     size = parallel.expert * parallel.expert_tensor
     if parallel.expert_dispatcher == "allgather":
@@ -23,14 +30,12 @@ def experts(config: Config) -> Iterator[str]:
                 f" {parallel.pipeline}",
                 "parallel.expert_dispatcher=alltoall",
             )
-    rollout = config.rollout
-    if rollout.expert_parallel and rollout.tensor_parallel == 1:
-        problem = "deals experts to the ranks of a server, and rollout.tensor_parallel is 1"
-        raise ConfigError("rollout.expert_parallel", problem, "false, or a larger rollout.tensor_parallel")
+        if config.model.fp8 != "off":
+            problem = f"allgather cannot pad the tokens of an expert, which model.fp8={config.model.fp8} needs"
+            raise ConfigError("parallel.expert_dispatcher", problem, "parallel.expert_dispatcher=alltoall")
     if parallel.expert_dispatcher == "flex" and size == 1:
         problem = "flex sends between ranks, and every expert is whole on each"
         raise ConfigError("parallel.expert_dispatcher", problem, "parallel.expert=2 or more, or alltoall")
-    yield from ()
 
 
 def check_expert_ranks(config: Config, data: int) -> None:
@@ -54,8 +59,6 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError if the model's experts cannot be laid out as configured."""
     parallel = config.parallel
     check_expert_parallel(model_config, parallel.expert, parallel.expert_tensor)
-    if model_config.experts is None and config.rollout.expert_parallel:
-        raise ConfigError("rollout.expert_parallel", "the model has no experts", "rollout.expert_parallel=false")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             "parallel.sequence",
@@ -64,11 +67,37 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
         )
 
 
-def check_experts_here(config: Config, has_cuda: bool) -> None:
-    """Raise ConfigError if this machine lacks what the dispatcher runs on, or its servers cannot deal experts."""
-    if config.rollout.expert_parallel and config.rollout.servers and not has_cuda:
+def check_servers_experts(config: Config, model_config: ModelConfig, has_cuda: bool) -> None:
+    """Raise ConfigError if servers cannot run the model's experts as configured. `has_cuda`: where they run."""
+    rollout, found = config.rollout, model_config.experts
+    _check_ranks_of_server(config)
+    if found is None:
+        if rollout.expert_parallel:
+            raise ConfigError("rollout.expert_parallel", "the model has no experts", "rollout.expert_parallel=false")
+        return
+    if rollout.expert_parallel and rollout.servers and not has_cuda:
         problem = "vLLM's CPU kernels take every rank of a server to have all experts, and would compute nonsense"
         raise ConfigError("rollout.expert_parallel", problem, "rollout.expert_parallel=false without a GPU")
+    if rollout.quantization is not None and rollout.servers and not has_cuda:
+        problem = f"{rollout.quantization} of a model with experts needs CUDA, and this machine has no CUDA driver"
+        raise ConfigError("rollout.quantization", problem, "rollout.quantization=null")
+    size, width = rollout.tensor_parallel, found.ffn_hidden_size
+    if size > found.number:
+        problem = f"{size} is more than the model's {found.number} experts, which vLLM refuses"
+        raise ConfigError("rollout.tensor_parallel", problem, f"at most {found.number}")
+    if not rollout.expert_parallel and width % size:
+        problem = f"{size} does not divide the {width} rows of an expert"
+        raise ConfigError("rollout.tensor_parallel", problem, "a divisor, or rollout.expert_parallel=true")
+
+
+def _check_ranks_of_server(config: Config) -> None:
+    if config.rollout.expert_parallel and config.rollout.tensor_parallel == 1:
+        problem = "deals experts to the ranks of a server, and rollout.tensor_parallel is 1"
+        raise ConfigError("rollout.expert_parallel", problem, "false, or a larger rollout.tensor_parallel")
+
+
+def check_dispatcher_here(config: Config, has_cuda: bool) -> None:
+    """Raise ConfigError if this machine lacks what the dispatcher runs on."""
     if config.parallel.expert_dispatcher == "flex" and not (has_cuda and find_spec("deep_ep")):
         lacking = "DeepEP (the package deep_ep)" if has_cuda else "CUDA"
         raise ConfigError("parallel.expert_dispatcher", f"flex needs {lacking}", "parallel.expert_dispatcher=alltoall")

@@ -7,7 +7,11 @@ from pathlib import Path
 
 from megatron_fipo.config import Config
 from megatron_fipo.config.checks_environment import check_environment_here
-from megatron_fipo.config.checks_experts import check_experts_here, check_experts_of_model
+from megatron_fipo.config.checks_experts import (
+    check_dispatcher_here,
+    check_experts_of_model,
+    check_servers_experts,
+)
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
 from megatron_fipo.config.data_files import NotFound, files_of
@@ -31,7 +35,8 @@ def check_here(config: Config, *, on_login_node: bool = False) -> list[str]:
     _check_token(config)
     if not on_login_node:
         _check_gpu(config)
-    _check_model(config)
+        check_dispatcher_here(config, has_cuda_driver())
+    _check_model(config, has_cuda=on_login_node or has_cuda_driver())
     warnings = check_machine(config)
     _check_loss(config)
     return warnings
@@ -47,7 +52,7 @@ def check_here_to_sample(config: Config, model_dir: Path) -> None:
     check_environment_here(config.environment)
     _check_token(config)
     _check_gpu(config)
-    _check_servers_layout(config, read_architecture(model_dir))
+    _check_servers_layout(config, read_architecture(model_dir), has_cuda_driver())
 
 
 @contextmanager
@@ -112,7 +117,7 @@ def _check_loss(config: Config) -> None:
         check_call(function, 2, algorithm.loss_options, algorithm.loss, "algorithm.loss")
 
 
-def _check_model(config: Config) -> None:
+def _check_model(config: Config, has_cuda: bool) -> None:
     path = config.model.path
     if not path:
         raise ConfigError("model.path", "is empty", how_to_get(path, config.model.fetch_command))
@@ -120,13 +125,12 @@ def _check_model(config: Config) -> None:
     if not os.path.isfile(directory / "config.json"):
         problem = f"{path} holds no config.json" if os.path.isdir(directory) else f"there is no directory {path}"
         raise ConfigError("model.path", problem, how_to_get(path, config.model.fetch_command))
-    _check_layout(config, read_architecture(directory))
+    _check_layout(config, read_architecture(directory), has_cuda)
 
 
-def _check_layout(config: Config, model_config: ModelConfig) -> None:
-    _check_servers_layout(config, model_config)
+def _check_layout(config: Config, model_config: ModelConfig, has_cuda: bool) -> None:
+    _check_servers_layout(config, model_config, has_cuda)
     check_experts_of_model(config, model_config)
-    check_experts_here(config, has_cuda_driver())
     parallel = config.parallel
     heads, groups, layers = model_config.num_attention_heads, model_config.num_query_groups, model_config.num_layers
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
@@ -143,8 +147,9 @@ def _check_layout(config: Config, model_config: ModelConfig) -> None:
             )
 
 
-def _check_servers_layout(config: Config, model_config: ModelConfig) -> None:
-    """Check the servers' part: attention heads per GPU, and the length of prompts and responses."""
+def _check_servers_layout(config: Config, model_config: ModelConfig, has_cuda: bool) -> None:
+    """Check the servers' part: experts, attention heads per GPU, and the length of prompts and responses."""
+    check_servers_experts(config, model_config, has_cuda)
     heads, size = model_config.num_attention_heads, config.rollout.tensor_parallel
     if heads % size:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

@@ -53,7 +53,9 @@ def server_arguments(
         f"--load-format={'dummy' if is_checkpoint(model_dir) else 'safetensors'}",
     ]
     if config.quantization is not None:
-        arguments.append(f"--quantization={config.quantization}")
+        # A router's choice would change by its own rounding. vLLM leaves the routers of some models out by itself.
+        routers = {"ignore": [r"re:.*mlp\.gate$"]}
+        arguments += [f"--quantization={config.quantization}", f"--quantization-config={json.dumps(routers)}"]
     if gpus():
         arguments.append(f"--gpu-memory-utilization={config.gpu_memory_utilization}")
         if config.shared_gpu:

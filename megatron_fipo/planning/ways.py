@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_fipo.config import Config, every_setting
 from megatron_fipo.sizing.estimate import in_turns
+from megatron_fipo.sizing.placement import deals_experts
 
 SYNCHRONOUS, COLOCATED, ASYNCHRONOUS = "synchronous split", "colocated", "asynchronous, k = 1"
 WAYS = (SYNCHRONOUS, COLOCATED, ASYNCHRONOUS)
@@ -52,6 +53,7 @@ def placed(config: Config, way: str, trainer_nodes: int, tensor_parallel: int) -
     cluster.trainer_nodes, cluster.rollout_nodes = trainer_nodes, nodes - trainer_nodes
     changed.parallel.data = None
     rollout.servers, rollout.addresses, rollout.tensor_parallel = 0, [], tensor_parallel
+    rollout.expert_parallel = deals_experts(config, tensor_parallel)
     return changed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import Config
-from megatron_fipo.config.checks_experts import check_expert_ranks, check_experts_of_model
+from megatron_fipo.config.checks_experts import check_dispatcher, check_expert_ranks, check_experts_of_model
 from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
 from megatron_fipo.errors import ConfigError
@@ -105,6 +105,7 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
         )
     check_placement(config, world_size)
     data = world_size // replica
+    check_dispatcher(config)
     check_expert_ranks(config, data)
     check_experts_of_model(config, model_config)
     stages = stage_memory(config, model_config, data)

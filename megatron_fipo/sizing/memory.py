@@ -262,6 +262,7 @@ def _refit_bytes(config: Config, model_config: ModelConfig) -> int:
     bucket = max(config.rollout.bucket_mib << 20, largest_bytes)
     tensor = max(config.parallel.tensor, config.parallel.expert_tensor)
     shards = bucket + bucket // tensor if tensor > 1 else 0  # all ranks', and this rank's packed
-    # On shared GPUs every rank has the whole bucket, which goes from stage to stage packed.
-    across = bucket if config.rollout.shared_gpu and config.parallel.pipeline > 1 else 0
+    # On shared GPUs every rank has the whole bucket, which goes from stage to stage and from expert to expert packed.
+    ways = max(config.parallel.pipeline, config.parallel.expert)
+    across = bucket if config.rollout.shared_gpu and ways > 1 else 0
     return 2 * bucket + shards + across

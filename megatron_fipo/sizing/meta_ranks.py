@@ -50,6 +50,7 @@ def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> 
     platform.install()
     config = copy.deepcopy(config)
     config.model.layers, config.model.fp8 = "local", "off"
+    config.parallel.expert_dispatcher = "alltoall"  # it has no parameters, and flex needs a GPU
     ranks_of_stage = world_size // config.parallel.pipeline
     parallel, stages = config.parallel, []
     for stage in range(parallel.pipeline):

@@ -149,7 +149,7 @@ def on_one_node(config: Config, tensor_parallel: int) -> Config:
     changed.parallel.data = None
     rollout = changed.rollout
     rollout.shared_gpu, rollout.weight_transfer, rollout.addresses = True, "shared_memory", []
-    rollout.tensor_parallel = tensor_parallel
+    rollout.tensor_parallel, rollout.expert_parallel = tensor_parallel, deals_experts(config, tensor_parallel)
     rollout.servers = config.cluster.gpus_per_node // tensor_parallel
     return changed
 
@@ -163,7 +163,13 @@ def on_all_nodes(config: Config, tensor_parallel: int) -> Config:
     cluster.trainer_nodes, cluster.rollout_nodes = cluster.trainer_nodes + cluster.rollout_nodes, 0
     rollout.shared_gpu, rollout.weight_transfer = True, "cuda_ipc"
     rollout.servers, rollout.addresses, rollout.tensor_parallel = 0, [], tensor_parallel
+    rollout.expert_parallel = deals_experts(config, tensor_parallel)
     return changed
+
+
+def deals_experts(config: Config, tensor_parallel: int) -> bool:
+    """Return whether servers of so many GPUs deal experts: as configured, where there is more than one GPU."""
+    return config.rollout.expert_parallel and tensor_parallel > 1
 
 
 def has_room_to_sample(config: Config, model_config: ModelConfig) -> bool:

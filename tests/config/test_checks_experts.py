@@ -9,12 +9,14 @@ import pytest
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.checks import check
-from megatron_fipo.config.checks_experts import check_experts_here, check_experts_of_model
+from megatron_fipo.config.checks_experts import check_dispatcher, check_servers_experts
+from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.engines.server_options import server_arguments
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import read_architecture
 
+TINY_MOE = read_architecture(resolve_embedded("embedded:tiny_moe"))
 DEALT = ["experiment=tiny_moe", "rollout.expert_parallel=true"]
 
 
@@ -25,17 +27,48 @@ def test_one_rank_has_nobody_to_deal_experts_to() -> None:
 
 def test_a_dense_model_has_no_experts_to_deal() -> None:
     config = load_config([*DEALT, "rollout.tensor_parallel=2"])
-    check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny_moe")))
+    check_servers_experts(config, TINY_MOE, has_cuda=True)
     with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: the model has no experts"):
-        config.parallel.expert = 1
-        check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny")))
+        check_servers_experts(config, read_architecture(resolve_embedded("embedded:tiny")), has_cuda=True)
 
 
 def test_cpu_servers_do_not_deal_experts() -> None:
     config = load_config([*DEALT, "rollout.tensor_parallel=2"])
     with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: .*without a GPU"):
-        check_experts_here(config, has_cuda=False)
-    check_experts_here(config, has_cuda=True)
+        check_servers_experts(config, TINY_MOE, has_cuda=False)
+    check_servers_experts(config, TINY_MOE, has_cuda=True)
+
+
+def test_servers_run_experts_whole_or_cut_evenly() -> None:
+    config = load_config([*DEALT[:1], "rollout.quantization=fp8_per_channel"])
+    with pytest.raises(ConfigError, match=r"^rollout.quantization: fp8_per_channel of a model with experts needs CUDA"):
+        check_servers_experts(config, TINY_MOE, has_cuda=False)
+    check_servers_experts(config, TINY_MOE, has_cuda=True)
+    for size, problem in (
+        (7, "7 does not divide the .* rows of an expert"),
+        (16, "16 is more than the model's 8 experts"),
+    ):
+        config.rollout.tensor_parallel = size
+        with pytest.raises(ConfigError, match=rf"^rollout.tensor_parallel: {problem}"):
+            check_servers_experts(config, TINY_MOE, has_cuda=True)
+
+
+def test_an_evaluation_is_checked_too() -> None:
+    config = load_config([*DEALT, "rollout.tensor_parallel=2"])
+    with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: .*without a GPU"):
+        check_here_to_sample(config, resolve_embedded("embedded:tiny_moe"))
+
+
+def test_fp8_needs_a_dispatcher_that_pads() -> None:
+    words = ["experiment=tiny_moe", "parallel.pipeline=1", "parallel.expert=1", "parallel.expert_dispatcher=allgather"]
+    check_dispatcher(load_config(words))
+    with pytest.raises(ConfigError, match=r"^parallel.expert_dispatcher: allgather cannot pad"):
+        check_dispatcher(load_config([*words, "model.fp8=blockwise"]))
+
+
+def test_routers_are_not_quantised() -> None:
+    rollout = load_config(["experiment=tiny_moe", "rollout.quantization=fp8_per_channel"]).rollout
+    assert r'--quantization-config={"ignore": ["re:.*mlp\\.gate$"]}' in server_arguments(rollout, Path("model"), seed=0)
 
 
 def test_servers_are_told() -> None:
