@@ -61,8 +61,8 @@ def check_server_memory(config: Config, model_config: ModelConfig) -> None:
     enough = 2 ** math.ceil(math.log2(weights / share + 1e-9))
     raise ConfigError(
         "rollout.tensor_parallel",
-        f"{rollout.tensor_parallel} leaves {weights / rollout.tensor_parallel / GIB:.1f} GiB of weights on each GPU of a "
-        f"server, and rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} of {hardware.memory_gib:g} GiB "
+        f"{rollout.tensor_parallel} leaves {weights / rollout.tensor_parallel / GIB:.1f} GiB of weights on each GPU of "
+        f"a server, and rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} of {hardware.memory_gib:g} GiB "
         "does not hold them",
         f"rollout.tensor_parallel={enough} or more, or a larger share",
     )
