@@ -62,8 +62,8 @@ def check_server_memory(config: Config, model_config: ModelConfig) -> None:
     raise ConfigError(
         "rollout.tensor_parallel",
         f"{rollout.tensor_parallel} leaves {weights / rollout.tensor_parallel / GIB:.1f} GiB of weights on each GPU of "
-        f"a server, and rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} of {hardware.memory_gib:g} GiB "
-        "does not hold them",
+        f"a server, and rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} of "
+        f"{hardware.memory_gib:g} GiB does not hold them",
         f"rollout.tensor_parallel={enough} or more, or a larger share",
     )
 
