@@ -187,7 +187,18 @@ class CheckpointConfig:
 class TrackingConfig:
     """What the run writes in addition to metrics.jsonl and summary.json."""
 
-    tensorboard: bool = setting(True, "Write TensorBoard event files.")
+    to: list[str] = setting(
+        ["tensorboard"],
+        "Where the numbers of metrics.jsonl and validation.jsonl go too. tensorboard: event files in the run's "
+        "directory; wandb: Weights & Biases; mlflow: the server of MLFLOW_TRACKING_URI, or files in the run's "
+        "directory; trackio: its database on this machine, or a Space of the hub. []: nowhere. A tracker that fails "
+        "never stops the run (docs/report.md).",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+    )
+    project: str = setting("megatron_fipo", "Project of wandb and trackio, experiment of mlflow.")
+    offline: bool = setting(
+        False, "With wandb: upload nothing. `wandb sync` does so later, from wandb/ in the run's directory."
+    )
     samples_per_step: int = setting(
         8,
         "Number of rollouts per step that are written as readable text, with their rewards.",
