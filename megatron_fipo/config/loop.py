@@ -199,6 +199,18 @@ class TrackingConfig:
     offline: bool = setting(
         False, "With wandb: upload nothing. `wandb sync` does so later, from wandb/ in the run's directory."
     )
+    reflection_markers: list[str] = setting(
+        [r"\bwait\b", r"\bhmm\b", r"let me think", r"on second thought"],
+        "Patterns of a response that reflects, as regular expressions without groups and without repeats other than ?, "
+        "so that they take linear time; letters of either case. Each step says the share of responses with one.",
+    )
+    verification_markers: list[str] = setting(
+        [r"\bcheck\b", r"\bverify", r"let's confirm", r"double-check", r"\bcheck:"], "Likewise: it checks itself."
+    )
+    backtracking_markers: list[str] = setting(
+        [r"that's wrong", r"try another", r"start over", r"go back", r"\bmistake\b", r"\bactually,"],
+        "Likewise: it gives up a way and tries another one.",
+    )
     samples_per_step: int = setting(
         8,
         "Number of rollouts per step that are written as readable text, with their rewards.",
