@@ -134,6 +134,11 @@ setup(
             "transformer-engine[core-cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
             "transformer-engine[core-cu13,pytorch]>=2.20,<2.21; python_version >= '3.12'",
         ],
+        # Trackers, for tracking.to. The last two do not go with all versions of constraints.txt: mlflow-skinny wants an
+        # older cachetools, trackio an older pillow. Install them without that file.
+        "wandb": ["wandb>=0.21"],
+        "mlflow": ["mlflow-skinny>=2.14"],
+        "trackio": ["trackio>=0.5"],
         # accelerate and gguf: tools/make_smollm2.py. mbridge: the independent weight mapping that tests compare with.
         # ipykernel, nbclient and nbformat: the notebook of the documentation, which a test runs.
         "dev": [
@@ -155,6 +160,8 @@ setup(
             "ruff",
             # Drives a Chromium that looks at report.html.
             "selenium",
+            # What the tests of trackers log to, offline: 20 MB.
+            "wandb>=0.21",
         ],
     },
 )

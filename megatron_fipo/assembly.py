@@ -35,6 +35,7 @@ from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.metrics import MetricsWriter
 from megatron_fipo.tracking.report import Report
 from megatron_fipo.tracking.run_files import write_environment
+from megatron_fipo.tracking.trackers.opening import open_trackers
 from megatron_fipo.trainer import STOP_FILE, RunProgress, Trainer
 from megatron_fipo.weights.mailbox import trainer_store
 from megatron_fipo.weights.ranks import answer_of_rank_0, only_rank_0
@@ -143,7 +144,8 @@ def _open_leader(
     for warning in keep_settings(config, place.directory, place.step, place.taken.start):
         console.warn(warning)
     write_environment(place.directory, world_size=torch.distributed.get_world_size())
-    metrics = MetricsWriter(place.directory, config.tracking, place.step)
+    trackers = open_trackers(place.directory, config, place.step, console.warn)
+    metrics = MetricsWriter(place.directory, trackers, place.step)
     stack.callback(metrics.close)
     report = stack.enter_context(Report(place.directory, config, console.warn))
     # Nothing is lost by it where sampling and training overlap; else the step that is being sampled is finished.

@@ -24,7 +24,15 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.11", "3.12", "3.13"]
 # Where the name to import is not the name to install.
-DISTRIBUTIONS = {"hydra": "hydra-core", "megatron": "megatron-core", "xdist": "pytest-xdist", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "hydra": "hydra-core",
+    "megatron": "megatron-core",
+    "mlflow": "mlflow-skinny",
+    "xdist": "pytest-xdist",
+    "yaml": "pyyaml",
+}
+# Extras with a package that is imported only if tracking.to names it.
+TRACKERS = ["wandb", "mlflow", "trackio"]
 # The engine is one of two packages, which the extras cpu and cuda choose between; both bring torch's own companions.
 ENGINE = {"vllm"}
 # A dependency of torch's CUDA builds, and one of the extra cuda, whose Python code tests/te_on_cpu runs.
@@ -76,7 +84,9 @@ def imported(folder: str) -> Iterator[tuple[str, Path]]:
                 yield node.module.split(".")[0], path
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("megatron_fipo", []), ("tests", ["dev"]), ("tools", ["dev"])])
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("megatron_fipo", TRACKERS), ("tests", ["dev", *TRACKERS]), ("tools", ["dev"])]
+)
 def test_every_import_is_declared(declared: dict[str, Any], folder: str, extras: list[str]) -> None:
     requirements = [*declared["install_requires"], *(r for extra in extras for r in declared["extras_require"][extra])]
     known = {distribution(requirement) for requirement in requirements} | ENGINE | WITH_CUDA | {"setuptools"}
@@ -88,6 +98,12 @@ def test_every_import_is_declared(declared: dict[str, Any], folder: str, extras:
         if name not in own and DISTRIBUTIONS.get(name, name).lower().replace("_", "-") not in known
     }
     assert not missing
+
+
+def test_only_a_tracker_imports_its_package() -> None:
+    """The rest of the package has to work without."""
+    places = {(name, path.parent.name) for name, path in imported("megatron_fipo") if name in TRACKERS}
+    assert places == {(name, "trackers") for name in TRACKERS}
 
 
 @pytest.mark.parametrize("python", PYTHONS)

@@ -20,6 +20,7 @@ from megatron_fipo.config.checks_here import check_here
 from megatron_fipo.config.checks_overlap import overlap
 from megatron_fipo.config.checks_precision import precision
 from megatron_fipo.config.checks_reward import reward
+from megatron_fipo.config.checks_tracking import tracking
 from megatron_fipo.config.checks_values import check_values
 from megatron_fipo.config.servers import job_starts_servers, servers_on_every_node
 from megatron_fipo.errors import ConfigError
@@ -60,6 +61,7 @@ def check(
         data,
         environment,
         reward,
+        tracking,
         _schedule,
     )
     warnings = [warning for judge in judges for warning in judge(config)]

@@ -14,6 +14,7 @@ from megatron_fipo.config.checks_experts import (
 )
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
+from megatron_fipo.config.checks_tracking import check_trackers_here
 from megatron_fipo.config.data_files import NotFound, files_of
 from megatron_fipo.config.model_places import fetch_config, how_to_get
 from megatron_fipo.errors import ConfigError
@@ -32,6 +33,7 @@ def check_here(config: Config, *, on_login_node: bool = False) -> list[str]:
         _check_data_files(config)
     check_reward_here(config.reward)
     check_environment_here(config.environment)
+    check_trackers_here(config.tracking)
     _check_token(config)
     if not on_login_node:
         _check_gpu(config)

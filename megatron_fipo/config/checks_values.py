@@ -11,9 +11,18 @@ from megatron_fipo.models.keys import shown
 
 _LONGEST_TEXT = 100_000
 # These are used in names of files, in tables and in plots.
-_ON_ONE_LINE = ("run.name", "run.directory", "algorithm.name", "hardware.name", "rollout.host", "model.path")
+_ON_ONE_LINE = (
+    "run.name",
+    "run.directory",
+    "algorithm.name",
+    "hardware.name",
+    "rollout.host",
+    "model.path",
+    "tracking.project",
+)
 _NEVER_EMPTY = {
     "run.name": "a name",
+    "tracking.project": "a name",
     "run.directory": "a directory, such as runs/mine; without the key a run makes a new one",
     "rollout.host": "an address of this machine, such as 127.0.0.1",
 }
@@ -25,8 +34,6 @@ def check_values(config: Config) -> None:
         value, limits = _value(config, key), entry.metadata
         if value is None:
             continue
-        if limits["choices"] and value not in limits["choices"]:
-            raise ConfigError(key, f"{shown(value)} is not a choice", f"one of {', '.join(limits['choices'])}")
         allowed = range_in_words(limits)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(key, f"{value} is not a finite number", f"it must be {allowed}: {limits['doc']}")
@@ -37,6 +44,9 @@ def check_values(config: Config) -> None:
             raise ConfigError(key, f"{shown(value)} is not a list of texts", "a list of texts: [a,b]")
         if get_origin(entry.type) is dict and not isinstance(value, dict):
             raise ConfigError(key, f"{shown(value)} is not a dictionary", "{a: 1}, or one of its keys: +KEY.a=1")
+        for item in value if isinstance(value, list) else [value]:
+            if limits["choices"] and item not in limits["choices"]:
+                raise ConfigError(key, f"{shown(item)} is not a choice", f"one of {', '.join(limits['choices'])}")
         for text in _texts(value):
             _check_text(key, text)
 

@@ -207,7 +207,30 @@ class CheckpointConfig:
 class TrackingConfig:
     """What the run writes in addition to metrics.jsonl and summary.json."""
 
-    tensorboard: bool = setting(True, "Write TensorBoard event files.")
+    to: list[str] = setting(
+        ["tensorboard"],
+        "Where the numbers of metrics.jsonl and validation.jsonl go too. tensorboard: event files in the run's "
+        "directory; wandb: Weights & Biases; mlflow: the server of MLFLOW_TRACKING_URI, or files in the run's "
+        "directory; trackio: its database on this machine, or a Space of the hub. []: nowhere. A tracker that fails "
+        "never stops the run (docs/report.md).",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+    )
+    project: str = setting("megatron_fipo", "Project of wandb and trackio, experiment of mlflow.")
+    offline: bool = setting(
+        False, "With wandb: upload nothing. `wandb sync` does so later, from wandb/ in the run's directory."
+    )
+    reflection_markers: list[str] = setting(
+        [r"\bwait\b", r"\bhmm\b", r"let me think", r"on second thought"],
+        "Patterns of a response that reflects, as regular expressions without groups and without repeats other than ?, "
+        "so that they take linear time; letters of either case. Each step says the share of responses with one.",
+    )
+    verification_markers: list[str] = setting(
+        [r"\bcheck\b", r"\bverify", r"let's confirm", r"double-check", r"\bcheck:"], "Likewise: it checks itself."
+    )
+    backtracking_markers: list[str] = setting(
+        [r"that's wrong", r"try another", r"start over", r"go back", r"\bmistake\b", r"\bactually,"],
+        "Likewise: it gives up a way and tries another one.",
+    )
     samples_per_step: int = setting(
         8,
         "Number of rollouts per step that are written as readable text, with their rewards.",

@@ -21,6 +21,7 @@ from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.snapshot import Encoded
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
 from megatron_fipo.rollout_process.link import Offer, Resumed
+from megatron_fipo.tracking.phases import compiled_markers, phase_metrics
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
 from megatron_fipo.tracking.rollout_log import log_rollouts
 from megatron_fipo.tracking.sampling import sampling_metrics
@@ -58,6 +59,7 @@ class RolloutService:
         """What is being sampled: one of the two."""
         self._snapshots: dict[int, Encoded] = {}
         self._numbers = itertools.count()
+        self._markers = compiled_markers(config.tracking)
         listener.note(f"problems: {self._rollouts.problem_counts}")
 
     def connect(self) -> None:
@@ -101,7 +103,7 @@ class RolloutService:
                 "generation batches; training on those"
             )
         batch = self._offers.offer(taken.groups[taken.in_parts :], self._step, self._weight_version)
-        return Offer(batch, sampling_metrics(taken, self._weight_version))
+        return Offer(batch, sampling_metrics(taken, self._weight_version) | phase_metrics(taken.sampled, self._markers))
 
     def validated(self) -> ValidationResult:
         assert self._validation is not None, "a validation is begun first"

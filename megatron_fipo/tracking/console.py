@@ -35,6 +35,8 @@ _FILES = {
     "validation": "scores of each held-out problem, for compare",
     "samples": "rollouts to read, with rewards",
     "tensorboard": "tensorboard --logdir here",
+    "wandb": "files of Weights & Biases; wandb sync uploads an offline run",
+    "mlflow": "mlflow ui --backend-store-uri here",
     "checkpoints": "to resume from",
     "config.yaml": "every setting",
     "environment.json": "versions and commit",

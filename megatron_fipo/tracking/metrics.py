@@ -1,4 +1,4 @@
-"""Write the run's numbers to JSONL files and TensorBoard, so that they are complete after a crash and a resume.
+"""Write the run's numbers to JSONL files, which are complete after a crash and a resume, and give them to trackers.
 
 A row is on disk before `log_step` returns. It is written before the checkpoint of its step, so every step in a
 checkpoint has its row. A resume removes the rows of steps that it will repeat. So no step is missing or appears twice.
@@ -7,14 +7,13 @@ checkpoint has its row. A resume removes the rows of steps that it will repeat. 
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import TrackingConfig
 from megatron_fipo.errors import DataError
 from megatron_fipo.files import write_atomically
+from megatron_fipo.tracking.trackers.background import Trackers
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -23,18 +22,18 @@ VALIDATION_FILE = "validation.jsonl"
 class MetricsWriter:
     """Writes a run's metrics on rank 0. `resumed_step` is the last step in the loaded checkpoint, or 0."""
 
-    def __init__(self, run_directory: Path, config: TrackingConfig, resumed_step: int = 0) -> None:
+    def __init__(self, run_directory: Path, trackers: Trackers | None = None, resumed_step: int = 0) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
         self._files = {name: run_directory / name for name in (METRICS_FILE, VALIDATION_FILE)}
         for path in self._files.values():
             cut_after_step(path, resumed_step)
-        self._tensorboard = _TensorBoard(run_directory / "tensorboard", resumed_step) if config.tensorboard else None
+        self._trackers = trackers
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Append one training step's numbers, and return the row.
 
         Values may be Python, NumPy or zero-dimensional torch numbers. NaN and infinities become null in JSON, and are
-        left out in TensorBoard.
+        left out in trackers.
         """
         return self._append(METRICS_FILE, "train", step, metrics)
 
@@ -47,9 +46,9 @@ class MetricsWriter:
         return any(row["step"] == step for row in read_rows(self._files[VALIDATION_FILE]))
 
     def close(self) -> None:
-        """Flush TensorBoard's file. The other files are already on disk."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Let trackers finish. The files are already on disk."""
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _append(self, name: str, prefix: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {key: _plain(key, value) for key, value in metrics.items() if key != "step"}
@@ -59,8 +58,9 @@ class MetricsWriter:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, {f"{prefix}/{key}": value for key, value in numbers.items()})
+        if self._trackers is not None:
+            scalars = {f"{prefix}/{key}": value for key, value in numbers.items() if value is not None}
+            self._trackers.log(step, scalars)
         return row
 
 
@@ -110,32 +110,3 @@ def _plain(key: str, value: Any) -> float | int | None:
     if isinstance(number, float) and not math.isfinite(number):
         return None
     return number
-
-
-class _TensorBoard:
-    """Writes scalars by TensorBoard's own writer, which needs neither torch nor TensorFlow."""
-
-    def __init__(self, directory: Path, resumed_step: int) -> None:
-        # Imported here: a run without TensorBoard files does not need the package.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(directory))
-        # TensorBoard then hides the values of earlier files in this directory from this step on.
-        first_step = resumed_step + 1 if resumed_step else 0
-        start = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
-
-    def write(self, step: int, scalars: Mapping[str, float | int | None]) -> None:
-        values = [
-            self._summary.Value(tag=tag, simple_value=float(value))
-            for tag, value in scalars.items()
-            if value is not None
-        ]
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()

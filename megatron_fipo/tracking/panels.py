@@ -73,6 +73,41 @@ PANELS = (
         ),
     ),
     Panel(
+        "Response length by verdict, 10 to 90 % shaded",
+        "tokens, median",
+        (
+            Curve(
+                "response_length_right_q50", "right", low="response_length_right_q10", high="response_length_right_q90"
+            ),
+            Curve(
+                "response_length_wrong_q50",
+                "wrong",
+                low="response_length_wrong_q10",
+                high="response_length_wrong_q90",
+                dash="dash",
+            ),
+        ),
+    ),
+    Panel(
+        "Responses that reflect, verify and go back",
+        "share of responses",
+        (
+            Curve("marker_share_reflection", "reflect"),
+            Curve("marker_share_verification", "verify", dash="dash"),
+            Curve("marker_share_backtracking", "go back", dash="dot"),
+        ),
+        percent=True,
+    ),
+    Panel(
+        "Long without thinking",
+        "share",
+        (
+            Curve("repeated_ngrams", "repeated 8 tokens"),
+            Curve("latex_padding", "LaTeX padding, of characters", dash="dash"),
+        ),
+        percent=True,
+    ),
+    Panel(
         "Influence weight f: mean ± std",
         "weight",
         (Curve("influence_weights_mean", "mean", spread="influence_weights_std"),),

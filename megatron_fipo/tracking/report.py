@@ -22,6 +22,7 @@ from megatron_fipo.errors import FipoError
 from megatron_fipo.files import write_atomically
 from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.console_table import duration
+from megatron_fipo.tracking.excerpts import excerpts
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
 from megatron_fipo.tracking.page import asset, chart_scripts, in_script, page
 from megatron_fipo.tracking.panels import ENGINES, PANELS, PHASES, columns
@@ -57,6 +58,7 @@ _BODY = """<p class="quiet">{subtitle}</p>
 <section>
 <h2>Rollouts to read</h2>
 <div id="samples"></div>
+<div id="excerpts"></div>
 </section>
 <h2>Settings and files</h2>
 {details}
@@ -144,6 +146,7 @@ class Report:
                 "step": _kept(self._directory, "step")[-_SAMPLES:],
                 "validation": _kept(self._directory, "validation"),
             },
+            "excerpts": excerpts(self._directory),
         }
 
 

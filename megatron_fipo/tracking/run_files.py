@@ -17,6 +17,8 @@ from megatron_fipo.config.resolved import as_yaml
 from megatron_fipo.files import write_atomically, write_json_atomically
 from megatron_fipo.plugins import source_file
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE
+from megatron_fipo.tracking.secrets import without_passwords
+from megatron_fipo.tracking.trackers.run_ids import RUN_IDS_FILE
 
 CONFIG_FILE = "config.yaml"
 """The configuration with which a run began. config-000012.yaml has the one with which it resumed after step 12."""
@@ -49,7 +51,7 @@ def write_config(run_directory: Path, config: Config, step: int = 0, changed: bo
         if not changed:
             return
         path = run_directory / f"config-{step:06d}.yaml"
-    write_atomically(path, as_yaml(_without_passwords(dataclasses.asdict(config))))
+    write_atomically(path, as_yaml(without_passwords(dataclasses.asdict(config))))
     if (loss := config.algorithm.loss) is not None and (file := source_file(loss, "algorithm.loss")) is not None:
         (run_directory / "code").mkdir(exist_ok=True)
         write_atomically(run_directory / "code" / file.name, file.read_bytes())
@@ -72,6 +74,8 @@ def set_aside(run_directory: Path) -> list[Path]:
     rows = [path for name in (METRICS_FILE, VALIDATION_FILE) if (path := run_directory / name).is_file()]
     kept = [path for path in run_directory.glob("config-*.yaml") if _KEPT.fullmatch(path.name)]
     old = [path for path in rows if path.stat().st_size] + kept
+    if (ids := run_directory / RUN_IDS_FILE).is_file():  # trackers begin new runs
+        old.append(ids)
     if old and (run_directory / CONFIG_FILE).is_file():
         old.append(run_directory / CONFIG_FILE)
     return [path.rename(path.with_stem(f"{path.stem}-{stamp}")) for path in old]
@@ -83,7 +87,7 @@ def write_environment(run_directory: Path, **more: Any) -> None:
         run_directory / "environment.json",
         {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": _without_passwords(typed_command()),
+            "command": without_passwords(typed_command()),
             "commit": _commit(Path(__file__).parent),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -141,11 +145,3 @@ def _commit(directory: Path) -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _without_passwords(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_passwords(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_passwords(item) for item in value]
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1***@", value) if isinstance(value, str) else value

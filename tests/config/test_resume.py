@@ -64,7 +64,7 @@ def differences(before: list[str], after: list[str]) -> list[str]:
         (["parallel.tensor=2", "hardware=h200", "cluster.trainer_nodes=3"], []),
         (["run.name=other", "run.directory=/elsewhere", "run.resume_changed=true"], []),
         (["rollout.servers=0", "rollout.addresses=[http://a:1]", "rollout.request_timeout_s=1"], []),
-        (["checkpoint.every=1", "tracking.tensorboard=false", "validation.every=1"], []),
+        (["checkpoint.every=1", "tracking.to=[]", "validation.every=1"], []),
     ],
 )
 def test_what_may_change(overrides: list[str], said: list[str]) -> None:

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_fipo.config import TrackingConfig
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import DataError
 from megatron_fipo.tracking.metrics import MetricsWriter, cut_after_step, read_rows
+from megatron_fipo.tracking.trackers.opening import open_trackers
 
-PLAIN = TrackingConfig(tensorboard=False)
+
+def writer_of(directory, resumed_step=0):
+    trackers = open_trackers(directory, load_config(), resumed_step, pytest.fail)
+    return MetricsWriter(directory, trackers, resumed_step)
 
 
 def steps_of(directory, name="metrics.jsonl"):
@@ -20,7 +24,7 @@ def steps_of(directory, name="metrics.jsonl"):
 
 
 def test_one_row_a_step_on_disk_at_once(tmp_path):
-    writer = MetricsWriter(tmp_path, PLAIN)
+    writer = MetricsWriter(tmp_path)
     writer.log_step(1, {"step": 1, "reward_mean": 0.5, "groups_kept": 4, "grad_norm": np.float32(0.25)})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "step": 1,
@@ -37,7 +41,7 @@ def test_one_row_a_step_on_disk_at_once(tmp_path):
 
 
 def test_resume_repeats_and_loses_no_step(tmp_path):
-    writer = MetricsWriter(tmp_path, PLAIN)
+    writer = MetricsWriter(tmp_path)
     writer.log_validation(0, {"accuracy": 0.1})
     for step in (1, 2, 3):
         writer.log_step(step, {"reward_mean": step})
@@ -45,7 +49,7 @@ def test_resume_repeats_and_loses_no_step(tmp_path):
     # Killed inside the fourth step's row; the newest checkpoint is that of step 2.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rewa')
-    resumed = MetricsWriter(tmp_path, PLAIN, resumed_step=2)
+    resumed = MetricsWriter(tmp_path, resumed_step=2)
     assert steps_of(tmp_path) == [1, 2]
     assert steps_of(tmp_path, "validation.jsonl") == [0, 1, 2]
     resumed.log_step(3, {"reward_mean": 33})
@@ -53,10 +57,10 @@ def test_resume_repeats_and_loses_no_step(tmp_path):
 
 
 def test_without_a_checkpoint_the_run_starts_over(tmp_path):
-    writer = MetricsWriter(tmp_path, PLAIN)
+    writer = MetricsWriter(tmp_path)
     writer.log_validation(0, {"accuracy": 0.1})
     writer.log_step(1, {})
-    MetricsWriter(tmp_path, PLAIN)
+    MetricsWriter(tmp_path)
     assert steps_of(tmp_path) == steps_of(tmp_path, "validation.jsonl") == []
 
 
@@ -69,11 +73,11 @@ def test_a_broken_row_inside_the_file_is_an_error(tmp_path):
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    writer = MetricsWriter(tmp_path, TrackingConfig())
+    writer = writer_of(tmp_path)
     for step in (1, 2, 3):
         writer.log_step(step, {"reward_mean": step, "grad_norm": math.nan})
     writer.close()
-    resumed = MetricsWriter(tmp_path, TrackingConfig(), resumed_step=2)
+    resumed = writer_of(tmp_path, resumed_step=2)
     resumed.log_step(3, {"reward_mean": 33})
     resumed.log_validation(3, {"accuracy": 0.5})
     resumed.close()

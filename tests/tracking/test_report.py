@@ -63,12 +63,11 @@ def test_a_run_that_ends_early_says_so(tmp_path, error, kind, words):
 
 
 def test_a_resumed_run_has_the_steps_before(tmp_path):
-    tracking = load_config(["tracking.tensorboard=false"]).tracking
-    before = MetricsWriter(tmp_path, tracking)
+    before = MetricsWriter(tmp_path)
     before.log_validation(0, {"accuracy": 0.5, "accuracy/b": 0.5, "accuracy/a": 0.25})
     for step in (1, 2, 3):
         before.log_step(step, ROW)
-    resumed = MetricsWriter(tmp_path, tracking, resumed_step=2)
+    resumed = MetricsWriter(tmp_path, resumed_step=2)
     with new_report(tmp_path) as report:
         report.add_step(resumed.log_step(3, ROW | {"reward_mean": None}), [])
         assert data(tmp_path)["training"]["step"] == [1, 2, 3]

@@ -92,6 +92,8 @@ def step_row(step: int) -> dict[str, float]:
             **dict.fromkeys(names, 1.0),
         },
         **{"response_length_mean": 20e3 * done, "response_length_q25": 18e3 * done, "response_length_q75": 22e3 * done},
+        **{f"response_length_{of}_q{q}": 1e3 * done * q for of in ("right", "wrong") for q in (10, 50, 90)},
+        **{"marker_share_reflection": done, "repeated_ngrams": 0.1, "latex_padding": 0.01},
         **{"influence_weights_mean": 1.0, "influence_weights_std": 0.05, "influence_clipfrac_low": 0.01},
         **{"influence_clipfrac_high": 0.02 * done, "grad_norm": 0.1, "ppo_kl": 1e-5 * (-1) ** step},
         **{"log_prob_diff_mean": 1e-7, "log_prob_diff_quarter_1": 2e-7, "log_prob_diff_quarter_4": 3e-7 * done},
@@ -111,6 +113,7 @@ def write_run(directory: Path, steps: int) -> None:
         accuracies = {"accuracy": 0.25, "cons_at_k": 0.5, "pass_at_k": 0.75, "response_length_mean": 21.0}
         report.add_validation({"step": 0, **accuracies, "seconds_validate": 2.5}, [Span("start", 1e9, 20.0)])
         for step in range(1, steps + 1):
+            log_rollouts(directory, step, [make_group("98", "9")], 2, str)
             begin = 1e9 + 20 + 4 * step
             phases = ("sample", "verify", "log-probs", "update", "weights", "validate", "checkpoint")
             spans = [Span(phase, begin + index / 2, 0.5) for index, phase in enumerate(phases)]
@@ -188,6 +191,18 @@ def test_values_are_shown_where_the_mouse_is(chrome: Chrome, run: Path) -> None:
     link = chrome.find_element(By.CSS_SELECTOR, "#held-out a").get_attribute("href") or ""
     assert link == (run / "samples" / "validation-000000.txt").as_uri()
     assert (run / "samples" / "validation-000000.txt").is_file()
+
+
+def test_responses_from_early_in_the_middle_and_late_can_be_read(chrome: Chrome, run: Path) -> None:
+    show(chrome, run / "report.html", 390, "light")
+    found = chrome.find_elements(By.CSS_SELECTOR, "#excerpts details")
+    verdicts = [f"step {step}: 3 tokens, {verdict}" for step in (1, 7, 12) for verdict in ("wrong", "right")]
+    assert [each.find_element(By.TAG_NAME, "summary").text for each in found] == verdicts
+    assert not found[0].find_element(By.TAG_NAME, "pre").is_displayed()
+    found[0].find_element(By.TAG_NAME, "summary").click()
+    assert found[0].find_element(By.TAG_NAME, "pre").text == "I say 8"
+    band = "figure[data-title='Response length by verdict, 10 to 90 % shaded'] .fills path"
+    assert len(chrome.find_elements(By.CSS_SELECTOR, band)) >= 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

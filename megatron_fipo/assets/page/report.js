@@ -36,6 +36,7 @@ const report = (() => {
     charts.drawAll(by("charts"), charts_);
     showHeldOut(next);
     showSamples(next.samples);
+    showExcerpts(next.excerpts);
   }
 
   // ---- State
@@ -190,6 +191,19 @@ const report = (() => {
     if (samples.validation.length) lists.push(list("of held-out problems, after step", samples.validation, "validation-"));
     by("samples").replaceChildren(...lists);
     by("samples").closest("section").hidden = !lists.length;
+  }
+
+  // Two responses each from early, in the middle and late. Those that someone has opened stay open.
+  function showExcerpts(all) {
+    const open = new Set([...by("excerpts").querySelectorAll("details[open]")].map((one) => one.dataset.key));
+    by("excerpts").replaceChildren(...all.map(({ step, length, accuracy, text }, index) => {
+      const made = document.createElement("details");
+      made.dataset.key = `${step}/${index % 2}`;
+      made.open = open.has(made.dataset.key);
+      const verdict = accuracy === null ? "not judged" : accuracy >= 0.5 ? "right" : "wrong";
+      made.append(element("summary", `step ${step}: ${length} tokens, ${verdict}`), element("pre", text));
+      return made;
+    }));
   }
 
   // ---- The newest numbers

@@ -1,0 +1,62 @@
+"""MLflow: the server of MLFLOW_TRACKING_URI, or files in run.directory/mlflow."""
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_fipo.tracking.trackers.protocol import TrackedRun
+from megatron_fipo.tracking.trackers.run_ids import keep_id, kept_id
+
+_PARAMETERS_AT_ONCE = 100
+_LONGEST_PARAMETER = 500
+"""What every store of MLflow takes, in characters. Whole settings are in config.yaml."""
+
+
+class MLflowRun:
+    """One run of the experiment `tracking.project`."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            # MLflow asks whoever writes files, and not to a database, to say so.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric = Metric
+        place = os.environ.get("MLFLOW_TRACKING_URI") or (run.directory / "mlflow").resolve().as_uri()
+        self._client = MlflowClient(tracking_uri=place)
+        run_id = kept_id(run.directory, "mlflow")
+        if run_id is None:
+            found = self._client.get_experiment_by_name(run.project)
+            experiment = found.experiment_id if found else self._client.create_experiment(run.project)
+            run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+            keep_id(run.directory, "mlflow", run_id)
+            parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in _flat(run.settings)]
+            for first in range(0, len(parameters), _PARAMETERS_AT_ONCE):
+                self._client.log_batch(run_id, params=parameters[first : first + _PARAMETERS_AT_ONCE])
+        else:
+            self._client.update_run(run_id, status="RUNNING")
+        self._run_id = run_id
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self._metric(_allowed(name), float(value), now, step) for name, value in scalars.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def finish(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield _allowed(f"{prefix}{key}"), "null" if value is None else str(value)
+
+
+def _allowed(name: str) -> str:
+    """Return a name with the characters that MLflow takes; data sources may have others in theirs."""
+    return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)

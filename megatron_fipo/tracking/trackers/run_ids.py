@@ -1,0 +1,36 @@
+"""trackers.json in a run's directory: under which id each tracker knows the run, so that a resume continues it."""
+
+import json
+from pathlib import Path
+
+from megatron_fipo.errors import one_line
+from megatron_fipo.files import write_json_atomically
+
+RUN_IDS_FILE = "trackers.json"
+
+
+def kept_id(directory: Path, tracker: str) -> str | None:
+    """Return the run's id at `tracker`, or None if it has none yet.
+
+    Raises:
+        ValueError: the file is not what `keep_id` writes.
+    """
+    return _read(directory).get(tracker)
+
+
+def keep_id(directory: Path, tracker: str, run_id: str) -> None:
+    """Keep the run's id at `tracker`. After a crash at any point the file has the old or the new content."""
+    write_json_atomically(directory / RUN_IDS_FILE, _read(directory) | {tracker: run_id})
+
+
+def _read(directory: Path) -> dict[str, str]:
+    path = directory / RUN_IDS_FILE
+    try:
+        ids = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({one_line(error)}); remove it to begin new runs at trackers") from None
+    if not isinstance(ids, dict) or not all(isinstance(value, str) for value in ids.values()):
+        raise ValueError(f"{path} does not map trackers to ids; remove it to begin new runs at trackers")
+    return ids
