@@ -90,6 +90,19 @@ EXPERT_LAYOUTS = [
     {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
     {"expert": 2, "data": 4, "sabotage": "router"},
 ]
+RECOMPUTED = {"packing": True, "pipeline": 2, "expert": 2, "data": 2, "model": {"recompute": "full"}}
+REPLAYED = [
+    {"expert": 2, "data": 4, "replay": "trainer"},
+    {**SPLIT, "expert": 2, "data": 2, "replay": "trainer"},
+    {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
+    {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "trainer"},
+    {**RECOMPUTED, "replay": "trainer"},
+    {**RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
+    {**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"},
+    {"expert": 2, "data": 4, "replay": "own choice", "sabotage": "other experts"},
+    *({**layout, "replay": "trainer", "sabotage": "on_policy"} for layout in (RECOMPUTED, {**SPLIT, "data": 2})),
+]
+"""In the updates routers would choose the smallest scores."""
 MORE_EXPERT_LAYOUTS = [
     {"data": 4},
     {"expert": 2, "data": 4},
@@ -329,7 +342,7 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
-        ("qwen3_moe", EXPERT_LAYOUTS),
+        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
         pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
         pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
@@ -338,7 +351,10 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 )
 def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """Every expert and router, over expert-parallel ranks. One control has the experts' gradients summed over too few
-    ranks, the others have routers that score the wrong experts.
+    ranks, others have routers that score the wrong experts.
+
+    Replayed, the experts are transformers' whatever routers would choose, so that ratios are exactly 1 where the
+    weights are the same. Its controls let routers choose, or give a recomputation the newest micro-batch's choice.
     """
     check_gradients(case, layouts, updates_under(case, 4, layouts, timeout=300))
 
