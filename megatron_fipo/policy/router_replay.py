@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_fipo.models.experts import Experts
 from megatron_fipo.policy.micro_batch import MicroBatch, moved
+from megatron_fipo.policy.router_statistics import RouterStatistics
 
 Routes = Sequence[Sequence[Tensor]]
 """The experts that tokens went to, by model chunk and micro-batch: [layers of the chunk with experts, local tokens,
@@ -34,34 +37,44 @@ class _Pass:
     records: bool = False
     keeps: bool = False
     """Whether the backward pass asks again."""
+    counts: bool = False
+    """Whether the step's statistics have it."""
 
 
 class Choice:
     """The choice of one router, in the place of Megatron-Core's RouterReplay."""
 
-    def __init__(self) -> None:
-        """Free, until a micro-batch begins."""
+    def __init__(self, layer: int, statistics: RouterStatistics) -> None:
+        """Free, until a micro-batch begins. `layer` is the router's, from 0, of the whole model."""
+        self._layer, self._statistics = layer, statistics
+        self._counts: Tensor | None = None
         self._is_forward = False
         self._given: Tensor | None = None
         self._keeps = False
         self._kept: deque[Tensor] = deque()
         self._made: Tensor | None = None
 
-    def begin(self, given: Tensor | None, *, keeps: bool) -> None:
+    def begin(self, given: Tensor | None, counts: Tensor | None, *, keeps: bool) -> None:
         """Begin the forward pass of a micro-batch.
 
         Args:
             given: [local tokens, experts of a token] integers; None: the router chooses by its scores.
+            counts: [local tokens] bool, those that the statistics have; None: nothing is counted.
             keeps: whether the backward pass of this micro-batch asks again.
         """
-        self._is_forward, self._given, self._keeps = True, given, keeps
+        self._is_forward, self._given, self._counts, self._keeps = True, given, counts, keeps
 
     def end(self) -> Tensor:
         """End the forward pass; the experts chosen, [local tokens, experts of a token] int16."""
         made, self._made = self._made, None
         assert made is not None, "the router has not been asked"
-        self._is_forward, self._given = False, None
+        self._is_forward, self._given, self._counts = False, None, None
         return made
+
+    def look_at(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        """See what the router's layer dispatches of its choice: a forward hook of the router."""
+        if self._made is not None and self._counts is not None:
+            self._statistics.count_dropped(self._made, output[1])
 
     def forget(self) -> None:
         """Drop what was kept for backward passes that did not come."""
@@ -87,6 +100,11 @@ class Choice:
             found, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         else:
             found, experts = _of(scores, self._given)
+        if self._counts is not None:
+            self._statistics.count(self._layer, experts, self._counts)
+        if self._counts is not None and self._given is not None:
+            _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
+            self._statistics.count_changed(experts, own, self._counts)
         self._made = experts.to(torch.int16)
         if self._keeps:
             self._kept.append(self._made)
@@ -110,10 +128,12 @@ class _Chunk:
 class Routing:
     """What the routers of this rank choose. Nothing for a model without experts."""
 
-    def __init__(self, chunks: Sequence[nn.Module], device: torch.device):
+    def __init__(self, chunks: Sequence[nn.Module], experts: Experts | None, device: torch.device):
         """Take the place of Megatron-Core's own choice in each router of the chunks."""
         self._modules, self._device = list(chunks), device
-        self._chunks = [_Chunk([_take_over(router) for router in _routers(chunk)]) for chunk in chunks]
+        self.statistics = RouterStatistics(experts, device)
+        """Of the tokens of updates since they were last asked for."""
+        self._chunks = [_Chunk([_take_over(router, self.statistics) for router in _routers(chunk)]) for chunk in chunks]
         self._pass = _Pass()
         megatron: Any = next((router.config for chunk in chunks for router in _routers(chunk)), None)
         # Where a router is inside what is recomputed, a backward pass asks it again.
@@ -132,7 +152,7 @@ class Routing:
     @contextmanager
     def updating(self, given: Routes | None) -> Iterator[None]:
         """A pass with backward, in which routers choose what is given; None: by their scores."""
-        with self._during(_Pass(given, keeps=self._asked_again)):
+        with self._during(_Pass(given, keeps=self._asked_again, counts=True)):
             yield
 
     @contextmanager
@@ -143,8 +163,9 @@ class Routing:
         if present.given is not None and chunk.choices:
             given = list(moved(present.given[self._modules.index(module)][chunk.begun], self._device))
         chunk.begun += 1
+        counts = _in_routers_order(micro_batch.response_mask) if present.counts and chunk.choices else None
         for choice, experts in zip(chunk.choices, given, strict=True):
-            choice.begin(experts, keeps=present.keeps)
+            choice.begin(experts, counts, keeps=present.keeps)
         yield
         made = [choice.end() for choice in chunk.choices]
         if present.records and made:
@@ -168,6 +189,13 @@ def _routers(chunk: nn.Module) -> list[TopKRouter]:
     return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
-def _take_over(router: TopKRouter) -> Choice:
-    router.router_replay = choice = Choice()
+def _take_over(router: TopKRouter, statistics: RouterStatistics) -> Choice:
+    router.router_replay = choice = Choice(router.layer_number - 1, statistics)
+    router.register_forward_hook(choice.look_at)
     return choice
+
+
+def _in_routers_order(column: Tensor) -> Tensor:
+    """[local tokens] of [rows, tokens]: those of this tensor-parallel rank, whose part of the tokens routers get."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return column.t().chunk(group.size())[group.rank()].reshape(-1)

@@ -80,4 +80,4 @@ def train_step(
                 metrics = policy.update(mini_batch, added, routes=given)
             updates.append(metrics)
         gather_parameters(policy.chunks)
-    return agreement | over_updates(updates)
+    return agreement | over_updates(updates) | policy.routing.statistics.metrics()

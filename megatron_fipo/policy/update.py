@@ -85,7 +85,7 @@ class Policy:
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
-        self.routing = Routing(self.chunks, platform.device())
+        self.routing = Routing(self.chunks, model_config.experts, platform.device())
         self.layout = _layout(config)
         # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
         with_te = uses_transformer_engine(config.model)

@@ -138,7 +138,7 @@ def _run(
     (mini_batch,) = made_alike(policy, data, store)
     known = policy.log_probs([mini_batch])
     (found_streams,), (routes,) = known.streams, known.routes
-    if replay:
+    if replay not in (None, "undisturbed"):
         disturb_choices(policy)
     if replay == "own choice":
         routes = None
@@ -165,6 +165,7 @@ def _run(
     errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
     return {
         "metrics": metrics,
+        "routers": policy.routing.statistics.metrics(),
         "worst": max(errors.values()),
         "where": max(errors, key=errors.__getitem__),
         "whole": _relative_error(list(found.values()), [expected[name] for name in found]),
