@@ -315,10 +315,17 @@ def _print_memory(console: Console, config: Config, result: Estimate, counted: d
     for name, meaning in _MEANINGS.items():
         if name in columns:
             console.print(f"  {name + ':':<13}{meaning}", style="dim", soft_wrap=True)
-    if result.host_bytes:
+    if away := result.host_bytes - result.routes_bytes:
         console.print(
             "  Trainer and servers use the GPUs in turns: weights and optimizer state are in host memory while servers "
-            f"sample, and servers' weights while they sleep, {result.host_bytes / GIB:.0f} GiB per node.",
+            f"sample, and servers' weights while they sleep, {away / GIB:.0f} GiB per node.",
+            style="dim",
+            soft_wrap=True,
+        )
+    if result.routes_bytes:
+        console.print(
+            "  Choices of routers that updates replay are in host memory: up to "
+            f"{result.routes_bytes / GIB:.1f} GiB per node (algorithm.router_replay).",
             style="dim",
             soft_wrap=True,
         )

@@ -84,6 +84,15 @@ token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPU
 by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
 mixture of experts on a CPU.
 
+**Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
+experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records
+the experts of each token, and the updates of the step use the same ones: ratios and Δ change by the weights alone.
+Routers still learn, by the scores of these experts. It works in every layout, packed or padded, and with
+recomputation. The first update of a step computes its own old log-probs, and needs no record. With one update per
+step there is nothing to replay, and the run warns. A record takes 2 bytes per token, layer and expert of a token in
+the ranks' host memory, which preflight shows. Differences between engine and trainer are not replayed:
+`log_prob_diff_mean` has them.
+
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no
 effect if no sequence of the run, prompt plus response, is longer. Transformer Engine does not support a window over

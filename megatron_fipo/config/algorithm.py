@@ -174,6 +174,13 @@ class AlgorithmConfig:
         "as in GRPO.",
         choices=("k1", "k2", "k3"),
     )
+    router_replay: str = setting(
+        "none",
+        "Models with experts. trainer: in updates a token goes to the experts that it went to when its old log-prob "
+        "was computed, so that ratios change by the weights alone (docs/models.md). none: to those of its present "
+        "scores.",
+        choices=("none", "trainer"),
+    )
 
 
 @dataclass

@@ -10,10 +10,17 @@ from megatron_fipo.models.parameters import check_expert_parallel
 
 
 def experts(config: Config) -> Iterator[str]:
-    """Raise ConfigError for a dispatcher that cannot serve the layout, or servers of one rank that deal experts."""
+    """Yield warnings. Raise ConfigError for a dispatcher that cannot serve the layout, or servers of one rank that deal
+    experts.
+    """
     check_dispatcher(config)
     _check_ranks_of_server(config)
-    yield from ()
+    algorithm = config.algorithm
+    if algorithm.router_replay != "none" and algorithm.prompts_per_step == algorithm.mini_batch_prompts:
+        yield (
+            f"algorithm.router_replay: {algorithm.router_replay} changes nothing with one update per step, whose own "
+            "forward pass gives old log-probs; make mini_batch_prompts smaller than prompts_per_step, or set it to none"
+        )
 
 
 def check_dispatcher(config: Config) -> None:
@@ -57,8 +64,11 @@ def check_expert_ranks(config: Config, data: int) -> None:
 
 def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError if the model's experts cannot be laid out as configured."""
-    parallel = config.parallel
+    parallel, replay = config.parallel, config.algorithm.router_replay
     check_expert_parallel(model_config, parallel.expert, parallel.expert_tensor)
+    if model_config.experts is None and replay != "none":
+        problem = f"is {replay}, and the model has no experts"
+        raise ConfigError("algorithm.router_replay", problem, "algorithm.router_replay=none")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             "parallel.sequence",

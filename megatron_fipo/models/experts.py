@@ -53,6 +53,9 @@ class ExpertsProblem(Exception):
 
 _DENSE_LAYERS, _STEP = "mlp_only_layers", "decoder_sparse_step"
 
+NUMBER = whole(2, 2**15)
+"""How many experts a layer may have: their numbers fit into 16 bits, in which choices are recorded."""
+
 ROUTER_KEYS: Mapping[str, Kind] = {
     "num_experts_per_tok": whole(1, 2**16),
     # What transformers returns in addition, and adds to a loss of its own. A run has no such loss.

@@ -166,7 +166,7 @@ def build_micro_batch(
     shape = (1 if layout.packed else len(slots), len(held) if layout.packed else len(held) // len(slots))
 
     def part(column: Tensor) -> Tensor:
-        return _moved(column[held].view(shape), device)
+        return moved(column[held].view(shape), device)
 
     def values(stream: Stream) -> Tensor:
         return tokens.column(stream, indices, lengths, starts)[held]
@@ -178,9 +178,9 @@ def build_micro_batch(
         advantages=part(advantages),
         weight_lag=part(weight_lag),
         response_quarter=part(quarter),
-        response_lengths=_moved(response_lengths, device),
+        response_lengths=moved(response_lengths, device),
         offsets=torch.tensor(starts, dtype=torch.int32) if layout.packed else None,
-        local_lengths=_moved(torch.tensor(slots) // layout.context_size, device) if layout.packed else None,
+        local_lengths=moved(torch.tensor(slots) // layout.context_size, device) if layout.packed else None,
         longest=max(slots),
     )
 
@@ -202,7 +202,7 @@ def _streams(
     types = [getattr(torch, stream.dtype) for stream in read]
     sizes = [shape[0] * shape[1] * kind.itemsize for kind in types]
     if tokens.is_read_here:
-        packed = _moved(torch.cat([values(stream).view(torch.uint8) for stream in read]), device)
+        packed = moved(torch.cat([values(stream).view(torch.uint8) for stream in read]), device)
     else:
         packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     parts = tokens.spread(packed).split(sizes)
@@ -212,7 +212,7 @@ def _streams(
     }
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device; a copy to a GPU waits for nothing that is under way there."""
     if device.type != "cuda":
         return tensor.to(device)

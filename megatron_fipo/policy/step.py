@@ -67,16 +67,17 @@ def train_step(
     parts = [*data.parts, rest]
     mini_batches = [mini_batch for part in parts for mini_batch in part.mini_batches]
     streams = [added for part in parts for added in part.known.streams]
+    routes = [found for part in parts for found in part.known.routes]
     known = [difference for part in parts for difference in part.known.differences]
     if alone and mini_batches:
         agreement = judged(known)
     with phase("update"):
-        for number, (mini_batch, added) in enumerate(zip(mini_batches, streams, strict=True)):
+        for number, (mini_batch, added, given) in enumerate(zip(mini_batches, streams, routes, strict=True)):
             if number == 0 and not alone:
                 metrics, differences = policy.first_update(mini_batch, added)
                 agreement = judged([*differences, *known])
             else:
-                metrics = policy.update(mini_batch, added)
+                metrics = policy.update(mini_batch, added, routes=given)
             updates.append(metrics)
         gather_parameters(policy.chunks)
-    return agreement | over_updates(updates)
+    return agreement | over_updates(updates) | policy.routing.statistics.metrics()

@@ -6,6 +6,7 @@ every stage must know alike — the metrics, whether an update is sound — is c
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,6 +42,7 @@ from megatron_fipo.policy.plan import plan_micro_batches
 from megatron_fipo.policy.precision import check_exact_values, token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.policy.rotary import check_rotary_embedding
+from megatron_fipo.policy.router_replay import Routes, Routing
 from megatron_fipo.records.rows import TrainBatch
 from megatron_fipo.records.streams import LABELS, OLD_LOG_PROBS, REFERENCE_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.weights.reshard import check_before_building, load_into
@@ -58,6 +60,8 @@ class StepLogProbs:
 
     streams: Sequence[TrainerStreams]
     """For each mini-batch, for `Policy.update`."""
+    routes: Sequence[Routes | None]
+    """For each mini-batch, for `Policy.update`: the experts of its tokens, where they are to be replayed."""
     differences: Differences
 
 
@@ -81,6 +85,7 @@ class Policy:
         self.megatron_config = chunks[0].config
         self.chunks = _wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
+        self.routing = Routing(self.chunks, model_config.experts, platform.device())
         self.layout = _layout(config)
         # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
         with_te = uses_transformer_engine(config.model)
@@ -126,12 +131,17 @@ class Policy:
             without_first: leave the first mini-batch's present log-probs to `first_update`.
         """
         found: list[list[dict[str, Tensor]]] = []
+        routes: list[Routes | None] = []
         differences: Differences = []
+        replays = self.config.algorithm.router_replay == "trainer"
         for place, mini_batch in enumerate(mini_batches):
             if place == 0 and without_first:
                 found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
+                routes.append(None)
                 continue
-            passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
+            with self.routing.recording() if replays else nullcontext() as recorded:
+                passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
+            routes.append(recorded)
             found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])
             differences += [difference for _, difference in passed]
         if self.reference is not None:
@@ -140,7 +150,7 @@ class Policy:
                     passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
                     for streams, (log_probs, _) in zip(found[place], passed, strict=True):
                         streams[REFERENCE_LOG_PROBS] = log_probs
-        return StepLogProbs(found, differences)
+        return StepLogProbs(found, routes, differences)
 
     @torch.no_grad()
     def forward(self, mini_batch: MiniBatch, measure: Callable[[MicroBatch, Tensor, bool], Tensor]) -> list[Tensor]:
@@ -168,7 +178,11 @@ class Policy:
         return self.update(mini_batch, added, partial(self._on_policy_loss, differences)), differences
 
     def update(
-        self, mini_batch: MiniBatch, added: TrainerStreams = (), loss: LossFunction | None = None
+        self,
+        mini_batch: MiniBatch,
+        added: TrainerStreams = (),
+        loss: LossFunction | None = None,
+        routes: Routes | None = None,
     ) -> dict[str, float]:
         """One optimizer update.
 
@@ -178,6 +192,7 @@ class Policy:
             mini_batch: this rank's micro-batches.
             added: the streams that `log_probs` found of them; none if `loss` does without.
             loss: what to minimise; the configured policy loss if None.
+            routes: the experts that tokens go to; None: those of the largest scores.
 
         Returns:
             Metrics over all ranks, the same on each.
@@ -186,7 +201,8 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.scheduler.step(increment=1)  # first, so that a warm-up does not spend an update at rate zero
-        parts = self._run(mini_batch, loss or self.policy_loss, added, forward_only=False)
+        with self.routing.updating(routes):
+            parts = self._run(mini_batch, loss or self.policy_loss, added, forward_only=False)
         if self.offload is not None:
             self.offload.wait()
         self.optimizer.prepare_grads()
@@ -216,13 +232,14 @@ class Policy:
         def forward_step(micro_batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
             micro_batch = next(micro_batches)
             keep_dtype = {"fp32_output": False} if self.megatron_config.bf16 else {}
-            logits = model(
-                micro_batch.streams.get(TOKEN_IDS),  # None where the stage has no embedding to read it
-                micro_batch.position_ids,
-                None,
-                packed_seq_params=_packed_seq_params(micro_batch, self.layout, self.offsets_device),
-                **keep_dtype,
-            )
+            with self.routing.forward(model, micro_batch):
+                logits = model(
+                    micro_batch.streams.get(TOKEN_IDS),  # None where the stage has no embedding to read it
+                    micro_batch.position_ids,
+                    None,
+                    packed_seq_params=_packed_seq_params(micro_batch, self.layout, self.offsets_device),
+                    **keep_dtype,
+                )
             return logits, partial(loss_function, micro_batch)
 
         iterators = [mini_batch.with_streams(added) for _ in self.chunks]

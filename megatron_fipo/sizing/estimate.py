@@ -22,6 +22,7 @@ from megatron_fipo.sizing.placement import (
     host_bytes,
     on_all_nodes,
     on_one_node,
+    routes_bytes,
     turns_s,
     utilisation,
 )
@@ -42,7 +43,10 @@ class Estimate:
     usable_bytes: int
     """A GPU's memory without the part that the hardware section reserves."""
     host_bytes: int
-    """Memory of a node's host for what leaves its GPUs, where trainer and engines use them in turns."""
+    """Memory of a node's host: for what leaves its GPUs, where trainer and engines use them in turns, and for what
+    routers have chosen, where updates replay it."""
+    routes_bytes: int
+    """The part of it for what routers have chosen."""
 
     @property
     def fullest(self) -> StageMemory:
@@ -91,7 +95,8 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
 
     Raises:
         ConfigError: the layout does not divide the ranks or the model, servers need more GPUs or memory than there are,
-            the layers do not support the model's window, or what leaves shared GPUs does not fit into a host's memory.
+            the layers do not support the model's window, or a host's memory is too small for what leaves shared GPUs
+            and for recorded choices of routers.
     """
     if config.model.layers != "local":
         check_window(config, model_config)
@@ -111,15 +116,16 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     check_expert_ranks(config, data)
     check_experts_of_model(config, model_config)
     stages = stage_memory(config, model_config, data)
-    away = host_bytes(config, model_config, stages)
-    check_host_memory(config, away, stages)
+    away, routes = host_bytes(config, model_config, stages), routes_bytes(config, model_config, data)
+    check_host_memory(config, away, routes, stages)
     return Estimate(
         world_size=world_size,
         data_parallel_size=data,
         stages=stages,
         time=replace(step_time(config, model_config, data), turns=turns_s(config, model_config, stages)),
         usable_bytes=usable_bytes(config),
-        host_bytes=away,
+        host_bytes=away + routes,
+        routes_bytes=routes,
     )
 
 

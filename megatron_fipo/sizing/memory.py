@@ -192,7 +192,7 @@ def _optimizer_bytes(config: Config, count: RankParameters, data_parallel_size: 
     return (math.ceil(count.dense / dense) + math.ceil(count.experts / experts)) * a_parameter
 
 
-def _layers_of_stage(config: Config, model_config: ModelConfig, stage: int) -> list[int]:
+def layers_of_stage(config: Config, model_config: ModelConfig, stage: int) -> list[int]:
     """Return the layers of a stage: with a virtual pipeline, those of all its chunks."""
     pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
     count = model_config.num_layers // (pipeline * chunks)
@@ -211,7 +211,7 @@ def _activation_bytes(
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1, count * chunks)
     layers = model_config.num_layers // (pipeline * chunks)
-    of_stage = _layers_of_stage(config, model_config, stage)
+    of_stage = layers_of_stage(config, model_config, stage)
     layer = layer_bytes_per_token(config, model_config, of_stage, fullest)
     boundary = model_config.hidden_size * _width(config) / _sequence_cut(config)
     if config.model.recompute == "full":

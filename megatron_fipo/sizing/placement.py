@@ -8,7 +8,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.servers import servers_on_every_node, servers_per_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
-from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, server_weights
+from megatron_fipo.sizing.memory import GIB, StageMemory, layers_of_stage, longest_sequence, server_weights
 from megatron_fipo.sizing.timing import model_bytes, rollout_servers, step_time
 
 _UTILISATION_STEP = 0.05
@@ -95,9 +95,35 @@ def turns_s(config: Config, model_config: ModelConfig, stages: list[StageMemory]
     return moved / (config.hardware.host_gb_s * 1e9 * config.hardware.bandwidth_efficiency)
 
 
-def check_host_memory(config: Config, needed: int, stages: list[StageMemory]) -> None:
-    """Raise ConfigError if what leaves a node's GPUs, `host_bytes`, does not fit into its host's memory."""
+def routes_bytes(config: Config, model_config: ModelConfig, data_parallel_size: int) -> int:
+    """Return the host memory of a node for the choices of routers that updates replay; 0 without replay.
+
+    Each rank has those of its tokens and layers, 2 bytes each, if all responses are as long as they may be.
+    """
+    algorithm, parallel, experts = config.algorithm, config.parallel, model_config.experts
+    if algorithm.router_replay == "none" or experts is None:
+        return 0
+    tokens = algorithm.prompts_per_step * algorithm.samples_per_prompt * longest_sequence(config)
+    ranks = data_parallel_size * parallel.context * parallel.tensor
+    layers = max(
+        sum(experts.layers[layer] for layer in layers_of_stage(config, model_config, stage))
+        for stage in range(parallel.pipeline)
+    )
+    on_node = min(config.cluster.gpus_per_node, ranks * parallel.pipeline)
+    return on_node * math.ceil(tokens / ranks) * layers * experts.per_token * 2
+
+
+def check_host_memory(config: Config, needed: int, routes: int, stages: list[StageMemory]) -> None:
+    """Raise ConfigError if `host_bytes` and `routes_bytes` do not fit into the memory of a node's host."""
     limit = config.hardware.host_memory_gib
+    if limit is not None and needed <= limit * GIB < needed + routes:
+        raise ConfigError(
+            "algorithm.router_replay",
+            f"a node's host has to hold {routes / GIB:.0f} GiB of recorded choices of routers"
+            + (f" and {needed / GIB:.0f} GiB of what leaves its GPUs in turns" if needed else "")
+            + f", and has {limit:g}",
+            "algorithm.router_replay=none, more nodes, or the right hardware.host_memory_gib",
+        )
     if limit is not None and needed > limit * GIB:
         state = config.cluster.gpus_per_node * max(stage.host for stage in stages)
         raise ConfigError(

@@ -142,6 +142,17 @@ PANELS = (
         ),
     ),
     Panel(
+        "Load of experts: the fullest against the mean",
+        "times the mean",
+        (Curve("router_load", "mean over layers"), Curve("router_load_max", "worst layer", dash="dash")),
+    ),
+    Panel(
+        "Routers that would choose otherwise than replayed",
+        "share of tokens and layers",
+        (Curve("router_changed", "changed"),),
+        percent=True,
+    ),
+    Panel(
         "Groups sampled",
         "groups per step",
         (

@@ -25,6 +25,17 @@ def test_one_rank_has_nobody_to_deal_experts_to() -> None:
         check(load_config(DEALT), world_size=2, local=False)
 
 
+def test_replay_needs_several_updates_per_step() -> None:
+    """One update per step has no old log-probs but its own: replay would change nothing, and nobody would notice."""
+    replayed = ["experiment=tiny_moe", "algorithm.router_replay=trainer", "algorithm.prompts_per_step=16"]
+    one, several = (
+        check(load_config([*replayed, f"algorithm.mini_batch_prompts={size}"]), world_size=2, local=False)
+        for size in (16, 8)
+    )
+    assert any(text.startswith("algorithm.router_replay: trainer changes nothing with one update") for text in one)
+    assert not any("router_replay" in text for text in several)
+
+
 def test_a_dense_model_has_no_experts_to_deal() -> None:
     config = load_config([*DEALT, "rollout.tensor_parallel=2"])
     check_servers_experts(config, TINY_MOE, has_cuda=True)

@@ -32,6 +32,7 @@ from megatron_fipo.policy.attention import RMSNorm, TorchAttention  # noqa: E402
 from megatron_fipo.policy.feed import made_alike  # noqa: E402
 from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
 from megatron_fipo.policy.update import Policy, gather_parameters  # noqa: E402
+from tests.policy.disturbed_routers import disturb_choices, take_newest_choices  # noqa: E402
 from tests.weights.whole import stage_tensors  # noqa: E402
 
 ALGORITHMS = {
@@ -94,10 +95,12 @@ def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, 
         settings = dict(layout)
         sabotage, section = settings.pop("sabotage", None), settings.pop("model", {})
         algorithm = settings.pop("algorithm", "fipo")
-        compare = settings.pop("compare", algorithm)
+        compare, replay = settings.pop("compare", algorithm), settings.pop("replay", None)
         config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, algorithm, **section)
+        if replay:
+            config.algorithm = dataclasses.replace(config.algorithm, router_replay="trainer")
         start_model_parallel(config.parallel, 0)
-        results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage))
+        results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage, replay))
         parallel_state.destroy_model_parallel()
     platform.stop_process_group()
     return results
@@ -109,7 +112,9 @@ def mean_of_means(policy: Policy, micro_batch: MicroBatch, logits: torch.Tensor)
     return loss_sum / normaliser, torch.ones_like(normaliser), statistics
 
 
-def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: str | None) -> dict[str, Any]:
+def _run(
+    config: Config, model_dir: str, batch: str, reference: str, sabotage: str | None, replay: str | None
+) -> dict[str, Any]:
     with _experts_unmarked() if sabotage == "expert_mark" else contextlib.nullcontext():
         policy = Policy(config, read_architecture(model_dir), model_dir, updates=10)
     if sabotage == "norm_weight":
@@ -131,8 +136,15 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
     if sabotage == "told":
         data = dataclasses.replace(data, told=data.told[:0])
     (mini_batch,) = made_alike(policy, data, store)
-    (found_streams,) = policy.log_probs([mini_batch]).streams
-    on_policy = policy.update(mini_batch, found_streams) if sabotage == "on_policy" else None
+    known = policy.log_probs([mini_batch])
+    (found_streams,), (routes,) = known.streams, known.routes
+    if replay not in (None, "undisturbed"):
+        disturb_choices(policy)
+    if replay == "own choice":
+        routes = None
+    if replay == "newest":
+        take_newest_choices(policy)
+    on_policy = policy.update(mini_batch, found_streams, routes=routes) if sabotage == "on_policy" else None
     engine = [micro_batch.streams.get("rollout_log_probs") for micro_batch in mini_batch]
     given = [
         {"old_log_probs": values, "reference_log_probs": values * REFERENCE_SCALE}
@@ -140,7 +152,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
         if values is not None  # on the last pipeline stage
     ]
     loss = partial(mean_of_means, policy) if sabotage == "normaliser" else None
-    metrics = on_policy or policy.update(mini_batch, given, loss)
+    metrics = on_policy or policy.update(mini_batch, given, loss, routes)
     if sabotage != "stale":
         gather_parameters(policy.chunks)
     expected = {name: tensor.to(platform.device()) for name, tensor in load_file(reference).items()}
@@ -153,6 +165,7 @@ def _run(config: Config, model_dir: str, batch: str, reference: str, sabotage: s
     errors = {name: _relative_error([found[name]], [expected[name]]) for name in found}
     return {
         "metrics": metrics,
+        "routers": policy.routing.statistics.metrics(),
         "worst": max(errors.values()),
         "where": max(errors, key=errors.__getitem__),
         "whole": _relative_error(list(found.values()), [expected[name] for name in found]),

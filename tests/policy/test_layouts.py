@@ -21,6 +21,7 @@ from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
 from tests.policy.layouts import ALGORITHMS, OPTIMIZER, REFERENCE_SCALE
+from tests.policy.plain_routers import router_load
 from tests.weights.models import by_stored_names
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,20 @@ EXPERT_LAYOUTS = [
     {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
     {"expert": 2, "data": 4, "sabotage": "router"},
 ]
+RECOMPUTED = {"packing": True, "pipeline": 2, "expert": 2, "data": 2, "model": {"recompute": "full"}}
+REPLAYED = [
+    {"expert": 2, "data": 4, "replay": "trainer"},
+    {**SPLIT, "expert": 2, "data": 2, "replay": "trainer"},
+    {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
+    {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "trainer"},
+    {**RECOMPUTED, "replay": "trainer"},
+    {**RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
+    {**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"},
+    {"expert": 2, "data": 4, "replay": "own choice", "sabotage": "other experts"},
+    *({**layout, "replay": "trainer", "sabotage": "on_policy"} for layout in (RECOMPUTED, {**SPLIT, "data": 2})),
+    {**SPLIT, "packing": True, "expert": 2, "data": 2, "replay": "undisturbed"},
+]
+"""In the updates routers would choose the smallest scores, but in the last layout."""
 MORE_EXPERT_LAYOUTS = [
     {"data": 4},
     {"expert": 2, "data": 4},
@@ -167,6 +182,7 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     tokens = [torch.randint(0, 75, (int(length),)) for length in lengths]
     advantages = torch.randn(len(tokens))
     inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages, told)
+    routers = router_load(model, tokens, prompts.tolist()) if "num_experts_per_tok" in settings else {}
     losses = {name: plain_loss(inputs, algorithm) for name, algorithm in ALGORITHMS.items()}
     norms = {}
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -195,7 +211,8 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     _adam(model).step()
     updated = by_stored_names(kind, [(name, p.detach().contiguous()) for name, p in model.named_parameters()])
     save_file(updated, folder / "updated.safetensors")
-    return {"folder": folder, "loss": {name: loss.item() for name, loss in losses.items()}, "grad_norm": norms}
+    loss = {name: loss.item() for name, loss in losses.items()}
+    return {"folder": folder, "loss": loss, "grad_norm": norms, "routers": routers}
 
 
 def _adam(model: Any) -> torch.optim.AdamW:
@@ -329,7 +346,7 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
-        ("qwen3_moe", EXPERT_LAYOUTS),
+        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
         pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
         pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
@@ -338,9 +355,20 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 )
 def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """Every expert and router, over expert-parallel ranks. One control has the experts' gradients summed over too few
-    ranks, the others have routers that score the wrong experts.
+    ranks, others have routers that score the wrong experts.
+
+    Replayed, the experts are transformers' whatever routers would choose, so that ratios are exactly 1 where the
+    weights are the same. Its controls let routers choose, or give a recomputation the newest micro-batch's choice. The
+    load of experts is that of transformers, over all ranks.
     """
-    check_gradients(case, layouts, updates_under(case, 4, layouts, timeout=300))
+    ranks = updates_under(case, 4, layouts, timeout=300)
+    check_gradients(case, layouts, ranks)
+    for index, layout in enumerate(layouts):
+        replay = layout.get("replay")
+        if layout.get("sabotage") in (None, "on_policy"):
+            changed = {} if replay is None else {"router_changed": 0.0 if replay == "undisturbed" else 1.0}
+            for found in (rank[index]["routers"] for rank in ranks):
+                assert found == pytest.approx({**case["routers"], **changed, "router_tokens_dropped": 0.0}), layout
 
 
 def test_updates_one_after_the_other_learn_alike_with_overlap() -> None:

@@ -74,6 +74,19 @@ def test_what_leaves_the_gpus_has_to_fit_into_the_hosts_memory() -> None:
     assert told("experiment=fipo_32b")[2].host_bytes == 0, "the control: nothing leaves GPUs that are not shared"
 
 
+def test_recorded_choices_of_routers_have_to_fit_into_the_hosts_memory() -> None:
+    """By hand: 512 × 16 sequences of 22,528 tokens, 48 layers, 8 experts of 2 bytes each, over two nodes."""
+    start = ["experiment=fipo_30b_a3b", "algorithm.router_replay=trainer"]
+    _, _, found = told(*start)
+    assert found.routes_bytes == found.host_bytes == 512 * 16 * 22528 * 48 * 8 * 2 // 2
+    assert told("experiment=fipo_30b_a3b")[2].host_bytes == 0, "the control"
+    assert told(*start, "hardware.host_memory_gib=70")[2].fits
+    with pytest.raises(ConfigError, match=r"algorithm.router_replay: a node's host has to hold 66 GiB .* has 60"):
+        told(*start, "hardware.host_memory_gib=60")
+    with pytest.raises(ConfigError, match=r"algorithm.router_replay: is trainer, and the model has no experts"):
+        told("experiment=fipo_32b", "algorithm.router_replay=trainer")
+
+
 def test_only_stages_on_a_servers_gpus_pay_for_it() -> None:
     """Two stages of four GPUs, and servers on the first four."""
     _, _, found = told("experiment=fipo_7b", *SHARED, "rollout.servers=4", "parallel.pipeline=2")

@@ -1,6 +1,6 @@
 """Mixtral 8x7B and 8x22B: a Mistral without a window, every feed-forward a mixture of experts."""
 
-from megatron_fipo.models.experts import ROUTER_KEYS, ExpertKeys
+from megatron_fipo.models.experts import NUMBER, ROUTER_KEYS, ExpertKeys
 from megatron_fipo.models.family import Family
 from megatron_fipo.models.kinds import Kind, or_null, whole
 from megatron_fipo.models.rules import ATTENTION, DENSE_LAYER, EXPERT, gated_feed_forward, router
@@ -23,8 +23,8 @@ FAMILY = Family(
     },
     keys={
         **ROUTER_KEYS,
-        "num_local_experts": whole(2, 2**16),
-        "num_experts": whole(2, 2**16),
+        "num_local_experts": NUMBER,
+        "num_experts": NUMBER,
         "num_key_value_heads": whole(1, 2**16),
         "head_dim": or_null(whole(2, 2**16)),
         # Noise on the router's input in training, which the engine does not have.

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen1.5 with a mixture of experts (57B-A14B, A2.7B): one more expert gets every token, by a gate."""
 
-from megatron_fipo.models.experts import LAYER_KEYS, ROUTER_KEYS, ExpertKeys
+from megatron_fipo.models.experts import LAYER_KEYS, NUMBER, ROUTER_KEYS, ExpertKeys
 from megatron_fipo.models.family import Family
 from megatron_fipo.models.kinds import BOOLEAN, only, or_null, whole
 from megatron_fipo.models.rules import (
@@ -43,7 +43,7 @@ FAMILY = Family(
     keys={
         **ROUTER_KEYS,
         **LAYER_KEYS,
-        "num_experts": whole(2, 2**16),
+        "num_experts": NUMBER,
         "moe_intermediate_size": whole(1, 2**24),
         "shared_expert_intermediate_size": whole(1, 2**24),
         "num_key_value_heads": whole(1, 2**16),

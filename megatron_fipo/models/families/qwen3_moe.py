@@ -1,6 +1,6 @@
 """Qwen3 with a mixture of experts (30B-A3B, 235B-A22B)."""
 
-from megatron_fipo.models.experts import LAYER_KEYS, ROUTER_KEYS, ExpertKeys
+from megatron_fipo.models.experts import LAYER_KEYS, NUMBER, ROUTER_KEYS, ExpertKeys
 from megatron_fipo.models.family import Family
 from megatron_fipo.models.kinds import BOOLEAN, or_null, whole
 from megatron_fipo.models.rules import ATTENTION, DENSE_LAYER, EXPERT, PROJECTIONS, QK_NORM, gated_feed_forward, router
@@ -26,8 +26,8 @@ FAMILY = Family(
     keys={
         **ROUTER_KEYS,
         **LAYER_KEYS,
-        "num_experts": whole(2, 2**16),
-        "num_local_experts": whole(2, 2**16),
+        "num_experts": NUMBER,
+        "num_local_experts": NUMBER,
         "moe_intermediate_size": whole(1, 2**24),
         "num_key_value_heads": whole(1, 2**16),
         "norm_topk_prob": BOOLEAN,

@@ -1,0 +1,201 @@
+"""Router replay: the experts that a token went to in the old-log-prob pass are those that it goes to in the updates.
+
+A router takes the largest scores, so that a small change of the weights can send a token to other experts, and its
+log-prob jumps. Replayed, the ratio and Δ move by the weights alone: the router still scores, and learns, by the experts
+that it is given. Megatron-Core's router asks an object for its choice, and knows nothing of micro-batches. The object
+here does, and so it holds under every schedule, and where layers are recomputed in the backward pass.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from megatron_fipo.models.experts import Experts
+from megatron_fipo.policy.micro_batch import MicroBatch, moved
+from megatron_fipo.policy.router_statistics import RouterStatistics
+
+Routes = Sequence[Sequence[Tensor]]
+"""The experts that tokens went to, by model chunk and micro-batch: [layers of the chunk with experts, local tokens,
+experts of a token] int16 on the host. Tokens are in the order in which the routers of this rank see them."""
+
+Choose = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What is done with the routers' choices while micro-batches go through the model."""
+
+    given: Routes | None = None
+    """What routers choose; None: by their scores."""
+    records: bool = False
+    keeps: bool = False
+    """Whether the backward pass asks again."""
+    counts: bool = False
+    """Whether the step's statistics have it."""
+
+
+class Choice:
+    """The choice of one router, in the place of Megatron-Core's RouterReplay."""
+
+    def __init__(self, layer: int, statistics: RouterStatistics) -> None:
+        """Free, until a micro-batch begins. `layer` is the router's, from 0, of the whole model."""
+        self._layer, self._statistics = layer, statistics
+        self._counts: Tensor | None = None
+        self._is_forward = False
+        self._given: Tensor | None = None
+        self._keeps = False
+        self._kept: deque[Tensor] = deque()
+        self._made: Tensor | None = None
+
+    def begin(self, given: Tensor | None, counts: Tensor | None, *, keeps: bool) -> None:
+        """Begin the forward pass of a micro-batch.
+
+        Args:
+            given: [local tokens, experts of a token] integers; None: the router chooses by its scores.
+            counts: [local tokens] bool, those that the statistics have; None: nothing is counted.
+            keeps: whether the backward pass of this micro-batch asks again.
+        """
+        self._is_forward, self._given, self._counts, self._keeps = True, given, counts, keeps
+
+    def end(self) -> Tensor:
+        """End the forward pass; the experts chosen, [local tokens, experts of a token] int16."""
+        made, self._made = self._made, None
+        assert made is not None, "the router has not been asked"
+        self._is_forward, self._given, self._counts = False, None, None
+        return made
+
+    def look_at(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        """See what the router's layer dispatches of its choice: a forward hook of the router."""
+        if self._made is not None and self._counts is not None:
+            self._statistics.count_dropped(self._made, output[1])
+
+    def forget(self) -> None:
+        """Drop what was kept for backward passes that did not come."""
+        self._kept.clear()
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Choose
+    ) -> tuple[Tensor, Tensor]:
+        """The scores of the chosen experts and the experts, as Megatron-Core's router asks for them.
+
+        Outside a forward pass it is a recomputation in a backward pass, and backward passes of a chunk come in the
+        order of its forward passes: so the oldest choice is the micro-batch's.
+
+        Args:
+            scores: [local tokens, experts] of a floating type.
+
+        Returns:
+            [local tokens, topk] of the type of `scores`, differentiable; [local tokens, topk] int64.
+        """
+        if not self._is_forward:
+            return _of(scores, self._kept.popleft())
+        if self._given is None:
+            found, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        else:
+            found, experts = _of(scores, self._given)
+        if self._counts is not None:
+            self._statistics.count(self._layer, experts, self._counts)
+        if self._counts is not None and self._given is not None:
+            _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
+            self._statistics.count_changed(experts, own, self._counts)
+        self._made = experts.to(torch.int16)
+        if self._keeps:
+            self._kept.append(self._made)
+        return found, experts
+
+
+def _of(scores: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    indices = experts.to(torch.int64)
+    return scores.gather(1, indices), indices
+
+
+@dataclass
+class _Chunk:
+    """A model chunk's routers, and its micro-batches in the present pass."""
+
+    choices: list[Choice]
+    begun: int = 0
+    found: list[Tensor] = field(default_factory=list)
+
+
+class Routing:
+    """What the routers of this rank choose. Nothing for a model without experts."""
+
+    def __init__(self, chunks: Sequence[nn.Module], experts: Experts | None, device: torch.device):
+        """Take the place of Megatron-Core's own choice in each router of the chunks."""
+        self._modules, self._device = list(chunks), device
+        self.statistics = RouterStatistics(experts, device)
+        """Of the tokens of updates since they were last asked for."""
+        self._chunks = [_Chunk([_take_over(router, self.statistics) for router in _routers(chunk)]) for chunk in chunks]
+        self._pass = _Pass()
+        megatron: Any = next((router.config for chunk in chunks for router in _routers(chunk)), None)
+        # Where a router is inside what is recomputed, a backward pass asks it again.
+        self._asked_again = megatron is not None and (
+            megatron.recompute_granularity == "full" or "moe" in (megatron.recompute_modules or ())
+        )
+
+    @contextmanager
+    def recording(self) -> Iterator[list[list[Tensor]]]:
+        """A pass without backward, whose choices the list has after it: Routes."""
+        found: list[list[Tensor]] = []
+        with self._during(_Pass(records=True)):
+            yield found
+            found += [chunk.found for chunk in self._chunks]
+
+    @contextmanager
+    def updating(self, given: Routes | None) -> Iterator[None]:
+        """A pass with backward, in which routers choose what is given; None: by their scores."""
+        with self._during(_Pass(given, keeps=self._asked_again, counts=True)):
+            yield
+
+    @contextmanager
+    def forward(self, module: nn.Module, micro_batch: MicroBatch) -> Iterator[None]:
+        """The forward pass of a chunk's next micro-batch."""
+        chunk, present = self._chunks[self._modules.index(module)], self._pass
+        given: Sequence[Tensor | None] = [None] * len(chunk.choices)
+        if present.given is not None and chunk.choices:
+            given = list(moved(present.given[self._modules.index(module)][chunk.begun], self._device))
+        chunk.begun += 1
+        counts = _in_routers_order(micro_batch.response_mask) if present.counts and chunk.choices else None
+        for choice, experts in zip(chunk.choices, given, strict=True):
+            choice.begin(experts, counts, keeps=present.keeps)
+        yield
+        made = [choice.end() for choice in chunk.choices]
+        if present.records and made:
+            chunk.found.append(torch.stack(made).cpu())
+
+    @contextmanager
+    def _during(self, present: _Pass) -> Iterator[None]:
+        for chunk in self._chunks:
+            chunk.begun, chunk.found = 0, []
+            for choice in chunk.choices:
+                choice.forget()
+        self._pass = present
+        try:
+            yield
+        finally:
+            self._pass = _Pass()
+
+
+def _routers(chunk: nn.Module) -> list[TopKRouter]:
+    """In the order of layers."""
+    return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+def _take_over(router: TopKRouter, statistics: RouterStatistics) -> Choice:
+    router.router_replay = choice = Choice(router.layer_number - 1, statistics)
+    router.register_forward_hook(choice.look_at)
+    return choice
+
+
+def _in_routers_order(column: Tensor) -> Tensor:
+    """[local tokens] of [rows, tokens]: those of this tensor-parallel rank, whose part of the tokens routers get."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    return column.t().chunk(group.size())[group.rank()].reshape(-1)

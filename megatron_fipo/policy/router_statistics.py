@@ -1,0 +1,85 @@
+"""How evenly routers spread tokens over experts, and how often they would choose otherwise than what they replay."""
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from megatron_fipo.models.experts import Experts
+
+
+class RouterStatistics:
+    """Counts of one step, of the tokens whose labels the policy produced.
+
+    Each token is counted on the one rank whose router sees it: tensor-parallel ranks have different tokens, since
+    experts need sequence parallelism there.
+    """
+
+    def __init__(self, experts: Experts | None, device: torch.device):
+        """Nothing is counted; nothing ever is without experts."""
+        self._experts, self._device = experts, device
+        self._clear()
+
+    def count(self, layer: int, chosen: Tensor, counts: Tensor) -> None:
+        """Count the tokens that go to each expert of a layer.
+
+        Args:
+            layer: from 0, of the whole model.
+            chosen: [local tokens, experts of a token] int64.
+            counts: [local tokens] bool: the tokens that count.
+        """
+        ones = counts.to(torch.int32)[:, None].expand_as(chosen).reshape(-1)
+        added = torch.zeros(self._load.shape[1], dtype=torch.int32, device=ones.device)
+        self._load[layer] += added.scatter_add_(0, chosen.reshape(-1), ones)
+
+    def count_changed(self, given: Tensor, own: Tensor, counts: Tensor) -> None:
+        """Count the tokens of a layer whose router would choose other experts than it replays.
+
+        Args:
+            given, own: [local tokens, experts of a token] of one integer type: the experts replayed, and those that it
+                would choose, in any order.
+            counts: as for `count`.
+        """
+        same = (given[:, :, None] == own[:, None, :]).any(2).all(1)
+        self._replayed += torch.stack([(~same & counts).sum(), counts.sum()])
+
+    def count_dropped(self, chosen: Tensor, served: Tensor) -> None:
+        """Count the choices that no expert serves, those of tokens that do not count included.
+
+        Args:
+            chosen: [local tokens, experts of a token].
+            served: [local tokens, experts] bool, what the router's layer dispatches.
+        """
+        self._dropped += chosen.numel() - torch.count_nonzero(served)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics over all ranks, the same on each; counting starts anew. Every rank calls this together.
+
+        Empty if no token was counted.
+        """
+        if self._experts is None:
+            return {}
+        vector = torch.cat([self._load.flatten(), self._replayed, self._dropped])
+        torch.distributed.all_reduce(vector)
+        counted = vector.cpu()
+        self._clear()
+        load = counted[:-3].view(-1, self._experts.number)[list(self._experts.layers)].double()
+        changed, replayed, dropped = counted[-3:].tolist()
+        if not load.sum():
+            return {}
+        share = load / load.sum(1, keepdim=True)
+        fullest = share.amax(1) * self._experts.number
+        entropy = torch.special.entr(share).sum(1)
+        found = {
+            "router_load": fullest.mean().item(),
+            "router_load_max": fullest.max().item(),
+            "router_entropy": entropy.mean().item(),
+            "router_entropy_min": entropy.min().item(),
+            "router_tokens_dropped": float(dropped),
+        }
+        return found | ({"router_changed": changed / replayed} if replayed else {})
+
+    def _clear(self) -> None:
+        layers, number = (len(self._experts.layers), self._experts.number) if self._experts else (0, 0)
+        self._load = torch.zeros(layers, number, dtype=torch.int64, device=self._device)
+        self._replayed = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self._dropped = torch.zeros(1, dtype=torch.int64, device=self._device)

@@ -1,0 +1,58 @@
+"""What a rank of test_router_replay.py runs: steps whose routers begin to choose otherwise before the updates."""
+
+import contextlib
+import dataclasses
+
+import torch
+
+from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config.agreement import Limits
+from megatron_fipo.policy import platform
+from megatron_fipo.rollout.plain_batch import plain_batch
+
+platform.install()
+
+from megatron_fipo.models.model_config import read_architecture  # noqa: E402
+from megatron_fipo.policy.agreement import AgreementCheck  # noqa: E402
+from megatron_fipo.policy.feed import made_alike  # noqa: E402
+from megatron_fipo.policy.model import start_model_parallel  # noqa: E402
+from megatron_fipo.policy.step import StepData, score_part, train_step  # noqa: E402
+from megatron_fipo.policy.update import Policy  # noqa: E402
+from tests.policy.disturbed_routers import disturb_choices  # noqa: E402
+from tests.policy.layouts import UNCLIPPED, make_config  # noqa: E402
+
+MODEL = resolve_embedded("embedded:tiny_moe")
+
+
+def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
+    """The metrics of a step without any change of weights for each way.
+
+    Args:
+        ways: algorithm.router_replay; whether the step's first mini-batch has old log-probs before its update; whether
+            routers choose the smallest scores from the first update on.
+    """
+    platform.start_process_group(60)
+    found = []
+    for replay, first_known, disturbed in ways:
+        config = make_config({}, dataclasses.replace(UNCLIPPED, lr=1e-30), "fipo")
+        config.algorithm = dataclasses.replace(config.algorithm, router_replay=replay)
+        if not found:
+            start_model_parallel(config.parallel, 0)
+        policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)
+        check = AgreementCheck(Limits(warn=1e9, stop=1e9))
+        if not first_known:
+            check.judge({"log_prob_diff_mean": 0.0})
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(0, policy.model_config.vocab_size, (20 + i,), generator=generator) for i in range(9)]
+        batch = plain_batch(
+            {"token_ids": rows, "rollout_log_probs": [-torch.ones(len(row)) for row in rows]},
+            prompt_lengths=[4] * len(rows),
+            advantages=torch.randn(len(rows), generator=generator).tolist(),
+            mini_batch_sizes=[3, 3, 3],
+        )
+        data = StepData([score_part(policy, made_alike(policy, *batch), check, is_first=True)], [])
+        if disturbed:
+            disturb_choices(policy)
+        found.append(train_step(policy, data, check, lambda _: contextlib.nullcontext(), print))
+    platform.stop_process_group()
+    return found

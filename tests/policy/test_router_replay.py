@@ -1,0 +1,36 @@
+"""A step of a mixture of experts whose routers choose otherwise in its updates, though no weight has changed.
+
+Why: with each jump of a router a ratio jumps, and F sums the jumps of all tokens after it; a choice that is lost on the
+way from the old-log-prob pass to the update would look like learning. Gradients, and layouts: test_layouts.py.
+"""
+
+import pytest
+
+from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
+    ways = [
+        ("trainer", False, True),
+        ("trainer", True, True),
+        ("trainer", False, False),
+        ("none", False, True),
+        ("none", False, False),
+    ]
+    ((others, every, same, free, plain),) = run_ranks("tests.policy.router_ranks:steps", 1, {"ways": ways})
+    for replayed in (others, every, same):
+        assert replayed["updates"] == 3
+        assert replayed["ppo_kl"] == replayed["ppo_kl_first"] == 0.0
+        assert replayed["ratio_positive_q01"] == replayed["ratio_positive_q99"] == 1.0
+    assert free["ppo_kl_first"] == 0.0 and abs(free["ppo_kl"]) > 1e-3, "the control: routers choose by themselves"
+    assert plain["ppo_kl"] == 0.0, "the control's control: it is the routers' doing"
+    assert others["router_changed"] == every["router_changed"] == 1.0 and same["router_changed"] == 0.0
+    assert not any("router_changed" in found for found in (free, plain)), "nothing was replayed"
+    # Recorded before the routers changed, so the load is that of the routers as they were.
+    names = ("router_load", "router_load_max", "router_entropy", "router_entropy_min")
+    assert [every[name] for name in names] == [same[name] for name in names] == [plain[name] for name in names]
+    assert free["router_load"] != plain["router_load"]
+    assert 0 < plain["router_entropy_min"] <= plain["router_entropy"] and plain["router_load"] >= 1
+    assert all(found["router_tokens_dropped"] == 0.0 for found in (others, every, same, free, plain))
