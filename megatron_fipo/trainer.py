@@ -129,6 +129,7 @@ class Trainer:
             self._console.warn(f"step {self.step}: {text}")
 
         metrics = train_step(self._policy, data, self._agreement, self._console.phase, warn)
+        self._record_credit()
         if warning := self._finite_updates.judge(metrics):
             warn(warning)
         return metrics
@@ -221,6 +222,14 @@ class Trainer:
         """What rank 0's rollouts answer to a call, there; None elsewhere. A failure is every rank's."""
         leader = self._leader
         return only_rank_0(lambda: call(leader.rollouts) if leader else None)
+
+    def _record_credit(self) -> None:
+        """Have the values per token that this step's updates kept written to the run's directory, if there are any."""
+        if self._policy.credit is None:
+            return
+        with self._console.phase("update"):
+            frames = self._policy.credit.collect()
+            self._on_rank_0(lambda rollouts: rollouts.record_credit(frames) if frames else None)
 
     def _publish(self) -> None:
         """Hand the present weights, which are `_version`, to all servers; to their replacements where some fail."""
