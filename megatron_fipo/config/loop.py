@@ -195,8 +195,8 @@ class CreditConfig:
     )
     every: int = setting(1, "Number of steps after which a step is recorded.", minimum=1, maximum=10**9)
     max_tokens: int = setting(
-        2**18,
-        "Largest number of response tokens that are recorded in a step, about 20 bytes each in the file. Responses "
+        2**17,
+        "Largest number of response tokens that are recorded in a step, about 40 bytes each in the file. Responses "
         "that do not fit are left out.",
         minimum=1,
         maximum=10**6,

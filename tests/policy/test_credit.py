@@ -34,7 +34,8 @@ from tests.policy.test_layouts import TOLD, make_case
 pytestmark = pytest.mark.slow
 
 CUT = {"pipeline": 2, "context": 2}
-LAYOUTS: list[dict[str, Any]] = [
+ONE: list[dict[str, Any]] = [{"packing": True}, {"packing": False}]
+EIGHT: list[dict[str, Any]] = [
     {**CUT, "packing": True, "data": 2},
     {**CUT, "packing": False, "data": 2},
     {**CUT, "packing": True, "tensor": 2, "sequence": True},
@@ -98,17 +99,22 @@ def worst_difference(credit: TokenCredit, wanted: dict[str, list[float]]) -> flo
     return max((found[name].double() - torch.tensor(wanted[name])).abs().max().item() for name in names)
 
 
-def test_recorded_values_are_those_of_the_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, ONE), (8, EIGHT)], ids=["one", "eight"])
+def test_recorded_values_are_those_of_the_loss(world_size: int, layouts: list[dict[str, Any]], tmp_path: Path) -> None:
     case = make_case(tmp_path, "tied", TOLD)
     data = load_file(tmp_path / "batch.safetensors")
     arguments = {"model_dir": str(tmp_path / "model"), "batch": str(tmp_path / "batch.safetensors")}
     ranks = run_ranks(
-        "tests.policy.credit_ranks:recorded", 8, {**arguments, "layouts": LAYOUTS}, 300, "tests.policy.layouts"
+        "tests.policy.credit_ranks:recorded",
+        world_size,
+        {**arguments, "layouts": layouts},
+        300,
+        "tests.policy.layouts",
     )
     assert case["loss"] and all(frames == [] for rank in ranks[1:] for frames in rank), "only rank 0 gathers"
     wanted = expected(tmp_path)
     lengths = dict(enumerate((data["lengths"] - data["prompts"]).tolist()))
-    for layout, frames in zip(LAYOUTS, ranks[0], strict=True):
+    for layout, frames in zip(layouts, ranks[0], strict=True):
         pieces = [piece for frame in frames for piece in decode_pieces(base64.b64decode(frame))]
         joined = join_pieces(pieces, lengths)
         assert sorted(joined) == [row for row in lengths if row != LEFT_OUT], "what the batch marks, and no other"
