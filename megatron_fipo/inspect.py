@@ -1,5 +1,8 @@
 """Show what is in a run's directory: `megatron-fipo inspect RUN`. With --step, show what the model wrote in a step.
 
+With --credit, write credit.html: each token of a step's recorded responses with its influence weight, F, and the later
+tokens that F comes from. Open it in a browser.
+
 It shows the state of the run, the settings that differ from the schema's defaults, the last steps, validations and
 checkpoints.
 """
@@ -16,15 +19,20 @@ from megatron_fipo.comparison.runs import Run, default_settings, read_run
 from megatron_fipo.errors import ConfigError, DataError, FipoError
 from megatron_fipo.policy.checkpoint_places import complete, files_of
 from megatron_fipo.tracking.console_table import StepTable
+from megatron_fipo.tracking.page import CREDIT_PAGE
 
 EPILOG = """examples:
   megatron-fipo inspect runs/mine                      its state
   megatron-fipo inspect runs/mine --step 20            the responses kept in step 20, with their rewards
   megatron-fipo inspect runs/mine --step 20 --held-out the same for the validation after step 20
+  megatron-fipo inspect runs/mine --credit             a page of the newest step that is recorded, token by token
   megatron-fipo inspect runs/mine --verify             check the files of each checkpoint
 """
 SCORES = {"avg": "accuracy", "cons": "cons_at_k", "pass": "pass_at_k"}
-PAGES = ("report.html", "summary.json", "config.yaml", "tensorboard", "huggingface", "reward_failures.jsonl")
+PAGES = (
+    *("report.html", CREDIT_PAGE, "summary.json", "config.yaml", "tensorboard", "huggingface"),
+    "reward_failures.jsonl",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> None:
     """Print the responses of a step, or the state of the run."""
+    if options.credit:
+        print(credit_text(options.run, options.step))
+        return
     for line in rollouts(options) if options.step is not None else overview(options):
         print(line)
 
@@ -45,6 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument("--step", type=int, metavar="N", help="show the responses that were kept in this step")
     parser.add_argument("--held-out", action="store_true", help="with --step: the responses of the validation after it")
+    parser.add_argument("--credit", action="store_true", help="write credit.html, of --step or of the newest step")
     parser.add_argument("--rows", type=int, default=10, metavar="K", help="newest steps to show (default 10)")
     parser.add_argument("--verify", action="store_true", help="compare each checkpoint's files with their checksums")
     return parser.parse_args(arguments)
@@ -60,6 +72,30 @@ def rollouts(options: argparse.Namespace) -> Iterator[str]:
         shown = f"there are those of {_ranges(kept)}" if kept else f"tracking.samples_per_{kind} keeps some in a run"
         raise ConfigError("--step", f"{path} not found", shown)
     yield path.read_text(encoding="utf-8")
+
+
+def credit_text(run_directory: Path, step: int | None) -> str:
+    """Write RUN/credit.html of a step, by default the newest one that is recorded. Return what to print.
+
+    Raises:
+        ConfigError: nothing is recorded of this step, or of any.
+        DataError: the step's file, or the page's place, cannot be used.
+    """
+    from megatron_fipo.credit_page.page import write_credit_page  # imports pyarrow, and is needed only here
+    from megatron_fipo.tracking.credit_file import credit_path, recorded_steps
+
+    steps = recorded_steps(run_directory)
+    if not steps or (step is not None and step not in steps):
+        path = credit_path(run_directory, step) if step is not None else run_directory / "credit"
+        there = f"there are steps {_ranges(steps)}" if steps else "tracking.credit.responses records some in a run"
+        raise ConfigError("--credit", f"{path} not found", there)
+    step = steps[-1] if step is None else step
+    page = run_directory / CREDIT_PAGE
+    try:
+        count = write_credit_page(run_directory, step)
+    except OSError as error:
+        raise DataError(f"{page} cannot be written: {error}") from error
+    return f"{page}: step {step}, {count} responses; open it in a browser"
 
 
 def overview(options: argparse.Namespace) -> Iterator[str]:

@@ -13,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
+from megatron_fipo.credit_page.page import write_credit_page
+from megatron_fipo.errors import DataError
 from megatron_fipo.launch.local import STOPPED
 from megatron_fipo.policy.agreement import AgreementCheck
 from megatron_fipo.policy.feed import Feed
@@ -28,6 +30,8 @@ from megatron_fipo.runs.checkpoints import RunCheckpoints
 from megatron_fipo.runs.leader import Leader
 from megatron_fipo.runs.sampling_events import SamplingEvents
 from megatron_fipo.tracking.console import Console, Span
+from megatron_fipo.tracking.credit_file import recorded_steps
+from megatron_fipo.tracking.page import CREDIT_PAGE
 from megatron_fipo.tracking.panels import ENGINES
 from megatron_fipo.tracking.run_files import distinguishing, write_summary
 from megatron_fipo.weights.ranks import fact_of_rank_0, only_rank_0
@@ -129,6 +133,7 @@ class Trainer:
             self._console.warn(f"step {self.step}: {text}")
 
         metrics = train_step(self._policy, data, self._agreement, self._console.phase, warn)
+        self._record_credit()
         if warning := self._finite_updates.judge(metrics):
             warn(warning)
         return metrics
@@ -214,6 +219,7 @@ class Trainer:
         summary: dict[str, Any] = {name: self.progress.results.get(name) for name in loop_state.RESULTS}
         summary |= {"steps": self.step, "seconds": self._seconds(), **distinguishing(self.config)}
         write_summary(self._directory, summary)
+        self._write_credit_page()
         leader.report.finish(summary["seconds"], self._console.take_spans())
         self._console.finish(summary, self._directory)
 
@@ -221,6 +227,23 @@ class Trainer:
         """What rank 0's rollouts answer to a call, there; None elsewhere. A failure is every rank's."""
         leader = self._leader
         return only_rank_0(lambda: call(leader.rollouts) if leader else None)
+
+    def _record_credit(self) -> None:
+        """Have the values per token that this step's updates kept written to the run's directory, if there are any."""
+        if self._policy.credit is None:
+            return
+        with self._console.phase("update"):
+            frames = self._policy.credit.collect()
+            self._on_rank_0(lambda rollouts: rollouts.record_credit(frames) if frames else None)
+
+    def _write_credit_page(self) -> None:
+        """Write the page of the last step that is recorded, to which the report then has a link."""
+        if not (steps := recorded_steps(self._directory)):
+            return
+        try:
+            write_credit_page(self._directory, steps[-1])
+        except (OSError, DataError) as error:
+            self._console.warn(f"no {CREDIT_PAGE}: {error}")
 
     def _publish(self) -> None:
         """Hand the present weights, which are `_version`, to all servers; to their replacements where some fail."""

@@ -51,14 +51,17 @@ def browser() -> Iterator[Chrome]:
         chrome.quit()
 
 
-def show(chrome: Chrome, page: Path, width: int, scheme: str) -> None:
-    """Open a page in a window of `width` pixels, with `scheme` light or dark, and wait until its charts are drawn."""
+def show(chrome: Chrome, page: Path, width: int, scheme: str, drawn: str = _DRAWN) -> None:
+    """Open a page in a window of `width` pixels, with `scheme` light or dark, and wait until its charts are drawn.
+
+    `drawn` is JavaScript that returns whether they are.
+    """
     size = {"width": width, "height": _HEIGHT, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     chrome.get(page.resolve().as_uri())
-    WebDriverWait(chrome, _TIMEOUT_S).until(lambda open_page: open_page.execute_script(_DRAWN))
+    WebDriverWait(chrome, _TIMEOUT_S).until(lambda open_page: open_page.execute_script(drawn))
 
 
 def picture(chrome: Chrome, height: int = _HEIGHT) -> bytes:

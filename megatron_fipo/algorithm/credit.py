@@ -125,6 +125,10 @@ class Influence:
     """[rows, tokens] f_t, detached."""
     raw: Tensor
     """[rows, tokens] exp(F_t), detached."""
+    future_kl: Tensor
+    """[rows, tokens] F_t, detached."""
+    takes_part: Tensor
+    """[rows, tokens] bool, M_t: the tokens that the sums include."""
 
 
 @torch.no_grad()
@@ -154,8 +158,9 @@ def influence_weights(
         # In the log-ratio's own precision, and created on its device: a copy from the host would wait for the GPU.
         threshold = torch.full((), clip_ratio_c, dtype=log_ratio.dtype, device=log_ratio.device).log()
         takes_part = takes_part & (log_ratio <= threshold)
-    raw = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout).exp()
+    summed = future_kl(torch.where(takes_part, log_ratio, 0.0), settings.decay_rate, layout)
+    raw = summed.exp()
     weights = raw.clamp(settings.band_low, settings.band_high)
     unsafe = (advantages < 0) & (log_ratio.exp() > settings.safety_thresh)
     held_down = weights.clamp(0.8, 1.0) if settings.safety_rule == "clamp" else torch.ones_like(weights)
-    return Influence(weights=torch.where(unsafe, held_down, weights), raw=raw)
+    return Influence(torch.where(unsafe, held_down, weights), raw, summed, takes_part)

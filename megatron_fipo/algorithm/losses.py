@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, influence_weights
+from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP, Influence, influence_weights
 from megatron_fipo.algorithm.sequences import SequenceLayout
-from megatron_fipo.algorithm.staleness import staleness
+from megatron_fipo.algorithm.staleness import Staleness, staleness
 from megatron_fipo.algorithm.statistics import ratio_histograms, token_statistics
 from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.errors import FipoError
@@ -73,6 +73,12 @@ class TokenLosses:
     """[rows, tokens] each: reported as the minimum and the maximum over all response tokens."""
     sequence_counts: dict[str, Tensor] = field(default_factory=dict)
     """[sequences] each, equal on all ranks that share a sequence: reported as the sum over all sequences."""
+    influence: Influence | None = None
+    """Where the loss has influence weights: for the credit viewer."""
+
+
+Observer = Callable[[TokenLosses, Staleness | None], None]
+"""Is given what a loss found of one micro-batch, and the importance weights that multiply it."""
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Tensor]:
@@ -142,7 +148,7 @@ def future_kl(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
         "influence_clipfrac_high": (influence.raw > settings.band_high).float(),
     }
     extremes = {"influence_weights": influence.weights, "influence_weights_raw": influence.raw}
-    return TokenLosses(losses, mask, reported, extremes, sequence_counts)
+    return TokenLosses(losses, mask, reported, extremes, sequence_counts, influence)
 
 
 def gspo(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
@@ -193,10 +199,13 @@ LOSSES: dict[str, Callable[[LossInputs, AlgorithmConfig], TokenLosses]] = {
 }
 
 
-def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def policy_loss(
+    inputs: LossInputs, config: AlgorithmConfig, observe: Observer | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return loss sum, normaliser and statistics of one micro-batch.
 
     All three are summed over micro-batches and ranks. Σ loss / Σ normaliser is the mini-batch's loss in any layout.
+    `observe` is called with the values per token.
 
     Returns:
         The loss sum (scalar with gradient), the normaliser (int32 scalar: tokens or sequences, by loss_agg_mode), and
@@ -204,7 +213,10 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig) -> tuple[Tensor, Te
     """
     token = _token_losses(inputs, config)
     losses, means, extremes = token.losses, dict(token.means), dict(token.extremes)
-    if (stale := staleness(inputs.old_log_probs, inputs.rollout_log_probs, config)) is not None:
+    stale = staleness(inputs.old_log_probs, inputs.rollout_log_probs, config)
+    if observe is not None:
+        observe(token, stale)
+    if stale is not None:
         losses = torch.where(stale.is_kept, losses * stale.weights, 0.0)
         means |= stale.means
         extremes |= stale.extremes

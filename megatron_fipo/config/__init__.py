@@ -20,6 +20,7 @@ from megatron_fipo.config.data import ColumnsConfig, DataConfig, ValidationColum
 from megatron_fipo.config.environment import EnvironmentConfig
 from megatron_fipo.config.loop import (
     CheckpointConfig,
+    CreditConfig,
     EvaluationConfig,
     OverlongBufferConfig,
     RewardConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "ClusterConfig",
     "ColumnsConfig",
     "Config",
+    "CreditConfig",
     "DataConfig",
     "EnvironmentConfig",
     "EvaluationConfig",

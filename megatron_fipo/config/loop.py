@@ -204,6 +204,26 @@ class CheckpointConfig:
 
 
 @dataclass
+class CreditConfig:
+    """Values per token as the loss used them, in credit/step-….parquet, for `megatron-fipo inspect RUN --credit`."""
+
+    responses: int = setting(
+        16,
+        "About how many responses per step are recorded: up to four of a group. 0: none.",
+        minimum=0,
+        maximum=10**4,
+    )
+    every: int = setting(1, "Number of steps after which a step is recorded.", minimum=1, maximum=10**9)
+    max_tokens: int = setting(
+        2**17,
+        "Largest number of response tokens that are recorded in a step, about 40 bytes each in the file. Responses "
+        "that do not fit are left out.",
+        minimum=1,
+        maximum=10**6,
+    )
+
+
+@dataclass
 class TrackingConfig:
     """What the run writes in addition to metrics.jsonl and summary.json."""
 
@@ -240,3 +260,4 @@ class TrackingConfig:
     samples_per_validation: int = setting(
         32, "Number of rollouts per validation that are written in the same form.", minimum=0, maximum=10**6
     )
+    credit: CreditConfig = section(CreditConfig)

@@ -67,6 +67,8 @@ class MicroBatch:
     Padded: a row each. Packed: one row, in which they lie one after another.
     """
 
+    places: tuple[int, ...]
+    """Of its sequences in the batch; none: a filler."""
     streams: Mapping[str, Tensor]
     """[rows, local tokens] each, by the table of records/streams.py: those that this pipeline stage reads. A value that
     is aligned with labels is at the position that predicts its token; outside of a sequence is the stream's fill."""
@@ -172,6 +174,7 @@ def build_micro_batch(
         return tokens.column(stream, indices, lengths, starts)[held]
 
     return MicroBatch(
+        places=tuple(indices),
         streams=_streams(tokens, streams_read(layout.stages), values, shape, device),
         position_ids=part(torch.cat([torch.arange(slot) for slot in slots])),
         response_mask=part(mask),

@@ -73,6 +73,8 @@ def train_step(
         agreement = judged(known)
     with phase("update"):
         for number, (mini_batch, added, given) in enumerate(zip(mini_batches, streams, routes, strict=True)):
+            if policy.credit is not None:
+                policy.credit.watch(mini_batch, number)
             if number == 0 and not alone:
                 metrics, differences = policy.first_update(mini_batch, added)
                 agreement = judged([*differences, *known])

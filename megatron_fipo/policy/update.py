@@ -33,6 +33,7 @@ from megatron_fipo.models.costs import attention_cost
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.agreement import log_prob_differences
+from megatron_fipo.policy.credit import CreditRecorder
 from megatron_fipo.policy.logprobs import log_probs_and_entropy
 from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, MiniBatch, TrainerStreams
 from megatron_fipo.policy.model import build_model, context_length, uses_transformer_engine
@@ -92,6 +93,8 @@ class Policy:
         self.offsets_device = platform.device() if with_te else torch.device("cpu")
         self.optimizer = build_optimizer(config, self.chunks)
         self.scheduler = build_scheduler(config, self.optimizer, updates)
+        self.credit = CreditRecorder() if config.tracking.credit.responses else None
+        """Keeps values per token of the responses that batches mark."""
         self.offload = Offload(self.chunks, self.optimizer) if config.rollout.shared_gpu else None
         """Moves its state to host memory and back, where the GPU is used in turns."""
         self.megatron_config.grad_scale_func = self.optimizer.scale_loss
@@ -295,7 +298,8 @@ class Policy:
             response_lengths=micro_batch.response_lengths,
             layout=SequenceLayout(micro_batch.local_lengths, parallel_state.get_context_parallel_group()),
         )
-        loss_sum, normaliser, statistics = policy_loss(inputs, self.config.algorithm)
+        observe = partial(self.credit.observe, micro_batch, inputs, entropy) if self.credit is not None else None
+        loss_sum, normaliser, statistics = policy_loss(inputs, self.config.algorithm, observe)
         statistics["sum/entropy"] = torch.where(micro_batch.response_mask, entropy, 0.0).sum()
         return loss_sum, normaliser, statistics
 

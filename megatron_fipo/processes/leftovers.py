@@ -25,7 +25,7 @@ NAMES_VARIABLE = "FIPO_NAMES"
 
 # Files of write_atomically, and a checkpoint that is being written or removed.
 _PARTIAL = re.compile(r"\..+\.\d+\.partial|\.step-\d+(\.removed)?\.partial")
-_PARTIAL_PLACES = (".", "samples", "validation", "checkpoints", "huggingface")
+_PARTIAL_PLACES = (".", "samples", "credit", "validation", "checkpoints", "huggingface")
 _CLOCKS_S = 60.0
 _LONGEST_SOCKET_PATH = 107
 _RANDOM_CHARACTERS = 8

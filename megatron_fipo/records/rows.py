@@ -4,7 +4,7 @@ Ranks plan from rows, and ask for the tokens of what they read. Rows travel as o
 plain Python only.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,7 @@ ROW = numpy.dtype(
         # over from an earlier step.
         ("weight_lag", "<i4"),
         ("mini_batch", "<i2"),  # the update that it is for, from 0
+        ("recorded", "|u1"),  # 1: its values per token are written to a file (records/credit.py)
     ]
 )
 """What every rank knows of a sequence."""
@@ -112,12 +113,18 @@ def rows_of(
     advantages: Sequence[float],
     weight_lag: Sequence[int],
     mini_batch_sizes: Sequence[int],
+    recorded: Collection[int] = (),
 ) -> numpy.ndarray:
-    """Rows of columns, [n] of ROW. ValueError if they are no batch: see `TrainBatch`."""
+    """Rows of columns, [n] of ROW. ValueError if they are no batch: see `TrainBatch`.
+
+    Args:
+        recorded: the samples whose values per token are written to a file.
+    """
     rows = numpy.empty(len(samples), ROW)
     rows["sample"], rows["tokens"], rows["prompt"] = samples, tokens, prompts
     rows["advantage"], rows["weight_lag"] = advantages, weight_lag
     rows["mini_batch"] = numpy.repeat(numpy.arange(len(mini_batch_sizes)), mini_batch_sizes)
+    rows["recorded"] = numpy.isin(rows["sample"], list(recorded))
     _check(rows)
     return read_only(rows)
 

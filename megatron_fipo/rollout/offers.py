@@ -33,35 +33,46 @@ class Offers:
         """Serve no more."""
         self._servers[-1].close()
 
-    def offer(self, groups: Sequence[Group], step: int, weight_version: int) -> bytes:
+    @property
+    def offered(self) -> TrainBatch:
+        """The batch that was offered last."""
+        assert self._offered is not None, "a batch is offered first"
+        return self._offered
+
+    def offer(
+        self, groups: Sequence[Group], step: int, weight_version: int, recorded_rows: Sequence[int] = ()
+    ) -> bytes:
         """Judged groups as a batch of `step`, which starts from the weights of `weight_version`: its frame."""
-        self._offered = train_batch(groups, self._algorithm, self._store, step, weight_version)
+        self._offered = train_batch(groups, self._algorithm, self._store, step, weight_version, recorded_rows)
         return self._frame()
 
     def give_back(self, reason: str) -> bytes:
         """The batch anew, served by another server: ranks could not fetch it from the one before, for this reason."""
-        assert self._offered is not None, "a batch is offered first"
-        self._warn(f"step {self._offered.step}: the batch's tokens are served anew: {reason}")
+        self._warn(f"step {self.offered.step}: the batch's tokens are served anew: {reason}")
         self._servers[-1].close()
         self._servers.append(StoreServer(self._store))
         return self._frame()
 
     def fetched(self) -> None:
         """Every rank has what it reads of the batch: its tokens need not be here any more."""
-        assert self._offered is not None, "a batch is offered first"
-        self._store.drop(self._offered.rows["sample"].tolist())
+        self._store.drop(self.offered.rows["sample"].tolist())
 
     def _frame(self) -> bytes:
-        assert self._offered is not None, "a batch is offered first"
-        return replace(self._offered, store=self._servers[-1].address).to_bytes()
+        return replace(self.offered, store=self._servers[-1].address).to_bytes()
 
 
 def train_batch(
-    groups: Sequence[Group], algorithm: AlgorithmConfig, store: SampleStore, step: int, weight_version: int
+    groups: Sequence[Group],
+    algorithm: AlgorithmConfig,
+    store: SampleStore,
+    step: int,
+    weight_version: int,
+    recorded_rows: Sequence[int] = (),
 ) -> TrainBatch:
     """Judged groups as rows, cut into mini-batches of whole groups, each sample with its advantage; tokens to `store`.
 
-    A sample whose check failed is no wrong answer: it is left out, of the group's mean too.
+    A sample whose check failed is no wrong answer: it is left out, of the group's mean too. The values per token of
+    `recorded_rows` are written to a file.
     """
     samples: list[int] = []
     tokens: list[int] = []
@@ -86,5 +97,6 @@ def train_batch(
             advantages += group_advantages(rewards, norm_by_std=algorithm.norm_adv_by_std)
         if len(samples) > before:
             sizes.append(len(samples) - before)
-    rows = rows_of(samples, tokens, prompts, advantages, weight_lag, sizes)
+    recorded = [samples[row] for row in recorded_rows]
+    rows = rows_of(samples, tokens, prompts, advantages, weight_lag, sizes, recorded)
     return TrainBatch(step, rows, told_stretches(told, rows))

@@ -73,6 +73,9 @@ class Rollouts(Protocol):
         Where sampling and training take turns, what was sampled since the last `settle` is dropped; else nothing is.
         """
 
+    def record_credit(self, frames: list[bytes]) -> None:
+        """Write the values per token that the trainer kept in this step: frames of `records.credit.encode_pieces`."""
+
     def busy(self) -> list[tuple[float, float]]:
         """Stretches of time, since the last call, in which some server sampled: begin, since 1970, and seconds."""
 

@@ -126,6 +126,9 @@ class RemoteRollouts:
     def break_off(self) -> None:
         self._ask("break_off")
 
+    def record_credit(self, frames: list[bytes]) -> None:
+        self._ask("record_credit", frames)
+
     def busy(self) -> list[tuple[float, float]]:
         return self._ask("busy")
 

@@ -20,6 +20,7 @@ from megatron_fipo.rollout.offers import Offers
 from megatron_fipo.rollout.ongoing import Ongoing
 from megatron_fipo.rollout.snapshot import Encoded
 from megatron_fipo.rollout.training_rollouts import TrainingRollouts
+from megatron_fipo.rollout_process.credit_log import CreditLog
 from megatron_fipo.rollout_process.link import Offer, Resumed
 from megatron_fipo.tracking.phases import compiled_markers, phase_metrics
 from megatron_fipo.tracking.problem_files import path_of_step, write_problems
@@ -52,6 +53,7 @@ class RolloutService:
         self._stack.callback(self._loop.close)
         self._rollouts = self._stack.enter_context(TrainingRollouts(config, model_dir, run_dir, listener, self._loop))
         self._offers = self._stack.enter_context(Offers(config.algorithm, listener.warn))
+        self._credit = CreditLog(config, run_dir, self._rollouts.tokenizer.decode)
         self._control = EngineControl(self._rollouts.pool)
         self._step = self._weight_version = 0
         self._batch: Ongoing[Batch] | None = None
@@ -73,6 +75,7 @@ class RolloutService:
 
     def begin_batch(self, step: int, weight_version: int) -> None:
         self._step, self._weight_version = step, weight_version
+        self._credit.begin(step)
         self._batch, self._validation = self._rollouts.begin_batch(self._progress), None
 
     def begin_validation(self, step: int) -> None:
@@ -86,7 +89,7 @@ class RolloutService:
         return self._validation.wait()
 
     def part(self) -> bytes:
-        return self._offers.offer(self._rollouts.part(), self._step, self._weight_version)
+        return self._offer(self._rollouts.part())
 
     def break_wait(self) -> None:
         """Have a `wait` that is under way end with asyncio.CancelledError. In the loop's thread, while it turns."""
@@ -102,7 +105,7 @@ class RolloutService:
                 f"step {self._step}: {len(taken.groups)} of {wanted} groups after {taken.generation_batches:g} "
                 "generation batches; training on those"
             )
-        batch = self._offers.offer(taken.groups[taken.in_parts :], self._step, self._weight_version)
+        batch = self._offer(taken.groups[taken.in_parts :])
         return Offer(batch, sampling_metrics(taken, self._weight_version) | phase_metrics(taken.sampled, self._markers))
 
     def validated(self) -> ValidationResult:
@@ -126,6 +129,12 @@ class RolloutService:
     def break_off(self) -> None:
         self.break_wait()
         self._rollouts.break_off()
+
+    def record_credit(self, frames: list[bytes]) -> None:
+        try:
+            self._credit.write(frames)
+        except OSError as error:
+            self._listener.warn(f"step {self._step}: credit is not recorded: {error}")
 
     def busy(self) -> list[tuple[float, float]]:
         return self._rollouts.busy()
@@ -181,6 +190,13 @@ class RolloutService:
 
     def score(self, token_ids: list[int], seconds: float) -> dict[str, list[float | None]]:
         return self._loop.run(self._control.score(token_ids, Deadline(seconds)))
+
+    def _offer(self, groups: Sequence[Group]) -> bytes:
+        rows = self._credit.choose(groups)
+        frame = self._offers.offer(groups, self._step, self._weight_version, rows)
+        found = self._offers.offered.rows
+        self._credit.mark(groups, rows, found["sample"].tolist(), found["advantage"].tolist())
+        return frame
 
     def _log(self, groups: Sequence[Group], count: int, of: Literal["step", "validation"]) -> None:
         log_rollouts(self._run_dir, self._step, groups, count, self._rollouts.tokenizer.decode, of)

@@ -16,7 +16,7 @@ from megatron_fipo.tracking.metrics import METRICS_FILE
 from megatron_fipo.tracking.run_files import kept_config, set_aside, write_config
 from megatron_fipo.tracking.run_lock import RunLock
 
-_DIRECTORIES = ("samples", "tensorboard", "validation", "wandb", "mlflow")
+_DIRECTORIES = ("samples", "credit", "tensorboard", "validation", "wandb", "mlflow")
 """Directories that a run writes to later. They are checked at the start, so that the run does not fail then."""
 _MOST_SHOWN = 8
 

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+CREDIT_PAGE = "credit.html"
+"""The credit viewer, in a run's directory."""
 _ASSETS = Path(__file__).parent.parent / "assets" / "page"
 
 
@@ -42,8 +44,11 @@ class Chart:
     """Show shares as percentages."""
 
 
-def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
-    """Return a whole HTML page. `title` is text, and `body` HTML. `scripts` run one after the other, after the body."""
+def page(title: str, body: str, scripts: Sequence[str] = (), style: str = "") -> str:
+    """Return a whole HTML page. `title` is text, and `body` HTML. `scripts` run one after the other, after the body.
+
+    `style` is CSS that follows the common theme.
+    """
     shown = html.escape(title)
     run = "\n".join(f"<script>\n{script}</script>" for script in scripts)
     return f"""<!doctype html>
@@ -54,7 +59,7 @@ def page(title: str, body: str, scripts: Sequence[str] = ()) -> str:
 <link rel="icon" href="data:,">
 <title>{shown}</title>
 <style>
-{asset("theme.css")}</style>
+{asset("theme.css")}{style}</style>
 </head>
 <body>
 <h1>{shown}</h1>
@@ -71,7 +76,7 @@ def chart_scripts() -> list[str]:
 
 
 def draw_charts(element_id: str, charts: Sequence[Chart]) -> str:
-    """Return a whole HTML page. `title` is text, and `body` HTML. `scripts` run one after another, after the body."""
+    """Return the script that draws charts inside the element with this id."""
     values = in_script([asdict(chart) for chart in charts])
     return f"charts.drawAll(document.getElementById({in_script(element_id)}), {values});\n"
 

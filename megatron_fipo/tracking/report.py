@@ -24,7 +24,7 @@ from megatron_fipo.tracking.console import Span
 from megatron_fipo.tracking.console_table import duration
 from megatron_fipo.tracking.excerpts import excerpts
 from megatron_fipo.tracking.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
-from megatron_fipo.tracking.page import asset, chart_scripts, in_script, page
+from megatron_fipo.tracking.page import CREDIT_PAGE, asset, chart_scripts, in_script, page
 from megatron_fipo.tracking.panels import ENGINES, PANELS, PHASES, columns
 
 PAGE_FILE = "report.html"
@@ -43,6 +43,7 @@ _FILES = {
     "environment.json": "versions, commit, command",
     "metrics.jsonl": "one row per step",
     "validation.jsonl": "held-out scores",
+    CREDIT_PAGE: "a step's responses token by token, with influence weights",
     "summary.json": "the result",
     "logs/": "output of the other processes",
 }
@@ -198,7 +199,7 @@ def _page(directory: Path, config: Config, data: str) -> str:
     links = (
         f'<li><a href="{name}">{name}</a> <span class="quiet">{what}</span></li>'
         for name, what in _FILES.items()
-        if name not in ("summary.json", "logs/") or (directory / name).exists()
+        if name not in (CREDIT_PAGE, "summary.json", "logs/") or (directory / name).exists()
     )
     problems = ", ".join(config.data.train) or config.data.task
     subtitle = f"{config.algorithm.name} · {config.model.path} · {problems} · seed {config.run.seed}"

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -29,6 +30,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.processes import leftovers
+from megatron_fipo.tracking.credit_file import credit_path, read_credit
 from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.algorithm.test_adding_a_loss import write_page
 from tests.end_to_end import runs
@@ -66,6 +68,20 @@ def check_rows(rows: list[dict[str, float]], steps: int) -> None:
     assert rows[-1]["tickets_trained"] == sum(row["groups_kept"] for row in rows)
 
 
+def check_credit(directory: Path, row: dict[str, float]) -> None:
+    """What must hold of the values per token of step 2, where every response is recorded."""
+    _, responses = read_credit(credit_path(directory, 2))
+    lines = (directory / "samples" / "step-000002.jsonl").read_text().splitlines()
+    written = sorted((line["problem"], line["response"]) for line in map(json.loads, lines))
+    assert sorted((found.facts["problem"], "".join(found.tokens)) for found in responses) == written
+    weights = numpy.concatenate([found.credit.values["influence"] for found in responses])
+    assert [weights.min(), weights.max()] == pytest.approx(
+        [row["influence_weights_min"], row["influence_weights_max"]], rel=1e-6
+    )
+    moved = [bool(found.credit.values["log_ratio"].any()) for found in responses]
+    assert moved == [found.facts["update"] > 0 for found in responses], "the policy has not moved in the first update"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     """One server that already runs, which the runs adopt one after the other: a start costs as much as a run."""
@@ -86,9 +102,10 @@ def run_on(server: EnginePool, directory: Path, *overrides: str, environment: di
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.matrix) for name in REPEATED)])
 def test_layout(layout: str, server: EnginePool, tmp_path: Path) -> None:
-    run_on(server, tmp_path, *(LAYOUTS | REPEATED)[layout])
+    run_on(server, tmp_path, "tracking.credit.responses=32", *(LAYOUTS | REPEATED)[layout])
     rows = runs.rows(tmp_path)
     check_rows(rows, steps=2)
+    check_credit(tmp_path, rows[1])
     assert rows[0]["influence_weights_std"] > 0, "the second update of a step is off policy, so weights differ"
 
 
