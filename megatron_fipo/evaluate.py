@@ -21,7 +21,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.checks import check_evaluation
 from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
-from megatron_fipo.config.loop import own_rule
+from megatron_fipo.config.loop import reads_columns
 from megatron_fipo.data.problems import load_problems
 from megatron_fipo.data.tokenizers import Tokenizer
 from megatron_fipo.engines.pool import EnginePool
@@ -82,7 +82,7 @@ def main(config: Config, said: Sequence[str]) -> None:
     _check_can_be_served(config, weights)
     look_first(config, ("validation",))
     tokenizer = tokenizer_of(config, weights.directory)
-    columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+    columns = reads_columns(config.reward.rule) or config.environment.is_own
     longest = config.rollout.max_prompt_length
     loaded = load_problems(config.data, "validation", tokenizer, longest, keep_columns=columns)
     settings = settings_of(config, weights, loaded.problems)

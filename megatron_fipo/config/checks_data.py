@@ -1,12 +1,12 @@
 """Check the section `data` of a configuration: sources, columns, templates."""
 
-import re
 from collections.abc import Iterator
 from datetime import date
 
 from megatron_fipo.config import Config, DataConfig
 from megatron_fipo.config.data import QUESTION
-from megatron_fipo.config.loop import own_rule
+from megatron_fipo.config.loop import reads_columns
+from megatron_fipo.config.patterns import check_pattern
 from megatron_fipo.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def data(config: Config, *, trains: bool = True) -> Iterator[str]:
     for key, names in (("data.train", settings.train), ("data.validation", settings.validation)):
         if not all(name.strip() for name in names):
             raise ConfigError(key, f"{names} has an empty name", "a file, or a dataset with data.source=hub")
-    if settings.columns.answer is None and own_rule(config.reward.rule) is None:
+    if settings.columns.answer is None and not reads_columns(config.reward.rule):
         raise ConfigError(
             "data.columns.answer",
             f"is null, but reward.rule={config.reward.rule} needs a right answer to compare with",
@@ -76,13 +76,7 @@ def _check_pattern(key: str, answer_format: str, pattern: str | None) -> None:
     example = "a regular expression with one group, such as 'data.answer_pattern=\"Answer: (.+)\"'"
     if pattern is None:
         raise ConfigError(f"{key}_pattern", f"is not set, with {key}_format=pattern", example)
-    try:
-        groups = re.compile(pattern).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{key}_pattern", f"is not a regular expression: {error}", example) from None
-    if groups != 1:
-        remedy = f"{example}; (?:…) does not count as a group"
-        raise ConfigError(f"{key}_pattern", f"{pattern!r} has {groups} groups", remedy)
+    check_pattern(f"{key}_pattern", pattern, example)
 
 
 def _is_date(text: str) -> bool:

@@ -7,7 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_fipo.config import Config, RewardConfig
+from megatron_fipo.config.code import PROGRAM, SANDBOX_START_S, CodeConfig
 from megatron_fipo.config.loop import SHIPPED_RULES, own_rule
+from megatron_fipo.config.patterns import check_pattern
 from megatron_fipo.errors import ConfigError, one_line
 
 _FORMS = "package.module:function or path/to/file.py:function"
@@ -43,6 +45,9 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
         yield f"reward.rule: {rule} accepts only one answer; reward.rule=reasoning_gym uses the task's own scorer"
     if settings.math_tolerance and settings.rule != "math_verify":
         yield f"reward.math_tolerance is not read with reward.rule={settings.rule}; reward.rule=math_verify does"
+    _check_code(settings)
+    if settings.rule != "code" and settings.code != CodeConfig():
+        yield f"reward.code is not read with reward.rule={settings.rule}; reward.rule=code does"
     if settings.correct <= settings.incorrect:
         raise ConfigError(
             "reward.correct",
@@ -61,6 +66,24 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
             "reward.overlong_buffer.len",
             f"{buffer.len} tokens are not below rollout.max_response_length {config.rollout.max_response_length}",
             "a shorter ramp, or reward.overlong_buffer.enable=false",
+        )
+
+
+def _check_code(settings: RewardConfig) -> None:
+    """Check what finds a program in a response, and that its time fits into the time of a check."""
+    code = settings.code
+    if code.template.count(PROGRAM) != 1:
+        problem = f"has {code.template.count(PROGRAM)} places for the program"
+        raise ConfigError("reward.code.template", problem, f"a text with one {PROGRAM}, or {PROGRAM} alone")
+    if code.pattern is not None:
+        check_pattern("reward.code.pattern", code.pattern, "'reward.code.pattern=\"Program: (.+)\"'")
+    least = code.total_s + SANDBOX_START_S
+    if settings.rule == "code" and settings.timeout_s < least:
+        raise ConfigError(
+            "reward.timeout_s",
+            f"{settings.timeout_s:g} leaves no time for reward.code.total_s={code.total_s:g} and a sandbox's start, "
+            "so slow programs would be failed checks and not wrong",
+            f"at least {least:g}, or a smaller reward.code.total_s",
         )
 
 

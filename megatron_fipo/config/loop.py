@@ -2,19 +2,28 @@
 
 from dataclasses import dataclass
 
+from megatron_fipo.config.code import CodeConfig
 from megatron_fipo.config.settings import LONGEST_WAIT_S, section, setting
 
 VERIFIER_MEMORY_GIB = 4
 """Memory limit of one verifier process. An answer such as 9^(9^9) would take all memory: its check has to fail."""
 
-SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym")
+SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym", "code")
 """Values of `reward.rule` that name a rule of this package."""
+
+_RULES_OF_COLUMNS = ("code",)
+"""Those that take what they compare with from the columns of a problem's row."""
 
 
 def own_rule(rule: str) -> tuple[str, str] | None:
     """Return (module or file, function) for MODULE:FUNCTION or FILE.py:FUNCTION; None for a shipped rule."""
     place, _, function = rule.rpartition(":")
     return None if rule in SHIPPED_RULES else (place, function)
+
+
+def reads_columns(rule: str) -> bool:
+    """Return whether a rule may read every column of a problem's row; then it needs no right answer beside them."""
+    return rule in _RULES_OF_COLUMNS or own_rule(rule) is not None
 
 
 @dataclass
@@ -68,8 +77,8 @@ class RewardConfig:
     rule: str = setting(
         "exact_match",
         "exact_match: the recipe's string comparison after 'Answer:'; math_verify: mathematical equality by sympy; "
-        "reasoning_gym: the task's own scorer; package.module:function or path/to/file.py:function: your own "
-        "function, which returns the reward (docs/rewards.md).",
+        "reasoning_gym: the task's own scorer; code: tests of a program in a sandbox; package.module:function or "
+        "path/to/file.py:function: your own function, which returns the reward (docs/rewards.md).",
     )
     math_tolerance: float = setting(
         0.0,
@@ -90,6 +99,7 @@ class RewardConfig:
         "Names of environment variables that your own rule needs, such as a service's key. Verifier processes get only "
         "these and the ones that Python needs to start.",
     )
+    code: CodeConfig = section(CodeConfig)
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(
         8,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_fipo.config import Config, resolved
 from megatron_fipo.config.configure import refusals_in_one_line
-from megatron_fipo.config.loop import own_rule
+from megatron_fipo.config.loop import reads_columns
 from megatron_fipo.data.rows import look_at_first_rows
 from megatron_fipo.environments.pool import environment_process
 from megatron_fipo.errors import RunFailed
@@ -66,7 +66,7 @@ def main() -> None:
 def look_here(config: Config, splits: tuple[str, ...]) -> None:
     """Do the checks of `look_first` in this process."""
     with ExitStack() as beside:
-        if own_rule(config.reward.rule) is not None:
+        if reads_columns(config.reward.rule):
             beside.enter_context(_imported(verifier_process(config.reward)))
         if config.environment.is_own:
             beside.enter_context(_imported(environment_process(config.environment, None, 0)))

@@ -8,6 +8,7 @@ import re
 
 _ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _BRACE = re.compile("[{}]")
+_CODE_FENCE = re.compile(r"^[ \t]*```[^\n`]*$", re.MULTILINE)
 _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 # Applied in this order to the whole answer, as the published rule does: the later ones rely on the earlier.
@@ -71,6 +72,16 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[opening + 1 : brace.start()].strip()
     return None
+
+
+def last_code_block(text: str) -> str | None:
+    """The lines between the last two ``` fences that belong together; None if there is no closed block."""
+    fences = list(_CODE_FENCE.finditer(text))
+    if len(fences) < 2:
+        return None
+    # The first fence opens a block and the second closes it; an opening one at the end has no block yet.
+    last = len(fences) // 2 * 2
+    return text[fences[last - 2].end() : fences[last - 1].start()].strip("\n")
 
 
 def normalise_answer(answer: str) -> str:

@@ -1,16 +1,19 @@
 """The verifier's child process: judges responses by a rule; processes/worker_child.py reads and answers.
 
-    python -m megatron_fipo.rewards.worker SOCKET_FD RULE MATH_TOLERANCE
+    python -m megatron_fipo.rewards.worker SOCKET_FD SETTINGS
 
-Its greeting is {inputs}, what the rule wants to know of a response. An item has these inputs; the answer is {accuracy,
-answer, outcome, reward, extra}, or {error, traceback} where the rule raised.
+SETTINGS are the rule, and the settings that rules read, as JSON. The greeting is {inputs}, what the rule wants to know
+of a response. An item has these inputs; the answer is {accuracy, answer, outcome, reward, extra}, or {error, traceback}
+where the rule raised.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_fipo.config.code import CodeConfig
 from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB, own_rule
 from megatron_fipo.processes import worker_child
 from megatron_fipo.rewards import own, rules
@@ -19,12 +22,17 @@ from megatron_fipo.rewards.rules import Verdict
 Judge = Callable[[dict[str, Any]], Verdict]
 
 
-def load(rule: str, math_tolerance: float) -> tuple[Judge, tuple[str, ...]]:
+def load(settings: dict[str, Any]) -> tuple[Judge, tuple[str, ...]]:
     """The rule of a configuration, and the inputs that it wants. Raises ConfigError."""
+    rule = settings["rule"]
     if (place := own_rule(rule)) is not None:
         found = own.load(*place)
         return found, found.inputs
-    shipped = rules.prepare(rule, math_tolerance)
+    if rule == "code":
+        from megatron_fipo.rewards.code.rule import CodeRule
+
+        return CodeRule(CodeConfig(**settings["code"])), CodeRule.INPUTS
+    shipped = rules.prepare(rule, settings["math_tolerance"])
     return lambda item: shipped(item["response"], item["ground_truth"], item["extra"]), rules.INPUTS
 
 
@@ -40,10 +48,10 @@ def judge(rule: Judge, item: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point; the file descriptor is inherited from the parent."""
-    descriptor, rule_name, math_tolerance = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    descriptor, settings = int(sys.argv[1]), json.loads(sys.argv[2])
 
     def prepare() -> tuple[dict[str, Any], worker_child.Answer]:
-        rule, inputs = load(rule_name, math_tolerance)
+        rule, inputs = load(settings)
         return {"inputs": inputs}, lambda item: judge(rule, item)
 
     worker_child.run(descriptor, VERIFIER_MEMORY_GIB << 30, prepare)

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from megatron_fipo.config import Config
-from megatron_fipo.config.loop import own_rule
+from megatron_fipo.config.loop import reads_columns
 from megatron_fipo.data.fingerprint import compare_for_resume
 from megatron_fipo.data.order import PromptSampler
 from megatron_fipo.data.problems import load_problems
@@ -35,7 +35,7 @@ class TrainingRollouts(JudgedRollouts):
         """Load the problems, see that rewards can be had, and start servers, without waiting for them."""
         tokenizer = tokenizer_of(config, model_dir)
         length, validates = config.rollout.max_prompt_length, config.validation.every > 0
-        columns = own_rule(config.reward.rule) is not None or config.environment.is_own
+        columns = reads_columns(config.reward.rule) or config.environment.is_own
         train = load_problems(config.data, "train", tokenizer, length, validates=validates, keep_columns=columns)
         for warning in train.warnings:
             listener.warn(warning)

@@ -159,6 +159,7 @@ WARNED = {
     "rollout.quantization=fp8_per_channel rollout.dtype=bfloat16 model.dtype=bfloat16": "tis_cap",
     "data=chain_sum": "reward.rule=reasoning_gym",
     "reward.rule=exact_match reward.math_tolerance=0.01": "not read",
+    "reward.code.cpu_s=9": "reward.rule=code does",
     "data.task=chain_sum": "not read",
     "data.source=reasoning_gym data.task=chain_sum": "not read",
 }

@@ -71,6 +71,19 @@ def test_no_answers_take_a_rule_of_ones_own() -> None:
     assert judge("data.columns.answer=null", "reward.rule=package.module:score") == []
 
 
+def test_a_program_has_a_place_and_its_tests_have_time() -> None:
+    code = ("reward=code", "data.columns.answer=null")
+    assert judge(*code) == [], "the control: tests say what is right"
+    for setting, message in (
+        ("reward.code.template='print(1)'", r"^reward\.code\.template: has 0 places"),
+        ("reward.code.pattern='a'", r"^reward\.code\.pattern: 'a' has 0 groups"),
+        ("reward.timeout_s=29", r"^reward\.timeout_s: 29 leaves no time for .*total_s=20 .*at least 30"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            judge(*code, setting)
+    assert judge(*code, "reward.timeout_s=30") == []
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

@@ -1,0 +1,173 @@
+"""The process inside of the sandbox: runs a program on each test, in a child with limits, and tells what came out.
+
+    python -I -S -c THIS_TEXT
+
+Only its text is known there, so it imports the standard library alone. A request comes by standard input: {program,
+function, inputs, cpu_s, total_s, memory_bytes, output_bytes, file_bytes, processes}. The first line back is
+{ready: true}, which says that the sandbox stands: whatever happens later is the program's doing. Then there is a line
+{end, output} for each test. It never knows what outputs are right, so no program can read them.
+
+As process 1 of its namespace it gets no signal that it has not asked for, and ends what a test leaves behind.
+"""
+
+import builtins
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+_PR_SET_DUMPABLE = 4
+_LONGEST_PIECE = 1 << 16
+
+
+def main() -> None:
+    """Entry point."""
+    request = json.loads(sys.stdin.buffer.read())
+    # Otherwise a program, which has the same user, could attach to this process and write its results.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _tell({"ready": True})
+    end = time.monotonic() + request["total_s"]
+    for test in request["inputs"]:
+        left = end - time.monotonic()
+        if left <= 0:
+            _tell({"end": "total time", "output": ""})
+        else:
+            _tell(_run(request, test, min(left, 2 * request["cpu_s"] + 1)))
+
+
+def _tell(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _run(request: dict[str, Any], test: Any, wall_s: float) -> dict[str, Any]:
+    """One test's {end, output}; nothing that it has started is left."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _become_program(request, test, writes)
+    os.close(writes)
+    watched = os.pidfd_open(child)
+    output, end = _watch(reads, watched, time.monotonic() + wall_s, request["output_bytes"])
+    status = _end_all(child)
+    os.close(reads)
+    os.close(watched)
+    end = end or _reason(status)
+    return {"end": end, "output": output.decode(errors="replace") if end == "exit 0" else ""}
+
+
+def _watch(reads: int, watched: int, deadline: float, most: int) -> tuple[bytes, str]:
+    """What the child writes until it ends, and why it has to be ended: time, output, or empty where it has ended."""
+    output, waits_for = b"", [reads, watched]
+    while True:
+        ready, _, _ = select.select(waits_for, [], [], max(deadline - time.monotonic(), 0))
+        if not ready:
+            return output, "time"
+        if reads in ready:
+            piece = os.read(reads, _LONGEST_PIECE)
+            output += piece
+            if len(output) > most:
+                return output, "output"
+            if not piece:
+                waits_for.remove(reads)
+        else:
+            return output, ""
+
+
+def _reason(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit {code}"
+    return "CPU time" if -code in (signal.SIGXCPU, signal.SIGKILL) else f"signal {-code}"
+
+
+def _end_all(child: int) -> int:
+    """Kill the child and all that it has started; returns the child's wait status."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpid() == 1:
+            os.kill(-1, signal.SIGKILL)  # everything in the namespace but this process
+        else:
+            os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):
+        while os.getpid() == 1:
+            os.waitpid(-1, 0)
+    return status
+
+
+def _become_program(request: dict[str, Any], test: Any, writes: int) -> None:
+    """In the child: never returns."""
+    code = 1
+    try:
+        os.setsid()
+        is_call = request["function"] is not None
+        given = os.memfd_create("input")
+        with open(given, "wb", closefd=False) as file:
+            file.write(b"" if is_call else test.encode(errors="surrogatepass"))
+        os.lseek(given, 0, os.SEEK_SET)
+        nowhere = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(given, 0)
+        os.dup2(nowhere if is_call else writes, 1)
+        os.dup2(nowhere, 2)
+        os.dup2(writes, 3)
+        os.closerange(4 if is_call else 3, 1 << 16)
+        _limit(request)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.argv = ["program.py"]
+        # What Python's module `site` adds, which is left out here since it takes as long as the rest of the start.
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)
+        code = _execute(request, test)
+    except BaseException:  # the program's failure is its exit code
+        code = 1
+    finally:
+        os._exit(code)
+
+
+def _limit(request: dict[str, Any]) -> None:
+    limits = {
+        resource.RLIMIT_CPU: int(request["cpu_s"] + 0.999),
+        resource.RLIMIT_AS: request["memory_bytes"],
+        resource.RLIMIT_FSIZE: request["file_bytes"],
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+    }
+    if os.getppid() == 1:
+        # The kernel counts the processes of this user namespace, and the parent is one of them.
+        limits[resource.RLIMIT_NPROC] = request["processes"] + 1
+    for kind, most in limits.items():
+        resource.setrlimit(kind, (most, most))
+
+
+def _execute(request: dict[str, Any], test: Any) -> int:
+    """Run the program; a call's result goes to descriptor 3. Returns the exit code."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    code: Any = 0
+    try:
+        exec(compile(request["program"], "program.py", "exec"), names)
+        if request["function"] is not None:
+            owner = names.get("Solution")
+            call = names[request["function"]] if owner is None else getattr(owner(), request["function"])
+            result = json.dumps(call(*test)).encode()
+            while result:
+                result = result[os.write(3, result) :]
+    except SystemExit as error:
+        code = error.code
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    return code if isinstance(code, int) else int(code is not None)
+
+
+if __name__ == "__main__":
+    main()
