@@ -5,7 +5,7 @@ from datetime import date
 
 from megatron_fipo.config import Config, DataConfig
 from megatron_fipo.config.data import QUESTION
-from megatron_fipo.config.loop import reads_columns
+from megatron_fipo.config.loop import needs_answer
 from megatron_fipo.config.patterns import check_pattern
 from megatron_fipo.errors import ConfigError
 
@@ -23,7 +23,7 @@ def data(config: Config, *, trains: bool = True) -> Iterator[str]:
     for key, names in (("data.train", settings.train), ("data.validation", settings.validation)):
         if not all(name.strip() for name in names):
             raise ConfigError(key, f"{names} has an empty name", "a file, or a dataset with data.source=hub")
-    if settings.columns.answer is None and not reads_columns(config.reward.rule):
+    if settings.columns.answer is None and needs_answer(config.reward):
         raise ConfigError(
             "data.columns.answer",
             f"is null, but reward.rule={config.reward.rule} needs a right answer to compare with",

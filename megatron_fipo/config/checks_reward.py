@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_fipo.config import Config, RewardConfig
 from megatron_fipo.config.code import PROGRAM, SANDBOX_START_S, CodeConfig
+from megatron_fipo.config.judge import JUDGE_MARGIN_S, RESPONSE, JudgeConfig
 from megatron_fipo.config.loop import SHIPPED_RULES, own_rule
 from megatron_fipo.config.patterns import check_pattern
 from megatron_fipo.errors import ConfigError, one_line
@@ -46,6 +47,9 @@ def _company(config: Config, *, is_own: bool) -> Iterator[str]:
     if settings.math_tolerance and settings.rule != "math_verify":
         yield f"reward.math_tolerance is not read with reward.rule={settings.rule}; reward.rule=math_verify does"
     _check_code(settings)
+    _check_judge(settings)
+    if settings.rule != "judge" and settings.judge != JudgeConfig():
+        yield f"reward.judge is not read with reward.rule={settings.rule}; reward.rule=judge does"
     if settings.rule != "code" and settings.code != CodeConfig():
         yield f"reward.code is not read with reward.rule={settings.rule}; reward.rule=code does"
     if settings.correct <= settings.incorrect:
@@ -87,6 +91,32 @@ def _check_code(settings: RewardConfig) -> None:
         )
 
 
+def _check_judge(settings: RewardConfig) -> None:
+    """Check where the judge is, what it is asked, and what its scores mean."""
+    judge = settings.judge
+    check_pattern("reward.judge.score_pattern", judge.score_pattern, "such as 'Score: ([0-9]+)'")
+    if RESPONSE not in judge.prompt:
+        raise ConfigError("reward.judge.prompt", "has no place for the response", f"a text with {RESPONSE}")
+    if judge.score_wrong == judge.score_right:
+        problem = f"{judge.score_right:g} is reward.judge.score_wrong too"
+        raise ConfigError("reward.judge.score_right", problem, "two scores that differ")
+    if settings.rule != "judge":
+        return
+    if not judge.url.startswith(("http://", "https://")):
+        raise ConfigError("reward.judge.url", f"{judge.url!r} is no URL", "such as http://judge:8000/v1")
+    if not judge.model:
+        raise ConfigError("reward.judge.model", "is empty", "the name of a model at reward.judge.url")
+    if judge.key_variable is not None and not judge.key_variable.isidentifier():
+        problem = "what is given is not the name of a variable"
+        raise ConfigError("reward.judge.key_variable", problem, "the name alone; the key is taken from the environment")
+    if judge.request_timeout_s + JUDGE_MARGIN_S > settings.timeout_s:
+        raise ConfigError(
+            "reward.timeout_s",
+            f"{settings.timeout_s:g} leaves no time for reward.judge.request_timeout_s={judge.request_timeout_s:g}",
+            f"at least {judge.request_timeout_s + JUDGE_MARGIN_S:g}, and more for further attempts",
+        )
+
+
 def check_reward_here(settings: RewardConfig) -> None:
     """Raise ConfigError if a rule's file lacks the function, or a variable is not set. Only the first rank checks.
 
@@ -97,6 +127,9 @@ def check_reward_here(settings: RewardConfig) -> None:
     own = own_rule(settings.rule)
     if own is not None and own[0].endswith(".py"):
         check_function("reward.rule", *own)
+    if settings.rule == "judge" and settings.judge.key_variable not in (None, *os.environ):
+        name = settings.judge.key_variable
+        raise ConfigError("reward.judge.key_variable", f"{name} is not set", f"export {name}=…, or null for no key")
     for name in settings.environment:
         if name not in os.environ:
             raise ConfigError("reward.environment", f"{name} is not set", f"export {name}=…, or leave it out")

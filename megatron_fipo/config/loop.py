@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from megatron_fipo.config.code import CodeConfig
+from megatron_fipo.config.judge import GROUND_TRUTH, JudgeConfig
 from megatron_fipo.config.settings import LONGEST_WAIT_S, section, setting
 
 VERIFIER_MEMORY_GIB = 4
 """Memory limit of one verifier process. An answer such as 9^(9^9) would take all memory: its check has to fail."""
 
-SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym", "code")
+SHIPPED_RULES = ("exact_match", "math_verify", "reasoning_gym", "code", "judge")
 """Values of `reward.rule` that name a rule of this package."""
 
 _RULES_OF_COLUMNS = ("code",)
@@ -21,8 +22,15 @@ def own_rule(rule: str) -> tuple[str, str] | None:
     return None if rule in SHIPPED_RULES else (place, function)
 
 
+def needs_answer(reward: "RewardConfig") -> bool:
+    """Return whether a rule compares with the right answer that data.columns.answer names."""
+    if reward.rule == "judge":
+        return GROUND_TRUTH in reward.judge.prompt
+    return not reads_columns(reward.rule)
+
+
 def reads_columns(rule: str) -> bool:
-    """Return whether a rule may read every column of a problem's row; then it needs no right answer beside them."""
+    """Return whether a rule may read every column of a problem's row."""
     return rule in _RULES_OF_COLUMNS or own_rule(rule) is not None
 
 
@@ -77,8 +85,9 @@ class RewardConfig:
     rule: str = setting(
         "exact_match",
         "exact_match: the recipe's string comparison after 'Answer:'; math_verify: mathematical equality by sympy; "
-        "reasoning_gym: the task's own scorer; code: tests of a program in a sandbox; package.module:function or "
-        "path/to/file.py:function: your own function, which returns the reward (docs/rewards.md).",
+        "reasoning_gym: the task's own scorer; code: tests of a program in a sandbox; judge: a model at an endpoint; "
+        "package.module:function or path/to/file.py:function: your own function, which returns the reward "
+        "(docs/rewards.md).",
     )
     math_tolerance: float = setting(
         0.0,
@@ -100,6 +109,7 @@ class RewardConfig:
         "these and the ones that Python needs to start.",
     )
     code: CodeConfig = section(CodeConfig)
+    judge: JudgeConfig = section(JudgeConfig)
     overlong_buffer: OverlongBufferConfig = section(OverlongBufferConfig)
     workers: int = setting(
         8,

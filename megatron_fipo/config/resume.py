@@ -32,7 +32,10 @@ FREE: dict[str, tuple[str, ...]] = {
         *("rollout.weight_transfer", "rollout.bucket_mib", "rollout.checksum_every", "rollout.kv_on_update"),
     ),
     "limits that warn or end a run": ("rollout.log_prob_diff_*", "reward.failed_share_*"),
-    "the processes that judge and answer": ("reward.workers", "reward.code.sandbox", "environment.workers"),
+    "the processes that judge and answer": (
+        *("reward.workers", "reward.code.sandbox", "environment.workers"),
+        *("reward.judge.url", "reward.judge.cache", "reward.judge.attempts", "reward.judge.key_variable"),
+    ),
     "the problems themselves are compared, not where they are": ("data.train",),
     "how often and how the run validates and saves": (
         *("validation.every", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous", "checkpoint.verify"),

@@ -13,7 +13,14 @@ def verifier_process(config: RewardConfig) -> WorkerProcess:
 
     Starting it raises ConfigError where reward.rule cannot be used: no such function, no sandbox; and else RewardError.
     """
-    settings = {"rule": config.rule, "math_tolerance": config.math_tolerance, "code": asdict(config.code)}
+    settings = {
+        "rule": config.rule,
+        "math_tolerance": config.math_tolerance,
+        "timeout_s": config.timeout_s,
+        "code": asdict(config.code),
+        "judge": asdict(config.judge),
+    }
+    key = config.judge.key_variable if config.rule == "judge" else None
     return WorkerProcess(
         Job(
             name="verifier",
@@ -21,7 +28,7 @@ def verifier_process(config: RewardConfig) -> WorkerProcess:
             code=config.rule,
             module="megatron_fipo.rewards.worker",
             arguments=(json.dumps(settings),),
-            variables=config.environment,
+            variables=[*config.environment, *filter(None, [key])],
             error=RewardError,
             closed="the verifier pool was closed while responses were waiting for their verdict",
         )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_fipo.config.code import CodeConfig
+from megatron_fipo.config.judge import JudgeConfig
 from megatron_fipo.config.loop import VERIFIER_MEMORY_GIB, own_rule
 from megatron_fipo.processes import worker_child
 from megatron_fipo.rewards import own, rules
@@ -32,6 +33,10 @@ def load(settings: dict[str, Any]) -> tuple[Judge, tuple[str, ...]]:
         from megatron_fipo.rewards.code.rule import CodeRule
 
         return CodeRule(CodeConfig(**settings["code"])), CodeRule.INPUTS
+    if rule == "judge":
+        from megatron_fipo.rewards.judge import JudgeRule
+
+        return JudgeRule(JudgeConfig(**settings["judge"]), settings["timeout_s"]), JudgeRule.INPUTS
     shipped = rules.prepare(rule, settings["math_tolerance"])
     return lambda item: shipped(item["response"], item["ground_truth"], item["extra"]), rules.INPUTS
 

@@ -84,6 +84,26 @@ def test_a_program_has_a_place_and_its_tests_have_time() -> None:
     assert judge(*code, "reward.timeout_s=30") == []
 
 
+def test_a_judge_that_cannot_work_is_refused(tiny_files: list[str]) -> None:
+    asked = ("reward=judge", "reward.judge.url=http://judge/v1", "reward.judge.model=m", *tiny_files)
+    assert judge(*asked, local=True) == [], "the control"
+    for setting, message in (
+        ("reward.judge.url=judge", r"^reward\.judge\.url: 'judge' is no URL"),
+        ("reward.judge.model=''", r"^reward\.judge\.model: is empty"),
+        ("reward.judge.prompt=x", r"^reward\.judge\.prompt: has no place for the response"),
+        ("reward.judge.score_pattern=x", r"^reward\.judge\.score_pattern: 'x' has 0 groups"),
+        ("reward.judge.score_wrong=10", r"^reward\.judge\.score_right: 10 is reward\.judge\.score_wrong too"),
+        ("reward.timeout_s=20", r"^reward\.timeout_s: 20 leaves no time for .*=60 .at least 62"),
+        ("reward.judge.key_variable=JUDGE_KEY", r"^reward\.judge\.key_variable: JUDGE_KEY is not set"),
+        ("data.columns.answer=null", r"^data\.columns\.answer: is null, but reward\.rule=judge needs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            judge(*asked, setting, local=True)
+    without = ("data.columns.answer=null", 'reward.judge.prompt="{response}"')
+    assert judge(*asked, *without, local=True) == []
+    assert "reward.rule=judge does" in judge("reward.judge.model=m")[0]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
