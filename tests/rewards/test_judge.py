@@ -1,14 +1,9 @@
 """Why: an endpoint that is busy, slow, broken or evasive must cost time or a verdict, never make an answer wrong.
 
-A server of this file plays these parts. The embedded model on a real vLLM answers as a judge in the last test. Not
-covered: how good the scores of any model are.
+A server of this file plays these parts. Not covered: a real model as the judge, and how good its scores are.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,13 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.config.judge import JudgeConfig
-from megatron_fipo.data.column_sums import CHARACTERS
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, sample_from_lists
 from megatron_fipo.rewards import judge as judging
@@ -169,61 +161,3 @@ def test_the_key_reaches_the_endpoint_and_failures_are_no_wrong_answers(monkeypa
         assert {headers["authorization"] for headers in plays.headers} == {"Bearer secret-1"}
     assert [result.outcome for result in results] == ["judged", "judged", "crash"]
     assert [result.reward for result in results[:2]] == [1.0, -1.0] and not results[2].was_judged
-
-
-@contextmanager
-def embedded_model_as_endpoint(directory: Path) -> Iterator[str]:
-    """A real vLLM, serving the embedded model with a tokenizer that vLLM reads, and no chat markup."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS]
-    characters = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    special = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, **special)
-    tokenizer.chat_template = "<bos>{{ messages[0]['content'] }}\n"
-    tokenizer.save_pretrained(directory)
-    for name in ("config.json", "model.safetensors"):
-        (directory / name).symlink_to(resolve_embedded("embedded:tiny") / name)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={directory}", f"--port={port}"]
-    command += ["--host=127.0.0.1", "--served-model-name=tiny", "--dtype=float32", "--enforce-eager"]
-    command += ["--max-model-len=256", "--generation-config=vllm"]
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    variables |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (directory / "log").open("wb") as log:
-        server = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log, cwd=directory)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-@pytest.mark.slow
-def test_a_real_vllm_judges(tmp_path: Path) -> None:
-    """The embedded model, which ends with "Answer: N", as the judge; most of its scores are of these two sums."""
-    with embedded_model_as_endpoint(tmp_path) as url:
-        settings = JudgeConfig(
-            url=url, model="tiny", prompt="{response}", score_pattern="Answer: ([0-9])", score_right=9, max_tokens=120
-        )
-        with RewardPool(RewardConfig(rule="judge", judge=settings, workers=2, timeout_s=120), 100) as pool:
-            results = pool.submit(group("4+5+8=?", "1+1+1=?", "nothing of a sum ")).result().results
-        other = RewardConfig(
-            rule="judge", judge=JudgeConfig(url=url, model="other", prompt="{response}"), workers=1, timeout_s=120
-        )
-        with RewardPool(other, 100) as pool:
-            refused = pool.submit(group("4+5+8=?")).result().results
-    for result in results[:2]:
-        assert result.outcome == "judged" and 0 <= result.extra["judge_score"] <= 9
-    assert refused[0].outcome == "crash", "the control: it does not serve another model"

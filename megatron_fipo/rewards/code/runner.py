@@ -123,7 +123,7 @@ def _become_program(request: dict[str, Any], test: Any, writes: int) -> None:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         sys.argv = ["program.py"]
         # What Python's module `site` adds, which is left out here since it takes as long as the rest of the start.
-        builtins.exit = builtins.quit = sys.exit
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)
         code = _execute(request, test)
     except BaseException:  # the program's failure is its exit code
         code = 1

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +87,7 @@ class Sandbox:
     """What starts the runner, without its text."""
     limits: CodeConfig
 
-    def run(self, program: str, function: str | None, inputs: tuple[Any, ...]) -> Iterator[Result]:
+    def run(self, program: str, function: str | None, inputs: tuple[Any, ...]) -> Generator[Result, None, None]:
         """The program's results, test by test; closing the iterator ends it. Raises SandboxError."""
         limits = self.limits
         request = {
