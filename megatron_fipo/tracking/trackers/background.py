@@ -23,10 +23,20 @@ _LONGEST_WARNING = 400
 class BackgroundTracker:
     """A tracker with its thread and its queue. All methods are for the thread of the loop, and none of them waits."""
 
-    def __init__(self, name: str, opens: Callable[[], Tracker], waiting: int = ROWS_WAITING) -> None:
-        """`opens` is called in the tracker's thread. `name` is for the thread and for messages."""
+    def __init__(
+        self,
+        name: str,
+        opens: Callable[[], Tracker],
+        waiting: int = ROWS_WAITING,
+        abandon: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`opens` is called in the tracker's thread. `name` is for the thread and for messages.
+
+        `abandon` is called if the tracker has not finished in time. It must not wait, and ends what would keep the
+        process from its end.
+        """
         self.name = name
-        self._opens, self._waiting = opens, waiting
+        self._opens, self._waiting, self._abandon = opens, waiting, abandon
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque()
         self._changed = threading.Condition()
         self._ends = False
@@ -71,6 +81,7 @@ class BackgroundTracker:
         """Wait up to so long for the end. Rows that are still queued then are lost."""
         self._thread.join(max(seconds, 0))
         if self._thread.is_alive():
+            self._abandon()
             with self._changed:
                 self._lost += len(self._rows)
                 self._rows.clear()

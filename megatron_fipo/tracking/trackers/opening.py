@@ -12,7 +12,7 @@ from megatron_fipo.tracking.trackers.mlflow_run import MLflowRun
 from megatron_fipo.tracking.trackers.protocol import Open, TrackedRun
 from megatron_fipo.tracking.trackers.tensorboard import TensorBoard
 from megatron_fipo.tracking.trackers.trackio_run import TrackioRun
-from megatron_fipo.tracking.trackers.weights_and_biases import WeightsAndBiases
+from megatron_fipo.tracking.trackers.weights_and_biases import WeightsAndBiases, end_service
 
 TRACKERS: Mapping[str, Open] = {
     "tensorboard": TensorBoard,
@@ -20,6 +20,13 @@ TRACKERS: Mapping[str, Open] = {
     "mlflow": MLflowRun,
     "trackio": TrackioRun,
 }
+
+
+def _nothing() -> None:
+    """Abandon a tracker that has no process of its own."""
+
+
+_ABANDON: Mapping[str, Callable[[], None]] = {"wandb": end_service}
 
 
 def open_trackers(
@@ -38,5 +45,8 @@ def open_trackers(
         resumed_step=resumed_step,
         settings=without_passwords(dataclasses.asdict(config)),
     )
-    names = dict.fromkeys(config.tracking.to)
-    return Trackers([BackgroundTracker(name, functools.partial(trackers[name], run)) for name in names], warn)
+    opened = [
+        BackgroundTracker(name, functools.partial(trackers[name], run), abandon=_ABANDON.get(name, _nothing))
+        for name in dict.fromkeys(config.tracking.to)
+    ]
+    return Trackers(opened, warn)

@@ -1,8 +1,11 @@
 """Weights & Biases, with its service or offline. The key is where `wandb login` or WANDB_API_KEY has put it."""
 
+import contextlib
 import secrets
 from collections.abc import Mapping
 from typing import Any
+
+import psutil
 
 from megatron_fipo.tracking.trackers.protocol import TrackedRun
 from megatron_fipo.tracking.trackers.run_ids import keep_id, kept_id
@@ -51,3 +54,11 @@ class WeightsAndBiases:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def end_service() -> None:
+    """Kill W&B's own process beside this one. As long as it hangs, W&B's exit handler would keep this process too."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "wandb" in child.name():
+                child.kill()

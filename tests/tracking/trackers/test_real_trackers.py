@@ -6,6 +6,11 @@ are not installed are skipped by name. Not covered: their services.
 
 import functools
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -13,9 +18,10 @@ from megatron_fipo.tracking.trackers.background import BackgroundTracker, Tracke
 from megatron_fipo.tracking.trackers.opening import TRACKERS
 from megatron_fipo.tracking.trackers.protocol import TrackedRun
 from megatron_fipo.tracking.trackers.run_ids import RUN_IDS_FILE, keep_id, kept_id
+from tests.distributed import ROOT
 
 pytestmark = pytest.mark.slow
-KEY = "not-a-real-key-0123456789abcdef0123456789"
+KEY = "0fed" * 10  # W&B wants 40 characters
 
 
 def log(name, directory, steps, resumed_step=0):
@@ -39,6 +45,29 @@ def test_wandb_offline_continues_the_same_run_and_keeps_the_key_to_itself(tmp_pa
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"reward_mean" in path.read_bytes() for path in written), "the control: it is all plain bytes"
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
+
+
+_HANGS = """
+import pathlib, sys
+from megatron_fipo.config.configure import load_config
+from megatron_fipo.tracking.trackers.opening import open_trackers
+trackers = open_trackers(pathlib.Path(sys.argv[1]), load_config(["tracking.to=[wandb]"]), 0, print)
+trackers.log(1, {"train/reward_mean": 1.0})
+trackers.close(3)
+"""
+
+
+def test_a_service_that_never_answers_does_not_keep_the_process(tmp_path):
+    """W&B's exit handler waits for its service: without `end_service`, for the rest of 90 s."""
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+        command, began = [sys.executable, "-c", _HANGS, str(tmp_path)], time.monotonic()
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ended.returncode == 0 and time.monotonic() - began < 60
+    assert "wandb: it did not finish in time" in ended.stdout and "wandb lacks 1 rows" in ended.stdout
+    assert KEY not in ended.stdout + ended.stderr
 
 
 def test_mlflow_in_files_continues_the_same_run(tmp_path, monkeypatch):
