@@ -7,18 +7,17 @@ foresight, of its own.
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-
-import numpy as np
 
 from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.models.model_config import ModelConfig, read_architecture
-from megatron_fipo.rollout.loads import WAITING_GROUPS
+from megatron_fipo.rollout.loads import most_samples
 from megatron_fipo.simulation.command import settings_of
-from megatron_fipo.simulation.costs import engine_size
-from megatron_fipo.simulation.group_fleet import Dispatch, Place
+from megatron_fipo.simulation.costs import asked_for, engine_size
+from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.options import parse
 from megatron_fipo.simulation.run import Simulation, Step
 from megatron_fipo.simulation.scenarios import MODES, configured, parts
@@ -31,30 +30,26 @@ PLAYED = ("rounds", "refill-2", "colocated-rounds", "k1", "k1-2")
 _UNLIMITED = 10**9
 
 
-def ways(places: int, samples: int) -> dict[str, Dispatch | None]:
-    """What is compared, for engines that run so many samples at a time."""
-    most = places + WAITING_GROUPS * samples
+def ways(most: int) -> dict[str, Dispatch]:
+    """What is compared, for engines that are asked for so many samples at a time."""
     return {
         "round robin": Dispatch(Place.TURNS, _UNLIMITED),
         "fewest samples": Dispatch(Place.SAMPLES, most),
         "fewest tokens": Dispatch(Place.TOKENS, most),
         "longest first, fewest samples": Dispatch(Place.SAMPLES, most, longest_first=True),
         "longest first, with foresight": Dispatch(Place.SAMPLES, most, longest_first=True, foresight=True),
-        "sample by sample": None,
     }
 
 
-def play(
-    config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch | None
-) -> list[Step]:
-    """The steps of the mode `name`; without a dispatch, sample by sample to the engine with the fewest."""
+def play(config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch) -> list[Step]:
+    """The steps of the mode `name`."""
     mode = next(mode for mode in MODES if mode.name == name)
     made = parts(mode, configured(config, model_config, mode), model_config, settings)
     return Simulation(replace(made, dispatch=dispatch), settings).play().steps
 
 
 def alike_cells(
-    config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch | None
+    config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch
 ) -> Iterator[str]:
     """Seconds of a step for each of ALIKE."""
     for alike in ALIKE:
@@ -66,14 +61,12 @@ def alike_cells(
 def memory_rows(config: Config, model_config: ModelConfig, settings: Settings) -> Iterator[str]:
     """Rows of a table: places by max_num_seqs, by the mean length, and by what a sequence holds on average."""
     size, samples = engine_size(config, model_config, settings), config.algorithm.samples_per_prompt
-    lengths = settings.lengths.draw(10**6, np.random.default_rng(0)).astype(float)
-    most = size.places + WAITING_GROUPS * samples
-    for way, tokens in (
-        ("rollout.max_num_seqs", 0.0),
-        ("the mean length", lengths.mean()),
-        ("what is held on average", (lengths**2).mean() / lengths.mean() / 2),
+    for way, in_memory in (
+        ("rollout.max_num_seqs", math.inf),
+        ("the mean length", size.cache_tokens / (settings.prompt + settings.lengths.mean)),
+        ("what is held on average", size.cache_tokens / (settings.prompt + settings.lengths.held)),
     ):
-        limit = min(most, int(size.cache_tokens / (settings.prompt + tokens))) if tokens else most
+        limit = most_samples(size.places, samples, in_memory)
         cells = []
         for name in PLAYED:
             steps = play(config, model_config, settings, name, Dispatch(Place.SAMPLES, limit))
@@ -96,16 +89,15 @@ def main() -> None:
         settings = settings_of(options, config)
         print(f"\nMean of {mean:,} tokens; places by\n\n| | samples at a time | {' | '.join(PLAYED)} |", flush=True)
         print("|---" * (2 + len(PLAYED)) + "|", flush=True)
-        for row in memory_rows(config, model_config, replace(settings, overfill=True)):
+        for row in memory_rows(config, model_config, settings):
             print(row, flush=True)
         for name in PLAYED:
             print(f"\n{name}, mean {mean:,}\n\n| alike | {' | '.join(f'{alike:g}' for alike in ALIKE)} |", flush=True)
             print("|---" * (1 + len(ALIKE)) + "|", flush=True)
-            places = engine_size(config, model_config, settings).places
-            for way, dispatch in ways(places, config.algorithm.samples_per_prompt).items():
-                print(
-                    f"| {way} | {' | '.join(alike_cells(config, model_config, settings, name, dispatch))} |", flush=True
-                )
+            most = asked_for(config, engine_size(config, model_config, settings), settings)
+            for way, dispatch in ways(most).items():
+                cells = alike_cells(config, model_config, settings, name, dispatch)
+                print(f"| {way} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

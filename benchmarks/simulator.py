@@ -119,7 +119,6 @@ def fitted(runs: list[Run]) -> Settings:
         warm_up=WARM_UP,
         seed=0,
         samples_at_once=None,
-        overfill=False,
         measured=measured,
     )
     # Seconds of sampling are linear in both coefficients: decoding steps, and sequences in them.

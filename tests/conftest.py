@@ -5,6 +5,7 @@ import signal
 from pathlib import PurePath
 from typing import Any
 
+import psutil
 import pytest
 
 # Set before any test imports torch, and inherited by every process that a test starts. Two ranks on two cores are
@@ -36,7 +37,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             folder = str(PurePath(file).parent)
             return folder if folder in SHARED_BY_A_FOLDER else file
 
+        def remove_node(self, node: Any) -> str | None:
+            """Forget what a lost process had finished: xdist would deal it out again, and wait for it for ever."""
+            units = self.assigned_work.get(node, {})
+            for scope in [scope for scope, unit in units.items() if all(unit.values())]:
+                del units[scope]
+            return super().remove_node(node)
+
     return BySharing(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Say how a process of `make test` was lost, where xdist only says that it was."""
+    if error:
+        process, available = node.gateway._io.popen, psutil.virtual_memory().available >> 20
+        print(f"\n{node.gateway.id} ended with status {process.wait(10)}; {available} MiB of memory are available")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ from megatron_fipo.config.checks import check
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.planning.ways import COLOCATED, WAYS, placed, variants
-from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
+from megatron_fipo.simulation.costs import TrainerCosts, asked_for, decoding, engine_size
 from megatron_fipo.simulation.outcome import Outcome, simulate
 from megatron_fipo.simulation.scenarios import Placement, configured, own_mode
 from megatron_fipo.simulation.settings import Settings
@@ -208,7 +208,7 @@ def arithmetic_s(placement: Placement, model_config: ModelConfig, settings: Sett
     costs, size = decoding(config, model_config, settings), engine_size(config, model_config, settings)
     prompts = config.algorithm.prompts_per_step / (1 - settings.rejected)
     sequences = prompts * config.algorithm.samples_per_prompt / rollout_servers(config)
-    at_once = max(1.0, min(size.places, sequences))
+    at_once = max(1.0, min(size.places, asked_for(config, size, settings), sequences))
     held = settings.prompt + lengths.mean / 2
     sampling = sequences * lengths.mean / at_once * costs.decode_s(at_once, at_once * held)
     training = sum(trainer_phases(config, model_config, placement.estimate.data_parallel_size, settings))

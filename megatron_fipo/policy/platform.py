@@ -55,6 +55,10 @@ def install() -> None:
         _check_names_exist()
         _redirect_device_queries()
         _redirect_random_state()
+        # `with torch.device("meta")` knows the factories by their identity, and notes them when it is first asked: from
+        # here on it would note the ones below, which it never meets, and models would be built in real memory.
+        with torch.device("cpu"):
+            torch.empty(0)
         for name in _FACTORIES:
             setattr(torch, name, _on_cpu(getattr(torch, name)))
         _redirect_tensor_methods()

@@ -4,6 +4,7 @@ A server is asked for no more samples than its cache of keys and values holds, o
 them again. How long responses are is learnt from those that have ended.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -16,6 +17,16 @@ WAITING_GROUPS = 2
 _FIRST_GROUPS = 8
 """Groups that have to end before their lengths are believed: the first to end are the shortest."""
 _REMEMBERED_GROUPS = 256
+
+
+def most_samples(max_num_seqs: int, group: int, in_memory: float) -> int:
+    """Samples that a server is asked for at a time: those of a group at least. `in_memory`: as many as its cache holds.
+
+    Beside the samples that it runs, those of WAITING_GROUPS groups wait there: an engine that is full is asked for no
+    more before a whole group has ended, and still has work while the next one travels. Where memory is the limit, an
+    engine would not have them wait.
+    """
+    return max(group, int(min(max_num_seqs + WAITING_GROUPS * group, in_memory)))
 
 
 class ResponseLengths:
@@ -77,16 +88,11 @@ class Loads:
         return server if wanted <= self._places(server, work) else None
 
     def _places(self, server: Server, work: Work) -> int:
-        """Samples that a server may have, a group at least.
-
-        Beside the samples that it runs, those of WAITING_GROUPS groups wait there: an engine that is full is asked for
-        no more before a whole group has ended, and still has work while the next one travels. Where memory is the
-        limit, an engine would not have them wait.
-        """
-        places = self._config.max_num_seqs + WAITING_GROUPS * work.samples
+        """Samples that a server may have."""
+        in_memory = math.inf
         if server.cache is not None:
             # The last block is half empty on average. Samples of a group share their prompt, which is left out: some
             # room for lengths above the average.
             tokens = len(work.problem.token_ids) + self.lengths.held + server.cache.block / 2
-            places = min(places, int(server.cache.tokens / max(tokens, server.cache.block)))
-        return max(places, work.samples)
+            in_memory = server.cache.tokens / max(tokens, server.cache.block)
+        return most_samples(self._config.max_num_seqs, work.samples, in_memory)

@@ -66,7 +66,6 @@ def settings_of(options: argparse.Namespace, config: Config) -> Settings:
         warm_up=options.warm_up,
         seed=options.seed,
         samples_at_once=None if options.whole else options.samples_at_once,
-        overfill=options.overfill,
         measured=Measured(options.decode_s, options.log_probs_s, options.update_s, options.weights_s, options.other_s),
         troubles=Troubles(slow_share, slow_factor, options.hours_between_failures, options.restart_s),
     )

@@ -1,11 +1,13 @@
 """Seconds of what engines and trainer do: the planner's, or measured ones in their place."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_fipo.config import Config
 from megatron_fipo.models.costs import attended_tokens
 from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.rollout.loads import most_samples
 from megatron_fipo.simulation.settings import Measured, Settings
 from megatron_fipo.sizing.timing import EngineCosts, engine_costs, trainer_time, weight_sync_s
 
@@ -41,6 +43,7 @@ class EngineSize:
     """How much one engine runs at the same time."""
 
     places: int
+    """Samples, whatever they hold."""
     cache_tokens: float
 
 
@@ -52,13 +55,17 @@ def decoding(config: Config, model_config: ModelConfig, settings: Settings) -> D
 
 
 def engine_size(config: Config, model_config: ModelConfig, settings: Settings) -> EngineSize:
-    """Places by rollout.max_num_seqs, and by the sequences of mean length that the cache holds."""
+    """Places by rollout.max_num_seqs, and the cache by the memory of its GPUs; no limit where seconds are measured."""
+    if settings.measured.decode is not None:
+        return EngineSize(config.rollout.max_num_seqs, math.inf)
     costs = _windowed(engine_costs(config, model_config), model_config, settings)
-    cache = float("inf") if settings.measured.decode is not None else costs.cache_tokens
-    places = config.rollout.max_num_seqs
-    if not settings.overfill:
-        places = int(max(1, min(places, cache / (settings.prompt + settings.lengths.mean))))
-    return EngineSize(places, cache)
+    return EngineSize(config.rollout.max_num_seqs, costs.cache_tokens)
+
+
+def asked_for(config: Config, size: EngineSize, settings: Settings) -> int:
+    """Samples that an engine is asked for at a time, by the run's own rule once it knows the lengths."""
+    in_memory = size.cache_tokens / (settings.prompt + settings.lengths.held)
+    return most_samples(size.places, config.algorithm.samples_per_prompt, in_memory)
 
 
 def _windowed(costs: EngineCosts, model_config: ModelConfig, settings: Settings) -> EngineCosts:

@@ -26,6 +26,16 @@ class Lengths:
     """Share of the logarithm's variance that lies between problems: 0: a problem says nothing of its responses'
     lengths; 1: all responses to a problem have one length."""
 
+    @property
+    def held(self) -> float:
+        """Tokens that a response has on average while it is sampled, E L² / (2 E L): long ones take long."""
+        if self.spread == 0 or self.mean == self.longest:
+            return self.mean / 2
+        location, variance = _location(self), self.spread**2
+        normal, cut = NormalDist(), (math.log(self.longest) - location) / self.spread
+        below = math.exp(2 * location + 2 * variance) * normal.cdf(cut - 2 * self.spread)
+        return (below + self.longest**2 * (1 - normal.cdf(cut))) / self.mean / 2
+
     def draw_groups(
         self, count: int, samples: int, random: np.random.Generator, problems: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -153,9 +153,6 @@ def _add_played(made: Parser) -> None:
         help="samples of a step above which a part of the run is played (default %(default)s)",
     )
     played.add_argument("--whole", action="store_true", help="play all of it, however long that takes")
-    played.add_argument(
-        "--overfill", action="store_true", help="start rollout.max_num_seqs sequences whatever the cache holds"
-    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,8 +10,7 @@ from megatron_fipo.rollout.admission import Admission, Rounds
 from megatron_fipo.rollout.ledger import SURPLUS, Ledger, Ticket
 from megatron_fipo.simulation.engine import Engine, Sequence, Work
 from megatron_fipo.simulation.events import Clock, Span
-from megatron_fipo.simulation.fleet import Fleet
-from megatron_fipo.simulation.group_fleet import Dispatch, GroupFleet
+from megatron_fipo.simulation.fleet import Dispatch, Fleet
 from megatron_fipo.simulation.settings import Settings
 
 REJECTED = "rejected"
@@ -51,7 +50,7 @@ class Parts:
     admission: Admission
     engines: list[Engine]
     places: int
-    """Of one engine."""
+    """Of one engine: samples that it runs at a time, where their memory is the average."""
     samples: int
     """Of one prompt."""
     trainer: Callable[[float, int], tuple[float, float]]
@@ -60,8 +59,8 @@ class Parts:
     recompute: bool
     """Whether what runs during a weight update is prefilled again."""
     stream_tokens: int
-    dispatch: Dispatch | None = None
-    """How groups go to engines; None: sample by sample, each to the engine that runs the fewest."""
+    dispatch: Dispatch
+    """How groups go to engines."""
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Simulation:
         self._lengths, self._verdicts, failures, self._problems = np.random.default_rng(settings.seed).spawn(4)
         self._clock, self._ledger = Clock(), Ledger()
         about = self._clock, parts.engines, self._sample_ended, parts.stream_tokens, settings.troubles, failures
-        self._fleet = Fleet(*about) if parts.dispatch is None else GroupFleet(*about, parts.dispatch)
+        self._fleet = Fleet(*about, parts.dispatch)
         self._groups: dict[int, _Group] = {}
         self._sampling = self._ready = 0
         self._taken: _Taken | None = None

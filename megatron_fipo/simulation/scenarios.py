@@ -9,8 +9,9 @@ from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window, rounds
-from megatron_fipo.simulation.costs import TrainerCosts, decoding, engine_size
+from megatron_fipo.simulation.costs import TrainerCosts, asked_for, decoding, engine_size
 from megatron_fipo.simulation.engine import Engine
+from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.run import Parts
 from megatron_fipo.simulation.settings import Settings
 from megatron_fipo.sizing.estimate import Estimate, estimate, in_turns
@@ -169,15 +170,18 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
     def trainer(tokens: float, sequences: int) -> tuple[float, float]:
         return costs.phases(tokens * part.whole, round(sequences * part.whole))
 
+    size = engine_size(config, model_config, settings)
+    most = asked_for(config, size, settings)
     return Parts(
         admission=admission(mode, config, part),
         engines=_engines(placement, model_config, settings, part),
-        places=engine_size(config, model_config, settings).places,
+        places=min(size.places, most),
         samples=samples,
         trainer=trainer,
         weights_s=costs.weights_s() + placement.estimate.time.turns,
         recompute=config.rollout.kv_on_update == "recompute",
         stream_tokens=config.rollout.stream_tokens,
+        dispatch=Dispatch(Place.SAMPLES, most, longest_first=not mode.steps_ahead),
     )
 
 

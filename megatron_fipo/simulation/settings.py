@@ -49,7 +49,5 @@ class Settings:
     seed: int
     samples_at_once: int | None
     """A step with more samples is played by a part of engines and prompts; None: never."""
-    overfill: bool
-    """Start sequences whatever the cache holds."""
     measured: Measured = Measured()
     troubles: Troubles = Troubles()

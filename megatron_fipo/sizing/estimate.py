@@ -17,6 +17,7 @@ from megatron_fipo.sizing.memory import GIB, StageMemory, longest_sequence, stag
 from megatron_fipo.sizing.placement import (
     check_host_memory,
     check_placement,
+    check_server_memory,
     has_room_to_sample,
     host_bytes,
     on_all_nodes,
@@ -93,9 +94,9 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
     """Estimate memory and time of a run on GPUs.
 
     Raises:
-        ConfigError: the layout does not divide the ranks or the model, servers need more GPUs than there are, the
-            layers do not support the model's window, or a host's memory is too small for what leaves shared GPUs and
-            for recorded choices of routers.
+        ConfigError: the layout does not divide the ranks or the model, servers need more GPUs or memory than there are,
+            the layers do not support the model's window, or a host's memory is too small for what leaves shared GPUs
+            and for recorded choices of routers.
     """
     if config.model.layers != "local":
         check_window(config, model_config)
@@ -109,6 +110,7 @@ def estimate(config: Config, model_config: ModelConfig) -> Estimate:
             "another layout, cluster.trainer_nodes or cluster.gpus_per_node",
         )
     check_placement(config, world_size)
+    check_server_memory(config, model_config)
     data = world_size // replica
     check_dispatcher(config)
     check_expert_ranks(config, data)

@@ -312,10 +312,12 @@ def test_a_rank_that_fails_without_a_reason_is_shown_beside_the_reason_of_anothe
     """The failure of rank 0 may only be a consequence of that of rank 1."""
     script = """
 if rank == 1:
+    while not (directory / "pid-0").exists(): time.sleep(0.01)
     print("the cause")
     started()
     sys.exit(3)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+started()
 while not (directory / "pid-1").exists(): time.sleep(0.01)
 time.sleep(1)
 from megatron_fipo.config.configure import refusals_in_one_line

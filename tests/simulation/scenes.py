@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from megatron_fipo.rollout.admission import Admission, Rounds
 from megatron_fipo.simulation.costs import EngineSize, MeasuredDecoding
 from megatron_fipo.simulation.engine import Engine
+from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.lengths import Lengths
 from megatron_fipo.simulation.run import Parts, Played, Simulation
 from megatron_fipo.simulation.settings import Settings, Troubles
@@ -17,7 +18,6 @@ SETTINGS = Settings(
     warm_up=2,
     seed=1,
     samples_at_once=None,
-    overfill=False,
 )
 PROMPTS, SAMPLES = 8, 4
 
@@ -52,6 +52,7 @@ def scene(
         weights_s=0.5,
         recompute=recompute,
         stream_tokens=64,
+        dispatch=Dispatch(Place.SAMPLES, places + 2 * SAMPLES),
     )
 
 

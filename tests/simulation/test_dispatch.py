@@ -9,7 +9,7 @@ import pytest
 
 from megatron_fipo.rollout.admission import Refill, Rounds, Window
 from megatron_fipo.simulation.costs import MeasuredDecoding
-from megatron_fipo.simulation.group_fleet import Dispatch, Place
+from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.lengths import Lengths
 from megatron_fipo.simulation.settings import Troubles
 from tests.simulation.scenes import PROMPTS, SAMPLES, WITH_TROUBLES, played, rounds, scene

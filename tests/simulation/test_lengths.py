@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.rollout.loads import ResponseLengths
 from megatron_fipo.simulation.lengths import Lengths
+from tests.rollout.engines import problems
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(3700, 0.8), (10_000, 0.8), (18_000, 1.5), (100, 0.1), (2000, 2.0)])
@@ -12,6 +14,17 @@ def test_the_mean_is_that_after_the_cut(mean: float, spread: float) -> None:
     drawn = Lengths(mean, spread, 20_480).draw(400_000, np.random.default_rng(1))
     assert drawn.mean() == pytest.approx(mean, rel=0.01)
     assert drawn.min() >= 1 and drawn.max() <= 20_480
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(3700, 0.8), (8_000, 1.5), (200, 0.0)])
+def test_what_is_held_is_what_a_run_learns_from_its_responses(mean: float, spread: float) -> None:
+    """The simulated engine is asked for as many samples as a real one only if both expect the same of a sample."""
+    lengths = Lengths(mean, spread, 20_480)
+    learnt = ResponseLengths(lengths.longest)
+    for row in lengths.draw(256 * 400, np.random.default_rng(1)).reshape(256, 400):
+        learnt.note(problems(1)[0], row.tolist())
+    assert lengths.held == pytest.approx(learnt.held, rel=0.01)
+    assert spread == 0 or lengths.held > 0.6 * mean, "the control: it is not half of the mean"
 
 
 def test_spread_is_that_of_the_logarithm_where_nothing_is_cut() -> None:

@@ -36,6 +36,13 @@ def notes_of(*overrides: str) -> list[str]:
     return list(notes(config, model_config, found.world_size, found.data_parallel_size))
 
 
+def test_servers_that_do_not_hold_the_weights_are_refused() -> None:
+    """61 GiB of weights on a GPU of 40; before, the seconds of a step were those of a cache of one token."""
+    with pytest.raises(ConfigError, match=r"rollout.tensor_parallel: 1 leaves 61.0 GiB .* \(rollout.tensor_parallel=2"):
+        told("experiment=fipo_32b", "rollout.tensor_parallel=1", "hardware.memory_gib=40")
+    told("experiment=fipo_32b", "rollout.tensor_parallel=2", "hardware.memory_gib=40")
+
+
 def test_a_server_on_the_trainers_gpu_is_counted() -> None:
     """While it samples nothing of the trainer is on the GPU: 0.95 of 79.6 GiB do not fit into 74.6, and 0.9 do."""
     _, _, apart = told("experiment=fipo_7b", *ONE_NODE, "rollout.servers=1")
