@@ -1,9 +1,9 @@
 """Ways to deal groups to engines, compared in simulated runs of the 32B recipe: `python -m benchmarks.dispatch`.
 
-First seconds of a step, and tokens prefilled again per sampled one, by how many samples an engine is asked for at a
-time. Then seconds of a step by which group is next and who gets it, for shares of the lengths' variance that lie
-between problems. The expected length of a group is the mean of as many earlier responses to its problem; with
-foresight, of its own.
+First seconds of a step, tokens prefilled again per sampled one, and how many samples an engine is asked for at a time,
+by what decides on that. Then seconds of a step by which group is next and who gets it, for shares of the lengths'
+variance that lie between problems. The expected length of a group is the mean of as many earlier responses to its
+problem; with foresight, of its own.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron_fipo.simulation.costs import asked_for, engine_size
 from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.options import parse
 from megatron_fipo.simulation.run import Simulation, Step
-from megatron_fipo.simulation.scenarios import MODES, configured, parts
+from megatron_fipo.simulation.scenarios import MODES, Mode, Placement, configured, parts
 from megatron_fipo.simulation.settings import Settings
 from megatron_fipo.sizing.estimate import model_directory
 
@@ -41,39 +41,51 @@ def ways(most: int) -> dict[str, Dispatch]:
     }
 
 
-def play(config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch) -> list[Step]:
-    """The steps of the mode `name`."""
+def placed(config: Config, model_config: ModelConfig, name: str) -> tuple[Mode, Placement]:
+    """The mode `name`, and where the configuration has it."""
     mode = next(mode for mode in MODES if mode.name == name)
-    made = parts(mode, configured(config, model_config, mode), model_config, settings)
-    return Simulation(replace(made, dispatch=dispatch), settings).play().steps
+    return mode, configured(config, model_config, mode)
 
 
-def alike_cells(
-    config: Config, model_config: ModelConfig, settings: Settings, name: str, dispatch: Dispatch
-) -> Iterator[str]:
-    """Seconds of a step for each of ALIKE."""
-    for alike in ALIKE:
-        lengths = replace(settings.lengths, alike=alike)
-        steps = play(config, model_config, replace(settings, lengths=lengths), name, dispatch)
-        yield f"{(steps[-1].end - steps[settings.warm_up - 1].end) / settings.steps:,.0f}"
+def play(
+    where: tuple[Mode, Placement], model_config: ModelConfig, settings: Settings, dispatch: Dispatch
+) -> list[Step]:
+    """The steps of a mode."""
+    return Simulation(replace(parts(*where, model_config, settings), dispatch=dispatch), settings).play().steps
+
+
+def alike_rows(config: Config, model_config: ModelConfig, settings: Settings, name: str) -> Iterator[str]:
+    """Rows of a table: seconds of a step by who is next and who gets it, for each of ALIKE."""
+    where = placed(config, model_config, name)
+    size = engine_size(where[1].config, model_config, settings)
+    for way, dispatch in ways(asked_for(config, size, settings)).items():
+        cells = []
+        for alike in ALIKE:
+            lengths = replace(settings.lengths, alike=alike)
+            steps = play(where, model_config, replace(settings, lengths=lengths), dispatch)
+            cells.append(f"{(steps[-1].end - steps[settings.warm_up - 1].end) / settings.steps:,.0f}")
+        yield f"| {way} | {' | '.join(cells)} |"
 
 
 def memory_rows(config: Config, model_config: ModelConfig, settings: Settings) -> Iterator[str]:
     """Rows of a table: places by max_num_seqs, by the mean length, and by what a sequence holds on average."""
-    size, samples = engine_size(config, model_config, settings), config.algorithm.samples_per_prompt
-    for way, in_memory in (
-        ("rollout.max_num_seqs", math.inf),
-        ("the mean length", size.cache_tokens / (settings.prompt + settings.lengths.mean)),
-        ("what is held on average", size.cache_tokens / (settings.prompt + settings.lengths.held)),
-    ):
-        limit = most_samples(size.places, samples, in_memory)
+    held = {
+        "rollout.max_num_seqs": 0.0,
+        "the mean length": settings.prompt + settings.lengths.mean,
+        "what is held on average": settings.prompt + settings.lengths.held,
+    }
+    for way, tokens in held.items():
         cells = []
         for name in PLAYED:
-            steps = play(config, model_config, settings, name, Dispatch(Place.SAMPLES, limit))
+            where = placed(config, model_config, name)
+            size = engine_size(where[1].config, model_config, settings)
+            in_memory = size.cache_tokens / tokens if tokens else math.inf
+            most = most_samples(size.places, config.algorithm.samples_per_prompt, in_memory)
+            steps = play(where, model_config, settings, Dispatch(Place.SAMPLES, most))
             first, last = steps[settings.warm_up - 1], steps[-1]
             again = (last.engines.again - first.engines.again) / (last.engines.tokens - first.engines.tokens)
-            cells.append(f"{(last.end - first.end) / settings.steps:,.0f} ({again:.1%})")
-        yield f"| {way} | {limit} | {' | '.join(cells)} |"
+            cells.append(f"{(last.end - first.end) / settings.steps:,.0f} ({again:.1%}, {most})")
+        yield f"| {way} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -87,17 +99,15 @@ def main() -> None:
         config = load_config(options.overrides)
         model_config = read_architecture(model_directory(config.model.path)[0])
         settings = settings_of(options, config)
-        print(f"\nMean of {mean:,} tokens; places by\n\n| | samples at a time | {' | '.join(PLAYED)} |", flush=True)
-        print("|---" * (2 + len(PLAYED)) + "|", flush=True)
+        print(f"\nMean of {mean:,} tokens; places by\n\n| | {' | '.join(PLAYED)} |", flush=True)
+        print("|---" * (1 + len(PLAYED)) + "|", flush=True)
         for row in memory_rows(config, model_config, settings):
             print(row, flush=True)
         for name in PLAYED:
             print(f"\n{name}, mean {mean:,}\n\n| alike | {' | '.join(f'{alike:g}' for alike in ALIKE)} |", flush=True)
             print("|---" * (1 + len(ALIKE)) + "|", flush=True)
-            most = asked_for(config, engine_size(config, model_config, settings), settings)
-            for way, dispatch in ways(most).items():
-                cells = alike_cells(config, model_config, settings, name, dispatch)
-                print(f"| {way} | {' | '.join(cells)} |", flush=True)
+            for row in alike_rows(config, model_config, settings, name):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":
