@@ -9,7 +9,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 
@@ -17,6 +17,7 @@ from megatron_fipo.tracking.credit_file import CreditResponse
 
 _MISSING = -(2**15)
 """The code of a value that the loss does not have."""
+_MOST = 2**15 - 1
 _LEVELS = 2047
 _FINEST = 1e-4
 _LARGEST = 100.0
@@ -51,8 +52,15 @@ def scale() -> dict[str, float]:
 
 
 def columns_of(responses: Sequence[CreditResponse]) -> list[Column]:
-    """Return the columns that some response has values in."""
-    return [column for column in COLUMNS if any(_is_there(_values(each)[column.name]) for each in responses)]
+    """Return the columns that some response has values in. One with values beyond its linear codes gets the others."""
+    found = []
+    for column in COLUMNS:
+        values = [_values(each)[column.name] for each in responses]
+        if any(_is_there(each) for each in values):
+            largest = max(float(numpy.nanmax(numpy.abs(each), initial=0.0)) for each in values)
+            is_beyond = column.step is not None and largest > column.step * _MOST
+            found.append(replace(column, step=None) if is_beyond else column)
+    return found
 
 
 def packed(response: CreditResponse, columns: Sequence[Column]) -> str:
@@ -72,8 +80,7 @@ def codes(values: numpy.ndarray, column: Column) -> numpy.ndarray:
     """Return [tokens] integers of 16 bits; infinities become the largest code."""
     wide = values.astype(numpy.float64)
     scaled = wide / column.step if column.step is not None else numpy.arcsinh(wide / _FINEST) / scale()["perCode"]
-    most = 2**15 - 1
-    return numpy.where(numpy.isnan(scaled), _MISSING, numpy.nan_to_num(scaled).clip(-most, most).round()).astype(int)
+    return numpy.where(numpy.isnan(scaled), _MISSING, numpy.nan_to_num(scaled).clip(-_MOST, _MOST).round()).astype(int)
 
 
 def _values(response: CreditResponse) -> Mapping[str, numpy.ndarray]:

@@ -49,8 +49,8 @@ class CreditLog:
         """Return the rows to record of a batch that these judged groups become.
 
         Of a part of a step, only the part's share is chosen. Up to four responses of a group, from the worst reward to
-        the best, so that they can be compared. Groups are spread evenly. The last one is always among them, since the
-        policy has not moved in the first update, where Δ is 0.
+        the best, so that they can be compared. Groups are spread evenly. The last one comes first, since the policy has
+        not moved in the first update, where Δ is 0; where responses are long, earlier ones find no room.
         """
         settings = self._settings
         if settings.responses == 0 or self._step % settings.every or not groups:
@@ -60,7 +60,7 @@ class CreditLog:
         most = -(-count // _PER_GROUP)
         first = _first_rows(groups)
         rows: list[int] = []
-        for place in _late(len(groups), min(most, len(groups))):
+        for place in reversed(_late(len(groups), min(most, len(groups)))):
             for index in _worst_to_best(groups[place], min(_PER_GROUP, count - len(rows))):
                 length = len(groups[place].samples[index])
                 if length <= tokens:
@@ -110,11 +110,11 @@ class CreditLog:
         facts = {
             "group": marked.number,
             "index": marked.index,
-            "problem": problem.id,
-            "data_source": problem.data_source,
-            "prompt": problem.text,
-            "ground_truth": str(problem.ground_truth),
-            "answer": result.answer,
+            "problem": _as_utf8(problem.id),
+            "data_source": _as_utf8(problem.data_source),
+            "prompt": _as_utf8(problem.text),
+            "ground_truth": _as_utf8(str(problem.ground_truth)),
+            "answer": _as_utf8(result.answer),
             "reward": result.reward,
             "accuracy": result.accuracy,
             "advantage": marked.advantage,
@@ -145,6 +145,11 @@ def token_texts(ids: list[int], decode: Decode, known: dict[int, str]) -> list[s
         texts.append(now[len(before) :])
         start, read = read, end
     return texts
+
+
+def _as_utf8(text: str) -> str:
+    """Return the text without halves of surrogate pairs, which a reward may find in JSON, and a file cannot have."""
+    return text.encode(errors="replace").decode()
 
 
 def _judged(group: Group) -> list[int]:

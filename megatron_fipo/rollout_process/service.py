@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_fipo import loop_state
 from megatron_fipo.config import Config
 from megatron_fipo.engines.control import EngineControl
-from megatron_fipo.errors import CheckpointError
+from megatron_fipo.errors import CheckpointError, one_line
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout import snapshot
 from megatron_fipo.rollout.collector import Batch
@@ -133,8 +133,8 @@ class RolloutService:
     def record_credit(self, frames: list[bytes]) -> None:
         try:
             self._credit.write(frames)
-        except OSError as error:
-            self._listener.warn(f"step {self._step}: credit is not recorded: {error}")
+        except Exception as error:  # what is only looked at ends no run, whatever the file's library raises
+            self._listener.warn(f"step {self._step}: credit is not recorded: {type(error).__name__}: {one_line(error)}")
 
     def busy(self) -> list[tuple[float, float]]:
         return self._rollouts.busy()

@@ -4,6 +4,7 @@ Parquet, compressed with zstd: other tools read it as it is. Columns of values a
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.errors import DataError, one_line
 from megatron_fipo.files import write_atomically
 from megatron_fipo.records.credit import VALUES, TokenCredit
+from megatron_fipo.tracking.run_files import CREDIT_DIRECTORY
 
-DIRECTORY = "credit"
+_FILE = re.compile(r"step-(\d+)\.parquet")
 _ABOUT = b"megatron_fipo.credit"
 _FORMAT = 1
 _FACTS = {
@@ -90,12 +92,13 @@ class CreditResponse:
 
 def credit_path(run_directory: Path, step: int) -> Path:
     """Return where a step's file is."""
-    return run_directory / DIRECTORY / f"step-{step:06d}.parquet"
+    return run_directory / CREDIT_DIRECTORY / f"step-{step:06d}.parquet"
 
 
 def recorded_steps(run_directory: Path) -> list[int]:
     """Return the steps that have a file, in order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in (run_directory / DIRECTORY).glob("step-*.parquet"))
+    names = (_FILE.fullmatch(path.name) for path in (run_directory / CREDIT_DIRECTORY).glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def write_credit(path: Path, about: CreditAbout, responses: Sequence[CreditResponse]) -> None:

@@ -23,6 +23,8 @@ from megatron_fipo.tracking.trackers.run_ids import RUN_IDS_FILE
 CONFIG_FILE = "config.yaml"
 """The configuration with which a run began. config-000012.yaml has the one with which it resumed after step 12."""
 SUMMARY_FILE = "summary.json"
+CREDIT_DIRECTORY = "credit"
+"""Has the recorded steps of tracking/credit_file.py."""
 
 _KEPT = re.compile(r"config-(\d{6,10})\.yaml")
 
@@ -74,6 +76,9 @@ def set_aside(run_directory: Path) -> list[Path]:
     rows = [path for name in (METRICS_FILE, VALIDATION_FILE) if (path := run_directory / name).is_file()]
     kept = [path for path in run_directory.glob("config-*.yaml") if _KEPT.fullmatch(path.name)]
     old = [path for path in rows if path.stat().st_size] + kept
+    credit = run_directory / CREDIT_DIRECTORY
+    if credit.is_dir() and any(credit.iterdir()):  # its newest step may be newer than any of this run
+        old.append(credit)
     if (ids := run_directory / RUN_IDS_FILE).is_file():  # trackers begin new runs
         old.append(ids)
     if old and (run_directory / CONFIG_FILE).is_file():

@@ -39,6 +39,14 @@ def test_columns_without_values_are_left_out() -> None:
     assert [column.name for column in columns_of([response(5, 9)])] == [column.name for column in COLUMNS[:-1]]
 
 
+def test_weights_beyond_16_are_shown_as_they_are() -> None:
+    """Linear codes of 16 bits end there, and future_kl.band_high may be larger."""
+    far = response(5, 9)
+    far.credit.values["influence"][:] = 400.0
+    (column,) = [column for column in columns_of([response(4, 9), far]) if column.name == "influence"]
+    assert decoded(codes(far.credit.values["influence"], column), column) == pytest.approx(400, rel=0.004)
+
+
 def test_a_page_of_64_responses_of_4000_tokens_is_below_5_mb() -> None:
     responses = [response(place, 4000) for place in range(64)]
     page = credit_page("run", ABOUT, responses)

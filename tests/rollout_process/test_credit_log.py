@@ -2,6 +2,7 @@
 makes the viewer wrong without any error.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -18,7 +19,7 @@ from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.offers import train_batch
 from megatron_fipo.rollout.store import SampleStore
 from megatron_fipo.rollout_process.credit_log import CreditLog, token_texts
-from megatron_fipo.tracking.credit_file import CreditResponse, read_credit
+from megatron_fipo.tracking.credit_file import CreditResponse, read_credit, recorded_steps
 from tests.tracking.groups import make_group
 
 
@@ -31,14 +32,16 @@ def groups() -> list[Group]:
     return [make_group(answers, "9", str(place)) for place, answers in enumerate(["919", "T1999", "9911", "199"])]
 
 
-def recorded(directory: Path, config: Config, step: int = 2) -> list[CreditResponse]:
+def recorded(
+    directory: Path, config: Config, step: int = 2, make: Callable[[], list[Group]] = groups
+) -> list[CreditResponse]:
     """What is in the file after a step whose trainer has each sample's number as every value."""
     log, store = CreditLog(config, directory, lambda ids: "".join(f"<{token}>" for token in ids)), SampleStore()
     log.begin(step)
-    rows = log.choose(groups())
-    batch = train_batch(groups(), config.algorithm, store, step, 0, rows)
+    rows = log.choose(make())
+    batch = train_batch(make(), config.algorithm, store, step, 0, rows)
     assert numpy.flatnonzero(batch.rows["recorded"]).tolist() == rows
-    log.mark(groups(), rows, batch.rows["sample"].tolist(), batch.rows["advantage"].tolist())
+    log.mark(make(), rows, batch.rows["sample"].tolist(), batch.rows["advantage"].tolist())
     pieces = []
     for row in batch.rows[batch.rows["recorded"] > 0]:
         tokens = int(row["tokens"] - row["prompt"])
@@ -69,10 +72,17 @@ def test_how_many_are_chosen(tmp_path: Path) -> None:
     found = recorded(tmp_path, settings("tracking.credit.responses=4"))
     assert {response.facts["problem"] for response in found} == {"3"}
     assert {response.facts["reward"] for response in found} == {-1, 1}
-    assert len(recorded(tmp_path, settings("tracking.credit.responses=8", "tracking.credit.max_tokens=10"))) == 3
+    little = recorded(tmp_path, settings("tracking.credit.responses=8", "tracking.credit.max_tokens=10"))
+    assert [response.facts["problem"] for response in little] == ["3"] * 3
     assert recorded(tmp_path, settings("tracking.credit.responses=0")) == []
     assert recorded(tmp_path, settings("tracking.credit.every=3")) == []
     assert len(recorded(tmp_path, settings("tracking.credit.every=3"), step=3)) == 14
+
+
+def test_an_answer_that_no_file_can_have_is_recorded_with_a_mark(tmp_path: Path) -> None:
+    """A reward of the user's own may return half of a surrogate pair, which JSON of a model's text can have."""
+    found = recorded(tmp_path, settings("tracking.credit.responses=16"), make=lambda: [make_group("\ud83d9", "9", "0")])
+    assert {response.facts["answer"] for response in found} == {"?", "9"}
 
 
 def test_the_text_of_each_token() -> None:
@@ -87,6 +97,13 @@ def test_the_text_of_each_token() -> None:
     assert token_texts(ids, decode, {}) == ["a", "", "", "∑", "", "é", "!"]
     broken = [97, 0xE2, 0x88]
     assert "".join(token_texts(broken, decode, {})) == decode(broken), "a character that is cut off is shown too"
+
+
+def test_other_names_are_no_steps(tmp_path: Path) -> None:
+    (tmp_path / "credit").mkdir()
+    for name in ("step-000005 (1).parquet", "step-x.parquet", "step-000007.parquet", "step-000006.parquet.partial"):
+        (tmp_path / "credit" / name).touch()
+    assert recorded_steps(tmp_path) == [7]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.records.segments import segments_around
 from megatron_fipo.tracking.rollout_log import log_rollouts
-from megatron_fipo.tracking.run_files import distinguishing, write_config, write_environment
+from megatron_fipo.tracking.run_files import distinguishing, set_aside, write_config, write_environment
 from tests.tracking.groups import make_group
 
 
@@ -29,6 +29,16 @@ def test_environment_names_the_versions(tmp_path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["world_size"] == 4
     assert re.match(r"\d+\.\d+", environment["packages"]["torch"])
+
+
+def test_recorded_steps_of_a_run_that_begins_again_are_set_aside(tmp_path):
+    """Otherwise its page would be of the newest of them, which may be another run's."""
+    assert set_aside(tmp_path) == []
+    (tmp_path / "credit").mkdir()
+    assert set_aside(tmp_path) == [], "an empty directory is nobody's"
+    (tmp_path / "credit" / "step-000090.parquet").touch()
+    (kept,) = set_aside(tmp_path)
+    assert kept.name.startswith("credit-") and not (tmp_path / "credit").exists()
 
 
 def test_logged_rollouts_show_worst_and_best(tmp_path):

@@ -17,7 +17,7 @@ const creditData = {
     const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("deflate"));
     const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
     const size = new DataView(bytes.buffer).getUint32(0, true), count = response.tokens;
-    const text = new TextDecoder().decode(bytes.subarray(4, 4 + size));
+    const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes.subarray(4, 4 + size));
     let at = 4 + size;
     const plane = () => bytes.subarray(at, (at += count));
     const codes = () => {
