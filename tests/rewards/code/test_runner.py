@@ -17,7 +17,8 @@ from megatron_fipo.rewards.code.sandbox import Result, Sandbox, SandboxError, _c
 
 
 def sandbox(**changes: Any) -> Sandbox:
-    settings = CodeConfig(**{"sandbox": "none", "cpu_s": 4.0, "total_s": 60.0} | changes)
+    defaults: dict[str, Any] = {"sandbox": "none", "cpu_s": 4.0, "total_s": 60.0}
+    settings = CodeConfig(**defaults | changes)
     return Sandbox(_command("none", settings), settings)
 
 
