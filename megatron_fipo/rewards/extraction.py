@@ -75,13 +75,18 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_code_block(text: str) -> str | None:
-    """The lines between the last two ``` fences that belong together; None if there is no closed block."""
-    fences = list(_CODE_FENCE.finditer(text))
-    if len(fences) < 2:
-        return None
-    # The first fence opens a block and the second closes it; an opening one at the end has no block yet.
-    last = len(fences) // 2 * 2
-    return text[fences[last - 2].end() : fences[last - 1].start()].strip("\n")
+    """The lines between the last two ``` fences that belong together; None if there is no closed block.
+
+    A fence with a word after it, as ```python, opens a block even inside of one: a stray fence, or a block that the
+    model begins anew, does not make later blocks of the text between them.
+    """
+    start, content = None, None
+    for fence in _CODE_FENCE.finditer(text):
+        if start is None or fence[0].strip() != "```":
+            start = fence.end()
+        else:
+            start, content = None, text[start : fence.start()].strip("\n")
+    return content
 
 
 def normalise_answer(answer: str) -> str:

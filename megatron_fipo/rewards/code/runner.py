@@ -10,21 +10,38 @@ function, inputs, cpu_s, total_s, memory_bytes, output_bytes, file_bytes, proces
 As process 1 of its namespace it gets no signal that it has not asked for, and ends what a test leaves behind.
 """
 
+import atexit
+import bisect
 import builtins
+import collections
 import contextlib
 import ctypes
+import functools
+import gc
+import heapq
+import itertools
 import json
+import math
 import os
+import random
+import re
 import resource
 import select
 import signal
+import string
 import sys
 import threading
 import time
+import types
+import typing
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _LONGEST_PIECE = 1 << 16
+_KNOWN = (string, re, collections, heapq, bisect, math, random, itertools, functools, typing)
+"""Modules that programs may use without an import, and their names too, of which a later module's wins."""
+_RECURSION = 50_000
 
 
 def main() -> None:
@@ -68,8 +85,10 @@ def _watch(reads: int, watched: int, deadline: float, most: int) -> tuple[bytes,
     """What the child writes until it ends, and why it has to be ended: time, output, or empty where it has ended."""
     output, waits_for = b"", [reads, watched]
     while True:
-        ready, _, _ = select.select(waits_for, [], [], max(deadline - time.monotonic(), 0))
-        if not ready:
+        left = deadline - time.monotonic()
+        ready, _, _ = select.select(waits_for, [], [], max(left, 0))
+        # Also where something is readable: a program that goes on writing has no more time than another.
+        if not ready or left <= 0:
             return output, "time"
         if reads in ready:
             piece = os.read(reads, _LONGEST_PIECE)
@@ -107,7 +126,10 @@ def _become_program(request: dict[str, Any], test: Any, writes: int) -> None:
     """In the child: never returns."""
     code = 1
     try:
+        # Without a namespace of its own, nothing else ends it if this runner is killed.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.setsid()
+        request["inputs"].clear()  # neither the memory nor the tests to come are the program's
         is_call = request["function"] is not None
         given = os.memfd_create("input")
         with open(given, "wb", closefd=False) as file:
@@ -121,6 +143,8 @@ def _become_program(request: dict[str, Any], test: Any, writes: int) -> None:
         os.closerange(4 if is_call else 3, 1 << 16)
         _limit(request)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        # Programs for fast output write to these.
+        sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
         sys.argv = ["program.py"]
         # What Python's module `site` adds, which is left out here since it takes as long as the rest of the start.
         vars(builtins).update(exit=sys.exit, quit=sys.exit)
@@ -150,7 +174,12 @@ def _limit(request: dict[str, Any]) -> None:
 
 def _execute(request: dict[str, Any], test: Any) -> int:
     """Run the program; a call's result goes to descriptor 3. Returns the exit code."""
-    names: dict[str, Any] = {"__name__": "__main__"}
+    # A call's module has another name: what its program does as the main one, such as reading its input, is no part.
+    module = types.ModuleType("__main__" if request["function"] is None else "program")
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+    names = vars(module)
+    names.update(_known_names())
+    sys.setrecursionlimit(_RECURSION)
     code: Any = 0
     try:
         exec(compile(request["program"], "program.py", "exec"), names)
@@ -165,8 +194,29 @@ def _execute(request: dict[str, Any], test: Any) -> int:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
-    sys.stdout.flush()
+    _finish(names)
     return code if isinstance(code, int) else int(code is not None)
+
+
+def _known_names() -> dict[str, Any]:
+    """What is there without an import, as in LiveCodeBench: starter code has `List[int]` of typing, for example."""
+    names: dict[str, Any] = {}
+    for module in _KNOWN:
+        public = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
+        # A function of the language is not replaced: math.pow has no third argument.
+        names |= {name: getattr(module, name) for name in public if not hasattr(builtins, name)}
+    return names | {module.__name__: module for module in _KNOWN} | {"sys": sys}
+
+
+def _finish(names: dict[str, Any]) -> None:
+    """Write out what the program has in buffers, in the order in which Python ends."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    names.clear()  # closes its files
+    gc.collect()
+    for stream in (sys.stdout, sys.__stdout__):
+        if stream is not None and not stream.closed:
+            stream.flush()
 
 
 if __name__ == "__main__":

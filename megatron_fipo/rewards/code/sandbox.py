@@ -201,16 +201,17 @@ def _lines(
     """Hand over the request, then yield each line that comes back. Raises SandboxError after the deadline."""
     assert process.stdin is not None and process.stdout is not None
     to, back, received = process.stdin.fileno(), process.stdout.fileno(), b""
+    rest = memoryview(request)  # a slice of which is no copy
     os.set_blocking(to, False)
     while True:
-        waits_for = [to] if request else []
+        waits_for = [to] if rest else []
         reads, writes, _ = select.select([back], waits_for, [], max(deadline - time.monotonic(), 0))
         if writes:
             try:
-                request = request[os.write(to, request[: 1 << 16]) :]
+                rest = rest[os.write(to, rest[: 1 << 16]) :]
             except BrokenPipeError:
-                request = b""
-            if not request:
+                rest = rest[:0]
+            if not rest:
                 process.stdin.close()
         if reads:
             piece = os.read(back, 1 << 16)

@@ -73,6 +73,35 @@ def test_outputs_are_equal_by_lines_and_by_the_value_of_numbers() -> None:
     assert not passes("[2]", 2, is_call=True)
 
 
+def test_a_word_is_a_number_only_if_it_is_a_plain_one() -> None:
+    """Why: Decimal reads more, and comparing a signalling NaN raises, which made a wrong program a failed check."""
+    assert passes("nan1", "nan1", is_call=False) and passes("1e2", "100", is_call=False)
+    for output, expected in (("sNaN1", "1"), ("1_0", "10"), ("\u0661", "1"), ("nan1", "1")):
+        assert not passes(output, expected, is_call=False)
+
+
+@pytest.mark.usefixtures("unprotected")
+@pytest.mark.parametrize(
+    "end",
+    ["import sys; sys.exit(0)", "import os; os._exit(0)", "import os; os.write(3, b'[' * 100_000); os._exit(0)"],
+    ids=["exit", "end", "junk"],
+)
+def test_a_call_without_a_result_is_wrong(end: str) -> None:
+    """Why: a program that left no JSON made a failed check of its response, which a model could learn to prefer."""
+    call = {"fn_name": "f", "inputs": [[1]], "outputs": [1]}
+    assert verdict(f"def f(x):\n    {end}", call) == (0.0, "output")
+    assert verdict("def f(x):\n    return x", call) == (1.0, ""), "the control"
+
+
+def test_results_are_json_texts_only_beside_arguments_that_are() -> None:
+    """Why: results that are texts were refused, or became numbers that no right program gives."""
+    texts = {"fn_name": "f", "inputs": [["a"], ["b"]], "outputs": ["abc", "123"]}
+    assert read_tests({"t": texts}, "t").outputs == ("abc", "123")
+    line = '"a\u2028b"'
+    read = read_tests({"t": {"fn_name": "f", "inputs": [f"{line}\n2\n"], "outputs": ["123"]}}, "t")
+    assert (read.inputs, read.outputs) == ((["a\u2028b", 2],), (123,))
+
+
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
@@ -99,6 +128,14 @@ def test_a_code_block_is_closed() -> None:
     assert last_code_block("```py\nx\n```\nthen\n```py\ny") == "x"
     assert last_code_block("x = 1") is None and last_code_block("```py\nx") is None
     assert last_code_block("```\n  x\n\n\n```") == "  x"
+
+
+def test_a_stray_fence_does_not_shift_the_blocks() -> None:
+    """Why: one fence too many made the program of the text between two blocks, and a right response wrong."""
+    assert last_code_block("a\n```\nb\n```python\nx\n```\nc") == "x"
+    assert last_code_block("```python\ny\n```python\nx\n```\nc") == "x"
+    assert last_code_block("```python\nx\n```\nc\n```\nd") == "x"
+    assert last_code_block("```python\r\ny\r\n```\r\nb\n```python\nx\n``` \nc") == "x"
 
 
 def group(*responses: str, columns: Any) -> Group:
