@@ -56,7 +56,7 @@ def test_a_marker_agrees_with_the_regular_expression(pattern):
 def test_long_responses_take_little_of_a_step():
     """The rollout process does nothing else meanwhile. Regular expressions that ignore case took four times as long."""
     draw = random.Random(0)
-    words = "the sum of two numbers is equal to x and we write that as products where each term waiting almost".split()
+    words = ["the", "sum", "of", "numbers", "is", "equal", "to", "x", "and", "waiting", "almost", "where", "each"]
     text = " ".join(draw.choices(words, k=6500))
     sample = replace(
         sample_from_lists([draw.randrange(30000) for _ in range(8192)], [-0.5] * 8192, "stop", 1), text=text
