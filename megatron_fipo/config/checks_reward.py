@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,6 +103,9 @@ def _check_judge(settings: RewardConfig) -> None:
         raise ConfigError("reward.judge.score_right", problem, "two scores that differ")
     if settings.rule != "judge":
         return
+    if re.match(r"(\w+://)?[^/?#]*@", judge.url):  # messages quote the URL, so this one does not
+        problem = "has a user or a password, which messages would show"
+        raise ConfigError("reward.judge.url", problem, "the URL without them, and the key by reward.judge.key_variable")
     if not judge.url.startswith(("http://", "https://")):
         raise ConfigError("reward.judge.url", f"{judge.url!r} is no URL", "such as http://judge:8000/v1")
     if not judge.model:

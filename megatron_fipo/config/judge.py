@@ -27,7 +27,7 @@ class JudgeConfig:
         "the right answer {ground_truth}.",
     )
     score_pattern: str = setting(
-        r"Score:\s*(-?[0-9]+(?:\.[0-9]+)?)",
+        r"Score:[\s*]*(-?[0-9]+(?:\.[0-9]+)?)",
         "A regular expression with one group, a number; its last match in the reply is the score. A reply without one "
         "is a failed check.",
     )

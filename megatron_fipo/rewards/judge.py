@@ -3,6 +3,7 @@
 What keeps a score from being had raises JudgeError: a failed check, and no wrong answer.
 """
 
+import asyncio
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import httpx
 
 from megatron_fipo.config.judge import JUDGE_MARGIN_S, JudgeConfig
-from megatron_fipo.errors import one_line
+from megatron_fipo.errors import ConfigError, one_line
 from megatron_fipo.files import write_atomically
 from megatron_fipo.rewards.rules import Verdict
 
@@ -36,11 +37,15 @@ class JudgeRule:
     INPUTS: ClassVar = ("ground_truth", "prompt", "response")
 
     def __init__(self, settings: JudgeConfig, timeout_s: float):
-        """`timeout_s`: reward.timeout_s, within which the last attempt has to end. The key's variable is set."""
+        """`timeout_s`: reward.timeout_s, within which the last attempt has to end. The key's variable is set.
+
+        Raises ConfigError for a key that no header can carry.
+        """
         self._settings = settings
         self._timeout_s = max(timeout_s - JUDGE_MARGIN_S, timeout_s / 2)
-        key = {} if settings.key_variable is None else {"Authorization": f"Bearer {os.environ[settings.key_variable]}"}
-        self._client = httpx.Client(headers=key)
+        key = {} if settings.key_variable is None else {"Authorization": f"Bearer {_key(settings.key_variable)}"}
+        self._client = httpx.AsyncClient(headers=key, timeout=None)
+        self._runner = asyncio.Runner()
 
     def __call__(self, item: Mapping[str, Any]) -> Verdict:
         """A response's verdict. Raises JudgeError if there is no score."""
@@ -86,7 +91,7 @@ class JudgeRule:
                 break
             wait_s = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S)
             try:
-                return self._post(request, min(left, self._settings.request_timeout_s))
+                return self._runner.run(self._post(request, min(left, self._settings.request_timeout_s)))
             except _Busy as busy:
                 problem, wait_s = str(busy), max(wait_s, busy.wait_s)
             except httpx.TransportError as error:
@@ -96,27 +101,30 @@ class JudgeRule:
             time.sleep(wait_s)
         raise JudgeError(f"no reply of the judge at {self._settings.url} after {attempt} attempts: {problem}")
 
-    def _post(self, request: dict[str, Any], timeout_s: float) -> str:
-        """One attempt. httpx's limit is for each piece of a reply, so one that trickles in is cut off here."""
-        end = time.monotonic() + timeout_s
+    async def _post(self, request: dict[str, Any], timeout_s: float) -> str:
+        """One attempt. httpx's own limits are for each connect, write and read; this one is for all of them."""
         url = f"{self._settings.url.rstrip('/')}/chat/completions"
-        with self._client.stream("POST", url, json=request, timeout=timeout_s) as response:
-            body = b""
-            for piece in response.iter_bytes():
-                body += piece
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout(f"the reply was not whole after {timeout_s:.3g} s")
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._client.post(url, json=request)
+        except TimeoutError:
+            raise httpx.ReadTimeout(f"the reply was not whole after {timeout_s:.3g} s") from None
+        body = response.content
         shown = body[:_LONGEST_SHOWN].decode(errors="replace")
         if response.status_code in _WORTH_ANOTHER_TRY or response.status_code >= 500:
             raise _Busy(f"status {response.status_code}, {shown!r}", response.headers.get("retry-after"))
         if response.status_code != 200:
             raise JudgeError(f"the judge at {self._settings.url} refuses: status {response.status_code}, {shown!r}")
         try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+            choice = json.loads(body)["choices"][0]
+            content, end = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise JudgeError(f"the judge's reply is no chat completion: {shown!r}") from None
         if not isinstance(content, str):
             raise JudgeError(f"the judge's reply has no text: {shown!r}")
+        if end == "length":  # "Score: 1" may be the beginning of "Score: 10"
+            limit = f"reward.judge.max_tokens={self._settings.max_tokens}"
+            raise JudgeError(f"the judge's reply was cut at {limit}; it ends {content[-_LONGEST_SHOWN:]!r}")
         return content
 
     def _file(self, request: dict[str, Any]) -> Path | None:
@@ -144,6 +152,15 @@ class JudgeRule:
             with suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, json.dumps({"request": request, "reply": reply}).encode())
+
+
+def _key(name: str) -> str:
+    """Return the key of a variable, without the line's end that a secret's file often has. No error shows it."""
+    key = os.environ[name].strip()
+    if not key or not key.isascii() or not key.isprintable():
+        problem = f"{name} is empty, or has characters that are not printable ASCII"
+        raise ConfigError("reward.judge.key_variable", problem, f"export {name}=… again, the key alone")
+    return key
 
 
 class _Busy(Exception):

@@ -89,6 +89,9 @@ def test_a_judge_that_cannot_work_is_refused(tiny_files: list[str]) -> None:
     assert judge(*asked, local=True) == [], "the control"
     for setting, message in (
         ("reward.judge.url=judge", r"^reward\.judge\.url: 'judge' is no URL"),
+        ("reward.judge.url=http://me:word@judge/v1", r"^reward\.judge\.url: has a user or a password, .*key_variable"),
+        ("reward.judge.url=http://me@judge/v1", r"^reward\.judge\.url: has a user"),
+        ("reward.judge.url=me:word@judge/v1", r"^reward\.judge\.url: has a user"),
         ("reward.judge.model=''", r"^reward\.judge\.model: is empty"),
         ("reward.judge.prompt=x", r"^reward\.judge\.prompt: has no place for the response"),
         ("reward.judge.score_pattern=x", r"^reward\.judge\.score_pattern: 'x' has 0 groups"),
@@ -97,8 +100,10 @@ def test_a_judge_that_cannot_work_is_refused(tiny_files: list[str]) -> None:
         ("reward.judge.key_variable=JUDGE_KEY", r"^reward\.judge\.key_variable: JUDGE_KEY is not set"),
         ("data.columns.answer=null", r"^data\.columns\.answer: is null, but reward\.rule=judge needs"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as caught:
             judge(*asked, setting, local=True)
+        assert "word@" not in str(caught.value)
+    assert judge(*asked, "reward.judge.url=http://judge/v1/@me", local=True) == [], "the control: an @ in the path"
     without = ("data.columns.answer=null", 'reward.judge.prompt="{response}"')
     assert judge(*asked, *without, local=True) == []
     assert "reward.rule=judge does" in judge("reward.judge.model=m")[0]

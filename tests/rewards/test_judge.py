@@ -17,6 +17,7 @@ import pytest
 
 from megatron_fipo.config import RewardConfig
 from megatron_fipo.config.judge import JudgeConfig
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, sample_from_lists
 from megatron_fipo.rewards import judge as judging
@@ -26,8 +27,8 @@ from megatron_fipo.rewards.pool import RewardPool
 ITEM = {"prompt": "3+4=?", "response": "It is {prompt} 7.", "ground_truth": "7"}
 
 
-def chat(text: Any) -> tuple[int, str]:
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]})
+def chat(text: Any, end: str = "stop") -> tuple[int, str]:
+    return 200, json.dumps({"choices": [{"message": {"content": text}, "finish_reason": end}]})
 
 
 @dataclass
@@ -52,6 +53,11 @@ def endpoint(*answers: Any) -> Iterator[Endpoint]:
             status, text = plays.answers.pop(0) if len(plays.answers) > 1 else plays.answers[0]
             if status == "hang":
                 time.sleep(3)
+                return
+            if status == "slow header":
+                for piece in text:
+                    self.wfile.write(piece.encode())
+                    time.sleep(0.2)
                 return
             self.send_response(status)
             self.end_headers()
@@ -89,6 +95,9 @@ def test_the_last_score_is_the_accuracy_and_the_prompt_is_filled_once() -> None:
     assert verdict.accuracy == 0.75 and verdict.extra == {"judge_score": 7.5, "judge_cached": 0.0}
     assert plays.requests[0]["path"] == "/v1/chat/completions"
     assert plays.requests[0]["messages"] == [{"role": "user", "content": "3+4=?|It is {prompt} 7.|7|{other}"}]
+    for text in ("**Score:** 8", "**Score: 8**", "Score:\n**8**"):
+        with endpoint(chat(text)) as plays:
+            assert rule(plays)(ITEM).accuracy == 0.8
     with endpoint(chat("grade 1")) as plays:
         assert rule(plays, score_pattern="grade ([1-6])", score_wrong=6, score_right=1)(ITEM).accuracy == 1.0
 
@@ -111,6 +120,8 @@ def test_what_passes_is_tried_again(trouble: tuple[int, str]) -> None:
         ((200, "<html>"), "no chat completion: '<html>'"),
         (chat(None), "has no text"),
         (chat("I would rather not."), "no score that .*; it ends 'I would rather not.'"),
+        (chat("Score: 1", "length"), "was cut at reward.judge.max_tokens=512; it ends 'Score: 1'"),
+        ((200, '{"choices": ["Score: 1"]}'), "no chat completion"),
         (chat("Score: 11"), "score 11 is not from 0 to 10"),
         (chat("Score: -1"), "score -1 is not from 0 to 10"),
     ],
@@ -122,14 +133,14 @@ def test_no_score_is_an_error_at_once(answer: Any, message: str, tmp_path: Path)
         assert len(plays.requests) == 1 and list(tmp_path.iterdir()) == [], "and it is not remembered"
 
 
-@pytest.mark.parametrize("answer", [("hang", ""), (200, ["{"] * 50)])
+@pytest.mark.parametrize("answer", [("hang", ""), (200, ["{"] * 50), ("slow header", "HTTP/1.1 200 OK and so on" * 2)])
 def test_a_reply_has_a_deadline_as_a_whole(answer: Any) -> None:
     """Also one that comes a byte at a time, for which a client's own limit starts again with each byte."""
     with endpoint(answer) as plays:
         begin = time.monotonic()
         with pytest.raises(JudgeError, match="after 2 attempts: ReadTimeout"):
             rule(plays, attempts=2, request_timeout_s=0.5)(ITEM)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 2.5, "1 s, and what a busy machine adds"
         with pytest.raises(JudgeError, match="after 1 attempts"):
             rule(plays, timeout_s=1.0, attempts=9)(ITEM)
 
@@ -143,6 +154,22 @@ def test_replies_are_cached_by_what_was_asked(tmp_path: Path) -> None:
         for file in (tmp_path / "cache").glob("*/*.json"):
             file.write_text("{")
         assert rule(plays, cache=str(tmp_path / "cache"))(ITEM).accuracy == 0.0, "a broken file is asked again"
+
+
+def test_a_keys_line_end_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes' secrets often have one; a header cannot, and httpx quotes it with the key in its error."""
+    monkeypatch.setenv("JUDGE_KEY", "secret-1\n")
+    with endpoint(chat("Score: 10")) as plays:
+        assert rule(plays, key_variable="JUDGE_KEY")(ITEM).accuracy == 1.0
+    assert plays.headers[0]["authorization"] == "Bearer secret-1"
+
+
+@pytest.mark.parametrize("key", ["secret\n-1", "secret-ü", "secret\x7f", "\n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(ConfigError, match=r"^reward\.judge\.key_variable: JUDGE_KEY is empty, or has") as caught:
+        JudgeRule(JudgeConfig(url="http://judge/v1", model="m", key_variable="JUDGE_KEY"), 20)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def group(*responses: str) -> Group:
