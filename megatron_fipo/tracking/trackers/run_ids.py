@@ -1,12 +1,15 @@
 """trackers.json in a run's directory: under which id each tracker knows the run, so that a resume continues it."""
 
 import json
+import threading
 from pathlib import Path
 
 from megatron_fipo.errors import one_line
 from megatron_fipo.files import write_json_atomically
 
 RUN_IDS_FILE = "trackers.json"
+_ONE_AT_A_TIME = threading.Lock()
+"""Each tracker opens in a thread of its own, and all ids are in one file."""
 
 
 def kept_id(directory: Path, tracker: str) -> str | None:
@@ -20,7 +23,8 @@ def kept_id(directory: Path, tracker: str) -> str | None:
 
 def keep_id(directory: Path, tracker: str, run_id: str) -> None:
     """Keep the run's id at `tracker`. After a crash at any point the file has the old or the new content."""
-    write_json_atomically(directory / RUN_IDS_FILE, _read(directory) | {tracker: run_id})
+    with _ONE_AT_A_TIME:
+        write_json_atomically(directory / RUN_IDS_FILE, _read(directory) | {tracker: run_id})
 
 
 def _read(directory: Path) -> dict[str, str]:
