@@ -85,8 +85,8 @@ class Choice:
     ) -> tuple[Tensor, Tensor]:
         """The scores of the chosen experts and the experts, as Megatron-Core's router asks for them.
 
-        Outside a forward pass it is a recomputation in a backward pass, and backward passes of a chunk come in the
-        order of its forward passes: so the oldest choice is the micro-batch's.
+        Where layers are recomputed, a call outside a forward pass is a backward pass. Backward passes of a chunk come
+        in the order of its forward passes, so the oldest choice is the micro-batch's.
 
         Args:
             scores: [local tokens, experts] of a floating type.
@@ -94,6 +94,8 @@ class Choice:
         Returns:
             [local tokens, topk] of the type of `scores`, differentiable; [local tokens, topk] int64.
         """
+        if not self._is_forward and not self._keeps:  # a model that is called by itself, outside of a pass
+            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if not self._is_forward:
             return _of(scores, self._kept.popleft())
         if self._given is None:
