@@ -20,6 +20,7 @@ from megatron_fipo.errors import ConfigError, DataError, FipoError
 from megatron_fipo.policy.checkpoint_places import complete, files_of
 from megatron_fipo.tracking.console_table import StepTable
 from megatron_fipo.tracking.page import CREDIT_PAGE
+from megatron_fipo.tracking.run_files import CREDIT_DIRECTORY
 
 EPILOG = """examples:
   megatron-fipo inspect runs/mine                      its state
@@ -86,7 +87,7 @@ def credit_text(run_directory: Path, step: int | None) -> str:
 
     steps = recorded_steps(run_directory)
     if not steps or (step is not None and step not in steps):
-        path = credit_path(run_directory, step) if step is not None else run_directory / "credit"
+        path = credit_path(run_directory, step) if step is not None else run_directory / CREDIT_DIRECTORY
         there = f"there are steps {_ranges(steps)}" if steps else "tracking.credit.responses records some in a run"
         raise ConfigError("--credit", f"{path} not found", there)
     step = steps[-1] if step is None else step

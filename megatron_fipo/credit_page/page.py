@@ -15,10 +15,6 @@ from megatron_fipo.tracking.page import CREDIT_PAGE, asset, in_script, page
 
 TRUNCATED = ("length",)
 """Finish reasons of responses that were cut off."""
-_SHOWN = (
-    *("update", "group", "index", "problem", "data_source", "prompt", "ground_truth", "answer", "reward", "accuracy"),
-    *("advantage", "finish_reason", "weight_version", "dropped"),
-)
 _BODY = """<p class="quiet">{subtitle}</p>
 <form id="controls" class="controls">
 <label>Colour <select id="quantity"></select></label>
@@ -80,7 +76,7 @@ def credit_page(run_name: str, about: CreditAbout, responses: Sequence[CreditRes
 
 
 def _facts(response: CreditResponse) -> dict[str, Any]:
-    found = {name: _plain(response.facts[name]) for name in _SHOWN}
+    found = {name: _plain(value) for name, value in response.facts.items()}
     truncated = response.facts["finish_reason"] in TRUNCATED
     return found | {"tokens": len(response.token_ids), "truncated": truncated}
 

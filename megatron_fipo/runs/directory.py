@@ -13,10 +13,10 @@ from megatron_fipo.errors import CheckpointError, ConfigError
 from megatron_fipo.policy.checkpoint_places import files_of, newest, step_of
 from megatron_fipo.processes.leftovers import remove_outside, remove_partial_files, say_removed
 from megatron_fipo.tracking.metrics import METRICS_FILE
-from megatron_fipo.tracking.run_files import kept_config, set_aside, write_config
+from megatron_fipo.tracking.run_files import CREDIT_DIRECTORY, kept_config, set_aside, write_config
 from megatron_fipo.tracking.run_lock import RunLock
 
-_DIRECTORIES = ("samples", "credit", "tensorboard", "validation", "wandb", "mlflow")
+_DIRECTORIES = ("samples", CREDIT_DIRECTORY, "tensorboard", "validation", "wandb", "mlflow")
 """Directories that a run writes to later. They are checked at the start, so that the run does not fail then."""
 _MOST_SHOWN = 8
 

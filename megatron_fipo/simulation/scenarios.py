@@ -9,7 +9,7 @@ from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.rollout.admission import Admission, Refill, Rounds, Window, rounds
-from megatron_fipo.simulation.costs import TrainerCosts, asked_for, decoding, engine_size
+from megatron_fipo.simulation.costs import Decoding, EngineSize, TrainerCosts, asked_for, decoding, engine_size
 from megatron_fipo.simulation.engine import Engine
 from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.run import Parts
@@ -174,7 +174,7 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
     most = asked_for(config, size, settings)
     return Parts(
         admission=admission(mode, config, part),
-        engines=_engines(placement, model_config, settings, part),
+        engines=_engines(config, decoding(config, model_config, settings), size, settings, part),
         places=min(size.places, most),
         samples=samples,
         trainer=trainer,
@@ -185,10 +185,8 @@ def parts(mode: Mode, placement: Placement, model_config: ModelConfig, settings:
     )
 
 
-def _engines(placement: Placement, model_config: ModelConfig, settings: Settings, part: Part) -> list[Engine]:
-    config, troubles = placement.config, settings.troubles
-    samples = config.algorithm.samples_per_prompt
-    costs, size = decoding(config, model_config, settings), engine_size(config, model_config, settings)
+def _engines(config: Config, costs: Decoding, size: EngineSize, settings: Settings, part: Part) -> list[Engine]:
+    troubles, samples = settings.troubles, config.algorithm.samples_per_prompt
     many = part.prompts * samples > _MANY_SAMPLES
     quantum = max(1, round(settings.lengths.mean / _GRID)) if many else 1
     slow = math.ceil(troubles.slow_share * part.engines)

@@ -21,6 +21,15 @@ def kept_id(directory: Path, tracker: str) -> str | None:
     return _read(directory).get(tracker)
 
 
+def own_id(directory: Path, tracker: str, fresh: str) -> str:
+    """Return the run's id at `tracker`: the one that is kept, or `fresh`, which is kept then. Errors as `kept_id`."""
+    found = kept_id(directory, tracker)
+    if found is not None:
+        return found
+    keep_id(directory, tracker, fresh)
+    return fresh
+
+
 def keep_id(directory: Path, tracker: str, run_id: str) -> None:
     """Keep the run's id at `tracker`. After a crash at any point the file has the old or the new content."""
     with _ONE_AT_A_TIME:

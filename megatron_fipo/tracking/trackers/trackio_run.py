@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 
 from megatron_fipo.tracking.trackers.protocol import TrackedRun
-from megatron_fipo.tracking.trackers.run_ids import keep_id, kept_id
+from megatron_fipo.tracking.trackers.run_ids import own_id
 
 
 class TrackioRun:
@@ -13,10 +13,8 @@ class TrackioRun:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        name = kept_id(run.directory, "trackio")
-        if name is None:  # a name is all that identifies a run there
-            name = f"{run.name}-{secrets.token_hex(4)}"
-            keep_id(run.directory, "trackio", name)
+        # A name is all that identifies a run there.
+        name = own_id(run.directory, "trackio", f"{run.name}-{secrets.token_hex(4)}")
         self._run = trackio.init(project=run.project, name=name, config=dict(run.settings), resume="allow", embed=False)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

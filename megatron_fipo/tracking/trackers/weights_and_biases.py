@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from megatron_fipo.tracking.trackers.protocol import TrackedRun
-from megatron_fipo.tracking.trackers.run_ids import keep_id, kept_id
+from megatron_fipo.tracking.trackers.run_ids import own_id
 
 _OPENS_S = 90.0
 
@@ -19,10 +19,7 @@ class WeightsAndBiases:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        run_id = kept_id(run.directory, "wandb")
-        if run_id is None:
-            run_id = secrets.token_hex(8)
-            keep_id(run.directory, "wandb", run_id)
+        run_id = own_id(run.directory, "wandb", secrets.token_hex(8))
         # Without a mode here, that of WANDB_MODE holds.
         mode: dict[str, Any] = {"mode": "offline"} if run.offline else {}
         self._run = wandb.init(
