@@ -96,13 +96,13 @@ def test_a_reset_that_fails_can_be_repeated(tmp_path: Path) -> None:
 
 
 def test_calls_of_several_processes_run_beside_each_other() -> None:
-    with pool("Broken", workers=2, timeout_s=2.0, way="hang", of="bad") as environments:
+    with pool("Broken", workers=2, timeout_s=4.0, way="hang", of="bad") as environments:
         bad, good = environments.open(), environments.open()
         for each, name in ((bad, "bad"), (good, "good")):
             each.reset(task(name)).result()
-        hanging, started = bad.step(action(1)), time.monotonic()
+        hanging = bad.step(action(1))
         assert good.step(action(1)).result()["context"] == [5]
-        assert time.monotonic() - started < 1.5 and not hanging.done()
+        assert not hanging.done()
         with pytest.raises(EnvironmentFailed):
             hanging.result()
 

@@ -115,13 +115,13 @@ def test_a_rule_that_raises_is_a_crash_and_not_a_wrong_answer():
 
 
 @pytest.mark.slow
-def test_many_short_answers_take_well_under_half_a_second():
+def test_many_short_answers_take_little():
     groups = [make_group([f"1+2=3. Answer: {index % 10}" for index in range(8)]) for _ in range(32)]
     with RewardPool(RewardConfig(rule="math_verify", workers=1), 100) as pool:
         judge(pool, make_group(["Answer: 7"]))
         begin = time.perf_counter()
         judged = judge(pool, *groups)
-        assert time.perf_counter() - begin < 0.5
+        assert time.perf_counter() - begin < 5, "0.1 s, and what a busy machine adds; a process for each would take 30 s"
     assert all([r.accuracy for r in group.results] == [0, 0, 0, 0, 0, 0, 0, 1] for group in judged)
 
 

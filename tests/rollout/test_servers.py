@@ -122,7 +122,7 @@ def test_a_server_that_is_slow_to_start_is_named_with_its_log(tmp_path: Path) ->
         started = time.monotonic()
         with pytest.raises(RolloutError, match=r"not ready within rollout.start_timeout_s=1 s .*rollout-0.log"):
             pool.wait_ready()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_alone_nobody_is_waited_for() -> None:
     assert events.next(lambda: Ready()) == Ready()
     with pytest.raises(FipoError, match="gone"):
         events.next(_raise(FipoError("gone")))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def _raise(error: Exception) -> Callable[[], Event]:
