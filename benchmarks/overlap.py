@@ -3,9 +3,10 @@
     python -m benchmarks.overlap [PAIRS] [KEY=VALUE …]
 
 What the phases allow is the longest of sampling, everything else, and the CPU seconds of a step spread over all cores,
-of the k = 0 run beside it. Two busy cores share caches and memory, so the same work takes more CPU seconds at k = 1: the
-last column is the share of all cores' time at k = 1 that was used. At 1 nothing is left to hide. Run it on an idle machine: trainer and engine get one core each. The policy stays as it is,
-so that both runs sample and reject alike at every step.
+of the k = 0 run beside it. Two busy cores share caches and memory, so the same work takes more CPU seconds at k = 1.
+The last column is the share of all cores' time that was used then: at 1 nothing is left to hide. Run it on an idle
+machine: trainer and engine get one core each. The policy stays as it is, so that both runs sample and reject alike at
+every step.
 """
 
 import json
