@@ -41,8 +41,8 @@ SPREAD := --numprocesses $(JOBS) --dist worksteal
 test: $(STAMP) ## The tests that need no GPU, every feature in some layout (under 20 minutes)
 	@$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
-test-fast: $(STAMP) ## The tests of single parts (under a minute)
-	@$(PYTHON) -m pytest -m 'not slow and not real and not campaign' $(ARGS)
+test-fast: $(STAMP) ## The tests of single parts (minutes)
+	@$(PYTHON) -m pytest $(SPREAD) -m 'not slow and not real and not campaign' $(ARGS)
 
 test-all: $(STAMP) ## The same, and every feature in every layout
 	@$(PYTHON) -m pytest $(SPREAD) -m 'not real and not campaign' $(ARGS)

@@ -103,6 +103,7 @@ def test_a_result_is_what_the_files_say_and_cannot_be_changed(tmp_path: Path) ->
     assert not read_run(tmp_path).finished, "it has gone on since"
 
 
+@pytest.mark.matrix  # tests of this file call what it calls
 @pytest.mark.slow
 def test_the_notebook_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a real kernel: two runs after one another, and a refusal."""

@@ -44,7 +44,7 @@ def model_config() -> ModelConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hardware", ["h100", "h200"])
+@pytest.mark.parametrize("hardware", ["h100", pytest.param("h200", marks=pytest.mark.matrix)])
 def test_the_32b_run(tmp_path: Path, hardware: str) -> None:
     before = time.monotonic()
     ended = run("preflight", tmp_path, "experiment=fipo_32b", f"hardware={hardware}")
@@ -124,6 +124,7 @@ def test_a_layout_of_experts_is_chosen_by_its_costs(tmp_path: Path) -> None:
     assert estimate(chosen, large).time == best.estimate.time
 
 
+@pytest.mark.matrix  # tests/models has the parameters of every family
 @pytest.mark.slow
 def test_a_run_of_another_family(tmp_path: Path) -> None:
     """Its stages are built without memory, and hold what transformers has."""

@@ -28,6 +28,7 @@ def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return pages.run(PAGE, directory, [*SMALL, *overrides])
 
 
+@pytest.mark.matrix  # test_own_environment.py brings a task of its own too
 def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
     for name, text in (
         ("my_reward.py", block("python")),

@@ -55,6 +55,7 @@ def test_an_engine_of_another_rotary_embedding(server_with_another_rope: EngineP
     assert "rollout.log_prob_diff_stop=0.05" in output
 
 
+@pytest.mark.matrix  # tests/rewards/test_pool.py has it
 def test_a_verifier_that_never_answers_in_time(server_with_another_rope: EnginePool, tmp_path: Path) -> None:
     """The deadline is the millisecond that each check has at least; reading this answer takes longer."""
     answer = " + ".join(f"\\frac{{1}}{{{n}}}" for n in range(101, 151))

@@ -43,15 +43,15 @@ LAYOUTS = {
     "tp2-pp2-vpp2-packed": [
         *("parallel.tensor=2", "parallel.sequence=true", "parallel.virtual_pipeline=2", "parallel.packing=true")
     ],
-    "cp2-packed": ["parallel.context=2", "parallel.pipeline=1", "parallel.packing=true"],
-    "dp2": ["parallel.data=2", "parallel.pipeline=1"],
 }
 REPEATED = {
+    "cp2-packed": ["parallel.context=2", "parallel.pipeline=1", "parallel.packing=true"],
+    "dp2": ["parallel.data=2", "parallel.pipeline=1"],
     "tp2": ["parallel.tensor=2", "parallel.pipeline=1", "parallel.sequence=true"],
     "pp2": [],  # the other tests' layout
     "pp2-vpp2": ["parallel.virtual_pipeline=2"],
 }
-"""One by one what LAYOUTS has together."""
+"""One by one what LAYOUTS has together, or what test_layouts.py has without an engine."""
 
 
 def check_rows(rows: list[dict[str, float]], steps: int) -> None:
@@ -158,6 +158,7 @@ def check_files(directory: Path) -> None:
     assert (summary["name"], summary["algorithm"], summary["future_kl"]) == ("tiny", "dapo", None)
 
 
+@pytest.mark.matrix  # tests/policy has the divergence, tests/algorithm the loss of a file
 def test_kl_to_the_reference_policy(server: EnginePool, tmp_path: Path) -> None:
     """It grows from the policy that training started from, and a resumed run still has that one and not its own.
 
@@ -284,6 +285,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
             assert found[name] == pytest.approx(expected[name], rel=2e-2), (expected["step"], name)
 
 
+@pytest.mark.matrix  # test_overlap.py stops a run, test_sweep.py interrupts one
 def test_interrupted_run_is_saved_leaves_nothing_and_goes_on_honestly(tmp_path: Path) -> None:
     """While a step is sampled, whose time is most of it: it is dropped, and the state is that of the step before."""
     settings = [*SMALL, "run.steps=1000", "algorithm.prompts_per_step=32", "algorithm.mini_batch_prompts=16"]

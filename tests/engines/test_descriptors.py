@@ -35,6 +35,7 @@ def client_of(ports: list[str], hard: int, *, provides: bool) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_the_soft_limit_is_raised(ports: list[str]) -> None:
     found = client_of(ports, 4096, provides=True)
     assert (found["groups"], found["serving"], found["warnings"]) == (found["asked"], SERVERS, []), found
@@ -48,6 +49,7 @@ def test_a_hard_limit_that_is_too_low_is_refused_in_one_line(ports: list[str]) -
     assert "the hard limit of ulimit -n is 1024" in found["error"] and "\n" not in found["error"]
 
 
+@pytest.mark.slow
 def test_no_server_is_lost_where_descriptors_run_out_all_the_same(ports: list[str]) -> None:
     """Without the limit raised: requests wait for descriptors. That some did is the control of both."""
     found = client_of(ports, 1024, provides=False)

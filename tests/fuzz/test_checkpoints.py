@@ -16,7 +16,7 @@ from tests.weights.models import SMALL_MODELS, write_model
 pytestmark = pytest.mark.slow
 
 
-@cases(seeded=60, campaign=1000)
+@cases(seeded=30, campaign=1000)
 def test_spoilt_checkpoints_are_refused_or_whole(rng: random.Random, count: int, tmp_path: Path) -> None:
     model = write_model(next(model for model in SMALL_MODELS if model.name == "qwen3-tied"), tmp_path)
     arguments = {"model_dir": str(model), "directory": str(tmp_path), "seed": rng.getrandbits(32), "count": count}

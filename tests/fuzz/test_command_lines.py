@@ -54,7 +54,7 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-@cases(seeded=120, campaign=2000)
+@cases(seeded=60, campaign=2000)
 def test_mistyped_command_lines_are_refused_in_one_line(
     rng: random.Random, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

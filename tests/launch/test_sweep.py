@@ -61,6 +61,7 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_each_run_is_judged_before_the_first_starts(tmp_path: Path) -> None:
     directory = f"run.directory={tmp_path}"
     good = plan(["algorithm.mini_batch_prompts=4,8", directory])

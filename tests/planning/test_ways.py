@@ -53,6 +53,7 @@ def found(mean: int, *more: str) -> Plan:
     return plan_ways(load_config([*RECIPE, *more]), model_config(), settings(f"--mean={mean}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [SYNCHRONOUS, COLOCATED, ASYNCHRONOUS])
 def test_the_overrides_give_what_was_simulated_and_the_simulator_says_the_same(way: str) -> None:
     (proposal,) = (each for each in found(3700).proposals if each.way == way)
@@ -69,6 +70,7 @@ def test_the_overrides_give_what_was_simulated_and_the_simulator_says_the_same(w
     assert other.step_s != proposal.outcome.step_s, "the control"
 
 
+@pytest.mark.slow
 def test_longer_responses_want_more_nodes_that_sample() -> None:
     nodes = {}
     for mean in (3700, 10_000):
@@ -79,7 +81,8 @@ def test_longer_responses_want_more_nodes_that_sample() -> None:
         assert nodes[3700][way] < nodes[10_000][way], way
 
 
-@pytest.mark.parametrize("way", [SYNCHRONOUS, ASYNCHRONOUS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [pytest.param(SYNCHRONOUS, marks=pytest.mark.matrix), ASYNCHRONOUS])
 def test_no_split_and_no_size_of_an_engine_is_clearly_faster_than_the_choice(way: str) -> None:
     """All of them, simulated as exactly as the choice."""
     config = load_config([*RECIPE, "cluster.trainer_nodes=3", "cluster.rollout_nodes=3"])
@@ -93,6 +96,7 @@ def test_no_split_and_no_size_of_an_engine_is_clearly_faster_than_the_choice(way
     assert max(every) > 1.3 * min(every), "the control: the choice matters"
 
 
+@pytest.mark.slow
 def test_a_run_in_turns_can_be_taken_apart_again() -> None:
     config = load_config([*RECIPE, "rollout=colocated", "cluster.trainer_nodes=4", "cluster.rollout_nodes=0"])
     plan = plan_ways(config, model_config(), settings(config=config))
@@ -110,6 +114,7 @@ def test_what_cannot_be_is_said() -> None:
     assert plan.refused == dict.fromkeys((SYNCHRONOUS, ASYNCHRONOUS), "one node cannot be split")
 
 
+@pytest.mark.slow
 def test_preflight_names_another_way_only_if_it_is_clearly_faster() -> None:
     config, plan, played = load_config(RECIPE), found(3700), settings("--mean=3700")
     line = faster(config, as_configured(config, model_config(), played), plan)
@@ -152,6 +157,7 @@ def test_receiving_takes_what_was_measured(length: int, least: float, most: floa
     assert 0.95 * least < rollout_process_s(1e6 / length, 1e6) < 1.05 * most
 
 
+@pytest.mark.slow
 def test_a_rollout_process_that_is_too_slow_is_warned_of() -> None:
     busy = found(3700).proposals[0].outcome
     assert busy_warning(busy) is None and 0 < busy.rollout_process_busy < 0.02
@@ -168,6 +174,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.out
 
 
+@pytest.mark.matrix  # tests/simulation has as many engines
 @pytest.mark.slow
 def test_two_thousand_nodes_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     nodes = ("cluster.trainer_nodes=1000", "cluster.rollout_nodes=1000", "algorithm.prompts_per_step=8000")
@@ -196,6 +203,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and answer in error, error
 
 
+@pytest.mark.slow
 def test_planning_needs_no_torch() -> None:
     code = "import sys; from megatron_fipo.planner import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     nodes = ("cluster.trainer_nodes=1", "cluster.rollout_nodes=1")

@@ -149,7 +149,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """transformers' class and what sets the model apart. A token for padding would have no gradient in transformers."""
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.matrix)])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A random model with non-trivial norms and biases, a batch of uneven sequences, and the reference gradients."""
     folder = tmp_path_factory.mktemp(request.param)

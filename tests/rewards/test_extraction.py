@@ -76,6 +76,7 @@ TEXTS = st.lists(PIECES, max_size=15).map("".join)
 RESPONSES = st.builds(lambda before, after, tail: f"{before}Answer:{after}{tail}", TEXTS, TEXTS, TEXTS)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(answer=TEXTS)
 @example("\\text{\n}")
@@ -84,6 +85,7 @@ def test_the_normal_form_is_the_published_one(answer):
     assert normalise_answer(answer) == published_rule.normal_form(answer)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(response=st.one_of(TEXTS, RESPONSES), truth=TEXTS, data=st.data())
 def test_exact_match_is_the_published_rule(response, truth, data):

@@ -170,6 +170,7 @@ def test_what_was_begun_with_another_prompt_is_refused() -> None:
     assert changed.restore(state, discard=True) > 0
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 4),

@@ -72,6 +72,7 @@ def _says(trainer: subprocess.Popen[str], word: str) -> None:
     assert trainer.stdout.readline().strip() == word
 
 
+@pytest.mark.matrix  # test_killed_and_resumed kills a whole run
 @pytest.mark.slow
 def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", seed=0)
@@ -90,6 +91,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(path.exists() for path in segments), 10, f"the removal of {segments}")
 
 
+@pytest.mark.matrix  # tests/launch has Ctrl-C at every moment
 @pytest.mark.slow
 def test_nothing_is_left_after_ctrl_c_while_a_server_starts(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", seed=0)
@@ -234,6 +236,7 @@ def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
         assert not any(map(running, family))
 
 
+@pytest.mark.matrix  # test_two_engines.py and test_train.py adopt servers
 @pytest.mark.slow
 def test_servers_of_others_are_left_out_and_taken_back(
     rollout: Rollout, node: psutil.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -154,6 +154,7 @@ def test_what_slurm_does_not_know_is_one_line_on_the_login_node(
     assert cluster.run("squeue", "-h", "-p", SMALL) == ""
 
 
+@pytest.mark.matrix  # the other tests read what it submits
 def test_a_run_on_a_node_of_four_gpus_in_a_container(cluster: Cluster, tmp_path: Path) -> None:
     """A whole run: the script is called, finds partition, GPUs, paths and caches in the site's file, and every process
     of ours is in the container. No command line has the servers' token or the user's.

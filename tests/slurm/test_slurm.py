@@ -137,6 +137,7 @@ def test_a_run_goes_on_where_it_stopped_on_other_nodes(
     assert (run / "job.txt").read_text().count("commit ") == 2
 
 
+@pytest.mark.matrix  # test_servers.py has lost servers, test_retries.py lost nodes
 def test_a_run_goes_on_without_a_rollout_node_that_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     """Everything of ours on it ends; the other node's server samples all, and nothing is started again."""
     run = tmp_path / "run"

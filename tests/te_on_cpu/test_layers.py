@@ -129,7 +129,7 @@ def test_mxfp8_gradients_are_near(case: dict[str, Any], monkeypatch: pytest.Monk
         assert all(result["whole"] < 0.2 for result in results), results
 
 
-@pytest.mark.parametrize("fp8", ["blockwise", "mxfp8"])
+@pytest.mark.parametrize("fp8", ["blockwise", pytest.param("mxfp8", marks=pytest.mark.matrix)])
 def test_blocks_of_sequence_parallelism(fp8: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is gathered in blocks has to be whole blocks, or the first forward pass ends in an assertion."""
     pretend_what_runs(fp8, monkeypatch)
@@ -150,7 +150,8 @@ REPEATED = ("tensorwise", "blockwise", "mxfp8")
 """Their gradients are compared above, as delayed scaling's cannot be."""
 
 
-@pytest.mark.parametrize("fp8", ["delayed", *(pytest.param(fp8, marks=pytest.mark.matrix) for fp8 in REPEATED)])
+@pytest.mark.matrix  # test_run.py trains in FP8
+@pytest.mark.parametrize("fp8", ["delayed", *REPEATED])
 def test_fp8_learns_as_bf16_does(fp8: str, losses_in_bf16: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """−log π of the same sequences, at each of 50 updates that lower it by a quarter or more, within 1 % on average."""
     pretend_what_runs(fp8, monkeypatch)

@@ -99,6 +99,7 @@ def test_senders_that_differ_in_a_bucket_are_refused() -> None:
 EXPERTS = {"kind": "Qwen3Moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "settings"),
     [

@@ -334,6 +334,7 @@ def test_a_gather_that_fails_is_one_error_on_every_rank(trainers: dict[str, Trai
     assert trainer.error_against(trainer.models[1], version=7) < 1e-4
 
 
+@pytest.mark.matrix  # test_two_engines.py loses one in mid-update
 @pytest.mark.slow
 def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: dict[str, Trainer]) -> None:
     trainer = trainers["process_group"]

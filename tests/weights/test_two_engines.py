@@ -175,6 +175,7 @@ class Turns:
         self.seen.append((what, waiting, pool.weight_version or 0))
 
 
+@pytest.mark.matrix  # test_colocated.py does it on two nodes
 def test_a_trainer_that_shares_its_gpus_comes_and_leaves_while_engines_wait(engines: Engines, tmp_path: Path) -> None:
     """It leaves before their caches wake. Each engine has a sender beside it, or nothing is sent."""
     pool = engines.pool
