@@ -19,6 +19,7 @@ import pytest
 
 from megatron_fipo.config.code import CodeConfig
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.rewards.code import runner
 from megatron_fipo.rewards.code import sandbox as sandboxes
 from megatron_fipo.rewards.code.sandbox import Result, Sandbox, SandboxError, find_sandbox
 
@@ -108,6 +109,68 @@ def test_there_are_no_secrets_and_no_rights(kind: str, monkeypatch: pytest.Monke
         "print(libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/usr', 2), libc.unshare(0x10000000))"
     )
     assert once(kind, mount).output.startswith("-1 -1 ")
+
+
+NAMESPACE = (
+    "import ctypes; libc = ctypes.CDLL(None)\n"
+    "print(libc.unshare(0x10000000), libc.unshare(0x20000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, b'size=8g'))"
+)
+CLONE = (
+    f"import ctypes; print(ctypes.CDLL(None).syscall({runner._CLONE.get(os.uname().machine)}, 0x10000011, 0, 0, 0, 0))"
+)
+NO_FILTER = ("        _filter_calls()\n", "")
+
+
+def without(sandbox: Sandbox, kept: str, put: str) -> Sandbox:
+    """The same sandbox with another text in its runner."""
+    *start, text = sandbox.command
+    assert text.count(kept) == 1
+    return Sandbox((*start, text.replace(kept, put)), sandbox.limits)
+
+
+def namespaces_can_be_closed(kind: str) -> bool:
+    tries = {
+        "bubblewrap": ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"],
+        "namespaces": ["unshare", "--map-root-user", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces"],
+    }
+    return subprocess.run(tries[kind], capture_output=True).returncode == 0
+
+
+def test_a_program_gets_no_namespace_of_its_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why: there it had all capabilities, and could mount memory that no limit counts.
+
+    The kernel's setting and the runner's filter are each tried alone, since a machine may have only one of them.
+    """
+    closed = found(kind)
+    assert once(kind, NAMESPACE).output == "-1 -1 -1\n"
+    if namespaces_can_be_closed(kind):
+        (result,) = without(closed, *NO_FILTER).run(NAMESPACE, None, ("",))
+        assert result.output == "-1 -1 -1\n"
+    monkeypatch.setattr(sandboxes, "_NO_NAMESPACES", ())
+    monkeypatch.setattr(sandboxes, "_SETUP", sandboxes._SETUP.replace("{ echo 0 >", "{ echo 9 >"))
+    opened = found(kind)
+    assert next(opened.run(NAMESPACE, None, ("",))).output == "-1 -1 -1\n"
+    assert next(opened.run(CLONE, None, ("",))).output == "-1\n"
+    unfiltered = without(opened, *NO_FILTER)
+    assert next(unfiltered.run(NAMESPACE, None, ("",))).output == "0 0 0\n", "the control"
+    assert "-1" not in next(unfiltered.run(CLONE, None, ("",))).output, "the control"
+
+
+def test_a_program_cannot_starve_its_judge(kind: str) -> None:
+    """Why: the kernel lets it limit a process of the same user, and a runner without descriptors is a failed check."""
+    starve = "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (3, 3))"
+    idle = "import os; os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))"
+    pinned = "import os; os.sched_setaffinity(1, {0})"
+    itself = "import os, resource; resource.prlimit(0, resource.RLIMIT_NOFILE); os.sched_setaffinity(0, {0})"
+    for program in (starve, idle, pinned, "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)"):
+        results = found(kind).run(attempt(program), None, ("", ""))
+        assert [each.output for each in results] == ["refused\n"] * 2, program
+    assert once(kind, attempt(itself)).output == "done\n"
+    open_judge = without(found(kind), *NO_FILTER)
+    for program in (idle, pinned):
+        assert next(open_judge.run(attempt(program), None, ("",))).output == "done\n", "the control"
+    with pytest.raises(SandboxError):
+        list(open_judge.run(attempt(starve), None, ("", "")))
 
 
 def test_a_fork_bomb_is_bounded_and_ends(kind: str) -> None:
