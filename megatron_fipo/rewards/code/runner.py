@@ -184,6 +184,11 @@ def _limit(request: dict[str, Any]) -> None:
         limits[resource.RLIMIT_NPROC] = request["processes"] + 1
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
+    # Deep recursion through code in C, such as a cache, takes stack, which is memory like any other.
+    stack, hard = request["memory_bytes"], resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard != resource.RLIM_INFINITY:
+        stack = min(stack, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
 
 
 def _filter_calls() -> None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,18 @@ class Sandbox:
 
 
 def find_sandbox(limits: CodeConfig) -> Sandbox:
-    """The sandbox that `reward.code.sandbox` asks for, tried out. Raises ConfigError if there is none."""
+    """The sandbox that `reward.code.sandbox` asks for, tried out. Raises ConfigError if there is none.
+
+    The trial has more time than programs may have, since a run starts while the machine is busy with its other parts.
+    """
     wanted = limits.sandbox
     if wanted == "auto":
         wanted = "bubblewrap" if shutil.which("bwrap", path=_ENVIRONMENT["PATH"]) else "namespaces"
     sandbox = Sandbox(_command(wanted, limits), limits)
+    cpu_s = max(limits.cpu_s, _TRIAL_S / 2)
+    patient = replace(limits, cpu_s=cpu_s, total_s=max(limits.total_s, 2 * cpu_s + 1))
     try:
-        (result,) = sandbox.run("print(input())", None, ("works",))
+        (result,) = Sandbox(sandbox.command, patient).run("print(input())", None, ("works",))
     except SandboxError as error:
         raise _refusal(f"the sandbox {wanted} does not work here: {error}") from None
     except OSError as error:
