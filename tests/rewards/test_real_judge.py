@@ -71,14 +71,18 @@ def rule(url: str, **changes: object) -> JudgeRule:
 
 def test_a_real_vllm_judges(url: str) -> None:
     judge = rule(url)
-    for response, score in (("4+5=?\n4+5=9. ", 9), ("7+3=?\n7+3=0. ", 0), ("2+1=?\n2+1=3. ", 3)):
+    for response, score in (
+        ("1+2+6=?\n1+2=3. 3+6=9. ", 9),
+        ("4+3+3=?\n4+3=7. 7+3=0. ", 0),
+        ("2+6+5=?\n2+6=8. 8+5=3. ", 3),
+    ):
         verdict = judge({"prompt": "", "ground_truth": "", "response": response})
         assert (verdict.accuracy, verdict.extra["judge_score"]) == (score / 9, score), response
 
 
 def test_what_a_real_vllm_refuses_or_cuts_is_no_verdict(url: str) -> None:
     """The control: what is no score is told apart from a low one."""
-    item = {"prompt": "", "ground_truth": "", "response": "4+5=?\n4+5=9. "}
+    item = {"prompt": "", "ground_truth": "", "response": "1+2+6=?\n1+2=3. 3+6=9. "}
     with pytest.raises(JudgeError, match=r"cut at reward\.judge\.max_tokens=2"):
         rule(url, max_tokens=2)(item)
     with pytest.raises(JudgeError, match="refuses: status 404"):

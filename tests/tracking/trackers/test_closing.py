@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_fipo import assembly
 from megatron_fipo.config import Config
@@ -26,7 +27,7 @@ def test_trackers_are_closed_if_the_metrics_cannot_be_opened(tmp_path: Path, mon
 
     monkeypatch.setattr(assembly, "keep_settings", lambda *_: [])
     monkeypatch.setattr(assembly, "write_environment", lambda *_, **__: None)
-    monkeypatch.setattr(assembly.torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(assembly, "open_trackers", lambda *_: Open([], print))
     taken: Any = SimpleNamespace(start=None)
     place = assembly._Place(tmp_path, None, 0, taken)
