@@ -145,8 +145,8 @@ def _open_leader(
         console.warn(warning)
     write_environment(place.directory, world_size=torch.distributed.get_world_size())
     trackers = open_trackers(place.directory, config, place.step, console.warn)
+    stack.callback(trackers.close)
     metrics = MetricsWriter(place.directory, trackers, place.step)
-    stack.callback(metrics.close)
     report = stack.enter_context(Report(place.directory, config, console.warn))
     # Nothing is lost by it where sampling and training overlap; else the step that is being sampled is finished.
     overlaps, stop = config.rollout.max_off_policy_steps > 0, place.directory / STOP_FILE

@@ -9,6 +9,7 @@ import numpy as np
 from megatron_fipo.comparison.groups import Group
 from megatron_fipo.comparison.runs import Run
 from megatron_fipo.tracking.intervals import Interval, Values, difference_interval, mean_interval
+from megatron_fipo.tracking.validation import consensuses
 
 METRICS = {"accuracy": "accuracy", "cons_at_k": "cons", "pass_at_k": "pass_at_k"}
 """Held-out scores in validation.jsonl, each with its column in the files with the problems' scores."""
@@ -165,7 +166,9 @@ def _tables(
         if problems is None:
             return None
         chosen = [problem for problem in problems if problem.judged and source in (None, problem.data_source)]
-        tables.append({problem.problem: float(getattr(problem, METRICS[metric])) for problem in chosen})
+        values = consensuses(chosen) if metric == "cons_at_k" else [getattr(each, METRICS[metric]) for each in chosen]
+        names = [each.problem for each in chosen[: len(values)]]  # none where no problem has a vote
+        tables.append(dict(zip(names, map(float, values), strict=True)))
     return tables if set.intersection(*(set(table) for table in tables)) else None
 
 

@@ -25,7 +25,7 @@ def reward(config: Config) -> Iterator[str]:
         _check_form(settings.rule, *own)
         if (settings.correct, settings.incorrect) != (1.0, -1.0):
             yield "reward.correct, reward.incorrect: these are not read, since your own rule returns the reward itself"
-    elif settings.environment:
+    elif settings.environment and settings.rule != "judge":
         yield f"reward.environment is not read with reward.rule={settings.rule}, which needs no variables"
     yield from _company(config, is_own=own is not None)
     for name in settings.environment:

@@ -105,8 +105,8 @@ class RewardConfig:
     )
     environment: list[str] = setting(
         [],
-        "Names of environment variables that your own rule needs, such as a service's key. Verifier processes get only "
-        "these and the ones that Python needs to start.",
+        "Names of environment variables that your own rule needs, such as a service's key, or the judge's connection, "
+        "such as HTTPS_PROXY. Verifier processes get only these and the ones that Python needs to start.",
     )
     code: CodeConfig = section(CodeConfig)
     judge: JudgeConfig = section(JudgeConfig)

@@ -10,7 +10,7 @@ from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.evaluation.sample_file import SampledProblem
 from megatron_fipo.tracking.console_table import tenths
 from megatron_fipo.tracking.intervals import LEVEL, Values, mean_interval
-from megatron_fipo.tracking.validation import ProblemScores, ValidationScores, combine, pass_at_k
+from megatron_fipo.tracking.validation import ProblemScores, ValidationScores, combine, consensuses, pass_at_k
 
 
 def summarise(sampled: Sequence[SampledProblem], k: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _part(
         "problems_not_judged": scores.problems_not_judged,
         "samples": scores.k,
         "avg_at_k": _interval([problem.accuracy for problem in judged]),
-        "cons_at_k": _interval([problem.cons for problem in judged]),
+        "cons_at_k": _interval(consensuses(judged)),
         "pass_at": {str(draws): _pass_at(judged, draws) for draws in _powers_of_two(scores.k)},
         "always_right": sum(share == 1 for share in solved),
         "sometimes_right": sum(0 < share < 1 for share in solved),
@@ -79,15 +79,16 @@ def table(results: dict[str, Any]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.caption = f"[ ]: {LEVEL:.0%} interval over problems; length in tokens"
     shown.caption_justify = "left"
-    titles = ["data set", "problems", f"avg@{k}", f"cons@{k}", f"pass@{k}", "length", "truncated"]
+    scores = {"avg_at_k": f"avg@{k}", "cons_at_k": f"cons@{k}", "pass_at": f"pass@{k}"}
     if k == 1:  # with one sample per problem, cons@k and pass@k are the same as avg@k
-        titles = [title for title in titles if not title.startswith(("cons", "pass"))]
-    for title in titles:
+        scores = {"avg_at_k": scores["avg_at_k"]}
+    elif results[ALL]["cons_at_k"] is None and results[ALL]["avg_at_k"] is not None:  # the rule gives no answers
+        del scores["cons_at_k"]
+    for title in ("data set", "problems", *scores.values(), "length", "truncated"):
         shown.add_column(title, justify="left" if title == "data set" else "right")
     for name in rows:
         part = results[name]
-        shares = [part["avg_at_k"], part["cons_at_k"], part["pass_at"][str(k)]]
-        cells = [in_words(share) for share in shares[: 1 if k == 1 else 3]]
+        cells = [in_words(part[key][str(k)] if key == "pass_at" else part[key]) for key in scores]
         length = tenths(part["response_length"]["mean"])
         shown.add_row(name, str(part["problems"]), *cells, length, f"{part['truncated']:.1%}")
     return shown

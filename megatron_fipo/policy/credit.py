@@ -18,7 +18,7 @@ from torch import distributed as dist
 from megatron_fipo.algorithm.credit import LOG_RATIO_CLAMP
 from megatron_fipo.algorithm.losses import LossInputs, TokenLosses
 from megatron_fipo.algorithm.staleness import Staleness
-from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, MiniBatch
+from megatron_fipo.policy.micro_batch import BatchLayout, MicroBatch, MiniBatch, moved
 from megatron_fipo.records import credit
 from megatron_fipo.records.credit import VALUES, Piece, encode_pieces
 
@@ -68,7 +68,7 @@ class CreditRecorder:
             return
         columns, state = _columns(inputs, entropy, token, stale), _state(inputs, token)
         for place, positions, where in _marked(mini_batch.layout, rows):
-            index = torch.from_numpy(where).to(entropy.device, non_blocking=True)
+            index = moved(torch.from_numpy(where), entropy.device)
             values = torch.stack([column.flatten()[index] for column in columns])
             sample = int(rows["sample"][place])
             self._kept.append(_Kept(sample, update, positions, values, state.flatten()[index]))

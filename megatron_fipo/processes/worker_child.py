@@ -1,8 +1,8 @@
 """The child's end of a worker process: reads batches of items from its socket, writes an answer a line.
 
 A process of its own, not a fork and not multiprocessing's spawn, which would import the trainer's main module and torch
-with it. JSON lines both ways. The first one back is the greeting, or {refused, remedy}. A request is a list of items;
-for each in turn one line comes back: what the code made of it, or {error, traceback} where it raised.
+with it. JSON lines both ways. The first one back is the greeting, or {key, refused, remedy}. A request is a list of
+items; for each in turn one line comes back: what the code made of it, or {error, traceback} where it raised.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def run(descriptor: int, memory_bytes: int, prepare: Callable[[], tuple[dict[str
             try:
                 greeting, answer = prepare()
             except ConfigError as error:
-                _send(connection, {"refused": error.problem, "remedy": error.remedy})
+                _send(connection, {"key": error.key, "refused": error.problem, "remedy": error.remedy})
                 return
             _send(connection, greeting)
             for line in connection.makefile("rb"):

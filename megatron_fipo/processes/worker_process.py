@@ -96,7 +96,7 @@ class WorkerProcess:
             raise self.job.error(f"{what} did not start in {timeout_s:.0f} s: {output}") from error
         if "refused" in started:
             self.kill()
-            raise ConfigError(self.job.key, started["refused"], started["remedy"])
+            raise ConfigError(started["key"], started["refused"], started["remedy"])
         self.greeting = started
         self.lives += 1
 

@@ -21,9 +21,9 @@ VALUES = (
     "rollout_log_prob",
     "importance_weight",
 )
-"""The columns, float32. log_ratio: Δ = log π_θ − log π_old as the loss used it; future_kl: F; influence: f; entropy in
-nats; importance_weight: what multiplies the token's loss, 0 outside of algorithm.is_bounds. NaN where the loss has no
-such value."""
+"""The columns, float32. log_ratio: the token's own Δ = log π_θ − log π_old, clamped as in the loss, also with gspo,
+whose ratio is of the mean Δ of a response. future_kl: F; influence: f; entropy in nats; importance_weight: what
+multiplies the token's loss, 0 outside of algorithm.is_bounds. NaN where the loss has no such value."""
 
 PRODUCED, TAKES_PART, CLIPPED, DUAL_CLIPPED, COUNTS = 1, 2, 4, 8, 16
 """Bits of a token's state. The policy produced it; it is in the sums F; the ratio is clipped; its loss is limited by

@@ -180,11 +180,12 @@ class RewardPool:
 
     def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
         outcome = result.get("outcome", "crash")
-        accuracy, answer = result.get("accuracy", 0.0), result.get("answer", "")
+        accuracy, answer = result.get("accuracy", 0.0), _as_utf8(result.get("answer", ""))
+        extra = {name: _as_utf8(value) for name, value in result.get("extra", {}).items()}
         if "error" in result:
             self.failures.add(_failure(ticket.group.problem, ticket.samples[index], outcome, result))
         reward = self._reward(accuracy, result.get("reward"), ticket.group.samples[index].actions)
-        ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, result.get("extra", {})))
+        ticket.settle(index, RewardResult(accuracy, reward, answer, outcome, extra))
 
     def _reward(self, accuracy: float, reward: float | None, length: int) -> float:
         """The rule's own reward, or incorrect … correct by accuracy, linear in between; then the overlong penalty."""
@@ -215,6 +216,11 @@ def _item(problem: Problem, sample: Sample, inputs: Sequence[str]) -> dict[str, 
         "extra": problem.extra,
     }
     return {name: values[name] for name in inputs}
+
+
+def _as_utf8(value: Any) -> Any:
+    """Return a text with escapes for halves of surrogate pairs, which JSON can hold and no file or message can."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _failure(problem: Problem, sample: Sample, outcome: str, result: dict[str, Any]) -> Failure:

@@ -4,6 +4,7 @@ The rollout process has text and rewards, and the trainer has the values. The ro
 trainer hands back its values of the marked ones after the step's last update.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 from megatron_fipo.config import Config
 from megatron_fipo.records.credit import TokenCredit, decode_pieces, join_pieces
 from megatron_fipo.records.sample import Group
-from megatron_fipo.tracking.credit_file import CreditAbout, CreditResponse, credit_path, write_credit
+from megatron_fipo.tracking.credit_file import CreditAbout, CreditResponse, credit_path, warm_up, write_credit
 from megatron_fipo.tracking.rollout_log import Decode
 
+WARM_UP = "credit-warm-up"
+"""Name of the thread in which libraries are loaded, so that the first step does not wait for them."""
 _PER_GROUP = 4
 _LONGEST_CHARACTER = 16
 """Tokens that one character can be made of, at most: where bytes never become one, text goes on behind them."""
@@ -39,6 +42,8 @@ class CreditLog:
         self._run_directory, self._decode = run_directory, decode
         self._step = 0
         self._marked: dict[int, _Marked] = {}
+        if self._settings.responses:
+            threading.Thread(target=warm_up, name=WARM_UP).start()
 
     def begin(self, step: int) -> None:
         """Forget what was marked before."""
@@ -126,9 +131,10 @@ class CreditLog:
 
 
 def token_texts(ids: list[int], decode: Decode, known: dict[int, str]) -> list[str]:
-    """Return the text of each token; together they are the text of all.
+    """Return the text of each token; together they are the text of all, if the tokens' bytes are whole characters.
 
-    A character of several tokens is the last one's. `known` is filled with the texts of single tokens.
+    A character of several tokens is the last one's. Bytes that never become a character are shown as U+FFFD, of which
+    there may be another number than in the text of all. `known` is filled with the texts of single tokens.
     """
     for token in set(ids) - known.keys():
         known[token] = decode([token])

@@ -5,6 +5,7 @@ plain lines without control characters, and in a long phase a line from time to 
 rank 0's console prints; the others only measure the seconds of the phases.
 """
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -240,7 +241,8 @@ class _PhaseColumn(TextColumn):
 def _scores_text(scores: ValidationScores, change: str = "") -> str:
     length = tenths(scores.response_length_mean)
     avg = f"avg@{scores.k} {scores.avg:.3f}{change}"
-    return f"{avg}  cons@{scores.k} {scores.cons:.3f}  pass@{scores.k} {scores.pass_at_k:.3f}  length {length}"
+    cons = "" if math.isnan(scores.cons) else f"  cons@{scores.k} {scores.cons:.3f}"  # a rule may give no answers
+    return f"{avg}{cons}  pass@{scores.k} {scores.pass_at_k:.3f}  length {length}"
 
 
 def _before_and_after(summary: Mapping[str, Any]) -> Table:

@@ -101,6 +101,11 @@ def recorded_steps(run_directory: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def warm_up() -> None:
+    """Make a first array, for which pyarrow loads pandas. This takes a good half second."""
+    pyarrow.array([0])
+
+
 def write_credit(path: Path, about: CreditAbout, responses: Sequence[CreditResponse]) -> None:
     """Write a step's file. After a crash at any point there is the whole file or none."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

@@ -20,7 +20,10 @@ VALIDATION_FILE = "validation.jsonl"
 
 
 class MetricsWriter:
-    """Writes a run's metrics on rank 0. `resumed_step` is the last step in the loaded checkpoint, or 0."""
+    """Writes a run's metrics on rank 0. `resumed_step` is the last step in the loaded checkpoint, or 0.
+
+    Whoever has opened `trackers` closes them.
+    """
 
     def __init__(self, run_directory: Path, trackers: Trackers | None = None, resumed_step: int = 0) -> None:
         run_directory.mkdir(parents=True, exist_ok=True)
@@ -44,11 +47,6 @@ class MetricsWriter:
     def has_validation(self, step: int) -> bool:
         """Return whether the scores after `step` steps have been written."""
         return any(row["step"] == step for row in read_rows(self._files[VALIDATION_FILE]))
-
-    def close(self) -> None:
-        """Let trackers finish. The files are already on disk."""
-        if self._trackers is not None:
-            self._trackers.close()
 
     def _append(self, name: str, prefix: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         numbers = {key: _plain(key, value) for key, value in metrics.items() if key != "step"}

@@ -1,6 +1,7 @@
 """Write a few rollouts of each step and validation to files: as text for people, and as JSONL for programs."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ Decode = Callable[[list[int]], str]
 
 _PER_GROUP = 4
 _RULE = "=" * 100
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def log_rollouts(
@@ -36,7 +38,7 @@ def log_rollouts(
     directory.mkdir(exist_ok=True)
     path = directory / f"{of}-{step:06d}.txt"
     rows = [_row(step, group, index, decode) for group, indices in chosen for index in indices]
-    write_atomically(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path.with_suffix(".jsonl"), "".join(_line(row) for row in rows))
     write_atomically(path, "\n".join(_readable(step, group, indices, decode) for group, indices in chosen))
     return path
 
@@ -89,6 +91,12 @@ def _row(step: int, group: Group, index: int, decode: Decode) -> dict[str, objec
         "finish_reason": sample.finish_reason,
         "weight_version": sample.weight_version,
     }
+
+
+def _line(row: dict[str, object]) -> str:
+    """Return a row as JSON. Halves of surrogate pairs, which a reward may return, are escapes: UTF-8 has none."""
+    text = json.dumps(row, ensure_ascii=False)
+    return _HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
 
 
 def _readable(step: int, group: Group, indices: list[int], decode: Decode) -> str:

@@ -4,13 +4,14 @@ Training and `evaluate` score problems by this module, and write the scores of e
 intervals from these files.
 
 A response whose check failed (timeout, crash) counts in no accuracy, only in the rates of failed checks. A problem
-without any verdict is left out of the means. Answers vote as the strings that the rule has extracted.
+without any verdict is left out of the means. Answers vote as the strings that the rule has extracted. If it extracts
+none, as the rule of programs, there is no cons@k.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb, nan
+from math import comb, isnan, nan
 from statistics import fmean
 
 from megatron_fipo.records.sample import FAILED_CHECKS, Group, RewardResult
@@ -31,6 +32,7 @@ class ProblemScores:
     accuracy: float
     """The mean accuracy of the judged samples."""
     cons: float
+    """NaN also if no judged sample has an answer."""
     pass_at_k: float
     tokens: int
     """Total length of all responses."""
@@ -51,7 +53,7 @@ class ValidationScores:
     avg: float
     """avg@k: the mean accuracy of a single sample."""
     cons: float
-    """cons@k: the accuracy of the most frequent answer."""
+    """cons@k: the accuracy of the most frequent answer; NaN if no response to any problem has an answer."""
     pass_at_k: float
     """pass@k: the probability that at least one of k samples is right."""
     response_length_mean: float
@@ -120,7 +122,7 @@ def score_problem(
         judged=judged,
         right=right,
         accuracy=_mean(result.accuracy for result in verdicts),
-        cons=consensus(verdicts[:k]) if verdicts else nan,
+        cons=consensus(verdicts[:k]),
         pass_at_k=pass_at_k(judged, right, min(k, judged)) if verdicts else nan,
         tokens=tokens,
         truncated=truncated,
@@ -151,18 +153,24 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def consensus(results: Sequence[RewardResult]) -> float:
     """Return the accuracy of the most frequent answer.
 
-    Only judged, non-empty answers vote: two responses without an answer do not agree. Without any vote the accuracy is
-    0. If several answers are equally frequent, the result is the mean of their accuracies, as if one were chosen at
-    random. The accuracy of an answer is the mean over its voters. These differ only if a scorer also judges the form.
+    Only judged, non-empty answers vote: two responses without an answer do not agree. Without any vote it is NaN. If
+    several answers are equally frequent, the result is the mean of their accuracies, as if one were chosen at random.
+    The accuracy of an answer is the mean over its voters. These differ only if a scorer also judges the form.
     """
     votes: dict[str, list[float]] = defaultdict(list)
     for result in results:
         if result.was_judged and result.answer.strip():
             votes[result.answer.strip()].append(result.accuracy)
     if not votes:
-        return 0.0
+        return nan
     most = max(len(accuracies) for accuracies in votes.values())
     return fmean(fmean(accuracies) for accuracies in votes.values() if len(accuracies) == most)
+
+
+def consensuses(judged: Sequence[ProblemScores]) -> list[float]:
+    """Return the problems' cons, in which one without a vote counts as 0. Empty if no problem has a vote."""
+    found = [problem.cons for problem in judged]
+    return [] if all(map(isnan, found)) else [0.0 if isnan(cons) else cons for cons in found]
 
 
 def _scores(problems: list[ProblemScores], k: int) -> ValidationScores:
@@ -174,7 +182,7 @@ def _scores(problems: list[ProblemScores], k: int) -> ValidationScores:
         problems_not_judged=len(problems) - len(judged),
         k=k,
         avg=_mean(problem.accuracy for problem in judged),
-        cons=_mean(problem.cons for problem in judged),
+        cons=_mean(consensuses(judged)),
         pass_at_k=_mean(problem.pass_at_k for problem in judged),
         response_length_mean=sum(problem.tokens for problem in problems) / samples,
         truncated=sum(problem.truncated for problem in problems) / samples,

@@ -107,6 +107,7 @@ def test_a_judge_that_cannot_work_is_refused(tiny_files: list[str]) -> None:
     without = ("data.columns.answer=null", 'reward.judge.prompt="{response}"')
     assert judge(*asked, *without, local=True) == []
     assert "reward.rule=judge does" in judge("reward.judge.model=m")[0]
+    assert judge(*asked, "reward.environment=[HTTPS_PROXY]") == [], "a judge's processes read it"
 
 
 @pytest.mark.parametrize(

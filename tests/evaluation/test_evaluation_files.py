@@ -4,6 +4,7 @@ settings must never be mixed with what is there.
 Not covered here: real servers and a real kill, which are in tests/end_to_end/test_evaluate.py.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from megatron_fipo.evaluation.results import in_words, summarise, table
 from megatron_fipo.evaluation.sample_file import SampleFile
 from megatron_fipo.evaluation.settings import directory_of, keep_settings, settings_of
 from megatron_fipo.evaluation.weights import find_weights
+from megatron_fipo.tracking.problem_files import read_problems, write_problems
 from megatron_fipo.tracking.run_files import write_config
+from megatron_fipo.tracking.validation import consensuses
 from tests.tracking.groups import make_group
 
 
@@ -49,6 +52,24 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_bytes(b'{"problem":1}\n')
     with pytest.raises(DataError, match=r"samples.jsonl, line 1: .*remove the line"):
         SampleFile(path)
+
+
+def test_a_rule_without_answers_has_no_consensus(tmp_path):
+    """Why: programs do not vote, and had a cons@k of 0 in results.json, in the table and in comparisons."""
+    group = make_group("97", "9", name="a")
+    program = group.with_results([dataclasses.replace(result, answer="") for result in group.results])
+    for name, groups in (("silent", [program]), ("voting", [program, make_group("99", "9", name="b")])):
+        with SampleFile(tmp_path / f"{name}.jsonl") as samples:
+            for each in groups:
+                samples.append(each)
+            found = summarise(list(samples.done.values()), k=2)
+            write_problems(tmp_path / name / "problems.parquet", [each.scores(2) for each in samples.done.values()])
+        titles = [column.header for column in table(found).columns]
+        values = consensuses(read_problems(tmp_path / name / "problems.parquet"))
+        if name == "silent":
+            assert found["all"]["cons_at_k"] is None and "cons@2" not in titles and values == []
+        else:
+            assert found["all"]["cons_at_k"]["value"] == 0.5 and "cons@2" in titles and values == [0.0, 1.0], "control"
 
 
 def test_results_of_two_data_sets(tmp_path):

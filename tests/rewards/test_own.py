@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy
 import psutil
 import pytest
@@ -117,6 +118,15 @@ def test_a_value_is_the_reward_as_it_is_and_the_accuracy_unless_another_is_given
     assert found[-1].answer == "7" and found[-1].extra == {"format": 1.0, "why": "x"}
     overlong = OverlongBufferConfig(enable=True, len=99, penalty_factor=1.0)
     assert judged("mine.py:value", "2.0", overlong_buffer=overlong).results[0].reward == pytest.approx(2 - 1 / 99)
+
+
+def test_half_of_a_surrogate_pair_is_an_escape() -> None:
+    """Why: no file and no message can hold one, so an answer read from JSON ended the run where it was written."""
+    text = '{"score": 0, "answer": "\\ud800é", "why": "\\udfff", "whole": "\\ud83d\\ude00"}'
+    (found,) = judged("mine.py:value", text).results
+    assert (found.answer, found.extra) == (r"\ud800é", {"why": r"\udfff", "whole": "\U0001f600"})
+    with pytest.raises(UnicodeEncodeError):
+        msgspec.json.encode(json.loads(text))  # the control
 
 
 def test_a_function_gets_what_it_names() -> None:

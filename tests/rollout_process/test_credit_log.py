@@ -2,6 +2,7 @@
 makes the viewer wrong without any error.
 """
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_fipo.records.credit import COUNTS, PRODUCED, VALUES, Piece, encode
 from megatron_fipo.records.sample import Group
 from megatron_fipo.rollout.offers import train_batch
 from megatron_fipo.rollout.store import SampleStore
+from megatron_fipo.rollout_process import credit_log
 from megatron_fipo.rollout_process.credit_log import CreditLog, token_texts
 from megatron_fipo.tracking.credit_file import CreditResponse, read_credit, recorded_steps
 from tests.tracking.groups import make_group
@@ -111,3 +113,15 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": numpy.zeros(3)}, path)
     with pytest.raises(DataError, match="step-000001"):
         read_credit(path)
+
+
+def test_libraries_are_loaded_beside_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why: the first file waited a good half second for pandas, which pyarrow loads, at the end of a step."""
+    threads: list[str] = []
+    monkeypatch.setattr(credit_log, "warm_up", lambda: threads.append(threading.current_thread().name))
+    for responses in (0, 4):
+        CreditLog(settings(f"tracking.credit.responses={responses}"), tmp_path, str)
+        for thread in threading.enumerate():
+            if thread.name == credit_log.WARM_UP:
+                thread.join()
+        assert threads == [credit_log.WARM_UP] * bool(responses), "without records, nothing is loaded"

@@ -1,5 +1,10 @@
 """Why: the report shows responses from files that a person may have removed or changed, and goes on without them."""
 
+import json
+from dataclasses import replace
+
+import pytest
+
 from megatron_fipo.tracking.excerpts import excerpts
 from megatron_fipo.tracking.rollout_log import log_rollouts
 from tests.tracking.groups import make_group
@@ -26,3 +31,16 @@ def test_a_broken_file_is_left_out(tmp_path):
     (tmp_path / "samples" / "step-000001.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "samples" / "step-000002.jsonl").write_bytes(b"\xff")
     assert [row["step"] for row in excerpts(tmp_path)] == [3, 3]
+
+
+def test_half_of_a_surrogate_pair_is_kept(tmp_path):
+    """Why: a reward that reads JSON can return one, and the step that wanted to write it ended the run."""
+    half = chr(0xD800)
+    group = make_group("9", "9").with_texts([f"I say {half}"])
+    results = [replace(result, answer=half, extra={half: "é"}) for result in group.results]
+    with pytest.raises(UnicodeEncodeError):
+        half.encode()  # the control
+    log_rollouts(tmp_path, 1, [group.with_results(results)], 4, str)
+    row = json.loads((tmp_path / "samples" / "step-000001.jsonl").read_text(encoding="utf-8"))
+    assert (row["answer"], row["response"], row["extra"]) == (half, f"I say {half}", {half: "é"})
+    assert r"answer \ud800" in (tmp_path / "samples" / "step-000001.txt").read_text(encoding="utf-8")

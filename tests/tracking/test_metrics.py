@@ -16,7 +16,7 @@ from megatron_fipo.tracking.trackers.opening import open_trackers
 
 def writer_of(directory, resumed_step=0):
     trackers = open_trackers(directory, load_config(), resumed_step, pytest.fail)
-    return MetricsWriter(directory, trackers, resumed_step)
+    return MetricsWriter(directory, trackers, resumed_step), trackers
 
 
 def steps_of(directory, name="metrics.jsonl"):
@@ -73,14 +73,14 @@ def test_a_broken_row_inside_the_file_is_an_error(tmp_path):
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    writer = writer_of(tmp_path)
+    writer, trackers = writer_of(tmp_path)
     for step in (1, 2, 3):
         writer.log_step(step, {"reward_mean": step, "grad_norm": math.nan})
-    writer.close()
-    resumed = writer_of(tmp_path, resumed_step=2)
+    trackers.close()
+    resumed, trackers = writer_of(tmp_path, resumed_step=2)
     resumed.log_step(3, {"reward_mean": 33})
     resumed.log_validation(3, {"accuracy": 0.5})
-    resumed.close()
+    trackers.close()
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("train/reward_mean")] == [(1, 1), (2, 2), (3, 33)]
     assert shown.Scalars("validation/accuracy")[0].value == 0.5

@@ -1,6 +1,7 @@
 """avg@k, cons@k and pass@k against values worked out by hand and, for pass@k, against drawing every subset."""
 
 import dataclasses
+import io
 import math
 from itertools import combinations
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_fipo.tracking.console import Console
 from megatron_fipo.tracking.validation import consensus, pass_at_k, score
 from tests.tracking.groups import make_group
 
@@ -32,13 +34,13 @@ def test_scores_of_two_problems():
         ("97", 0.5),  # a tie is a coin toss
         ("978", 1 / 3),
         ("9   ", 1.0),  # no answer is no vote
-        ("    ", 0.0),
+        ("    ", math.nan),
         ("TTT9", 1.0),  # nor is an answer that could not be judged
-        ("TTTT", 0.0),
+        ("TTTT", math.nan),
     ],
 )
 def test_consensus(answers, expected):
-    assert consensus(make_group(answers, right="9").results) == pytest.approx(expected)
+    assert consensus(make_group(answers, right="9").results) == pytest.approx(expected, nan_ok=True)
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -60,6 +62,20 @@ def test_partial_credit_is_not_a_solved_problem():
     group = group.with_results([dataclasses.replace(result, accuracy=0.9) for result in group.results])
     scores = score([group], k=2).overall
     assert (scores.avg, scores.pass_at_k) == (pytest.approx(0.9), 0.0)
+
+
+def test_a_rule_without_answers_has_no_consensus() -> None:
+    """Why: programs do not vote, and were shown with a cons@k of 0 beside any accuracy."""
+    group = make_group("97", "9")
+    program = group.with_results([dataclasses.replace(result, answer="") for result in group.results])
+    scores = score([program, program], k=2)
+    assert scores.overall.avg == 0.5 and math.isnan(scores.overall.cons)
+    out = io.StringIO()
+    with Console(total_steps=1, file=out) as console:
+        console.validation(0, scores)
+    assert "avg@2 0.500  pass@2 1.000" in out.getvalue()
+    one_answers = score([program, make_group("99", "9")], k=2).overall
+    assert one_answers.cons == 0.5, "the control: where answers vote, a problem without a vote counts as 0"
 
 
 def test_failed_checks_are_no_wrong_answers():

@@ -16,6 +16,7 @@ import builtins
 import collections
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import heapq
@@ -29,6 +30,7 @@ import resource
 import select
 import signal
 import string
+import struct
 import sys
 import threading
 import time
@@ -38,10 +40,21 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_SECCOMP = 22
+_PR_SET_NO_NEW_PRIVS = 38
 _LONGEST_PIECE = 1 << 16
 _KNOWN = (string, re, collections, heapq, bisect, math, random, itertools, functools, typing)
 """Modules that programs may use without an import, and their names too, of which a later module's wins."""
 _RECURSION = 50_000
+_CLONE_NEWUSER = 0x10000000
+_FORBIDDEN = {"x86_64": (0xC000003E, (272, 141, 251)), "aarch64": (0xC00000B7, (97, 140, 30))}
+"""By machine: the kernel's number of it, and of the calls unshare, setpriority and ioprio_set."""
+_OF_ITSELF = {"x86_64": (302, 203, 144, 142, 314), "aarch64": (261, 122, 119, 118, 274)}
+"""Calls whose first argument is a process: prlimit64, sched_setaffinity, _setscheduler, _setparam and _setattr."""
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3 = 435
+_OTHER_NUMBERS = 0x40000000
+"""From here on, the same calls once more, in the x32 form of x86-64."""
 
 
 def main() -> None:
@@ -142,6 +155,7 @@ def _become_program(request: dict[str, Any], test: Any, writes: int) -> None:
         os.dup2(writes, 3)
         os.closerange(4 if is_call else 3, 1 << 16)
         _limit(request)
+        _filter_calls()
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         # Programs for fast output write to these.
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
@@ -170,6 +184,47 @@ def _limit(request: dict[str, Any]) -> None:
         limits[resource.RLIMIT_NPROC] = request["processes"] + 1
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
+    # Deep recursion through code in C, such as a cache, takes stack, which is memory like any other.
+    stack, hard = request["memory_bytes"], resource.getrlimit(resource.RLIMIT_STACK)[1]
+    if hard != resource.RLIM_INFINITY:
+        stack = min(stack, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+
+
+def _filter_calls() -> None:
+    """From here on, refuse system calls by which a program could harm the runner or get capabilities.
+
+    The kernel lets it change limits and priority of a process of the same user, as the runner is; and all capabilities
+    come with a user namespace. A kernel without filters, or another machine, goes without.
+    """
+    program = _call_filter(os.uname().machine)
+    if program:
+        libc, code = ctypes.CDLL(None), ctypes.create_string_buffer(program)
+        header = struct.pack("HP", len(program) // 8, ctypes.addressof(code))
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0)
+
+
+def _call_filter(machine: str) -> bytes:
+    """The filter as the kernel's instructions of 8 bytes: code, jumps if true and if false, operand. Empty: none."""
+    if machine not in _CLONE:
+        return b""
+    load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
+    number, kind, first = 0, 4, 16  # places in what the filter reads; of the first argument, the lower half
+    refuse, unknown, allow = (
+        (end, 0, 0, value) for value in (0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x7FFF0000)
+    )
+    architecture, forbidden = _FORBIDDEN[machine]
+    found = [(load, 0, 0, kind), (equal, 1, 0, architecture), refuse, (load, 0, 0, number)]
+    found += [(at_least, 0, 1, _OTHER_NUMBERS), refuse]
+    for call in forbidden:
+        found += [(equal, 0, 1, call), refuse]
+    for call in _OF_ITSELF[machine]:  # where the process is 0, it is the caller
+        found += [(equal, 0, 4, call), (load, 0, 0, first), (equal, 1, 0, 0), refuse, allow]
+    # A filter cannot read where clone3 has its flags. Without it, the C library takes clone.
+    found += [(equal, 0, 1, _CLONE3), unknown]
+    found += [(equal, 0, 3, _CLONE[machine]), (load, 0, 0, first), (any_bit, 0, 1, _CLONE_NEWUSER), refuse, allow]
+    return b"".join(struct.pack("HBBI", *each) for each in found)
 
 
 def _execute(request: dict[str, Any], test: Any) -> int:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,15 @@ from megatron_fipo.rewards.code import runner
 
 _NOBODY = 65534
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
+_NO_NAMESPACES = ("--unshare-user", "--disable-userns")
+"""Of bubblewrap 0.8 and later: nothing inside makes a user namespace, in which it would have every capability."""
+_TRIAL_S = 20.0
+"""Least time that the trial of a sandbox has at the start of a run, whatever programs get."""
 _LONGEST_LINE_FACTOR = 6
 """JSON may take this many bytes for one of a text."""
 # Mounts an empty root with read-only places in it, goes there for good, and drops every capability. umount finds what
-# is mounted by /proc, which programs do not get: it would show them other processes where it is not masked.
+# is mounted by /proc, which programs do not get: it would show them other processes where it is not masked. A container
+# may have /proc/sys read-only; then only the runner's filter keeps programs from user namespaces.
 _SETUP = """
 set -e
 root=/tmp
@@ -57,6 +62,7 @@ cd "$root"
 pivot_root . old
 cd /
 umount -l /old
+{ echo 0 > /proc/sys/user/max_user_namespaces; } 2> /dev/null || :
 umount -l /proc
 rmdir /old /proc
 mount -o remount,ro /
@@ -114,13 +120,18 @@ class Sandbox:
 
 
 def find_sandbox(limits: CodeConfig) -> Sandbox:
-    """The sandbox that `reward.code.sandbox` asks for, tried out. Raises ConfigError if there is none."""
+    """The sandbox that `reward.code.sandbox` asks for, tried out. Raises ConfigError if there is none.
+
+    The trial has more time than programs may have, since a run starts while the machine is busy with its other parts.
+    """
     wanted = limits.sandbox
     if wanted == "auto":
         wanted = "bubblewrap" if shutil.which("bwrap", path=_ENVIRONMENT["PATH"]) else "namespaces"
     sandbox = Sandbox(_command(wanted, limits), limits)
+    cpu_s = max(limits.cpu_s, _TRIAL_S / 2)
+    patient = replace(limits, cpu_s=cpu_s, total_s=max(limits.total_s, 2 * cpu_s + 1))
     try:
-        (result,) = sandbox.run("print(input())", None, ("works",))
+        (result,) = Sandbox(sandbox.command, patient).run("print(input())", None, ("works",))
     except SandboxError as error:
         raise _refusal(f"the sandbox {wanted} does not work here: {error}") from None
     except OSError as error:
@@ -151,20 +162,35 @@ def _command(kind: str, limits: CodeConfig) -> tuple[str, ...]:
         as_user += (f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups")
     size = str(limits.scratch_mib << 20)
     if kind == "bubblewrap":
-        return (*as_user, *_bubblewrap(places, size), *start)
+        return (*as_user, *_bubblewrap(places, size, as_user), *start)
     apart = ("--user", "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
     places.remove("/etc/ld.so.cache")  # a file: the loader finds the libraries in their usual places without it
     return (*as_user, "unshare", *apart, "sh", "-c", _SETUP, "sandbox", size, *places, "--", *start)
 
 
-def _bubblewrap(places: list[str], size: str) -> tuple[str, ...]:
+def _bubblewrap(places: list[str], size: str, as_user: tuple[str, ...]) -> tuple[str, ...]:
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL"]
+    if _works((*as_user, "bwrap", *_NO_NAMESPACES, "--ro-bind", "/", "/", "true")):
+        command += _NO_NAMESPACES
     for place in places:
         command += (
             ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
         )
     command += ["--dev", "/dev", "--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return (*command, "--remount-ro", "/")
+
+
+def _works(command: tuple[str, ...]) -> bool:
+    """Whether a command ends well. Raises ConfigError if it does not end, since that says nothing about it."""
+    try:
+        ended = subprocess.run(
+            command, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_S
+        )
+    except OSError:
+        return False  # the trial of the whole sandbox says why
+    except subprocess.TimeoutExpired:
+        raise _refusal(f"{' '.join(command)} did not end within {_TRIAL_S:.0f} s") from None
+    return ended.returncode == 0
 
 
 def _interpreter() -> Path:

@@ -1,8 +1,8 @@
 """Run trackers beside the loop: a tracker that fails, or hangs, never stops or delays a run.
 
 Each tracker has a thread, in which it opens, logs and finishes, and a bounded queue before it. The loop only puts rows
-into the queue. A row that finds it full is dropped and counted, and so is one whose `log` raises. The numbers
-themselves are in metrics.jsonl, whatever happens here.
+into the queue. A row that finds it full is dropped and counted, and so is one whose `log` raises. A tracker that does
+not open is tried again a few times. The numbers themselves are in metrics.jsonl, whatever happens here.
 """
 
 import threading
@@ -17,6 +17,8 @@ ROWS_WAITING = 256
 """How many rows a queue has at most. A row of 200 numbers takes 20 KB."""
 FINISH_S = 30.0
 """How long a run that ends waits for all of its trackers together, in s."""
+OPENS_AGAIN_S = (15.0, 60.0, 240.0, 960.0)
+"""How long a tracker waits before each further attempt to open, in s. Rows wait in the queue meanwhile."""
 _LONGEST_WARNING = 400
 
 
@@ -29,14 +31,20 @@ class BackgroundTracker:
         opens: Callable[[], Tracker],
         waiting: int = ROWS_WAITING,
         abandon: Callable[[], None] = lambda: None,
+        opens_again_s: Sequence[float] = OPENS_AGAIN_S,
     ) -> None:
-        """`opens` is called in the tracker's thread. `name` is for the thread and for messages.
+        """`opens` is called in the tracker's thread, again after each of `opens_again_s` if it raises.
+
+        `name` is for the thread and for messages.
 
         `abandon` is called if the tracker has not finished in time. It must not wait, and ends what would keep the
         process from its end.
         """
         self.name = name
         self._opens, self._waiting, self._abandon = opens, waiting, abandon
+        self._opens_again_s = opens_again_s
+        self._attempts = 0
+        self._is_open = False
         self._rows: deque[tuple[int, Mapping[str, float]]] = deque()
         self._changed = threading.Condition()
         self._ends = False
@@ -53,6 +61,12 @@ class BackgroundTracker:
         """Rows that the tracker did not get."""
         with self._changed:
             return self._lost
+
+    @property
+    def late_attempt(self) -> int | None:
+        """Which attempt has opened the tracker, if it was not the first."""
+        with self._changed:
+            return self._attempts if self._is_open and self._attempts > 1 else None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Queue a row, or drop it if the queue is full."""
@@ -92,11 +106,7 @@ class BackgroundTracker:
         self._trouble = self._trouble or trouble
 
     def _work(self) -> None:
-        tracker: Tracker | None = None
-        try:
-            tracker = self._opens()
-        except BaseException as error:  # a package may call sys.exit
-            self._note("it could not be opened", error)
+        tracker = self._open()
         while (row := self._next()) is not None:
             try:
                 if tracker is not None:
@@ -110,6 +120,25 @@ class BackgroundTracker:
                 tracker.finish()
         except BaseException as error:
             self._note("it could not be finished", error)
+
+    def _open(self) -> Tracker | None:
+        """Return the open tracker; None after the last attempt, or if the run ends before the next one."""
+        for wait_s in (*self._opens_again_s, None):
+            with self._changed:
+                self._attempts += 1
+            try:
+                tracker = self._opens()
+            except BaseException as error:  # a package may call sys.exit
+                again = "" if wait_s is None else f", and is tried {len(self._opens_again_s)} times more"
+                self._note(f"it could not be opened{again}", error)
+            else:
+                with self._changed:
+                    self._is_open = True
+                return tracker
+            with self._changed:
+                if wait_s is None or self._changed.wait_for(lambda: self._ends, wait_s):
+                    break
+        return None
 
     def _next(self) -> tuple[int, Mapping[str, float]] | None:
         with self._changed:
@@ -151,6 +180,8 @@ class Trackers:
             tracker.join(deadline - time.monotonic())
         self._tell()
         for tracker in self._trackers:
+            if attempt := tracker.late_attempt:
+                self._warn(f"tracking.to: {tracker.name} was opened at attempt {attempt}")
             if lost := tracker.lost:
                 self._warn(f"tracking.to: {tracker.name} lacks {lost} rows of this run; metrics.jsonl has all")
 

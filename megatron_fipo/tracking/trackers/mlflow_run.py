@@ -29,9 +29,7 @@ class MLflowRun:
         self._client = MlflowClient(tracking_uri=place)
         run_id = kept_id(run.directory, "mlflow")
         if run_id is None:
-            found = self._client.get_experiment_by_name(run.project)
-            experiment = found.experiment_id if found else self._client.create_experiment(run.project)
-            run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+            run_id = self._client.create_run(_experiment(self._client, run.project), run_name=run.name).info.run_id
             keep_id(run.directory, "mlflow", run_id)
             parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in _flat(run.settings)]
             for first in range(0, len(parameters), _PARAMETERS_AT_ONCE):
@@ -47,6 +45,19 @@ class MLflowRun:
 
     def finish(self) -> None:
         self._client.set_terminated(self._run_id)
+
+
+def _experiment(client: Any, name: str) -> str:
+    """Return the id of the experiment of this name, which is made if there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except Exception:
+            found = client.get_experiment_by_name(name)
+            if found is None:  # no other run has made it in the meantime
+                raise
+    return str(found.experiment_id)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

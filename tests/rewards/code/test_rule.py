@@ -172,5 +172,6 @@ def test_a_run_without_its_sandbox_is_refused_in_one_line(tmp_path: Path) -> Non
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[3]}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: reward.code.sandbox: the sandbox "), "reward.rule=code is as it should be"
     assert "apt-get install bubblewrap" in done.stderr and "reward.code.sandbox=none" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -5,6 +5,7 @@ The programs are our own, so most of this needs no sandbox; each control shows t
 
 import fcntl
 import os
+import sys
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_fipo.config.code import CodeConfig
 from megatron_fipo.rewards.code.runner import _watch
-from megatron_fipo.rewards.code.sandbox import Result, Sandbox, SandboxError, _command
+from megatron_fipo.rewards.code.sandbox import Result, Sandbox, SandboxError, _command, find_sandbox
 
 
 def sandbox(**changes: Any) -> Sandbox:
@@ -47,6 +48,19 @@ def test_starter_code_needs_no_imports() -> None:
     deep = "def f(n): return n and 1 + f(n - 1)\nprint(f(20_000))"
     assert run(deep, "") == [Result("exit 0", "20000\n")]
     assert run("print(unknown)", "")[0].end == "exit 1", "the control"
+
+
+@pytest.mark.skipif((3, 12) <= sys.version_info < (3, 14), reason="Python's own limit of calls in C is lower")
+def test_deep_recursion_has_the_memory_of_the_program() -> None:
+    """Why: a cache's calls take stack, so a right program for a long input ended by signal 11 at 8 MiB of it."""
+    deep = "sys.setrecursionlimit(1 << 20)\n@functools.cache\ndef f(n): return n and 1 + f(n - 1)\nprint(f(40_000))"
+    assert run(deep, "") == [Result("exit 0", "40000\n")]
+    small = sandbox()
+    *start, text = small.command
+    (result,) = Sandbox((*start, text.replace("RLIMIT_STACK, (stack,", "RLIMIT_STACK, (8 << 20,")), small.limits).run(
+        deep, None, ("",)
+    )
+    assert result.end == "signal 11", "the control"
 
 
 @pytest.mark.parametrize(
@@ -111,3 +125,9 @@ def test_a_program_ends_with_its_runner() -> None:
     for left in alive:
         left.kill()
     assert not alive
+
+
+def test_the_trial_at_the_start_has_more_time_than_programs() -> None:
+    """Why: a run that started on a busy machine was refused, as if it had no sandbox."""
+    found = find_sandbox(CodeConfig(sandbox="none", total_s=0.001))
+    assert next(found.run("print(1)", None, ("",))).end in ("time", "total time"), "the control: programs have theirs"

@@ -19,6 +19,7 @@ import pytest
 
 from megatron_fipo.config.code import CodeConfig
 from megatron_fipo.errors import ConfigError
+from megatron_fipo.rewards.code import runner
 from megatron_fipo.rewards.code import sandbox as sandboxes
 from megatron_fipo.rewards.code.sandbox import Result, Sandbox, SandboxError, find_sandbox
 
@@ -29,7 +30,8 @@ Run = Callable[..., Result]
 
 
 def limits(kind: str, **changes: object) -> CodeConfig:
-    settings: dict[str, object] = {"sandbox": kind, "cpu_s": 1.0, "total_s": 10.0}
+    # Much, since other tests run beside these; what is to end by its time gets less.
+    settings: dict[str, object] = {"sandbox": kind, "cpu_s": 20.0, "total_s": 300.0}
     return CodeConfig(**settings | changes)  # type: ignore[arg-type]
 
 
@@ -110,10 +112,72 @@ def test_there_are_no_secrets_and_no_rights(kind: str, monkeypatch: pytest.Monke
     assert once(kind, mount).output.startswith("-1 -1 ")
 
 
+NAMESPACE = (
+    "import ctypes; libc = ctypes.CDLL(None)\n"
+    "print(libc.unshare(0x10000000), libc.unshare(0x20000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, b'size=8g'))"
+)
+CLONE = (
+    f"import ctypes; print(ctypes.CDLL(None).syscall({runner._CLONE.get(os.uname().machine)}, 0x10000011, 0, 0, 0, 0))"
+)
+NO_FILTER = ("        _filter_calls()\n", "")
+
+
+def without(sandbox: Sandbox, kept: str, put: str) -> Sandbox:
+    """The same sandbox with another text in its runner."""
+    *start, text = sandbox.command
+    assert text.count(kept) == 1
+    return Sandbox((*start, text.replace(kept, put)), sandbox.limits)
+
+
+def namespaces_can_be_closed(kind: str) -> bool:
+    tries = {
+        "bubblewrap": ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"],
+        "namespaces": ["unshare", "--map-root-user", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces"],
+    }
+    return subprocess.run(tries[kind], capture_output=True).returncode == 0
+
+
+def test_a_program_gets_no_namespace_of_its_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why: there it had all capabilities, and could mount memory that no limit counts.
+
+    The kernel's setting and the runner's filter are each tried alone, since a machine may have only one of them.
+    """
+    closed = found(kind)
+    assert once(kind, NAMESPACE).output == "-1 -1 -1\n"
+    if namespaces_can_be_closed(kind):
+        (result,) = without(closed, *NO_FILTER).run(NAMESPACE, None, ("",))
+        assert result.output == "-1 -1 -1\n"
+    monkeypatch.setattr(sandboxes, "_NO_NAMESPACES", ())
+    monkeypatch.setattr(sandboxes, "_SETUP", sandboxes._SETUP.replace("{ echo 0 >", "{ echo 9 >"))
+    opened = found(kind)
+    assert next(opened.run(NAMESPACE, None, ("",))).output == "-1 -1 -1\n"
+    assert next(opened.run(CLONE, None, ("",))).output == "-1\n"
+    unfiltered = without(opened, *NO_FILTER)
+    assert next(unfiltered.run(NAMESPACE, None, ("",))).output == "0 0 0\n", "the control"
+    assert "-1" not in next(unfiltered.run(CLONE, None, ("",))).output, "the control"
+
+
+def test_a_program_cannot_starve_its_judge(kind: str) -> None:
+    """Why: the kernel lets it limit a process of the same user, and a runner without descriptors is a failed check."""
+    starve = "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (3, 3))"
+    idle = "import os; os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))"
+    pinned = "import os; os.sched_setaffinity(1, {0})"
+    itself = "import os, resource; resource.prlimit(0, resource.RLIMIT_NOFILE); os.sched_setaffinity(0, {0})"
+    for program in (starve, idle, pinned, "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)"):
+        results = found(kind).run(attempt(program), None, ("", ""))
+        assert [each.output for each in results] == ["refused\n"] * 2, program
+    assert once(kind, attempt(itself)).output == "done\n"
+    open_judge = without(found(kind), *NO_FILTER)
+    for program in (idle, pinned):
+        assert next(open_judge.run(attempt(program), None, ("",))).output == "done\n", "the control"
+    with pytest.raises(SandboxError):
+        list(open_judge.run(attempt(starve), None, ("", "")))
+
+
 def test_a_fork_bomb_is_bounded_and_ends(kind: str) -> None:
     before = len(psutil.pids())
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-    assert once(kind, bomb).end in ("time", "CPU time")
+    assert once(kind, bomb, cpu_s=1.0).end in ("time", "CPU time")
     count = (
         "import os, time\nn = 0\ntry:\n    while n < 40:\n        if os.fork() == 0:\n            time.sleep(5)\n"
         "            os._exit(0)\n        n += 1\nexcept OSError:\n    pass\nprint(n)\n"
@@ -128,9 +192,9 @@ def test_memory_output_and_time_have_limits(kind: str) -> None:
     assert once(kind, allocate, memory_mib=128).end == "exit 1"
     assert once(kind, allocate, memory_mib=512).end == "exit 0"
     assert once(kind, "while True: print('x' * 1000)", output_kib=64).end == "output"
-    assert once(kind, "while True: pass").end in ("CPU time", "time")
-    assert once(kind, "import time; time.sleep(60)").end == "time"
-    long = found(kind, total_s=2.0).run("import time; time.sleep(60)", None, ("", "", ""))
+    assert once(kind, "while True: pass", cpu_s=1.0).end in ("CPU time", "time")
+    assert once(kind, "import time; time.sleep(60)", cpu_s=1.0).end == "time"
+    long = found(kind, cpu_s=1.0, total_s=2.0).run("import time; time.sleep(60)", None, ("", "", ""))
     assert [each.end for each in long] == ["time", "total time", "total time"]
 
 

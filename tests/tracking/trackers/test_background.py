@@ -12,6 +12,7 @@ import pytest
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.tracking.metrics import MetricsWriter, read_rows
 from megatron_fipo.tracking.trackers.background import BackgroundTracker, Trackers
+from megatron_fipo.tracking.trackers.mlflow_run import _experiment
 from megatron_fipo.tracking.trackers.opening import open_trackers
 from megatron_fipo.tracking.trackers.tensorboard import TensorBoard
 
@@ -65,7 +66,7 @@ def test_a_tracker_that_works_gets_every_row_and_its_end():
 @pytest.mark.parametrize(
     ("call", "what", "lost"),
     [
-        ("open", "it could not be opened", 3),
+        ("open", "it could not be opened, and is tried 4 times more", 3),
         ("log", "it did not take step 1", 3),
         ("finish", "it could not be finished", 0),
     ],
@@ -101,15 +102,76 @@ def test_a_tracker_that_hangs_neither_blocks_nor_is_waited_for(call):
     assert lost is None or lost in warnings[-1]
 
 
+@pytest.mark.parametrize("again", [(0.0, 0.0), (0.0,)], ids=["enough", "too few"])
+def test_a_tracker_that_opens_later_gets_the_rows_that_waited(again):
+    """Why: a service that was away for the minute of a run's start lacked the whole run. The control has one less."""
+    fake, calls, ready, warnings = Fake(), [], threading.Event(), []
+
+    def opens():
+        calls.append(ready.wait(60))  # the rows are in the queue
+        if len(calls) < 3:
+            raise RuntimeError("away")
+        return fake
+
+    tracker = BackgroundTracker("fake", opens, opens_again_s=again)
+    trackers = Trackers([tracker], warnings.append)
+    for step in (1, 2, 3):
+        trackers.log(step, {})
+    ready.set()
+    deadline = time.monotonic() + 60
+    while tracker.late_attempt is None and tracker.lost < 3:
+        assert time.monotonic() < deadline, "it was neither opened nor given up"
+        time.sleep(0.01)
+    trackers.close()
+    assert len(calls) == len(again) + 1, "it is tried so often, and no more"
+    assert warnings[0].startswith(
+        f"tracking.to: fake: it could not be opened, and is tried {len(again)} times more: Ru"
+    )
+    if len(again) == 2:
+        assert [step for step, _ in fake.rows] == [1, 2, 3] and fake.finished
+        assert warnings[1:] == ["tracking.to: fake was opened at attempt 3"]
+    else:
+        assert fake.rows == [] and "fake lacks 3 rows" in warnings[1]
+
+
+def test_a_run_that_ends_does_not_wait_for_the_next_attempt():
+    warnings, seconds = run_with(lambda: Fake(fails="open"), seconds=60.0)
+    assert seconds < 30 and "lacks 3 rows" in warnings[1]
+
+
+class Experiments:
+    """MLflow's client, of a server on which another run makes the experiment between two calls of ours."""
+
+    def __init__(self, *, other: bool):
+        self._other, self._id = other, None
+
+    def get_experiment_by_name(self, name):
+        return self._id and type("Experiment", (), {"experiment_id": self._id})
+
+    def create_experiment(self, name):
+        if self._other:
+            self._id = "of the other run"
+            raise RuntimeError(f"{name} already exists")
+        if self._id is None:
+            raise RuntimeError("no server")
+
+
+def test_runs_that_make_an_experiment_at_the_same_time_share_it():
+    assert _experiment(Experiments(other=True), "fipo") == "of the other run"
+    with pytest.raises(RuntimeError, match="no server"):
+        _experiment(Experiments(other=False), "fipo")
+
+
 def test_a_run_with_a_broken_tracker_has_all_its_rows(tmp_path):
     """From configuration to files: the broken one beside TensorBoard, which works."""
     warnings = []
     config = load_config(["tracking.to=[tensorboard,wandb]"])
     broken = {"tensorboard": TensorBoard, "wandb": lambda run: Fake(run, fails="log")}
-    writer = MetricsWriter(tmp_path, open_trackers(tmp_path, config, 0, warnings.append, broken))
+    trackers = open_trackers(tmp_path, config, 0, warnings.append, broken)
+    writer = MetricsWriter(tmp_path, trackers)
     for step in (1, 2):
         writer.log_step(step, {"reward_mean": step})
-    writer.close()
+    trackers.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     assert list((tmp_path / "tensorboard").iterdir())
     assert warnings[0].startswith("tracking.to: wandb: it did not take step 1: RuntimeError")
