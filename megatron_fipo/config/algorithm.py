@@ -176,10 +176,11 @@ class AlgorithmConfig:
     )
     router_replay: str = setting(
         "none",
-        "Models with experts. trainer: in updates a token goes to the experts that it went to when its old log-prob "
-        "was computed, so that ratios change by the weights alone (docs/models.md). none: to those of its present "
-        "scores.",
-        choices=("none", "trainer"),
+        "Models with experts (docs/models.md). trainer: in updates a token goes to the experts that it went to when "
+        "its old log-prob was computed, so that ratios change by the weights alone. rollout: there and in updates it "
+        "goes to the experts that the engine sent it to, which needs servers with CUDA and Triton. none: to those of "
+        "its present scores.",
+        choices=("none", "trainer", "rollout"),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.policy import platform
+from megatron_fipo.records.routes import UNKNOWN_BYTE
 from megatron_fipo.rollout.plain_batch import plain_batch
 
 platform.install()
@@ -44,8 +45,11 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
             check.judge({"log_prob_diff_mean": 0.0})
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(0, policy.model_config.vocab_size, (20 + i,), generator=generator) for i in range(9)]
+        streams = {"token_ids": rows, "rollout_log_probs": [-torch.ones(len(row)) for row in rows]}
+        if replay == "rollout":
+            streams["routed_experts"] = [drawn_experts(policy, len(row), generator) for row in rows]
         batch = plain_batch(
-            {"token_ids": rows, "rollout_log_probs": [-torch.ones(len(row)) for row in rows]},
+            streams,
             prompt_lengths=[4] * len(rows),
             advantages=torch.randn(len(rows), generator=generator).tolist(),
             mini_batch_sizes=[3, 3, 3],
@@ -56,3 +60,12 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
         found.append(train_step(policy, data, check, lambda _: contextlib.nullcontext(), print))
     platform.stop_process_group()
     return found
+
+
+def drawn_experts(policy: Policy, tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """What an engine might have chosen, [tokens, bytes] uint8: any experts, and of some tokens it is not known."""
+    form = policy.layout.routes
+    assert form is not None
+    scores = torch.rand(tokens - 1, max(form.layers) + 1, form.number, generator=generator)
+    chosen = torch.from_numpy(form.packed(scores.topk(form.per_token).indices.numpy(), tokens))
+    return chosen.index_fill(0, torch.arange(2, tokens, 5), UNKNOWN_BYTE)
