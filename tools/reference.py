@@ -84,6 +84,11 @@ token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPU
 by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
 mixture of experts on a CPU.
 
+`optimizer.freeze_routers=true` keeps routers as they are when the run starts: they get no gradient, have no place in
+the optimizer, and are not in `grad_norm`. Routers that choose by a bias, which training moves towards an even load
+beside the gradient (`topk_method: noaux_tc`, `use_routing_bias` and others), are in no supported family. A directory
+that asks for one is refused by that key, since nothing would keep the bias alike in trainer and servers.
+
 **Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
 experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records
 the experts of each token, and the updates of the step use the same ones: ratios and Δ change by the weights alone.

@@ -201,3 +201,7 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "Adam's first-moment decay.", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Adam's second-moment decay.", minimum=0, maximum=1)
     eps: float = setting(1e-8, "Adam's denominator constant.", minimum=1e-20, maximum=1)
+    freeze_routers: bool = setting(
+        False,
+        "Models with experts: routers keep the weights that the run starts with, and grad_norm is without them.",
+    )

@@ -70,6 +70,8 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     if model_config.experts is None and replay != "none":
         problem = f"is {replay}, and the model has no experts"
         raise ConfigError("algorithm.router_replay", problem, "algorithm.router_replay=none")
+    if model_config.experts is None and config.optimizer.freeze_routers:
+        raise ConfigError("optimizer.freeze_routers", "the model has no experts", "optimizer.freeze_routers=false")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             "parallel.sequence",

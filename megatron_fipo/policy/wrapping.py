@@ -1,16 +1,23 @@
-"""Megatron-Core's wrappers of a model's chunks: precision, and the sums of gradients over ranks."""
+"""What a model's chunks become before they are trained: frozen parts, precision, sums of gradients over ranks."""
 
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_fipo.config import Config
 from megatron_fipo.policy.precision import check_exact_values
 
 
 def wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
-    """Megatron-Core's precision and data-parallel wrappers; gradients are reduced in fp32."""
+    """Megatron-Core's precision and data-parallel wrappers; gradients are reduced in fp32.
+
+    What is to stay as it is gets no gradient, and no place in the optimizer.
+    """
+    if config.optimizer.freeze_routers:
+        for router in (module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
+            router.requires_grad_(False)
     megatron = chunks[0].config
     if megatron.bf16:
         chunks = [Float16Module(megatron, chunk) for chunk in chunks]

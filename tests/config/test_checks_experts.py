@@ -12,6 +12,7 @@ from megatron_fipo.config import checks_experts
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.checks_experts import (
     check_dispatcher,
+    check_experts_of_model,
     check_servers_experts,
     check_servers_routes,
 )
@@ -49,6 +50,13 @@ def test_a_dense_model_has_no_experts_to_deal() -> None:
     check_servers_experts(config, TINY_MOE, has_cuda=True)
     with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: the model has no experts"):
         check_servers_experts(config, read_architecture(resolve_embedded("embedded:tiny")), has_cuda=True)
+
+
+def test_a_dense_model_has_no_routers_to_freeze() -> None:
+    config = load_config([*DEALT[:1], "optimizer.freeze_routers=true", "parallel.expert=1"])
+    check_experts_of_model(config, TINY_MOE)
+    with pytest.raises(ConfigError, match=r"^optimizer.freeze_routers: the model has no experts"):
+        check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny")))
 
 
 def test_cpu_servers_do_not_deal_experts() -> None:

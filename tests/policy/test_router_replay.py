@@ -44,3 +44,19 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
     assert all(found["router_changed"] > 0.5 for found in engines)
     assert "router_mismatch" not in others, "nothing is known of the engine"
     assert all(found["router_tokens_dropped"] == 0.0 for found in (others, every, same, free, plain, *engines))
+
+
+def test_frozen_routers_keep_their_weights() -> None:
+    """To the last bit, while all others become what they become without; and the norm is smaller by theirs.
+
+    Experts and the optimizer's state are dealt to two ranks. The control is the other run, whose routers move.
+    """
+    parallel = {"data": 2, "expert": 2, "distributed_optimizer": True}
+    for learning, frozen in run_ranks("tests.policy.router_ranks:weights_after_an_update", 2, {"parallel": parallel}):
+        assert frozen["before"] == learning["before"] and frozen["after"].keys() == learning["after"].keys()
+        routers = [name for name in frozen["after"] if name.endswith("mlp.router.weight")]
+        assert routers and set(learning["trained"]) - set(frozen["trained"]) == set(routers)
+        for name, digest in frozen["after"].items():
+            assert digest == (frozen["before"] if name in routers else learning["after"])[name], name
+            assert learning["after"][name] != learning["before"][name], name
+        assert 0 < frozen["grad_norm"] < learning["grad_norm"]
