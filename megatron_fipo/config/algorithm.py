@@ -176,10 +176,11 @@ class AlgorithmConfig:
     )
     router_replay: str = setting(
         "none",
-        "Models with experts. trainer: in updates a token goes to the experts that it went to when its old log-prob "
-        "was computed, so that ratios change by the weights alone (docs/models.md). none: to those of its present "
-        "scores.",
-        choices=("none", "trainer"),
+        "Models with experts (docs/models.md). trainer: in updates a token goes to the experts that it went to when "
+        "its old log-prob was computed, so that ratios change by the weights alone. rollout: there and in updates it "
+        "goes to the experts that the engine sent it to, which needs servers with CUDA and Triton. none: to those of "
+        "its present scores.",
+        choices=("none", "trainer", "rollout"),
     )
 
 
@@ -200,3 +201,7 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "Adam's first-moment decay.", minimum=0, maximum=1)
     beta2: float = setting(0.999, "Adam's second-moment decay.", minimum=0, maximum=1)
     eps: float = setting(1e-8, "Adam's denominator constant.", minimum=1e-20, maximum=1)
+    freeze_routers: bool = setting(
+        False,
+        "Models with experts: routers keep the weights that the run starts with, and grad_norm is without them.",
+    )

@@ -16,10 +16,11 @@ def experts(config: Config) -> Iterator[str]:
     check_dispatcher(config)
     _check_ranks_of_server(config)
     algorithm = config.algorithm
-    if algorithm.router_replay != "none" and algorithm.prompts_per_step == algorithm.mini_batch_prompts:
+    if algorithm.router_replay == "trainer" and algorithm.prompts_per_step == algorithm.mini_batch_prompts:
         yield (
-            f"algorithm.router_replay: {algorithm.router_replay} changes nothing with one update per step, whose own "
-            "forward pass gives old log-probs; make mini_batch_prompts smaller than prompts_per_step, or set it to none"
+            "algorithm.router_replay: trainer changes nothing with one update per step, whose own "
+            "forward pass gives old log-probs; make mini_batch_prompts smaller than prompts_per_step, or set it to "
+            "none or rollout"
         )
 
 
@@ -69,12 +70,29 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     if model_config.experts is None and replay != "none":
         problem = f"is {replay}, and the model has no experts"
         raise ConfigError("algorithm.router_replay", problem, "algorithm.router_replay=none")
+    if model_config.experts is None and config.optimizer.freeze_routers:
+        raise ConfigError("optimizer.freeze_routers", "the model has no experts", "optimizer.freeze_routers=false")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             "parallel.sequence",
             "is false, and experts of a model over tensor-parallel ranks need it: all would dispatch each token",
             "parallel.sequence=true",
         )
+
+
+def check_servers_routes(config: Config, has_cuda: bool) -> None:
+    """Raise ConfigError if the servers that the run starts cannot say which experts tokens went to.
+
+    Servers that already run say so themselves, when they are asked first. `has_cuda`: where servers run.
+    """
+    if config.algorithm.router_replay != "rollout" or not config.rollout.servers or (has_cuda and find_spec("triton")):
+        return
+    lacking = "has no Triton" if has_cuda else "has no CUDA driver: vLLM's CPU engine cannot tell"
+    raise ConfigError(
+        "algorithm.router_replay",
+        f"is rollout, for which vLLM has to return the experts of each token, and this machine {lacking}",
+        "algorithm.router_replay=trainer, or servers with CUDA and Triton",
+    )
 
 
 def check_servers_experts(config: Config, model_config: ModelConfig, has_cuda: bool) -> None:

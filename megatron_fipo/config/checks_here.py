@@ -11,6 +11,7 @@ from megatron_fipo.config.checks_experts import (
     check_dispatcher_here,
     check_experts_of_model,
     check_servers_experts,
+    check_servers_routes,
 )
 from megatron_fipo.config.checks_machine import check_host, check_machine, has_cuda_driver
 from megatron_fipo.config.checks_reward import check_reward_here
@@ -38,6 +39,7 @@ def check_here(config: Config, *, on_login_node: bool = False) -> list[str]:
     if not on_login_node:
         _check_gpu(config)
         check_dispatcher_here(config, has_cuda_driver())
+        check_servers_routes(config, has_cuda_driver())
     _check_model(config, has_cuda=on_login_node or has_cuda_driver())
     warnings = check_machine(config)
     _check_loss(config)

@@ -8,7 +8,8 @@ from typing import Literal
 import msgspec
 import numpy
 
-from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS
+from megatron_fipo.records.routes import RouteFormat
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TOKEN_IDS
 from megatron_fipo.records.wire import WireError, encode_frame
 
 GENERATE_PATH = "/fipo/generate"
@@ -30,6 +31,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For each seed the tokens that its response has already, from another server. `max_tokens` counts them too."""
     stream_tokens: int
     """A response that has so many tokens which were not sent yet sends them before it ends."""
+    routes: RouteFormat | None = None
+    """How to send, with the end of each response, the experts that its tokens went to, from the prompt's first token
+    on; None: not at all."""
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -79,10 +83,12 @@ class ErrorFrame(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields
 About = PartFrame | SampleFrame | EndFrame | ErrorFrame
 
 
-def sample_frame(about: PartFrame | SampleFrame, token_ids: list[int], log_probs: list[float]) -> bytes:
-    """The bytes of a frame with tokens."""
+def sample_frame(
+    about: PartFrame | SampleFrame, token_ids: list[int], log_probs: list[float], routes: numpy.ndarray | None = None
+) -> bytes:
+    """The bytes of a frame with tokens; `routes` is what RouteFormat.packed returns, of prompt and response."""
     arrays = {TOKEN_IDS: numpy.array(token_ids, numpy.int32), ROLLOUT_LOG_PROBS: numpy.array(log_probs, numpy.float32)}
-    return encode_frame(about, arrays)
+    return encode_frame(about, arrays if routes is None else {**arrays, ROUTED_EXPERTS: routes})
 
 
 def read_about(about: object) -> About:

@@ -11,6 +11,7 @@ import uuid
 from typing import Any
 
 import msgspec
+import numpy
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput
@@ -28,6 +29,7 @@ from megatron_fipo.engines.generate_messages import (
     VersionSpan,
     sample_frame,
 )
+from megatron_fipo.records.routes import RouteFormat
 from megatron_fipo.records.wire import encode_frame
 
 _LONGEST_REQUEST = 64 << 20
@@ -101,6 +103,7 @@ async def _sample(
 ) -> None:
     """Put the frames of one response into the queue, or an ErrorFrame as the last."""
     start, token_ids, log_probs = 0, list[int](), list[float]()
+    routes: numpy.ndarray | None = None
     prompt = tokens_input(request.token_ids + request.begun[index], cache_salt=request.cache_salt)
     try:
         async for answer in engine.generate(prompt, parameters, name):
@@ -110,15 +113,29 @@ async def _sample(
             about: PartFrame | SampleFrame = PartFrame(index, start)
             if answer.finished:
                 about = SampleFrame(index, start, output.finish_reason or "none", _spans(output))
+                before = len(request.token_ids) + len(request.begun[index])
+                routes = _routes(output, request.routes, before + start + len(token_ids))
             elif len(token_ids) < request.stream_tokens:
                 continue
-            frames.put_nowait((about, sample_frame(about, token_ids, log_probs)))
+            frames.put_nowait((about, sample_frame(about, token_ids, log_probs, routes)))
             start, token_ids, log_probs = start + len(token_ids), [], []
     except _REFUSALS as error:
         frames.put_nowait((ErrorFrame("refused", _one_line(error)), b""))
     except Exception as error:
         # Whatever an engine raises is the trainer's to know: it asks another one.
         frames.put_nowait((ErrorFrame("failed", _one_line(error)), b""))
+
+
+def _routes(output: CompletionOutput, wanted: RouteFormat | None, tokens: int) -> numpy.ndarray | None:
+    """The experts of prompt and response, so many tokens, as they are sent. ValueError: the engine has none."""
+    if wanted is None:
+        return None
+    if output.routed_experts is None:
+        raise ValueError(
+            "this server returns no routed experts, which algorithm.router_replay=rollout needs: start it with "
+            "--enable-return-routed-experts"
+        )
+    return wanted.packed(output.routed_experts, tokens)
 
 
 def _parameters(request: GenerateRequest, seed: int, begun: int) -> SamplingParams:

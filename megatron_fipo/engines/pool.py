@@ -56,12 +56,14 @@ class EnginePool:
         warn: Callable[[str], None] = logger.warning,
         *,
         beside_trainer: bool = True,
+        returns_routes: bool = False,
         run: Run = asyncio.run,
     ):
         """Nothing starts yet. `model_dir` is a Hugging Face directory; `max_position_embeddings` overrides its own.
 
         `warn` gets a line for each server that is lost or comes back. `beside_trainer`: a trainer on this machine has
-        GPUs of its own. `run` runs a coroutine to its end.
+        GPUs of its own. `returns_routes`: requests may ask for the experts that tokens go to. `run` runs a coroutine
+        to its end.
         """
         self.config = config
         self.servers: list[Server] = []
@@ -85,7 +87,9 @@ class EnginePool:
                 )
             self.servers = [Server(address.rstrip("/")) for address in config.addresses]
         else:
-            self._starter = Starter(config, model_dir, run_dir, seed, max_position_embeddings)
+            self._starter = Starter(
+                config, model_dir, run_dir, seed, max_position_embeddings, returns_routes=returns_routes
+            )
             token = self._starter.token
         self.headers = {"Authorization": f"Bearer {token}"}
         """What every request to a server has to carry."""

@@ -31,9 +31,17 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def server_arguments(
-    config: RolloutConfig, model_dir: Path, seed: int, max_position_embeddings: int | None = None
+    config: RolloutConfig,
+    model_dir: Path,
+    seed: int,
+    max_position_embeddings: int | None = None,
+    *,
+    returns_routes: bool = False,
 ) -> list[str]:
-    """Options of `python -m megatron_fipo.engines.server`, but for its host and port."""
+    """Options of `python -m megatron_fipo.engines.server`, but for its host and port.
+
+    `returns_routes`: requests may ask for the experts that tokens go to.
+    """
     longest = config.max_prompt_length + config.max_response_length
     arguments = [
         f"--model={model_dir}",
@@ -65,6 +73,8 @@ def server_arguments(
         arguments += ["--no-enable-chunked-prefill", f"--max-num-batched-tokens={max(longest, CPU_BATCHED_TOKENS)}"]
     if config.expert_parallel:
         arguments.append("--enable-expert-parallel")
+    if returns_routes:
+        arguments.append("--enable-return-routed-experts")
     if config.enforce_eager:
         arguments.append("--enforce-eager")
     if max_position_embeddings is not None:

@@ -30,13 +30,20 @@ class Starter:
     """Starts the servers of one run. All calls come from one thread, which lives as long as the run."""
 
     def __init__(
-        self, config: RolloutConfig, model_dir: Path, run_dir: Path, seed: int, max_position_embeddings: int | None
+        self,
+        config: RolloutConfig,
+        model_dir: Path,
+        run_dir: Path,
+        seed: int,
+        max_position_embeddings: int | None,
+        *,
+        returns_routes: bool = False,
     ):
-        """Nothing starts yet. `max_position_embeddings` overrides the model's own."""
+        """Nothing starts yet. `max_position_embeddings` overrides the model's own; `returns_routes`: the option."""
         # The token is given where others, such as the trainer on another node, have to know it.
         self.token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
         self._config, self._run_dir, self._log_dir = config, run_dir, run_dir / "logs"
-        self._options = (model_dir, seed, max_position_embeddings)
+        self._options, self._returns_routes = (model_dir, seed, max_position_embeddings), returns_routes
         self._reserved: list[socket.socket] = []
         self._servers: list[Server] = []
         self._places = ExitStack()
@@ -53,8 +60,7 @@ class Starter:
 
     def _start(self, index: int, devices: list[str] | None, names: dict[str, str]) -> Server:
         host, port = self._config.host, self._reserve_port()
-        model_dir, seed, max_position_embeddings = self._options
-        options = server_arguments(self._config, model_dir, seed, max_position_embeddings)
+        options = server_arguments(self._config, *self._options, returns_routes=self._returns_routes)
         command = ["--host", host, "--port", str(port), *options]
         environment = server_environment(self._config, devices) | names | {TOKEN_VARIABLE: self.token}
         log = ServerLog(self._log_dir / f"rollout-{index}.log")

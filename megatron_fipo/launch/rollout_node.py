@@ -59,6 +59,7 @@ def main(config: Config) -> None:
         place,
         config.run.seed,
         config.model.max_position_embeddings,
+        returns_routes=config.algorithm.router_replay == "rollout",
     )
     with pool:
         pool.start()

@@ -21,7 +21,7 @@ from megatron_fipo.models.kinds import (
     whole,
 )
 
-__all__ = ["HARMLESS", "HARMLESS_KEYS", "REFUSED", "UNDERSTOOD", "shown"]
+__all__ = ["HARMLESS", "HARMLESS_KEYS", "REFUSED", "ROUTER_BIASES", "UNDERSTOOD", "shown"]
 
 _TOKEN = whole(0, 2**31 - 1)
 _DTYPE = only("float32", "bfloat16", "float16", "float64", None)
@@ -77,7 +77,16 @@ _ONE = only(None, 1)
 _ZERO = only(None, 0)
 _EMPTY = only(None, {}, [])
 
+ROUTER_BIASES: Mapping[str, Kind] = {
+    "topk_method": only(None, "greedy"),
+    "use_routing_bias": _OFF,
+    "use_expert_bias": _OFF,
+    "moe_router_enable_expert_bias": _OFF,
+}
+"""Keys of models whose routers add a bias to choose, which training moves towards an even load."""
+
 REFUSED: Mapping[str, Kind] = {
+    **ROUTER_BIASES,
     # Weights that are not plain numbers, or another model's code.
     "quantization_config": _NONE,
     "quantization": _NONE,

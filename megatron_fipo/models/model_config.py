@@ -18,7 +18,7 @@ from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.experts import Experts, ExpertsProblem, read_experts
 from megatron_fipo.models.families import FAMILIES
 from megatron_fipo.models.family import Family
-from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, UNDERSTOOD
+from megatron_fipo.models.keys import HARMLESS_KEYS, REFUSED, ROUTER_BIASES, UNDERSTOOD
 from megatron_fipo.models.kinds import shown
 from megatron_fipo.models.rope import Llama3Scaling, RopeProblem, RopeScaling, read_rope
 from megatron_fipo.models.rules import Rule
@@ -201,7 +201,20 @@ def _without_doubles(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]
     return found
 
 
+def _check_router(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a router whose bias is updated beside the gradient, whatever the family is."""
+    for key, off in ROUTER_BIASES.items():
+        if not off.accepts(config.get(key)):
+            raise _refusal(
+                path,
+                key,
+                f"= {shown(config[key])}: a bias chooses this model's experts, which is updated beside the gradient",
+                "a router without it: nothing here would keep it alike in trainer and servers",
+            )
+
+
 def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    _check_router(path, config)
     for key in _REQUIRED:
         if config.get(key) is None:
             raise _refusal(path, key, "is missing", UNDERSTOOD[key].expected)

@@ -26,7 +26,7 @@ from megatron_fipo.policy.tokens import StepTokens, streams_read
 from megatron_fipo.policy.train_batch import share
 from megatron_fipo.policy.update import Policy
 from megatron_fipo.records.rows import PIECE, TrainBatch
-from megatron_fipo.records.streams import TOKEN_IDS
+from megatron_fipo.records.streams import ROUTED_EXPERTS, TOKEN_IDS
 from megatron_fipo.weights.deadline import Deadline
 from megatron_fipo.weights.ranks import only_rank_0
 from megatron_fipo.weights.reshard import gather_texts
@@ -43,7 +43,7 @@ Plan = Sequence[Sequence[Sequence[int]]]
 class Source(Protocol):
     """Where tokens come from: a store, here or over the network."""
 
-    def read(self, pieces: numpy.ndarray, names: Sequence[str]) -> dict[str, numpy.ndarray]:
+    def read(self, pieces: numpy.ndarray, names: Sequence[str], columns: tuple[int, int]) -> dict[str, numpy.ndarray]:
         """These streams of pieces of samples, one piece after the other; see `SampleStore.read`."""
         ...
 
@@ -89,7 +89,7 @@ class Feed:
         """
         self._layout, self._vocab_size, self._device = layout, vocab_size, device
         self._group, self._timeout_s = tensor_group, timeout_s
-        self._names = list(dict.fromkeys(stream.host_name for stream in streams_read(layout.stages)))
+        self._names = list(dict.fromkeys(stream.host_name for stream in streams_read(layout.stages, layout.columns)))
 
     def get(
         self, offered: bytes | None, offers: BatchOffers | None, plan: Callable[[TrainBatch], Plan]
@@ -139,10 +139,10 @@ class Feed:
             [(numbers[place], start, end) for place, found in stretches.items() for start, end in found], PIECE
         )
         if source is not None:
-            arrays = source.read(pieces, self._names)
+            arrays = source.read(pieces, self._names, self._layout.columns)
         elif batch.store is not None:
             with StoreReader(batch.store, Deadline(self._timeout_s)) as reader:
-                arrays = reader.read(pieces, self._names)
+                arrays = reader.read(pieces, self._names, self._layout.columns)
         else:
             raise RolloutError("the batch names no store")
         self._check(arrays)
@@ -161,12 +161,15 @@ class Feed:
         return found
 
     def _check(self, arrays: dict[str, numpy.ndarray]) -> None:
-        """RolloutError for token ids that are none of the model's; types and lengths are what was asked for."""
+        """RolloutError for token ids or experts that are none of the model's; types and lengths are as asked for."""
         ids = arrays.get(TOKEN_IDS)
         if ids is not None and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
             raise RolloutError(
                 f"the store gave token ids from {ids.min()} to {ids.max()}; the model has 0 to {self._vocab_size - 1}"
             )
+        routes = arrays.get(ROUTED_EXPERTS)
+        if routes is not None and self._layout.routes is not None and (wrong := self._layout.routes.problem(routes)):
+            raise RolloutError(f"what the store gave of {ROUTED_EXPERTS} {wrong}")
 
 
 def feed_of(policy: Policy, timeout_s: float = FETCH_TIMEOUT_S) -> Feed:

@@ -1,5 +1,6 @@
 """The tensors that one rank's pipeline works on at once, made of some sequences of a step."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron_fipo.algorithm.zigzag import zigzag_positions
 from megatron_fipo.policy.tokens import StepTokens, streams_read
 from megatron_fipo.records import streams
+from megatron_fipo.records.routes import RouteFormat
 from megatron_fipo.records.rows import TrainBatch
 from megatron_fipo.records.streams import Stream
 
@@ -25,6 +27,10 @@ class BatchLayout:
     context_size: int = 1
     stages: frozenset[str] = frozenset({"first", "last"})
     """Which of these pipeline stages this rank is: streams that none of them reads are not made."""
+    routes: RouteFormat | None = None
+    """What routed experts look like that come with samples; None: they come without."""
+    columns: tuple[int, int] = (0, 0)
+    """The bytes [start, end) of a token's routed experts that this rank's layers read."""
 
     def slots(self, lengths: Sequence[int]) -> list[int]:
         """Tokens that sequences of the given numbers of predicted tokens take up in one micro-batch, padding included.
@@ -70,8 +76,9 @@ class MicroBatch:
     places: tuple[int, ...]
     """Of its sequences in the batch; none: a filler."""
     streams: Mapping[str, Tensor]
-    """[rows, local tokens] each, by the table of records/streams.py: those that this pipeline stage reads. A value that
-    is aligned with labels is at the position that predicts its token; outside of a sequence is the stream's fill."""
+    """[rows, local tokens, …] each, by the table of records/streams.py: those that this pipeline stage reads. A value
+    that is aligned with labels is at the position that predicts its token; outside of a sequence is the stream's
+    fill."""
     position_ids: Tensor
     """[rows, local tokens] int64, from 0 in each sequence."""
     response_mask: Tensor
@@ -175,7 +182,7 @@ def build_micro_batch(
 
     return MicroBatch(
         places=tuple(indices),
-        streams=_streams(tokens, streams_read(layout.stages), values, shape, device),
+        streams=_streams(tokens, streams_read(layout.stages, layout.columns), values, shape, device),
         position_ids=part(torch.cat([torch.arange(slot) for slot in slots])),
         response_mask=part(mask),
         advantages=part(advantages),
@@ -195,23 +202,24 @@ def _streams(
     shape: tuple[int, int],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What this pipeline stage reads, [rows, local tokens] each: one buffer, from the rank that has the tokens.
+    """What this pipeline stage reads, [rows, local tokens, …] each: one buffer, from the rank that has the tokens.
 
     Args:
-        values: a stream's on that rank, [rows × local tokens] of its type on the host.
+        values: a stream's on that rank, [rows × local tokens, …] of its type on the host.
     """
     if not read:
         return {}
     types = [getattr(torch, stream.dtype) for stream in read]
-    sizes = [shape[0] * shape[1] * kind.itemsize for kind in types]
+    shapes = [(*shape, *stream.trailing) for stream in read]
+    sizes = [math.prod(wanted) * kind.itemsize for wanted, kind in zip(shapes, types, strict=True)]
     if tokens.is_read_here:
-        packed = moved(torch.cat([values(stream).view(torch.uint8) for stream in read]), device)
+        packed = moved(torch.cat([values(stream).reshape(-1).view(torch.uint8) for stream in read]), device)
     else:
         packed = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     parts = tokens.spread(packed).split(sizes)
     return {
-        stream.name: part.view(kind).view(shape).to(getattr(torch, stream.device_dtype or stream.dtype))
-        for stream, kind, part in zip(read, types, parts, strict=True)
+        stream.name: part.view(kind).view(wanted).to(getattr(torch, stream.device_dtype or stream.dtype))
+        for stream, kind, wanted, part in zip(read, types, shapes, parts, strict=True)
     }
 
 

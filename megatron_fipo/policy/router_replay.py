@@ -2,8 +2,10 @@
 
 A router takes the largest scores, so that a small change of the weights can send a token to other experts, and its
 log-prob jumps. Replayed, the ratio and Δ move by the weights alone: the router still scores, and learns, by the experts
-that it is given. Megatron-Core's router asks an object for its choice, and knows nothing of micro-batches. The object
-here does, and so it holds under every schedule, and where layers are recomputed in the backward pass.
+that it is given. Where samples come with the experts that the engine sent their tokens to, the old-log-prob pass
+replays those, and chooses by itself where the engine has none. Megatron-Core's router asks an object for its choice,
+and knows nothing of micro-batches. The object here does, and so it holds under every schedule, and where layers are
+recomputed in the backward pass.
 """
 
 from collections import deque
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from megatron_fipo.models.experts import Experts
 from megatron_fipo.policy.micro_batch import MicroBatch, moved
 from megatron_fipo.policy.router_statistics import RouterStatistics
+from megatron_fipo.records.routes import RouteFormat
+from megatron_fipo.records.streams import ROUTED_EXPERTS
 
 Routes = Sequence[Sequence[Tensor]]
 """The experts that tokens went to, by model chunk and micro-batch: [layers of the chunk with experts, local tokens,
@@ -33,7 +37,9 @@ class _Pass:
     """What is done with the routers' choices while micro-batches go through the model."""
 
     given: Routes | None = None
-    """What routers choose; None: by their scores."""
+    """What routers choose; None: what the engine chose, where that is known, or else by their scores."""
+    from_engine: bool = False
+    """Whether samples say what the engine chose."""
     records: bool = False
     keeps: bool = False
     """Whether the backward pass asks again."""
@@ -46,29 +52,35 @@ class Choice:
 
     def __init__(self, layer: int, statistics: RouterStatistics) -> None:
         """Free, until a micro-batch begins. `layer` is the router's, from 0, of the whole model."""
-        self._layer, self._statistics = layer, statistics
+        self.layer, self._statistics = layer, statistics
         self._counts: Tensor | None = None
+        self._compared: Tensor | None = None
         self._is_forward = False
         self._given: Tensor | None = None
         self._keeps = False
         self._kept: deque[Tensor] = deque()
         self._made: Tensor | None = None
 
-    def begin(self, given: Tensor | None, counts: Tensor | None, *, keeps: bool) -> None:
+    def begin(
+        self, given: Tensor | None, counts: Tensor | None, *, keeps: bool, compared: Tensor | None = None
+    ) -> None:
         """Begin the forward pass of a micro-batch.
 
         Args:
             given: [local tokens, experts of a token] integers; None: the router chooses by its scores.
             counts: [local tokens] bool, those that the statistics have; None: nothing is counted.
             keeps: whether the backward pass of this micro-batch asks again.
+            compared: [local tokens] bool, where `given` is the engine's: the tokens that the comparison with it has.
+                For tokens whose experts are -1 the router chooses by its scores.
         """
         self._is_forward, self._given, self._counts, self._keeps = True, given, counts, keeps
+        self._compared = compared
 
     def end(self) -> Tensor:
         """End the forward pass; the experts chosen, [local tokens, experts of a token] int16."""
         made, self._made = self._made, None
         assert made is not None, "the router has not been asked"
-        self._is_forward, self._given, self._counts = False, None, None
+        self._is_forward, self._given, self._counts, self._compared = False, None, None, None
         return made
 
     def look_at(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -101,16 +113,22 @@ class Choice:
         if self._given is None:
             found, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         else:
-            found, experts = _of(scores, self._given)
-        if self._counts is not None:
-            self._statistics.count(self._layer, experts, self._counts)
-        if self._counts is not None and self._given is not None:
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
-            self._statistics.count_changed(experts, own, self._counts)
+            found, experts = _of(scores, torch.where(self._given < 0, own, self._given))
+            self._compare(self._given, own)
+        if self._counts is not None:
+            self._statistics.count(self.layer, experts, self._counts)
         self._made = experts.to(torch.int16)
         if self._keeps:
             self._kept.append(self._made)
         return found, experts
+
+    def _compare(self, given: Tensor, own: Tensor) -> None:
+        """Count where the router would choose otherwise than the engine did, or than it did itself before."""
+        if self._compared is not None:
+            self._statistics.count_mismatch(given, own, self._compared & (given[:, 0] >= 0))
+        elif self._counts is not None:
+            self._statistics.count_changed(given, own, self._counts)
 
 
 def _of(scores: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,12 +148,24 @@ class _Chunk:
 class Routing:
     """What the routers of this rank choose. Nothing for a model without experts."""
 
-    def __init__(self, chunks: Sequence[nn.Module], experts: Experts | None, device: torch.device):
-        """Take the place of Megatron-Core's own choice in each router of the chunks."""
-        self._modules, self._device = list(chunks), device
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        experts: Experts | None,
+        device: torch.device,
+        sampled: RouteFormat | None = None,
+    ):
+        """Take the place of Megatron-Core's own choice in each router of the chunks.
+
+        `sampled`: what the engine's choices look like, which samples come with; None: they do not.
+        """
+        self._modules, self._device, self._sampled = list(chunks), device, sampled
         self.statistics = RouterStatistics(experts, device)
         """Of the tokens of updates since they were last asked for."""
         self._chunks = [_Chunk([_take_over(router, self.statistics) for router in _routers(chunk)]) for chunk in chunks]
+        layers = [choice.layer for chunk in self._chunks for choice in chunk.choices]
+        self.columns = sampled.columns(layers) if sampled is not None else (0, 0)
+        """The bytes [start, end) of a token's routed experts that the routers here read."""
         self._pass = _Pass()
         megatron: Any = next((router.config for chunk in chunks for router in _routers(chunk)), None)
         # Where a router is inside what is recomputed, a backward pass asks it again.
@@ -147,14 +177,15 @@ class Routing:
     def recording(self) -> Iterator[list[list[Tensor]]]:
         """A pass without backward, whose choices the list has after it: Routes."""
         found: list[list[Tensor]] = []
-        with self._during(_Pass(records=True)):
+        with self._during(_Pass(from_engine=self._sampled is not None, records=True)):
             yield found
             found += [chunk.found for chunk in self._chunks]
 
     @contextmanager
     def updating(self, given: Routes | None) -> Iterator[None]:
-        """A pass with backward, in which routers choose what is given; None: by their scores."""
-        with self._during(_Pass(given, keeps=self._asked_again, counts=True)):
+        """A pass with backward, in which routers choose what is given; None: what a recording pass would."""
+        from_engine = given is None and self._sampled is not None
+        with self._during(_Pass(given, from_engine=from_engine, keeps=self._asked_again, counts=True)):
             yield
 
     @contextmanager
@@ -164,14 +195,27 @@ class Routing:
         given: Sequence[Tensor | None] = [None] * len(chunk.choices)
         if present.given is not None and chunk.choices:
             given = list(moved(present.given[self._modules.index(module)][chunk.begun], self._device))
+        elif present.from_engine and chunk.choices:
+            given = self._of_engine(chunk, micro_batch)
         chunk.begun += 1
-        counts = _in_routers_order(micro_batch.response_mask) if present.counts and chunk.choices else None
+        response = _in_routers_order(micro_batch.response_mask) if chunk.choices else None
+        counts, compared = (response if wanted else None for wanted in (present.counts, present.from_engine))
         for choice, experts in zip(chunk.choices, given, strict=True):
-            choice.begin(experts, counts, keeps=present.keeps)
+            choice.begin(experts, counts, keeps=present.keeps, compared=compared)
         yield
         made = [choice.end() for choice in chunk.choices]
         if present.records and made:
             chunk.found.append(torch.stack(made).cpu())
+
+    def _of_engine(self, chunk: _Chunk, micro_batch: MicroBatch) -> list[Tensor]:
+        """What the engine chose in each router of the chunk, [local tokens, experts of a token] int16; -1: unknown."""
+        assert self._sampled is not None
+        values = _in_routers_order(micro_batch.streams[ROUTED_EXPERTS])
+        size = self._sampled.item_bytes
+        numbers = sum(values[:, place::size].to(torch.int32) << 8 * place for place in range(size))
+        experts = torch.where(numbers == 2 ** (8 * size) - 1, -1, numbers).to(torch.int16)
+        starts = [self._sampled.columns([choice.layer])[0] - self.columns[0] for choice in chunk.choices]
+        return [experts[:, start // size : start // size + self._sampled.per_token] for start in starts]
 
     @contextmanager
     def _during(self, present: _Pass) -> Iterator[None]:
@@ -198,6 +242,6 @@ def _take_over(router: TopKRouter, statistics: RouterStatistics) -> Choice:
 
 
 def _in_routers_order(column: Tensor) -> Tensor:
-    """[local tokens] of [rows, tokens]: those of this tensor-parallel rank, whose part of the tokens routers get."""
+    """[local tokens, …] of [rows, tokens, …]: those of this tensor-parallel rank, whose part of them routers get."""
     group = parallel_state.get_tensor_model_parallel_group()
-    return column.t().chunk(group.size())[group.rank()].reshape(-1)
+    return column.transpose(0, 1).chunk(group.size())[group.rank()].flatten(0, 1)

@@ -1,4 +1,7 @@
-"""How evenly routers spread tokens over experts, and how often they would choose otherwise than what they replay."""
+"""How evenly routers spread tokens over experts, and how often they would choose otherwise than what they replay.
+
+What they replay is what they chose themselves before, or what the engine chose.
+"""
 
 import torch
 import torch.distributed
@@ -39,8 +42,16 @@ class RouterStatistics:
                 would choose, in any order.
             counts: as for `count`.
         """
-        same = (given[:, :, None] == own[:, None, :]).any(2).all(1)
-        self._replayed += torch.stack([(~same & counts).sum(), counts.sum()])
+        self._replayed += _different(given, own, counts)
+
+    def count_mismatch(self, engines: Tensor, own: Tensor, counts: Tensor) -> None:
+        """Count the tokens of a layer that the engine sent to other experts than the router would, at the weights that
+        a step starts with.
+
+        Args:
+            engines, own, counts: as `given`, `own` and `counts` of `count_changed`.
+        """
+        self._sampled += _different(engines, own, counts)
 
     def count_dropped(self, chosen: Tensor, served: Tensor) -> None:
         """Count the choices that no expert serves, those of tokens that do not count included.
@@ -58,12 +69,12 @@ class RouterStatistics:
         """
         if self._experts is None:
             return {}
-        vector = torch.cat([self._load.flatten(), self._replayed, self._dropped])
+        vector = torch.cat([self._load.flatten(), self._replayed, self._sampled, self._dropped])
         torch.distributed.all_reduce(vector)
         counted = vector.cpu()
         self._clear()
-        load = counted[:-3].view(-1, self._experts.number)[list(self._experts.layers)].double()
-        changed, replayed, dropped = counted[-3:].tolist()
+        load = counted[:-5].view(-1, self._experts.number)[list(self._experts.layers)].double()
+        changed, replayed, differing, sampled, dropped = counted[-5:].tolist()
         if not load.sum():
             return {}
         share = load / load.sum(1, keepdim=True)
@@ -76,10 +87,18 @@ class RouterStatistics:
             "router_entropy_min": entropy.min().item(),
             "router_tokens_dropped": float(dropped),
         }
-        return found | ({"router_changed": changed / replayed} if replayed else {})
+        found |= {"router_changed": changed / replayed} if replayed else {}
+        return found | ({"router_mismatch": differing / sampled} if sampled else {})
 
     def _clear(self) -> None:
         layers, number = (len(self._experts.layers), self._experts.number) if self._experts else (0, 0)
         self._load = torch.zeros(layers, number, dtype=torch.int64, device=self._device)
         self._replayed = torch.zeros(2, dtype=torch.int64, device=self._device)
+        self._sampled = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._dropped = torch.zeros(1, dtype=torch.int64, device=self._device)
+
+
+def _different(given: Tensor, own: Tensor, counts: Tensor) -> Tensor:
+    """[2] int64: the tokens that count whose two sets of experts differ, and all that count."""
+    same = (given[:, :, None] == own[:, None, :]).any(2).all(1)
+    return torch.stack([(~same & counts).sum(), counts.sum()])

@@ -9,7 +9,7 @@ import numpy
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.fetch_messages import FETCH_PATH, decode_answer, encode_request
 from megatron_fipo.records.rows import StoreAddress
-from megatron_fipo.records.streams import sampled_streams
+from megatron_fipo.records.streams import carried_streams
 from megatron_fipo.records.wire import WireError
 from megatron_fipo.weights.deadline import Deadline
 
@@ -39,23 +39,28 @@ class StoreReader:
     def __exit__(self, *exception: object) -> None:
         self._client.close()
 
-    def read(self, pieces: numpy.ndarray, names: Sequence[str]) -> dict[str, numpy.ndarray]:
+    def read(
+        self, pieces: numpy.ndarray, names: Sequence[str], columns: tuple[int, int] = (0, 0)
+    ) -> dict[str, numpy.ndarray]:
         """These streams of pieces of samples, [tokens of all pieces] each, one piece after the other.
 
         Args:
             pieces: [m] of PIECE.
+            columns: the bytes [start, end) of a token's value that are read of whole streams.
 
         Raises:
             RolloutError: the store does not answer in time, refuses, or answers with something else.
         """
-        streams = {name: sampled_streams()[name] for name in names}
+        streams = {name: carried_streams(columns)[name] for name in names}
         sizes = pieces["end"] - pieces["start"]
-        arrays = {name: numpy.empty(int(sizes.sum()), stream.dtype) for name, stream in streams.items()}
+        arrays = {
+            name: numpy.empty((int(sizes.sum()), *stream.trailing), stream.dtype) for name, stream in streams.items()
+        }
         offset = 0
-        for part in _parts(sizes, sum(array.itemsize for array in arrays.values())):
+        for part in _parts(sizes, sum(array[:1].nbytes for array in arrays.values())):
             tokens = int(sizes[part].sum())
             try:
-                found = decode_answer(self._ask(encode_request(pieces[part], names)), streams, tokens)
+                found = decode_answer(self._ask(encode_request(pieces[part], names, columns)), streams, tokens)
             except WireError as error:
                 raise RolloutError(f"the answer of the store at {self._url} {error}") from None
             for name, array in arrays.items():

@@ -1,7 +1,7 @@
 """What a rank holds of a step's tokens, and how its tensor-parallel peers get them one micro-batch at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -16,12 +16,17 @@ Piece = tuple[int, int, int]
 """Tokens [start, end) of a sequence, and where in the arrays they begin."""
 
 
-def streams_read(stages: Collection[str]) -> list[Stream]:
+def streams_read(stages: Collection[str], columns: tuple[int, int] = (0, 0)) -> list[Stream]:
     """The streams that come with samples and that a rank which is these pipeline stages reads, widest type first.
 
-    In this order they may follow each other in one buffer.
+    In this order they may follow each other in one buffer. Of whole streams the rank reads these columns; they are not
+    in the list if there are none.
     """
-    read = [stream for stream in streams.STREAMS if stream.source != "trainer" and stream.is_read_on(stages)]
+    read = [
+        replace(stream, columns=columns) if stream.whole else stream
+        for stream in streams.STREAMS
+        if stream.source != "trainer" and stream.is_read_on(stages) and (not stream.whole or columns[0] < columns[1])
+    ]
     return sorted(read, key=lambda stream: -numpy.dtype(stream.dtype).itemsize)
 
 
@@ -30,7 +35,7 @@ class StepTokens:
     """This rank's part of a step's tokens: none at all unless it is the one of its tensor-parallel group that reads."""
 
     arrays: Mapping[str, Tensor]
-    """[tokens of all pieces] each, by the name that a stream's arrays have on the host."""
+    """[tokens of all pieces, …] each, by the name that a stream's arrays have on the host."""
     pieces: Mapping[int, Sequence[Piece]]
     """By the sequence's place in the batch."""
     group: ProcessGroup | None
@@ -64,7 +69,7 @@ class StepTokens:
         return packed
 
     def column(self, stream: Stream, places: Sequence[int], lengths: Sequence[int], starts: Sequence[int]) -> Tensor:
-        """A stream's values of these sequences, shifted by one where it is aligned with labels, [all tokens].
+        """A stream's values of these sequences, shifted by one where it is aligned with labels, [all tokens, …].
 
         Positions that this rank has no tokens of have the stream's fill.
 
@@ -73,7 +78,7 @@ class StepTokens:
             lengths: tokens of each.
             starts: where each begins, and at last where all end.
         """
-        column = torch.full((starts[-1],), stream.fill, dtype=getattr(torch, stream.dtype))
+        column = torch.full((starts[-1], *stream.trailing), stream.fill, dtype=getattr(torch, stream.dtype))
         values, shift = self.arrays[stream.host_name], 1 if stream.align == "label" else 0
         for begin, length, place in zip(starts, lengths, places, strict=False):
             for start, end, offset in self.pieces[place]:

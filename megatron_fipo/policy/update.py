@@ -14,15 +14,10 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_fipo.algorithm.losses import LossInputs, policy_loss
@@ -40,10 +35,12 @@ from megatron_fipo.policy.model import build_model, context_length, uses_transfo
 from megatron_fipo.policy.offload import Offload
 from megatron_fipo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_fipo.policy.plan import plan_micro_batches
-from megatron_fipo.policy.precision import check_exact_values, token_multiple
+from megatron_fipo.policy.precision import token_multiple
 from megatron_fipo.policy.reference import ReferenceWeights
 from megatron_fipo.policy.rotary import check_rotary_embedding
 from megatron_fipo.policy.router_replay import Routes, Routing
+from megatron_fipo.policy.wrapping import wrap
+from megatron_fipo.records.routes import RouteFormat, route_format
 from megatron_fipo.records.rows import TrainBatch
 from megatron_fipo.records.streams import LABELS, OLD_LOG_PROBS, REFERENCE_LOG_PROBS, TOKEN_IDS
 from megatron_fipo.weights.reshard import check_before_building, load_into
@@ -84,10 +81,11 @@ class Policy:
             check_rotary_embedding(chunks, model_config, model_dir, context_length(config, model_config))
             load_into(chunks, model_dir, model_config)
         self.megatron_config = chunks[0].config
-        self.chunks = _wrap(chunks, config)
+        self.chunks = wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
-        self.routing = Routing(self.chunks, model_config.experts, platform.device())
-        self.layout = _layout(config)
+        routes = route_format(model_config.experts) if config.algorithm.router_replay == "rollout" else None
+        self.routing = Routing(self.chunks, model_config.experts, platform.device(), routes)
+        self.layout = _layout(config, routes, self.routing.columns)
         # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
         with_te = uses_transformer_engine(config.model)
         self.offsets_device = platform.device() if with_te else torch.device("cpu")
@@ -136,7 +134,7 @@ class Policy:
         found: list[list[dict[str, Tensor]]] = []
         routes: list[Routes | None] = []
         differences: Differences = []
-        replays = self.config.algorithm.router_replay == "trainer"
+        replays = self.config.algorithm.router_replay != "none"
         for place, mini_batch in enumerate(mini_batches):
             if place == 0 and without_first:
                 found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
@@ -195,7 +193,7 @@ class Policy:
             mini_batch: this rank's micro-batches.
             added: the streams that `log_probs` found of them; none if `loss` does without.
             loss: what to minimise; the configured policy loss if None.
-            routes: the experts that tokens go to; None: those of the largest scores.
+            routes: the experts that tokens go to; None: those that `log_probs` would record.
 
         Returns:
             Metrics over all ranks, the same on each.
@@ -320,7 +318,7 @@ class Policy:
         return reported[0]
 
 
-def _layout(config: Config) -> BatchLayout:
+def _layout(config: Config, routes: RouteFormat | None, columns: tuple[int, int]) -> BatchLayout:
     """How this rank's micro-batches are laid out."""
     parallel = config.parallel
     packed = parallel.packing
@@ -336,6 +334,8 @@ def _layout(config: Config) -> BatchLayout:
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel.context,
         stages=frozenset(name for name, is_here in stages.items() if is_here),
+        routes=routes,
+        columns=columns,
     )
 
 
@@ -356,38 +356,6 @@ def _packed_seq_params(micro_batch: MicroBatch, layout: BatchLayout, device: tor
         max_seqlen_q=micro_batch.longest,
         max_seqlen_kv=micro_batch.longest,
     )
-
-
-def _wrap(chunks: list[Any], config: Config) -> list[DistributedDataParallel]:
-    """Megatron-Core's precision and data-parallel wrappers; gradients are reduced in fp32."""
-    megatron = chunks[0].config
-    if megatron.bf16:
-        chunks = [Float16Module(megatron, chunk) for chunk in chunks]
-    parallel, quantized = config.parallel, config.model.fp8_parameter_gather
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        fp8_param_gather=quantized,
-        # A gradient that is not finite is found by its norm, and the update left out rather than the run ended.
-        check_for_nan_in_grad=False,
-    )
-    wrapped = [
-        DistributedDataParallel(megatron, settings, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
-    if parallel.overlap_grad_reduce:
-        # The schedule holds reductions back by these until the last micro-batch.
-        hold_back = [chunk.no_sync for chunk in wrapped]
-        megatron.no_sync_func = hold_back if len(hold_back) > 1 else hold_back[0]
-    if quantized:
-        # They cannot be broadcast, and come from the same files on every rank.
-        check_exact_values(wrapped)
-    else:
-        for chunk in wrapped:
-            chunk.broadcast_params()
-    return wrapped
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:

@@ -16,16 +16,18 @@ class FetchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Streams that are wanted of the pieces in the request's frame."""
 
     streams: list[str]
+    columns: tuple[int, int] = (0, 0)
+    """The bytes [start, end) of a token's value that are wanted of whole streams."""
 
 
-def encode_request(pieces: numpy.ndarray, names: Sequence[str]) -> bytes:
+def encode_request(pieces: numpy.ndarray, names: Sequence[str], columns: tuple[int, int] = (0, 0)) -> bytes:
     """A request's frame; `pieces` is [m] of PIECE."""
     raw = numpy.ascontiguousarray(pieces).view(numpy.uint8).reshape(len(pieces), PIECE.itemsize)
-    return encode_frame(FetchRequest(list(names)), {"pieces": raw})
+    return encode_frame(FetchRequest(list(names), columns), {"pieces": raw})
 
 
-def decode_request(frame: bytes) -> tuple[numpy.ndarray, list[str]]:
-    """Pieces and names of streams. WireError if the bytes are no request."""
+def decode_request(frame: bytes) -> tuple[numpy.ndarray, FetchRequest]:
+    """Pieces, and what is wanted of them. WireError if the bytes are no request."""
     found = decode_frame(frame)
     try:
         request = msgspec.convert(found.about, type=FetchRequest)
@@ -34,7 +36,7 @@ def decode_request(frame: bytes) -> tuple[numpy.ndarray, list[str]]:
     raw = found.arrays.get("pieces")
     if raw is None or raw.dtype != numpy.uint8 or raw.ndim != 2 or raw.shape[1] != PIECE.itemsize:
         raise WireError(f"has no pieces of {PIECE.itemsize} bytes each")
-    return raw.reshape(-1).view(PIECE), request.streams
+    return raw.reshape(-1).view(PIECE), request
 
 
 def decode_answer(frame: bytes, streams: Mapping[str, Stream], tokens: int) -> dict[str, numpy.ndarray]:
@@ -44,7 +46,8 @@ def decode_answer(frame: bytes, streams: Mapping[str, Stream], tokens: int) -> d
         raise WireError(f"has {', '.join(sorted(arrays)) or 'nothing'}; {', '.join(streams)} were asked for")
     for name, stream in streams.items():
         found = arrays[name]
-        if found.dtype != stream.dtype or found.shape != (tokens,):
+        right = (tokens, *stream.trailing)
+        if found.dtype != stream.dtype or found.shape != right:
             shown = f"{found.dtype} {list(found.shape)}"
-            raise WireError(f"has {name} as {shown}; {stream.dtype} [{tokens}] was asked for")
+            raise WireError(f"has {name} as {shown}; {stream.dtype} {list(right)} was asked for")
     return arrays

@@ -41,7 +41,7 @@ class Sample:
 
     streams: Mapping[str, numpy.ndarray]
     """What `streams.checked` returns: a value for each token after the prompt, an end-of-sequence token included. The
-    prompt is the group's."""
+    prompt is the group's. Whole streams, where a run asks for them, begin with the prompt's tokens."""
     finish_reason: str
     """stop; length when max_response_length cut it off; turns when environment.max_turns did; environment where that
     failed."""
@@ -125,8 +125,12 @@ class Partial:
         return self.versions == other.versions and _are_equal(self.streams, other.streams)
 
     def followed_by(self, streams: Mapping[str, numpy.ndarray]) -> Mapping[str, numpy.ndarray]:
-        """Its streams with those of the tokens that came next."""
-        joined = {name: numpy.concatenate([self.streams[name], values]) for name, values in streams.items()}
+        """Its streams with those of the tokens that came next, and whole ones as they came: they have all tokens."""
+        table = sampled_streams()
+        joined = {
+            name: numpy.concatenate([self.streams[name], values]) if name in table else values
+            for name, values in streams.items()
+        }
         return checked(joined, "a sample")
 
 
@@ -137,7 +141,7 @@ def _are_equal(ours: Mapping[str, numpy.ndarray], theirs: Mapping[str, numpy.nda
 def sample_from_lists(
     token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: str, weight_version: int
 ) -> Sample:
-    """A sample of plain lists; streams beside these two have their fill.
+    """A sample of plain lists; streams beside these two have their fill, and there are no whole ones.
 
     Raises:
         ValueError: the lists have different lengths.

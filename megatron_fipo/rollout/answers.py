@@ -8,8 +8,9 @@ import numpy
 
 from megatron_fipo.engines.generate_messages import PartFrame, SampleFrame
 from megatron_fipo.engines.generate_messages import VersionSpan as SpanOfServer
+from megatron_fipo.records.routes import RouteFormat
 from megatron_fipo.records.sample import Partial, Sample
-from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TOKEN_IDS, checked
 from megatron_fipo.records.versions import VersionSpan, joined, mixed, oldest
 from megatron_fipo.records.wire import Frame
 
@@ -32,6 +33,10 @@ class Asked:
     """None: not known, and not checked."""
     weight_version: int | None
     """The version in service then; None: any."""
+    prompt_tokens: int = 0
+    """Counted where routed experts are asked for."""
+    routes: RouteFormat | None = None
+    """What the experts of its tokens look like; None: they were not asked for."""
 
 
 class Answer:
@@ -72,6 +77,7 @@ class Answer:
         if about.start != sent:
             raise BadAnswer(f"{where} goes on at token {about.start}; {sent} have come")
         streams = self._streams(frame, before, where)
+        self._check_routes(streams, isinstance(about, SampleFrame), where)
         if isinstance(about, PartFrame):
             if len(streams[TOKEN_IDS]) >= asked.max_tokens:
                 raise BadAnswer(f"{where} goes on after {asked.max_tokens} tokens; no more were asked for")
@@ -106,6 +112,19 @@ class Answer:
             found = " and ".join(map(str, dict.fromkeys(versions)))
             right = f"{first} are" if first == newest else f"{first} to {newest} were"
             raise BadAnswer(f"{where} was sampled by weights {found}; {right} in service")
+
+    def _check_routes(self, streams: Mapping[str, numpy.ndarray], has_ended: bool, where: str) -> None:
+        """BadAnswer unless there are routed experts of all tokens exactly where a response ends that asked for them."""
+        routes, wanted = streams.get(ROUTED_EXPERTS), self.asked.routes if has_ended else None
+        if routes is None or wanted is None:
+            if routes is not wanted:
+                raise BadAnswer(f"{where} has {'' if wanted is None else 'no '}{ROUTED_EXPERTS} where it should not")
+            return
+        right = (self.asked.prompt_tokens + len(streams[TOKEN_IDS]), wanted.width)
+        if routes.shape != right:
+            raise BadAnswer(f"{where} has {ROUTED_EXPERTS} as {list(routes.shape)}, and should have {list(right)}")
+        if problem := wanted.problem(routes):
+            raise BadAnswer(f"{where} {problem}")
 
     def _streams(self, frame: Frame, before: Partial | None, where: str) -> Mapping[str, numpy.ndarray]:
         """The response's streams with those of the frame."""

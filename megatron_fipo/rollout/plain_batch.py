@@ -6,7 +6,7 @@ import numpy
 from numpy.typing import ArrayLike
 
 from megatron_fipo.records.rows import TrainBatch, rows_of, told_stretches
-from megatron_fipo.records.streams import TOKEN_IDS, sampled_streams
+from megatron_fipo.records.streams import TOKEN_IDS, carried_streams, sampled_streams
 from megatron_fipo.rollout.store import SampleStore
 
 Made = tuple[TrainBatch, SampleStore]
@@ -24,7 +24,8 @@ def plain_batch(
     """A batch of step 0.
 
     Args:
-        streams: by the table of records/streams.py, those that samples come with: n × [prompt + response] each.
+        streams: by the table of records/streams.py, those that samples come with: n × [prompt + response, …] each;
+            whole ones may be left out.
         weight_lag: 0 if none is given.
         mini_batch_sizes: sequences of each update; all in one if none are given.
         told: row, start and end of each stretch that the policy did not produce.
@@ -32,10 +33,15 @@ def plain_batch(
     count, store = len(prompt_lengths), SampleStore()
     whole = {
         name: [numpy.asarray(values, stream.dtype) for values in streams[name]]
-        for name, stream in sampled_streams().items()
+        for name, stream in carried_streams().items()
+        if not stream.whole or name in streams
     }
+    table = sampled_streams()
     samples = [
-        store.put(whole[TOKEN_IDS][place][:prompt], {name: values[place][prompt:] for name, values in whole.items()})
+        store.put(
+            whole[TOKEN_IDS][place][:prompt],
+            {name: values[place][prompt if name in table else 0 :] for name, values in whole.items()},
+        )
         for place, prompt in enumerate(prompt_lengths)
     ]
     tokens = [len(values) for values in whole[TOKEN_IDS]]

@@ -63,7 +63,13 @@ class Requests:
         """
         sampling, config = work.sampling, self._pool.config
         asked = Asked(
-            len(missing), sampling.max_tokens, sampling.stop_token_ids, self._vocab_size, self._pool.weight_version
+            samples=len(missing),
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            vocab_size=self._vocab_size,
+            weight_version=self._pool.weight_version,
+            prompt_tokens=len(work.problem.token_ids),
+            routes=sampling.routes,
         )
         begun = {place: work.begun[index] for place, index in enumerate(missing) if index in work.begun}
         answer = Answer(asked, begun, lambda: self._pool.weight_version)

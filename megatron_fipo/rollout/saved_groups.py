@@ -1,4 +1,4 @@
-"""Groups in a checkpoint, whole or not: a row of JSON for each, and what is as long as their tokens in four arrays.
+"""Groups in a checkpoint, whole or not: a row of JSON for each, and what is as long as their tokens in some arrays.
 
 JSON takes 67 bytes a token, and a step of large groups has millions of them to carry over.
 """
@@ -16,7 +16,7 @@ from megatron_fipo.errors import DataError, one_line
 from megatron_fipo.records.problem import Problem, prompt_ids
 from megatron_fipo.records.sample import Group, Partial, RewardResult, Sample
 from megatron_fipo.records.segments import segments_around
-from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, TOKEN_IDS, checked, sampled_streams
+from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TOKEN_IDS, checked, sampled_streams
 from megatron_fipo.records.versions import VersionSpan
 from megatron_fipo.rewards.rules import LARGEST_REWARD
 
@@ -24,12 +24,16 @@ Arrays = dict[str, numpy.ndarray]
 _PROMPTS, _TEXT = "prompt_token_ids", "response_text"
 _STREAM_NAMES = {ROLLOUT_LOG_PROBS: "response_log_probs"}
 """Streams that checkpoints have had under another name than response_ and theirs from the start."""
+_ROUTES = f"response_{ROUTED_EXPERTS}"
 _STORED_TYPES = {"int32": "I32", "float32": "F32", "uint8": "U8"}
 """safetensors' names of the types."""
 
 
 def types() -> dict[str, str]:
-    """The arrays, all of one dimension, with their types. Text is UTF-8; streams follow the table."""
+    """The arrays that are always there, of one dimension, with their types. Text is UTF-8; streams follow the table.
+
+    Routed experts are in one more, _ROUTES, if any response has them.
+    """
     streams = {_stored(name): stream.dtype for name, stream in sampled_streams().items()}
     return {_PROMPTS: "int32", **streams, _TEXT: "uint8"}
 
@@ -77,6 +81,8 @@ class ResponseRow(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     """Start and end of each stretch that the policy did not produce; none in checkpoints from before there were."""
     spans: list[Annotated[list[_Count], Meta(min_length=3, max_length=3)]] = []
     """Version, start and end of each stretch, where several versions of the weights sampled it."""
+    routed_bytes: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    """Bytes of routed experts of each token, the prompt's included; 0: it has none."""
 
     @property
     def is_whole(self) -> bool:
@@ -120,20 +126,25 @@ def pack(groups: Sequence[Saved]) -> tuple[list[GroupRow], Arrays]:
     arrays = {_PROMPTS: _flat("int32", [group.problem.token_ids for group in groups])}
     for name, stream in sampled_streams().items():
         arrays[_stored(name)] = _flat(stream.dtype, [sample.streams[name] for sample in samples])
+    if routed := [sample.streams[ROUTED_EXPERTS] for sample in samples if ROUTED_EXPERTS in sample.streams]:
+        arrays[_ROUTES] = _flat("uint8", [values.reshape(-1) for values in routed])
     return rows, arrays | {_TEXT: numpy.frombuffer(b"".join(texts), numpy.uint8)}
 
 
 def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Saved]:
     """Inverse of `pack` for arrays that `read` gave. DataError, naming `path`, where text is not UTF-8."""
-    places = dict.fromkeys(types(), 0)
+    places = dict.fromkeys([*types(), _ROUTES], 0)
 
     def take(name: str, count: int) -> numpy.ndarray:
         start = places[name]
         places[name] = start + count
         return arrays[name][start : start + count]
 
-    def sample_of(saved: ResponseRow) -> Sample | Partial:
+    def sample_of(saved: ResponseRow, prompt: int) -> Sample | Partial:
         streams = {name: take(_stored(name), saved.tokens) for name in sampled_streams()}
+        if width := saved.routed_bytes:
+            tokens = prompt + saved.tokens
+            streams[ROUTED_EXPERTS] = take(_ROUTES, tokens * width).reshape(tokens, width)
         spans = tuple(VersionSpan(*span) for span in saved.spans)
         if saved.finish_reason == BEGUN:
             return Partial(checked(streams, "a sample"), saved.weight_version, spans)
@@ -160,7 +171,7 @@ def unpack(rows: Sequence[GroupRow], arrays: Arrays, path: Path) -> list[Saved]:
         saved = row.problem
         token_ids = prompt_ids(take(_PROMPTS, saved.tokens))
         problem = Problem(saved.id, saved.text, token_ids, saved.ground_truth, saved.data_source, saved.extra)
-        groups.append(Saved(problem, [sample_of(response) for response in row.responses]))
+        groups.append(Saved(problem, [sample_of(response, saved.tokens) for response in row.responses]))
     return groups
 
 
@@ -181,11 +192,12 @@ def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            if names != types().keys():
+            expected = types() | ({_ROUTES: "uint8"} if lengths[_ROUTES] else {})
+            if names != expected.keys():
                 raise DataError(
-                    f"{path} has the tensors {', '.join(sorted(names))}, and should have {', '.join(types())}"
+                    f"{path} has the tensors {', '.join(sorted(names))}, and should have {', '.join(expected)}"
                 )
-            for name, dtype in types().items():
+            for name, dtype in expected.items():
                 kind = _STORED_TYPES[dtype]
                 stored = file.get_slice(name)
                 found = (stored.get_dtype(), list(stored.get_shape()))
@@ -194,7 +206,7 @@ def read(path: Path, rows: Sequence[GroupRow], described_by: Path) -> Arrays:
                         f"{path}: {name} is {found[0]} of shape {found[1]}, and should be {kind} of shape "
                         f"{[lengths[name]]} by {described_by.name}"
                     )
-            return {name: file.get_tensor(name) for name in types()}
+            return {name: file.get_tensor(name) for name in expected}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
@@ -259,6 +271,7 @@ def _response(problem: Problem, sample: Sample | Partial, text_bytes: int) -> Re
         extra=result.extra,
         told=[[segment.start, segment.end] for segment in whole.told] if whole is not None else [],
         spans=[[span.version, span.start, span.end] for span in sample.spans],
+        routed_bytes=sample.streams[ROUTED_EXPERTS].shape[1] if ROUTED_EXPERTS in sample.streams else 0,
     )
 
 
@@ -273,4 +286,7 @@ def _lengths(rows: Sequence[GroupRow]) -> dict[str, int]:
     lengths = dict.fromkeys(types(), sum(response.tokens for response in responses))
     lengths[_PROMPTS] = sum(row.problem.tokens for row in rows)
     lengths[_TEXT] = sum(response.text_bytes for response in responses)
+    lengths[_ROUTES] = sum(
+        response.routed_bytes * (row.problem.tokens + response.tokens) for row in rows for response in row.responses
+    )
     return lengths

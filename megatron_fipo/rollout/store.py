@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from megatron_fipo.records.streams import TOKEN_IDS, Stream, sampled_streams
+from megatron_fipo.records.streams import TOKEN_IDS, Stream, carried_streams
 
 
 class NotHere(LookupError):
@@ -44,23 +44,27 @@ class SampleStore:
         for number in numbers:
             self._held.pop(number, None)
 
-    def read(self, pieces: numpy.ndarray, names: Sequence[str]) -> dict[str, numpy.ndarray]:
+    def read(
+        self, pieces: numpy.ndarray, names: Sequence[str], columns: tuple[int, int] = (0, 0)
+    ) -> dict[str, numpy.ndarray]:
         """These streams of pieces of samples, [tokens of all pieces] each, one piece after the other.
 
-        A prompt's tokens have the stream's fill, but for their ids.
+        A prompt's tokens have the stream's fill, but for their ids and for whole streams. A sample that came without a
+        whole stream has its fill at all tokens.
 
         Args:
             pieces: [m] of PIECE.
+            columns: the bytes [start, end) of a token's value that are wanted of whole streams.
 
         Raises:
-            NotHere: a sample, a stream, or tokens of a sample are not here.
+            NotHere: a sample, a stream, or tokens or columns of a sample are not here.
         """
-        table = sampled_streams()
+        table = carried_streams(columns)
         if unknown := [name for name in names if name not in table]:
             raise NotHere(f"samples have no {unknown[0]}; they have {', '.join(table)}")
         listed = [(self._sample(number, start, end), start, end) for number, start, end in pieces.tolist()]
         total = sum(end - start for _, start, end in listed)
-        arrays = {name: numpy.empty(total, table[name].dtype) for name in names}
+        arrays = {name: numpy.empty((total, *table[name].trailing), table[name].dtype) for name in names}
         for name, out in arrays.items():
             offset = 0
             for held, start, end in listed:
@@ -78,10 +82,24 @@ class SampleStore:
 
 
 def _copy(held: _Held, stream: Stream, start: int, end: int, out: numpy.ndarray) -> None:
-    """Tokens [start, end) of prompt and response to `out`, [end − start]."""
+    """Tokens [start, end) of prompt and response to `out`, [end − start, …]."""
+    if stream.whole:
+        _copy_whole(held, stream, start, end, out)
+        return
     prompt = len(held.prompt)
     of_prompt = max(0, min(end, prompt) - start)
     if of_prompt:
         out[:of_prompt] = held.prompt[start : start + of_prompt] if stream.name == TOKEN_IDS else stream.fill
     if end > prompt:
         out[of_prompt:] = held.streams[stream.name][max(0, start - prompt) : end - prompt]
+
+
+def _copy_whole(held: _Held, stream: Stream, start: int, end: int, out: numpy.ndarray) -> None:
+    """The columns of a whole stream's tokens [start, end) to `out`, [end − start, columns]; its fill without any."""
+    if (values := held.streams.get(stream.name)) is None:
+        out[:] = stream.fill
+        return
+    first, last = stream.columns
+    if not 0 <= first <= last <= values.shape[1]:
+        raise NotHere(f"{stream.name} has {values.shape[1]} bytes a token, and {first} to {last} were asked for")
+    out[:] = values[start:end, first:last]

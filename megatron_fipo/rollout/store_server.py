@@ -85,8 +85,8 @@ class _Route:
             return
         async with self._turns:
             try:
-                pieces, names = decode_request(body)
-                answer = encode_frame({}, self._store.read(pieces, names))
+                pieces, request = decode_request(body)
+                answer = encode_frame({}, self._store.read(pieces, request.streams, request.columns))
             except WireError as error:
                 await say(send, 400, f"the request {error}")
             except NotHere as error:

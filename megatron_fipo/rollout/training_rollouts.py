@@ -1,6 +1,7 @@
 """A training run's rollouts, complete: problems, servers and verifiers, and the collector of its batches."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_fipo.config import Config
@@ -11,7 +12,9 @@ from megatron_fipo.data.problems import load_problems
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.errors import DataError, RolloutError
+from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.routes import route_format
 from megatron_fipo.records.sample import Group, Partial
 from megatron_fipo.rollout.admission import admission_of
 from megatron_fipo.rollout.collector import Batch, CollectorState, RolloutCollector, Sampler
@@ -46,7 +49,18 @@ class TrainingRollouts(JudgedRollouts):
                 listener.warn(warning)
             held_out = validation.problems
         context, samples = config.model.max_position_embeddings, config.algorithm.samples_per_prompt
-        pool = EnginePool(config.rollout, model_dir, run_dir, config.run.seed, context, listener.warn, run=loop.run)
+        replays = config.algorithm.router_replay == "rollout"
+        self._routes = route_format(read_architecture(model_dir).experts) if replays else None
+        pool = EnginePool(
+            config.rollout,
+            model_dir,
+            run_dir,
+            config.run.seed,
+            context,
+            listener.warn,
+            returns_routes=replays,
+            run=loop.run,
+        )
         fewest = min(samples, validation_samples(config)) if validates else samples
         overlaps = config.rollout.max_off_policy_steps > 0
         # A phase belongs to a step, and what goes on beside steps has none.
@@ -180,6 +194,7 @@ class TrainingRollouts(JudgedRollouts):
         """What the collector asks for."""
         rollout = self.config.rollout
         sampling = self.sampling_of(rollout.temperature, rollout.top_p, rollout.top_k)
+        sampling = replace(sampling, routes=self._routes)
         return Work(problem, self.config.algorithm.samples_per_prompt, sampling, seed)
 
     async def _judged(self, work: Work) -> Group:

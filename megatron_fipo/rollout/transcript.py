@@ -19,6 +19,8 @@ class Transcript:
         self.turns = 0
         """Actions so far."""
         self._parts: dict[str, list[numpy.ndarray]] = {name: [] for name in sampled_streams()}
+        self._whole: dict[str, numpy.ndarray] = {}
+        """Whole streams of the last action: its prompt is all that was said before."""
         self._told: list[tuple[int, int]] = []
         self._versions: list[VersionSpan] = []
         self._length = 0
@@ -41,8 +43,9 @@ class Transcript:
 
     def act(self, action: Sample) -> None:
         """Add what the policy produced."""
-        for name, values in action.streams.items():
-            self._parts[name].append(values)
+        self._whole = {name: values for name, values in action.streams.items() if name not in self._parts}
+        for name, parts in self._parts.items():
+            parts.append(action.streams[name])
         self._versions += [span.moved(self._length) for span in action.versions]
         self._length += len(action)
         self.turns += 1
@@ -62,7 +65,7 @@ class Transcript:
             for name, stream in sampled_streams().items()
         }
         return Sample(
-            checked(streams, "a sample"),
+            checked({**streams, **self._whole}, "a sample"),
             finish_reason,
             oldest(self._versions) if self._versions else 0,
             result=result,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_fipo.engines.generate_messages import GenerateRequest
 from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.problem import Problem
+from megatron_fipo.records.routes import RouteFormat
 from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.records.streams import TOKEN_IDS
 
@@ -40,6 +41,8 @@ class Sampling:
     top_k: int
     max_tokens: int
     stop_token_ids: list[int]
+    routes: RouteFormat | None = None
+    """What the experts of tokens look like, which come with each sample; None: they do not."""
 
 
 class Work:
@@ -106,6 +109,7 @@ class Work:
             max_tokens=chosen.max_tokens,
             stop_token_ids=chosen.stop_token_ids,
             cache_salt=cache_salt,
+            routes=chosen.routes,
         )
 
     def _seed(self, index: int, begun: int) -> int:

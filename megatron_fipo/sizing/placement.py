@@ -8,6 +8,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.servers import servers_on_every_node, servers_per_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
+from megatron_fipo.records.routes import route_format
 from megatron_fipo.sizing.memory import GIB, StageMemory, layers_of_stage, longest_sequence, server_weights
 from megatron_fipo.sizing.timing import model_bytes, rollout_servers, step_time
 
@@ -98,7 +99,9 @@ def turns_s(config: Config, model_config: ModelConfig, stages: list[StageMemory]
 def routes_bytes(config: Config, model_config: ModelConfig, data_parallel_size: int) -> int:
     """Return the host memory of a node for the choices of routers that updates replay; 0 without replay.
 
-    Each rank has those of its tokens and layers, 2 bytes each, if all responses are as long as they may be.
+    Each rank has those of its tokens and layers, 2 bytes each, if all responses are as long as they may be. Where they
+    come from the engine, the readers of each replica have what came, and the rollout process, which is on the first
+    node, has all of the steps that are under way.
     """
     algorithm, parallel, experts = config.algorithm, config.parallel, model_config.experts
     if algorithm.router_replay == "none" or experts is None:
@@ -110,7 +113,13 @@ def routes_bytes(config: Config, model_config: ModelConfig, data_parallel_size: 
         for stage in range(parallel.pipeline)
     )
     on_node = min(config.cluster.gpus_per_node, ranks * parallel.pipeline)
-    return on_node * math.ceil(tokens / ranks) * layers * experts.per_token * 2
+    recorded = on_node * math.ceil(tokens / ranks) * layers * experts.per_token * 2
+    routes = route_format(experts)
+    if algorithm.router_replay != "rollout" or routes is None:
+        return recorded
+    readers = math.ceil(on_node / parallel.tensor)
+    read = readers * math.ceil(tokens / (data_parallel_size * parallel.context)) * layers * routes.layer_bytes
+    return recorded + read + (1 + config.rollout.max_off_policy_steps) * tokens * routes.width
 
 
 def check_host_memory(config: Config, needed: int, routes: int, stages: list[StageMemory]) -> None:
@@ -119,10 +128,10 @@ def check_host_memory(config: Config, needed: int, routes: int, stages: list[Sta
     if limit is not None and needed <= limit * GIB < needed + routes:
         raise ConfigError(
             "algorithm.router_replay",
-            f"a node's host has to hold {routes / GIB:.0f} GiB of recorded choices of routers"
+            f"a node's host has to hold {routes / GIB:.0f} GiB of choices of routers"
             + (f" and {needed / GIB:.0f} GiB of what leaves its GPUs in turns" if needed else "")
             + f", and has {limit:g}",
-            "algorithm.router_replay=none, more nodes, or the right hardware.host_memory_gib",
+            "algorithm.router_replay=none, fewer samples in a step, more nodes, or the right hardware.host_memory_gib",
         )
     if limit is not None and needed > limit * GIB:
         state = config.cluster.gpus_per_node * max(stage.host for stage in stages)

@@ -147,9 +147,9 @@ PANELS = (
         (Curve("router_load", "mean over layers"), Curve("router_load_max", "worst layer", dash="dash")),
     ),
     Panel(
-        "Routers that would choose otherwise than replayed",
+        "Routers that would choose otherwise",
         "share of tokens and layers",
-        (Curve("router_changed", "changed"),),
+        (Curve("router_changed", "than replayed"), Curve("router_mismatch", "than the engine", dash="dash")),
         percent=True,
     ),
     Panel(

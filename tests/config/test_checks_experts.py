@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import checks_experts
 from megatron_fipo.config.checks import check
-from megatron_fipo.config.checks_experts import check_dispatcher, check_servers_experts
+from megatron_fipo.config.checks_experts import (
+    check_dispatcher,
+    check_experts_of_model,
+    check_servers_experts,
+    check_servers_routes,
+)
 from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.engines.server_options import server_arguments
@@ -34,6 +40,9 @@ def test_replay_needs_several_updates_per_step() -> None:
     )
     assert any(text.startswith("algorithm.router_replay: trainer changes nothing with one update") for text in one)
     assert not any("router_replay" in text for text in several)
+    replayed[1] = "algorithm.router_replay=rollout"  # the first update replays the engine's
+    one = check(load_config([*replayed, "algorithm.mini_batch_prompts=16"]), world_size=2, local=False)
+    assert not any("router_replay" in text for text in one)
 
 
 def test_a_dense_model_has_no_experts_to_deal() -> None:
@@ -41,6 +50,13 @@ def test_a_dense_model_has_no_experts_to_deal() -> None:
     check_servers_experts(config, TINY_MOE, has_cuda=True)
     with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: the model has no experts"):
         check_servers_experts(config, read_architecture(resolve_embedded("embedded:tiny")), has_cuda=True)
+
+
+def test_a_dense_model_has_no_routers_to_freeze() -> None:
+    config = load_config([*DEALT[:1], "optimizer.freeze_routers=true", "parallel.expert=1"])
+    check_experts_of_model(config, TINY_MOE)
+    with pytest.raises(ConfigError, match=r"^optimizer.freeze_routers: the model has no experts"):
+        check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny")))
 
 
 def test_cpu_servers_do_not_deal_experts() -> None:
@@ -87,3 +103,29 @@ def test_servers_are_told() -> None:
     for overrides, dealt in ((DEALT, True), (DEALT[:1], False)):
         rollout = load_config([*overrides, "rollout.tensor_parallel=2"]).rollout
         assert (option in server_arguments(rollout, Path("model"), seed=0)) == dealt
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "problem"), [(False, "has no CUDA driver: vLLM's CPU engine"), (True, "has no Triton")]
+)
+def test_the_engines_choices_need_cuda_and_triton(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool, problem: str
+) -> None:
+    """Without them a server would start, sample for a while, and only then refuse."""
+    monkeypatch.setattr(checks_experts, "find_spec", lambda name: None)
+    config = load_config([*DEALT[:1], "algorithm.router_replay=rollout"])
+    with pytest.raises(ConfigError, match=rf"^algorithm.router_replay: is rollout, .*this machine {problem}"):
+        check_servers_routes(config, has_cuda)
+    check_servers_routes(load_config([*DEALT[:1], "algorithm.router_replay=trainer"]), has_cuda)
+    config.rollout.servers, config.rollout.addresses = 0, ["http://elsewhere:8000"]
+    check_servers_routes(config, has_cuda)
+    monkeypatch.setattr(checks_experts, "find_spec", lambda name: name)
+    config.rollout.servers = 1
+    check_servers_routes(config, has_cuda=True)
+
+
+def test_servers_are_told_to_return_their_choices() -> None:
+    rollout = load_config(DEALT[:1]).rollout
+    for returns in (True, False):
+        options = server_arguments(rollout, Path("model"), seed=0, returns_routes=returns)
+        assert ("--enable-return-routed-experts" in options) == returns

@@ -7,15 +7,20 @@ Not covered: several nodes.
 import asyncio
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from megatron_fipo.engines.control import EngineControl
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.models.model_config import read_architecture
+from megatron_fipo.records.routes import route_format
+from megatron_fipo.records.streams import ROUTED_EXPERTS
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.weights.deadline import Deadline
 from tests.end_to_end import runs
-from tests.rollout.engines import generate, problems, rollout_config, sampling, save_tiny_model
+from tests.policy.plain_routers import routed_experts
+from tests.rollout.engines import CACHED_PROMPT, generate, problems, rollout_config, sampling, save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("vllm_on_gpu")]
 
@@ -87,6 +92,41 @@ def test_a_run_in_turns_on_two_gpus_with_weights_over_cuda_ipc(layout: str, serv
     rows = runs.rows(tmp_path)
     assert all(row["weights_checked"] > 20 and row["log_prob_diff_mean"] < 0.1 for row in rows)
     assert all(row["probe_diff_max"] < 0.3 for row in rows)
+
+
+@pytest.mark.usefixtures("triton")
+def test_an_engines_choices_of_experts_are_those_of_transformers(tmp_path: Path) -> None:
+    """Of prompts, from the cache the second time, and of responses in parts. The control is the token after each."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    model = save_tiny_model(tmp_path / "model", seed=0, kind="Qwen3Moe", **sizes)
+    form = route_format(read_architecture(tmp_path / "model").experts)
+    assert form is not None
+    config = rollout_config(gpu_memory_utilization=SHARE, stream_tokens=4)
+    with EnginePool(config, tmp_path / "model", tmp_path / "run", seed=0, returns_routes=True) as pool:
+        pool.start()
+        pool.wait_ready()
+        with EngineGenerator(pool) as client:
+            asked = problems(2, length=CACHED_PROMPT), 3, sampling(routes=form)
+            groups = [*generate(client, *asked, [1, 2]), *generate(client, *asked, [3, 4])]
+    for group in groups:
+        for sample in group.samples:
+            ids = torch.from_numpy(numpy.concatenate([group.problem.token_ids, sample.token_ids])).long()
+            expected = form.unpacked(routed_experts(model, [ids]).numpy())[:-1]
+            found = form.unpacked(sample.streams[ROUTED_EXPERTS])[:-1]
+            same = (numpy.sort(found) == numpy.sort(expected)).all(-1)
+            assert same.mean() > 0.98, "fp32 twice, in other orders"
+            assert (numpy.sort(found[1:]) == numpy.sort(expected[:-1])).all(-1).mean() < 0.5
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_run_replays_its_engines_choices(tmp_path: Path) -> None:
+    layout = ("parallel=single", "parallel.expert=1", "model.layers=local", "rollout=shared_gpu")
+    settings = ("algorithm.router_replay=rollout", f"rollout.gpu_memory_utilization={SHARE}", "checkpoint.every=1")
+    precision = ("model.dtype=bfloat16", "rollout.dtype=bfloat16")
+    runs.run(tmp_path, "experiment=tiny_moe", *runs.SMALL, *layout, *settings, *precision, timeout_s=600)
+    for row in runs.rows(tmp_path):
+        assert row["ppo_kl_first"] == 0 and row["log_prob_diff_mean"] < 0.1
+        assert 0 <= row["router_mismatch"] < 0.2, "bf16 twice; other tokens' choices would be most of them"
 
 
 @pytest.mark.usefixtures("two_gpus")

@@ -451,3 +451,22 @@ def test_what_transformers_4_wrote_is_listed() -> None:
 def test_published_models_are_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
     """The contents of these models' own config.json, written by transformers 4."""
     assert judge(tmp_path, config) is None
+
+
+@pytest.mark.parametrize("base", ["qwen3_moe", "another"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("topk_method", "noaux_tc"),
+        ("use_routing_bias", True),
+        ("use_expert_bias", True),
+        ("moe_router_enable_expert_bias", True),
+    ],
+)
+def test_routers_with_a_bias_of_their_own_are_refused_by_name(tmp_path: Path, base: str, key: str, value: Any) -> None:
+    """In a family that is there, and in one that is not: the reason is told, not that some key is unknown."""
+    other = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"} if base == "another" else {}
+    refusal = judge(tmp_path, MODELS["qwen3_moe"] | other | {key: value})
+    assert f"{key} = {json.dumps(value)}: a bias chooses this model's experts" in str(refusal)
+    off = None if isinstance(value, str) else False
+    assert "a bias" not in str(judge(tmp_path, MODELS["qwen3_moe"] | other | {key: off}))

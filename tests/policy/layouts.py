@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from megatron_fipo.config import (
     RolloutConfig,
 )
 from megatron_fipo.policy import platform
-from megatron_fipo.policy.micro_batch import MicroBatch
+from megatron_fipo.policy.micro_batch import MicroBatch, MiniBatch, TrainerStreams
+from megatron_fipo.records.routes import UNKNOWN_BYTE
 from megatron_fipo.rollout.plain_batch import Made, plain_batch
 
 platform.install()
@@ -53,6 +54,29 @@ ALGORITHMS = {
 REFERENCE_SCALE = 0.8
 """The reference policy's log-probs are the old ones times this: the model's own would have no divergence."""
 
+ROLLOUT_REPLAYS = {
+    "rollout": "whole",
+    "rollout first": "whole",
+    "rollout partly": "partly",
+    "rollout shifted": "shifted",
+    "rollout without": None,
+}
+"""What samples say of the engine's choices. Routers would choose the smallest scores but where some are not known; in
+rollout first the update has no pass before it."""
+
+_SPLIT, _STAGES = {"tensor": 2, "sequence": True, "expert": 2, "data": 2}, {"pipeline": 2, "expert": 2, "data": 2}
+FROM_ENGINE: list[dict[str, Any]] = [
+    {"expert": 2, "data": 4, "replay": "rollout"},
+    {**_SPLIT, "replay": "rollout first"},
+    {**_STAGES, "replay": "rollout"},
+    {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "rollout first"},
+    {**_STAGES, "packing": True, "virtual_pipeline": 2, "model": {"recompute": "full"}, "replay": "rollout first"},
+    {**_SPLIT, "packing": True, "replay": "rollout partly"},
+    {"expert": 2, "data": 4, "replay": "rollout without", "sabotage": "own choice"},
+    {"packing": True, "expert": 2, "data": 4, "replay": "rollout shifted", "sabotage": "the token before"},
+]
+"""Layouts in which samples come with transformers' choices of experts."""
+
 # A large eps: the first step of Adam is the gradient's sign otherwise, and so is the rounding of a zero gradient.
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip_grad=1.0, eps=1e-2)
 UNCLIPPED = dataclasses.replace(OPTIMIZER, clip_grad=0.0)
@@ -68,7 +92,8 @@ def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm:
     )
 
 
-def read_batch(path: str) -> Made:
+def read_batch(path: str, routes: str | None = None) -> Made:
+    """The batch of a file, with the routed experts that it has where `routes` says how: see `_routes`."""
     data = load_file(path)
     lengths, prompts = data["lengths"].tolist(), data["prompts"].tolist()
     responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
@@ -77,11 +102,19 @@ def read_batch(path: str) -> Made:
         streams={
             "token_ids": data["tokens"].split(lengths),
             "rollout_log_probs": [torch.nn.functional.pad(values, (prompt, 0)) for prompt, values in pairs],
+            **({"routed_experts": _routes(data["routed_experts"], routes).split(lengths)} if routes else {}),
         },
         prompt_lengths=prompts,
         advantages=data["advantages"].tolist(),
         told=data["told"].tolist(),
     )
+
+
+def _routes(engines: torch.Tensor, how: str) -> torch.Tensor:
+    """Routed experts as the engine's (whole), of all tokens but every third, or of the token before each."""
+    if how == "partly":
+        return engines.index_fill(0, torch.arange(0, len(engines), 3), UNKNOWN_BYTE)
+    return engines.roll(1, 0) if how == "shifted" else engines
 
 
 def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +131,8 @@ def one_update(model_dir: str, batch: str, folder: str, layouts: list[dict[str, 
         compare, replay = settings.pop("compare", algorithm), settings.pop("replay", None)
         config = make_config(settings, OPTIMIZER if compare == "updated" else UNCLIPPED, algorithm, **section)
         if replay:
-            config.algorithm = dataclasses.replace(config.algorithm, router_replay="trainer")
+            source = "rollout" if replay.startswith("rollout") else "trainer"
+            config.algorithm = dataclasses.replace(config.algorithm, router_replay=source)
         start_model_parallel(config.parallel, 0)
         results.append(_run(config, model_dir, batch, f"{folder}/{compare}.safetensors", sabotage, replay))
         parallel_state.destroy_model_parallel()
@@ -132,15 +166,20 @@ def _run(
                 module.window = None
             elif isinstance(module, RMSNorm):
                 module.zero_centered = False
-    data, store = read_batch(batch)
+    from_engine = replay is not None and replay.startswith("rollout")
+    how = ROLLOUT_REPLAYS[replay] if replay is not None and from_engine else None
+    if from_engine and how != "partly":
+        disturb_choices(policy)
+    data, store = read_batch(batch, how)
     if sabotage == "told":
         data = dataclasses.replace(data, told=data.told[:0])
     (mini_batch,) = made_alike(policy, data, store)
     known = policy.log_probs([mini_batch])
     (found_streams,), (routes,) = known.streams, known.routes
-    if replay not in (None, "undisturbed"):
+    log_probs = _log_prob_error(known.streams[0], mini_batch, batch)
+    if replay not in (None, "undisturbed") and not from_engine:
         disturb_choices(policy)
-    if replay == "own choice":
+    if replay in ("own choice", "rollout first"):
         routes = None
     if replay == "newest":
         take_newest_choices(policy)
@@ -168,8 +207,30 @@ def _run(
         "routers": policy.routing.statistics.metrics(),
         "worst": max(errors.values()),
         "where": max(errors, key=errors.__getitem__),
+        "log_probs": log_probs,
         "whole": _relative_error(list(found.values()), [expected[name] for name in found]),
     }
+
+
+def _log_prob_error(found: TrainerStreams, mini_batch: MiniBatch, batch: str) -> float:
+    """The largest difference of a response's log-prob from the reference model's; 0 but on the last stage."""
+    data, worst = load_file(batch), 0.0
+    lengths, prompts = data["lengths"].tolist(), data["prompts"].tolist()
+    responses = [length - prompt for length, prompt in zip(lengths, prompts, strict=True)]
+    expected = data["log_probs"].split(responses)
+    for streams, micro_batch in zip(found, mini_batch, strict=False):
+        parts = [_by_sequence(micro_batch, each) for each in (micro_batch.position_ids, streams["old_log_probs"])]
+        for place, positions, log_probs in zip(micro_batch.places, *parts, strict=False):
+            label = positions + 1 - prompts[place]
+            is_response = (label >= 0) & (label < responses[place])
+            errors = log_probs[is_response] - expected[place][label[is_response]]
+            worst = max([worst, *errors.abs().tolist()])
+    return worst
+
+
+def _by_sequence(micro_batch: MicroBatch, values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The values of each sequence of a micro-batch, padding included."""
+    return values.unbind() if micro_batch.local_lengths is None else values[0].split(micro_batch.local_lengths.tolist())
 
 
 @contextlib.contextmanager

@@ -1,19 +1,22 @@
-"""The load of experts by transformers' own routers."""
+"""The choices of transformers' own routers, and the load of experts by them."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatron_fipo.records.routes import RouteFormat
 
 
 @torch.no_grad()
 def router_load(model: Any, tokens: list[torch.Tensor], prompts: list[int]) -> dict[str, float]:
     """What RouterStatistics says of the tokens that predict a response."""
-    chosen: list[list[torch.Tensor]] = []
-    for ids, prompt in zip(tokens, prompts, strict=True):
-        scores = model(ids[None, :-1], output_router_logits=True).router_logits
-        top = [layer.topk(model.config.num_experts_per_tok).indices for layer in scores]
-        chosen.append([layer.view(len(ids) - 1, -1)[prompt - 1 :].flatten() for layer in top])
-    loads = [torch.cat(layer).bincount(minlength=scores[0].shape[-1]).double() for layer in zip(*chosen, strict=True)]
+    chosen = [
+        [layer[prompt - 1 :].flatten() for layer in _choices(model, ids)]
+        for ids, prompt in zip(tokens, prompts, strict=True)
+    ]
+    number = route_format_of(model).number
+    loads = [torch.cat(layer).bincount(minlength=number).double() for layer in zip(*chosen, strict=True)]
     fullest = [load.max() / load.mean() for load in loads]
     entropies = [torch.distributions.Categorical(load).entropy() for load in loads]
     return {
@@ -22,3 +25,26 @@ def router_load(model: Any, tokens: list[torch.Tensor], prompts: list[int]) -> d
         "router_entropy": float(sum(entropies) / len(entropies)),
         "router_entropy_min": float(min(entropies)),
     }
+
+
+@torch.no_grad()
+def routed_experts(model: Any, tokens: list[Tensor]) -> Tensor:
+    """What an engine would send of these sequences, one after the other: [all tokens, bytes] uint8."""
+    engines = [torch.stack(_choices(model, ids), dim=1).numpy() for ids in tokens]
+    pairs = zip(engines, tokens, strict=True)
+    return torch.cat([torch.from_numpy(route_format_of(model).packed(found, len(ids))) for found, ids in pairs])
+
+
+def route_format_of(model: Any) -> RouteFormat:
+    """Of a model with experts in every layer that gives router logits."""
+    config = model.config
+    number = getattr(config, "num_experts", None) or config.num_local_experts
+    dense = getattr(config, "mlp_only_layers", None) or []
+    layers = tuple(layer for layer in range(config.num_hidden_layers) if layer not in dense)
+    return RouteFormat(layers, config.num_experts_per_tok, number)
+
+
+def _choices(model: Any, ids: Tensor) -> list[Tensor]:
+    """For each layer with experts, those of all tokens but the last, [tokens − 1, experts of a token]."""
+    scores = model(ids[None, :-1], output_router_logits=True).router_logits
+    return [layer.topk(model.config.num_experts_per_tok).indices.view(len(ids) - 1, -1) for layer in scores]

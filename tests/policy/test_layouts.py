@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
-from tests.policy.layouts import ALGORITHMS, OPTIMIZER, REFERENCE_SCALE
-from tests.policy.plain_routers import router_load
+from tests.policy.layouts import ALGORITHMS, FROM_ENGINE, OPTIMIZER, REFERENCE_SCALE
+from tests.policy.plain_routers import routed_experts, router_load
 from tests.weights.models import by_stored_names
 
 pytestmark = pytest.mark.slow
@@ -182,7 +182,8 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     tokens = [torch.randint(0, 75, (int(length),)) for length in lengths]
     advantages = torch.randn(len(tokens))
     inputs = _reference_inputs(model, tokens, prompts.tolist(), advantages, told)
-    routers = router_load(model, tokens, prompts.tolist()) if "num_experts_per_tok" in settings else {}
+    has_experts = "num_experts_per_tok" in settings
+    routers = router_load(model, tokens, prompts.tolist()) if has_experts else {}
     losses = {name: plain_loss(inputs, algorithm) for name, algorithm in ALGORITHMS.items()}
     norms = {}
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -204,6 +205,8 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
         "advantages": advantages,
         "old_log_probs": old.float(),
         "told": torch.tensor(told, dtype=torch.int64).view(-1, 3),
+        "log_probs": torch.cat([row[:count] for row, count in zip(inputs.log_probs, responses, strict=True)]).detach(),
+        **({"routed_experts": routed_experts(model, tokens)} if has_experts else {}),
     }
     save_file(batch, folder / "batch.safetensors")
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=OPTIMIZER.clip_grad)
@@ -276,9 +279,11 @@ def check_gradients(case: dict[str, Any], layouts: list[dict[str, Any]], ranks: 
         if sabotage == "on_policy":
             assert all(result["metrics"]["ppo_kl"] == 0.0 for result in results)
         elif sabotage:
+            assert "replay" not in layout or "rollout" not in layout["replay"] or worst["log_probs"] > 1e-3
             assert worst["worst"] > 1e-3, f"{layout}: the comparison does not see the fault"
         else:
             assert worst["worst"] < 1e-5, f"{layout}: {worst['where']} is off by {worst['worst']}"
+            assert all(result["log_probs"] < 1e-4 for result in results), layout
             for result in results:
                 assert result["metrics"]["loss"] == pytest.approx(case["loss"][algorithm], rel=1e-5), layout
                 assert result["metrics"]["grad_norm"] == pytest.approx(case["grad_norm"][algorithm], rel=1e-5), layout
@@ -346,8 +351,9 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
-        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED]),
+        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED, *FROM_ENGINE]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
+        pytest.param("qwen3_moe_dense_first", FROM_ENGINE[2:3], marks=pytest.mark.matrix),
         pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
         pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
     ],
@@ -366,7 +372,10 @@ def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts:
     for index, layout in enumerate(layouts):
         replay = layout.get("replay")
         if layout.get("sabotage") in (None, "on_policy"):
-            changed = {} if replay is None else {"router_changed": 0.0 if replay == "undisturbed" else 1.0}
+            share = 0.0 if replay in ("undisturbed", "rollout partly") else 1.0
+            changed = {} if replay in (None, "rollout first") else {"router_changed": share}
+            if layout in FROM_ENGINE:
+                changed["router_mismatch"] = share
             for found in (rank[index]["routers"] for rank in ranks):
                 assert found == pytest.approx({**case["routers"], **changed, "router_tokens_dropped": 0.0}), layout
 

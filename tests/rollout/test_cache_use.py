@@ -34,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePool]:
     with pytest.MonkeyPatch.context() as patch, EnginePool(config, directory / "model", directory, seed=0) as pool:
         options = starter.server_arguments
         more = f"--num-gpu-blocks-override={BLOCKS}"
-        patch.setattr(starter, "server_arguments", lambda *given: [*options(*given), more])
+        patch.setattr(starter, "server_arguments", lambda *given, **named: [*options(*given, **named), more])
         pool.start()
         pool.wait_ready()
         yield pool

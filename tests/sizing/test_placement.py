@@ -83,6 +83,10 @@ def test_recorded_choices_of_routers_have_to_fit_into_the_hosts_memory() -> None
     assert told(*start, "hardware.host_memory_gib=70")[2].fits
     with pytest.raises(ConfigError, match=r"algorithm.router_replay: a node's host has to hold 66 GiB .* has 60"):
         told(*start, "hardware.host_memory_gib=60")
+    whole = 512 * 16 * 22528 * 48 * 8
+    engines = told(start[0], "algorithm.router_replay=rollout")[2].routes_bytes
+    # One byte for each choice: what the node's ranks read, and what the rollout process has of one step.
+    assert engines == found.routes_bytes + whole // 2 + whole
     with pytest.raises(ConfigError, match=r"algorithm.router_replay: is trainer, and the model has no experts"):
         told("experiment=fipo_32b", "algorithm.router_replay=trainer")
 
