@@ -69,6 +69,7 @@ def test_transformers_alone_reads_the_ids_that_the_run_trained_on(exported: Path
     assert as_it_was.decode(as_it_was.encode(TEXTS[0]), skip_special_tokens=True) != TEXTS[0], "nothing to mend"
 
 
+@pytest.mark.matrix  # test_live_update.py compares engines too
 @pytest.mark.slow
 def test_vllm_and_transformers_say_the_same(exported: Path, tmp_path: Path) -> None:
     """vLLM itself, not the run's server: with nothing of this package, as a user serves the directory."""

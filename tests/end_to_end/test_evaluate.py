@@ -44,25 +44,42 @@ def texts(found: list[dict[str, Any]]) -> dict[tuple[str, int], str]:
     return {(row["problem"], i): sample["text"] for row in found for i, sample in enumerate(row["samples"])}
 
 
-def test_evaluations_end_to_end(tmp_path: Path) -> None:
-    # Through, in a process that says what it has imported.
-    place = tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of an evaluation that went through, in a process that says what it has imported; and its output."""
+    place = tmp_path_factory.mktemp("evaluation") / "whole"
     command = [sys.executable, "-c", WATCHED, f"evaluation.directory={place}", *SETTINGS]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=place.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [], "neither torch nor Megatron-Core in an evaluation"
-    assert f"avg@{SAMPLES}" in done.stdout
-    whole = lines(place / "samples.jsonl")
+    return place, done.stdout
+
+
+def test_the_embedded_model_is_evaluated(whole: tuple[Path, str], tmp_path: Path) -> None:
+    place, said = whole
+    assert json.loads(said.splitlines()[-1]) == [], "neither torch nor Megatron-Core in an evaluation"
+    assert f"avg@{SAMPLES}" in said
+    rows = lines(place / "samples.jsonl")
     results = json.loads((place / "results.json").read_text())["scores"]["all"]
-    assert results["problems"] == len(whole) == len(read_problems(place / "problems.parquet"))
-    assert {len(row["samples"]) for row in whole} == {SAMPLES}
-    right = sum(sample["accuracy"] for row in whole for sample in row["samples"])
-    assert results["avg_at_k"]["value"] == pytest.approx(right / SAMPLES / len(whole))
+    assert results["problems"] == len(rows) == len(read_problems(place / "problems.parquet"))
+    assert {len(row["samples"]) for row in rows} == {SAMPLES}
+    right = sum(sample["accuracy"] for row in rows for sample in row["samples"])
+    assert results["avg_at_k"]["value"] == pytest.approx(right / SAMPLES / len(rows))
     assert results["avg_at_k"]["low"] < results["avg_at_k"]["value"] < results["avg_at_k"]["high"]
     assert results["pass_at"]["1"]["value"] == pytest.approx(results["avg_at_k"]["value"])
     assert 0.05 < results["avg_at_k"]["value"] < 0.4, "the embedded model guesses mostly, and is right now and then"
 
-    # The same weights as a run's checkpoint; killed, with all of its processes, when some problems are done.
+    # A finished one says its results again, and samples nothing.
+    settings = [f"evaluation.directory={place}", *SETTINGS]
+    output = runs.finish(runs.start(tmp_path / "again", *settings, module="megatron_fipo.evaluate"), tmp_path / "again")
+    assert f"avg@{SAMPLES}" in output and "servers" not in output
+    refused = runs.start(tmp_path / "other", *settings, "run.seed=4", module="megatron_fipo.evaluate")
+    assert "error: evaluation.directory: " in runs.finish(refused, tmp_path / "other", exit_code=2)
+
+
+@pytest.mark.matrix  # tests/evaluation has lines cut short
+def test_a_killed_evaluation_of_a_checkpoint_goes_on(whole: tuple[Path, str], tmp_path: Path) -> None:
+    """The same weights as a run's checkpoint; killed, with all of its processes, when some problems are done."""
+    rows = lines(whole[0] / "samples.jsonl")
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     to_megatron(resolve_embedded("embedded:tiny"), run / "checkpoints" / "step-000007")
@@ -76,28 +93,20 @@ def test_evaluations_end_to_end(tmp_path: Path) -> None:
     finally:
         runs.end(process)
     before = lines_complete(broken / "samples.jsonl")
-    assert 5 < len(before) < len(whole), "the control: it was killed in the middle"
+    assert 5 < len(before) < len(rows), "the control: it was killed in the middle"
     runs.wait_until(lambda: not runs.processes_of(broken), "the end of its processes", timeout_s=30)
 
     output = runs.finish(runs.start(tmp_path / "log", *settings, module="megatron_fipo.evaluate"), tmp_path / "log")
     assert f"{len(before)} problems were finished by an earlier start" in output
     after = lines(broken / "samples.jsonl")
     assert after[: len(before)] == before
-    assert sorted(row["problem"] for row in after) == sorted(row["problem"] for row in whole)
-    one, other = texts(whole), texts(after)
+    assert sorted(row["problem"] for row in after) == sorted(row["problem"] for row in rows)
+    one, other = texts(rows), texts(after)
     same = sum(one[key] == other[key] for key in one) / len(one)
     assert same > 0.95, "the same seeds and weights; a batch of another size flips a token now and then"
     assert broken.name.startswith("run-step-000007-") and not (broken / "model").exists()
 
-    # A finished one says its results again, and samples nothing.
-    output = runs.finish(runs.start(tmp_path / "again", *settings, module="megatron_fipo.evaluate"), tmp_path / "again")
-    assert f"avg@{SAMPLES}" in output and "servers" not in output
-    refused = runs.start(
-        tmp_path / "other", f"evaluation.directory={place}", "run.seed=4", module="megatron_fipo.evaluate"
-    )
-    assert "error: evaluation.directory: " in runs.finish(refused, tmp_path / "other", exit_code=2)
-
-    assert compare([str(place), str(broken), "--output", str(tmp_path / "comparison")]) == 0
+    assert compare([str(whole[0]), str(broken), "--output", str(tmp_path / "comparison")]) == 0
     page = (tmp_path / "comparison" / "comparison.html").read_text()
     assert "run-step-000007 and tiny cannot be told apart" in page
 

@@ -71,6 +71,7 @@ def test_a_resume_goes_on_with_every_sample_that_had_begun(tmp_path: Path) -> No
     assert continued == sum(row["tokens"] for row in partial), "none of their tokens was sampled again"
 
 
+@pytest.mark.matrix  # test_servers.py has servers that die and hang
 def test_servers_that_die_or_hang_cost_no_prompt_and_a_stop_waits_for_no_answer(tmp_path: Path) -> None:
     """At k = 1: a server is killed, its successor hangs, and the next hangs where a stop is asked for."""
     settings = [*OVERLAPS, "rollout.max_off_policy_steps=1", "run.steps=1000", "rollout.hang_timeout_s=8"]

@@ -67,6 +67,7 @@ def test_a_verifier_that_never_answers_in_time(server_with_another_rope: EngineP
     assert re.search(r"\d of 4 checks in this step failed \(\d timeout; reward\.rule=math_verify\)", output)
 
 
+@pytest.mark.matrix  # tests/data has its message
 def test_a_problem_that_cannot_be_read(tmp_path: Path) -> None:
     """Only rank 0 reads problems; the other ranks must not tell of a lost connection instead."""
     bad = tmp_path / "bad.jsonl"

@@ -258,18 +258,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert [path for path in left if "/megatron_fipo-" not in str(path).replace("sem.", "")] == []
     assert any(path.exists() for path in left), "the control: something was left"
     (broken / "checkpoints" / ".step-000009.partial").mkdir()
-    state = broken / "checkpoints/step-000002/trainer.json"
-    saved = state.read_text()
-    content = json.loads(saved)
-    ledger = json.loads((state.parent / "rollout/ledger.json").read_text())
+    ledger = json.loads((broken / "checkpoints/step-000002/rollout/ledger.json").read_text())
     assert ledger["tickets"], "the control: groups are carried over"
-    state.write_text(json.dumps(content | {"seconds": "x"}))
-    output = runs.finish(runs.start(broken, *settings, "checkpoint.verify=false"), broken, exit_code=2)
-    assert f"error: {state}: Expected `float`, got `str` - at `$.seconds`" in output and "Traceback" not in output
-    assert runs.report(broken)["state"] == {"kind": "failed", "words": output.partition("error: ")[2].splitlines()[0]}
-    assert "removed what a killed run in" in output and f" in {broken / 'checkpoints'}" in output
-    state.write_text(saved)
     output = runs.run(broken, *settings)
+    assert "removed what a killed run in" in output and f" in {broken / 'checkpoints'}" in output
     assert {path.name for path in (broken / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
 
     assert "resumed from" in output
@@ -338,6 +330,7 @@ def test_a_killed_server_starts_again_and_the_run_goes_on(tmp_path: Path) -> Non
     runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=30)
 
 
+@pytest.mark.matrix  # test_link.py has its end
 def test_a_killed_rollout_process_ends_the_run(tmp_path: Path) -> None:
     """In bounded time, with one line for all ranks; its servers and verifiers go with it."""
     with runs.started(tmp_path, *SMALL, "run.steps=1000", "parallel.data=2") as process:

@@ -369,6 +369,7 @@ def test_an_engine_that_hangs_in_mid_update_is_named_at_the_deadline(trainers: d
     assert not [path for path in segments if path.exists()]
 
 
+@pytest.mark.matrix  # test_two_engines.py loses one in mid-update
 @pytest.mark.slow
 def test_a_server_that_dies_in_mid_update_is_quoted_at_once(trainers: dict[str, Trainer]) -> None:
     trainer = trainers["shared_memory"]
