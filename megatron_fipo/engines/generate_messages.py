@@ -15,7 +15,7 @@ from megatron_fipo.records.wire import WireError, encode_frame
 GENERATE_PATH = "/fipo/generate"
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Samples of one prompt, one for each seed. Limits that the engine sets are the engine's to check."""
 
     token_ids: list[int]

@@ -78,7 +78,7 @@ _ZERO = only(None, 0)
 _EMPTY = only(None, {}, [])
 
 ROUTER_BIASES: Mapping[str, Kind] = {
-    "topk_method": only(None, "greedy"),
+    "topk_method": Kind("another method", lambda value: value != "noaux_tc"),
     "use_routing_bias": _OFF,
     "use_expert_bias": _OFF,
     "moe_router_enable_expert_bias": _OFF,
@@ -87,6 +87,7 @@ ROUTER_BIASES: Mapping[str, Kind] = {
 
 REFUSED: Mapping[str, Kind] = {
     **ROUTER_BIASES,
+    "topk_method": only(None, "greedy"),
     # Weights that are not plain numbers, or another model's code.
     "quantization_config": _NONE,
     "quantization": _NONE,

@@ -40,6 +40,8 @@ class _Pass:
     """What routers choose; None: what the engine chose, where that is known, or else by their scores."""
     from_engine: bool = False
     """Whether samples say what the engine chose."""
+    compares: bool = False
+    """Whether the routers' own choices are compared with the engine's."""
     records: bool = False
     keeps: bool = False
     """Whether the backward pass asks again."""
@@ -177,7 +179,8 @@ class Routing:
     def recording(self) -> Iterator[list[list[Tensor]]]:
         """A pass without backward, whose choices the list has after it: Routes."""
         found: list[list[Tensor]] = []
-        with self._during(_Pass(from_engine=self._sampled is not None, records=True)):
+        knows = self._sampled is not None
+        with self._during(_Pass(from_engine=knows, compares=knows, records=True)):
             yield found
             found += [chunk.found for chunk in self._chunks]
 
@@ -185,7 +188,15 @@ class Routing:
     def updating(self, given: Routes | None) -> Iterator[None]:
         """A pass with backward, in which routers choose what is given; None: what a recording pass would."""
         from_engine = given is None and self._sampled is not None
-        with self._during(_Pass(given, from_engine=from_engine, keeps=self._asked_again, counts=True)):
+        with self._during(
+            _Pass(given, from_engine=from_engine, compares=from_engine, keeps=self._asked_again, counts=True)
+        ):
+            yield
+
+    @contextmanager
+    def of_engine(self) -> Iterator[None]:
+        """A pass without backward of other weights, in which routers choose what the engine did where it is known."""
+        with self._during(_Pass(from_engine=self._sampled is not None)):
             yield
 
     @contextmanager
@@ -199,7 +210,7 @@ class Routing:
             given = self._of_engine(chunk, micro_batch)
         chunk.begun += 1
         response = _in_routers_order(micro_batch.response_mask) if chunk.choices else None
-        counts, compared = (response if wanted else None for wanted in (present.counts, present.from_engine))
+        counts, compared = (response if wanted else None for wanted in (present.counts, present.compares))
         for choice, experts in zip(chunk.choices, given, strict=True):
             choice.begin(experts, counts, keeps=present.keeps, compared=compared)
         yield

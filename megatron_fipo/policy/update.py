@@ -146,7 +146,8 @@ class Policy:
             found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])
             differences += [difference for _, difference in passed]
         if self.reference is not None:
-            with self.reference.in_place():
+            # By the engine's experts too: a divergence is of weights, and 0 before the first update.
+            with self.reference.in_place(), self.routing.of_engine():
                 for place, mini_batch in enumerate(mini_batches):
                     passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
                     for streams, (log_probs, _) in zip(found[place], passed, strict=True):

@@ -12,7 +12,7 @@ from megatron_fipo.records.wire import WireError, decode_frame, encode_frame
 FETCH_PATH = "/fipo/samples"
 
 
-class FetchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FetchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Streams that are wanted of the pieces in the request's frame."""
 
     streams: list[str]

@@ -52,24 +52,24 @@ class RouteFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What an engine returns, as bytes of so many tokens, [tokens, width] uint8.
 
         Args:
-            experts: [tokens − 1 or more, layers of the model, experts of a token] of an integer type.
+            experts: [tokens − 1, layers of the model, experts of a token] of an integer type.
 
         Raises:
             ValueError: it has another shape.
         """
         shape = experts.shape
-        if len(shape) != 3 or shape[0] < tokens - 1 or shape[1] <= max(self.layers) or shape[2] != self.per_token:
-            right = f"at least {tokens - 1} tokens, {max(self.layers) + 1} layers and {self.per_token} experts of each"
+        if len(shape) != 3 or shape[0] != tokens - 1 or shape[1] <= max(self.layers) or shape[2] != self.per_token:
+            right = f"{tokens - 1} tokens, at least {max(self.layers) + 1} layers and {self.per_token} experts of each"
             raise ValueError(f"the engine's routed experts have the shape {list(shape)}, and should have {right}")
         bytes_of = numpy.full((tokens, self.width), UNKNOWN_BYTE, numpy.uint8)
-        chosen = experts[: tokens - 1, list(self.layers)].astype(f"<u{self.item_bytes}", order="C")
+        chosen = experts[:, list(self.layers)].astype(f"<u{self.item_bytes}", order="C")
         bytes_of[: len(chosen)] = chosen.view(numpy.uint8).reshape(len(chosen), self.width)
         return bytes_of
 
     def unpacked(self, values: numpy.ndarray) -> numpy.ndarray:
         """The inverse for some or all columns: [tokens, layers, experts of a token] of an unsigned type."""
         numbers = numpy.ascontiguousarray(values).view(f"<u{self.item_bytes}")
-        return numbers.reshape(len(values), -1, self.per_token)
+        return numbers.reshape(len(values), numbers.shape[1] // self.per_token, self.per_token)
 
     def problem(self, values: numpy.ndarray) -> str | None:
         """What is wrong with the numbers of some or all columns, in words; None if nothing is.
@@ -82,7 +82,8 @@ class RouteFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         beyond = experts[(experts >= self.number) & (experts != unknown)]
         if beyond.size:
             return f"has the expert {beyond[0]}; a layer has 0 to {self.number - 1}"
-        if self.per_token > 1 and ((experts[..., 0] == experts[..., 1]) & (experts[..., 0] != unknown)).any():
+        in_order = numpy.sort(experts, axis=-1)
+        if ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] != unknown)).any():
             return "has a token that goes to one expert twice"
         if ((experts == unknown).any(-1) != (experts == unknown).all(-1)).any():
             return "has a token some of whose experts are not known"

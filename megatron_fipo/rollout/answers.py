@@ -8,7 +8,7 @@ import numpy
 
 from megatron_fipo.engines.generate_messages import PartFrame, SampleFrame
 from megatron_fipo.engines.generate_messages import VersionSpan as SpanOfServer
-from megatron_fipo.records.routes import RouteFormat
+from megatron_fipo.records.routes import UNKNOWN_BYTE, RouteFormat
 from megatron_fipo.records.sample import Partial, Sample
 from megatron_fipo.records.streams import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TOKEN_IDS, checked
 from megatron_fipo.records.versions import VersionSpan, joined, mixed, oldest
@@ -125,6 +125,8 @@ class Answer:
             raise BadAnswer(f"{where} has {ROUTED_EXPERTS} as {list(routes.shape)}, and should have {list(right)}")
         if problem := wanted.problem(routes):
             raise BadAnswer(f"{where} {problem}")
+        if (routes[:-1] == UNKNOWN_BYTE).all(-1).any():
+            raise BadAnswer(f"{where} has a token before its last of which no expert is known")
 
     def _streams(self, frame: Frame, before: Partial | None, where: str) -> Mapping[str, numpy.ndarray]:
         """The response's streams with those of the frame."""
