@@ -109,9 +109,10 @@ with an expert that the model does not have, is refused.
 A token's choices take 1 byte (2 with more than 255 experts) for each layer and expert of a token, 384 bytes in a
 Qwen3-30B-A3B, beside the 8 bytes of its other values: on the way from the server, in the rollout process, in a
 checkpoint's samples in flight, and on the way to the ranks, where each pipeline stage reads its own layers. preflight
-counts the host memory. vLLM returns them only with CUDA and Triton (`--enable-return-routed-experts`), so that other
-machines are refused before a run starts. Servers in `rollout.addresses` have to be started with this option. The
-trainer's half is compared with transformers on CPUs; vLLM's half has not run yet (tests/gpu/test_runs.py).
+counts the host memory of the trainer's nodes. A server keeps them too, for each token that its cache has room for. vLLM
+returns them only with CUDA and Triton (`--enable-return-routed-experts`), so that other machines are refused before a
+run starts. Servers in `rollout.addresses` have to be started with this option. The trainer's half is compared with
+transformers on CPUs; vLLM's half has not run yet (tests/gpu/test_runs.py).
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no

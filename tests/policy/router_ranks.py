@@ -10,6 +10,7 @@ import torch
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.policy import platform
+from megatron_fipo.records import routes
 from megatron_fipo.records.routes import UNKNOWN_BYTE
 from megatron_fipo.rollout.plain_batch import plain_batch
 
@@ -31,12 +32,15 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
     """The metrics of a step without any change of weights for each way.
 
     Args:
-        ways: algorithm.router_replay; whether the step's first mini-batch has old log-probs before its update; whether
-            routers choose the smallest scores from the first update on.
+        ways: algorithm.router_replay, or two bytes: rollout, as if there were more experts than a byte has; whether
+            the step's first mini-batch has old log-probs before its update; whether routers choose the smallest scores
+            from the first update on.
     """
     platform.start_process_group(60)
     found = []
-    for replay, first_known, disturbed in ways:
+    in_one_byte = routes._IN_ONE_BYTE
+    for way, first_known, disturbed in ways:
+        replay, routes._IN_ONE_BYTE = ("rollout", 1) if way == "two bytes" else (way, in_one_byte)
         config = make_config({}, dataclasses.replace(UNCLIPPED, lr=1e-30), "fipo")
         config.algorithm = dataclasses.replace(config.algorithm, router_replay=replay)
         if not found:

@@ -22,6 +22,7 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
         ("none", False, False),
         ("rollout", False, False),
         ("rollout", True, True),
+        ("two bytes", True, True),
     ]
     ((others, every, same, free, plain, *engines),) = run_ranks("tests.policy.router_ranks:steps", 1, {"ways": ways})
     for replayed in (others, every, same, *engines):
@@ -42,6 +43,7 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
     assert engines[0]["router_mismatch"] == engines[1]["router_mismatch"], "each token once, in whichever pass"
     assert engines[0]["router_load"] == engines[1]["router_load"] != plain["router_load"]
     assert all(found["router_changed"] > 0.5 for found in engines)
+    assert engines[2] == engines[1], "however many bytes an expert's number has"
     assert "router_mismatch" not in others, "nothing is known of the engine"
     assert all(found["router_tokens_dropped"] == 0.0 for found in (others, every, same, free, plain, *engines))
 
