@@ -85,9 +85,10 @@ by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `expe
 mixture of experts on a CPU.
 
 `optimizer.freeze_routers=true` keeps routers as they are when the run starts: they get no gradient, have no place in
-the optimizer, and are not in `grad_norm`. Routers that choose by a bias, which training moves towards an even load
-beside the gradient (`topk_method: noaux_tc`, `use_routing_bias` and others), are in no supported family. A directory
-that asks for one is refused by that key, since nothing would keep the bias alike in trainer and servers.
+the optimizer, and are not in `grad_norm`. Choose it when a run starts: a checkpoint of frozen routers has no optimizer
+state for them, so no resume can set them free. Routers that choose by a bias, which training moves towards an even
+load beside the gradient (`topk_method: noaux_tc`, `use_routing_bias` and others), are in no supported family. A
+directory that asks for one is refused by that key, since nothing would keep the bias alike in trainer and servers.
 
 **Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
 experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records
@@ -98,21 +99,21 @@ step there is nothing to replay, and the run warns. A record takes 2 bytes per t
 the ranks' host memory, which preflight shows. Differences between engine and trainer are not replayed:
 `log_prob_diff_mean` has them.
 
-With `algorithm.router_replay=rollout` a token goes to the experts that the engine sent it to, in the pass that computes
-old log-probs and in all updates, the first one too. Prompts and what an environment said are replayed as well. Where
-the engine has no choice the trainer's router chooses, and updates replay that: only the last sampled token, which is
-no input of the model, and samples of a checkpoint from before. `router_mismatch` is the share of choices that trainer
-and engine would make differently. Choices arrive with the end of a response, from the server that ended it. If a
-server was lost before, the next one has read all tokens again, and its choices count. A response without choices, or
-with an expert that the model does not have, is refused.
+With `algorithm.router_replay=rollout` a token goes to the experts that the engine sent it to, in the passes that
+compute old and reference log-probs and in all updates, the first one too. Prompts and what an environment said are
+replayed as well. Where the engine has no choice the trainer's router chooses, and updates replay that: only the last
+sampled token, which is no input of the model, and samples of a checkpoint from before. `router_mismatch` is the share
+of choices that trainer and engine would make differently. Choices arrive with the end of a response, from the server
+that ended it. If a server was lost before, the next one has read all tokens again, and its choices count. A response
+without choices, or with an expert that the model does not have, is refused.
 
 A token's choices take 1 byte (2 with more than 255 experts) for each layer and expert of a token, 384 bytes in a
 Qwen3-30B-A3B, beside the 8 bytes of its other values: on the way from the server, in the rollout process, in a
 checkpoint's samples in flight, and on the way to the ranks, where each pipeline stage reads its own layers. preflight
-counts the host memory of the trainer's nodes. A server keeps them too, for each token that its cache has room for. vLLM
-returns them only with CUDA and Triton (`--enable-return-routed-experts`), so that other machines are refused before a
-run starts. Servers in `rollout.addresses` have to be started with this option. The trainer's half is compared with
-transformers on CPUs; vLLM's half has not run yet (tests/gpu/test_runs.py).
+counts the host memory of the trainer's nodes. A server keeps them too, for each token that its cache has room for.
+vLLM returns them only with CUDA, Triton and its second model runner (`--enable-return-routed-experts`), so that other
+machines are refused before a run starts. Servers in `rollout.addresses` have to be started with this option. The
+trainer's half is compared with transformers on CPUs; vLLM's half has not run yet (tests/gpu/test_runs.py).
 
 A **sliding window** (Mistral's `sliding_window`, for all layers) is computed exactly, in padded and packed
 micro-batches and over context-parallel ranks. A token attends to that many tokens, including itself. The window has no

@@ -42,7 +42,9 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
     for way, first_known, disturbed in ways:
         replay, routes._IN_ONE_BYTE = ("rollout", 1) if way == "two bytes" else (way, in_one_byte)
         config = make_config({}, dataclasses.replace(UNCLIPPED, lr=1e-30), "fipo")
-        config.algorithm = dataclasses.replace(config.algorithm, router_replay=replay)
+        config.algorithm = dataclasses.replace(
+            config.algorithm, router_replay=replay, reference_kl_coef=0.1 * (replay == "rollout")
+        )
         if not found:
             start_model_parallel(config.parallel, 0)
         policy = Policy(config, read_architecture(MODEL), str(MODEL), updates=10)

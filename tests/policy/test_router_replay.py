@@ -40,6 +40,7 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
     assert 0 < plain["router_entropy_min"] <= plain["router_entropy"] and plain["router_load"] >= 1
     # The engine's choices are drawn at random, and of some tokens they are not known.
     assert all(0.5 < found["router_mismatch"] < 1 for found in engines)
+    assert all(found["reference_kl"] == 0.0 for found in engines), "the reference goes to the engine's experts too"
     assert engines[0]["router_mismatch"] == engines[1]["router_mismatch"], "each token once, in whichever pass"
     assert engines[0]["router_load"] == engines[1]["router_load"] != plain["router_load"]
     assert all(found["router_changed"] > 0.5 for found in engines)

@@ -6,6 +6,7 @@ is in tests/rollout/test_routed_experts.py, that the trainer's routers follow in
 
 import numpy
 import pytest
+from msgspec.structs import replace
 
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.models.model_config import read_architecture
@@ -30,6 +31,7 @@ def test_layers_with_experts_are_kept_and_the_last_token_has_none(form: RouteFor
     first, last = form.columns([3])
     assert form.unpacked(bytes_of[:3, first:last]).tolist() == engines[:, [3]].tolist()
     assert form.columns([1, 3]) == (0, form.width) and form.columns([]) == (0, 0)
+    assert form.problem(bytes_of[:0]) is None, "a rank of context parallelism may have padding only"
 
 
 def test_expert_255_is_known_where_it_exists() -> None:
@@ -39,19 +41,22 @@ def test_expert_255_is_known_where_it_exists() -> None:
     assert LARGE.problem(LARGE.packed(engines, 2)) is None
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 2), (3, 3, 2), (3, 5, 3), (3, 10)])
+@pytest.mark.parametrize("shape", [(2, 5, 2), (4, 5, 2), (3, 3, 2), (3, 5, 3), (3, 10)])
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"have the shape .*, and should have at least 3 tokens, 4 layers and 2 exp"):
+    with pytest.raises(ValueError, match=r"have the shape .*, and should have 3 tokens, at least 4 layers and 2 exp"):
         SMALL.packed(numpy.zeros(shape, numpy.uint8), 4)
 
 
 @pytest.mark.parametrize("form", [RouteFormat((0,), 2, 8), RouteFormat((0,), 2, 300)], ids=["one byte", "two bytes"])
 def test_numbers_that_no_router_chose_are_told(form: RouteFormat) -> None:
     def problem(*experts: int) -> str | None:
-        return form.problem(numpy.array([experts], f"<u{form.item_bytes}").view(numpy.uint8))
+        return replace(form, per_token=len(experts)).problem(
+            numpy.array([experts], f"<u{form.item_bytes}").view(numpy.uint8)
+        )
 
     unknown = 256**form.item_bytes - 1
     assert problem(form.number - 1, 0) is None and problem(unknown, unknown) is None
     assert problem(0, form.number) == f"has the expert {form.number}; a layer has 0 to {form.number - 1}"
     assert problem(3, 3) == "has a token that goes to one expert twice"
     assert problem(3, unknown) == "has a token some of whose experts are not known"
+    assert problem(5, 6, 7, 4, 6, 3) is not None and problem(5, 6, 7, 4, 2, 3) is None, "also where others are between"

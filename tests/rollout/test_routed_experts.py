@@ -147,6 +147,7 @@ def test_a_server_without_them_refuses_in_one_line(rollout: Rollout) -> None:
         (sample(0, routed_experts=bytes_of(2)), FORM, "routed_experts of 2 tokens, and 3 tokens"),
         (sample(0, routed_experts=bytes_of(6, 3)), FORM, "response 0 has the expert 2.*; a layer has 0 to 199"),
         (sample(0, routed_experts=numpy.zeros((6, 4), numpy.uint8)), FORM, "goes to one expert twice"),
+        (sample(0, routed_experts=numpy.full((6, 4), UNKNOWN_BYTE, numpy.uint8)), FORM, "before its last of which no"),
     ],
 )
 def test_choices_that_were_not_asked_for_are_refused(content: bytes, routes: RouteFormat | None, words: str) -> None:
