@@ -8,13 +8,14 @@ stopped: finished runs are not repeated. A run that fails or takes too long is n
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from megatron_fipo.comparison.scores import GroupScores, series
 from megatron_fipo.comparison.tables import in_words
 from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.runs.result import read_run
+from megatron_fipo.tracking.credit_file import credit_path, read_credit, recorded_steps
 from megatron_fipo.tracking.intervals import Interval, Values, difference_interval, mean_interval
 
 ARMS: dict[str, tuple[str, ...]] = {
@@ -36,8 +38,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "grpo": ("algorithm=grpo",),
 }
 BASELINE = "fipo"
+FILTERED = ("fipo", "no_filter")
 PHASES = 4
 NOTHING = "–"
+_EXACT = ("loss", "grad_norm", "ppo_kl")
+"""Metrics that no two different updates share to the last digit."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ def clipped_share(run: Run) -> float | None:
     return None if low is None or high is None else low + high
 
 
+def beyond_c(run: Run) -> float | None:
+    """Return the share of tokens with a ratio above clip_ratio_c, which the filter leaves out of the sums.
+
+    Of the responses that the credit files have: 16 of each step, of its later updates.
+    """
+    bound = math.log(run.settings["algorithm.clip_ratio_c"])
+    files = [read_credit(credit_path(run.directory, step))[1] for step in recorded_steps(run.directory)]
+    found = [response.credit.values["log_ratio"] > bound for responses in files for response in responses]
+    return float(np.concatenate(found).mean()) if found else None
+
+
 MEASURES = (
     Measure("held-out accuracy, mean over the run", area),
     Measure("accuracy in training, mean over steps", over_steps("accuracy")),
@@ -82,6 +98,7 @@ MEASURES = (
     Measure("f at a bound, %", clipped_share, 100, 1),
     Measure("clipped ratios, %", over_steps("pg_clipfrac"), 100, 2),
     Measure("dual-clipped, %", over_steps("pg_clipfrac_lower"), 100, 3),
+    Measure("ratio above c, %", beyond_c, 100, 3),
     Measure("policy KL × 10³", over_steps("ppo_kl"), 1000, 2),
     Measure("policy KL × 10³, largest step", over_steps("ppo_kl", max), 1000, 2),
     Measure("gradient norm", over_steps("grad_norm"), 1, 2),
@@ -167,7 +184,25 @@ def tables(grouping: Grouping, target: float) -> str:
         [measure.name, *(_difference(measure, found, comparison.baseline) for found in others)] for measure in MEASURES
     ]
     parts = [results, differences, _over_time(groups)]
-    return "\n\n".join(_markdown(part) for part in parts) + "\n\n" + "\n".join(comparison.sentences())
+    return (
+        "\n\n".join(_markdown(part) for part in parts)
+        + "\n\n"
+        + "\n".join([*comparison.sentences(), *same_until(groups)])
+    )
+
+
+def same_until(groups: Sequence[Group]) -> list[str]:
+    """Return a sentence for each seed: the steps through which FIPO is the same run with and without the filter.
+
+    Both sample with the same seeds, so they differ from the first token on that the filter leaves out.
+    """
+    with_filter, without = ({run.seed: run for g in groups if g.name == arm for run in g.runs} for arm in FILTERED)
+    said = []
+    for seed in sorted(with_filter.keys() & without.keys()):
+        pairs = [(row, without[seed].steps.get(step, {})) for step, row in sorted(with_filter[seed].steps.items())]
+        same = list(takewhile(lambda pair: all(pair[0].get(key) == pair[1].get(key) for key in _EXACT), pairs))
+        said.append(f"Seed {seed}: with and without the filter the same run for {len(same)} of {len(pairs)} steps.")
+    return said
 
 
 def first_step(group: Group, target: float) -> str:

@@ -19,8 +19,10 @@ from benchmarks.quick_start import read_or_run, table
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.comparison.groups import group_runs
 from megatron_fipo.comparison.runs import find_runs
+from megatron_fipo.tracking.credit_file import credit_path, write_credit
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from tests.comparison.fake_runs import make_run
+from tests.credit_page.made_up import ABOUT, response
 
 
 @pytest.mark.slow
@@ -116,6 +118,25 @@ class TestScience:
         assert cells["policy KL × 10³, fipo"] == ["3.000", "8.000", "13.000", "18.000"]
         assert cells["minus fipo"] == ["dapo"] and any(line.startswith("| gradient norm | +4.50 [") for line in found)
         assert found[-1].startswith("dapo is below fipo: -0.625 [")
+
+    def test_what_the_filter_leaves_out_is_counted(self, tmp_path: Path) -> None:
+        place = self.write(tmp_path, "fipo", 1, self.HIGH, {})
+        (run,) = find_runs([place])
+        assert science.beyond_c(run) is None
+        recorded = response(1, 50)
+        recorded.credit.values["log_ratio"][:] = np.log(9.9)
+        recorded.credit.values["log_ratio"][:3] = np.log(10.1)
+        write_credit(credit_path(place, 1), ABOUT, [recorded])
+        assert science.beyond_c(run) == pytest.approx(3 / 50)
+
+    def test_the_first_step_that_differs_without_the_filter_is_found(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "fipo", 1, self.HIGH, {"loss": 0.25})
+        place = self.write(tmp_path, "no_filter", 1, self.HIGH, {"loss": 0.25})
+        lines = (place / METRICS_FILE).read_text().splitlines()
+        lines[7:9] = [line.replace("0.25", "0.26") for line in lines[7:9]]
+        (place / METRICS_FILE).write_text("\n".join(lines) + "\n")
+        (said,) = science.same_until(group_runs(find_runs([tmp_path])).groups)
+        assert said == "Seed 1: with and without the filter the same run for 7 of 20 steps."
 
     def test_a_finished_run_is_not_repeated(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.write(tmp_path, "fipo", 1, self.HIGH, {})
