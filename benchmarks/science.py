@@ -10,6 +10,7 @@ stopped: finished runs are not repeated. A run that fails or takes too long is n
 import argparse
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -55,7 +56,9 @@ class Measure:
     digits: int = 3
 
 
-def over_steps(name: str, summarise: Callable[[Sequence[float]], float] = np.mean) -> Callable[[Run], float | None]:
+def over_steps(
+    name: str, summarise: Callable[[Sequence[float]], float] = statistics.fmean
+) -> Callable[[Run], float | None]:
     """Return a function for a metric's mean, or other summary, over a run's steps; None for a loss without it."""
 
     def value(run: Run) -> float | None:
@@ -173,7 +176,7 @@ def tables(grouping: Grouping, target: float) -> str:
     comparison = report.build(grouping, baseline, "accuracy", target)
     scores = comparison.by_source[ALL]
     groups = [found.group for found in scores]
-    names = [f"{group.name} ({len(group.runs)} seeds)" for group in groups]
+    names = [f"{group.name} (seeds: {len(group.runs)})" for group in groups]
     results = [["mean [95 % interval]", *names], ["held-out accuracy at the end", *(in_words(s.final) for s in scores)]]
     results.append([f"step that first reached {target:g}", *(first_step(group, target) for group in groups)])
     results += [[measure.name, *(_cell(measure, group) for group in groups)] for measure in MEASURES]

@@ -109,7 +109,7 @@ class TestScience:
             self.write(tmp_path, "dapo", seed, self.LOW, {"grad_norm": 5.0 * seed})
         found = science.tables(group_runs(find_runs([tmp_path])), 0.8).splitlines()
         cells = {row[1]: row[2:-1] for line in found if len(row := [cell.strip() for cell in line.split("|")]) > 2}
-        assert cells["mean [95 % interval]"] == ["dapo (2 seeds)", "fipo (2 seeds)"]
+        assert cells["mean [95 % interval]"] == ["dapo (seeds: 2)", "fipo (seeds: 2)"]
         assert cells["step that first reached 0.8"] == ["none of 2 runs", "20 (2 of 2 runs)"]
         # Equal seeds have no interval: (0.25 + 0.25) / 2 and (0.25 + 0.875) / 2, each over half of the run.
         assert "| held-out accuracy, mean over the run | 0.250 | 0.406 |" in found
