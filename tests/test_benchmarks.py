@@ -10,11 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import science
 from benchmarks.policy import SHAPES, measure_apart, operations
 from benchmarks.quick_start import read_or_run, table
 from benchmarks.usage import Ended, run_measured
+from megatron_fipo.comparison.groups import group_runs
+from megatron_fipo.comparison.runs import find_runs
+from megatron_fipo.tracking.credit_file import credit_path, write_credit
+from megatron_fipo.tracking.metrics import METRICS_FILE
+from tests.comparison.fake_runs import make_run
+from tests.credit_page.made_up import ABOUT, response
 
 
 @pytest.mark.slow
@@ -78,6 +86,80 @@ class TestQuickStart:
     def test_a_run_that_fails_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match=re.escape(f"the run in {tmp_path / 'x'} ended with")):
             read_or_run(tmp_path / "x", "no_such_algorithm", 1, [])
+
+
+class TestScience:
+    """A campaign of many hours is cut off and goes on: what is finished must count once, and what is not must not."""
+
+    LOW, HIGH = [0, 1, 2, 1] * 5, [3, 4, 4, 3] * 5
+
+    def write(self, directory: Path, arm: str, seed: int, last: list[int], metrics: dict[str, float]) -> Path:
+        place = directory / f"{arm}-{seed}"
+        settings = ["experiment=tiny_influence", *science.ARMS[arm], f"run.seed={seed}"]
+        make_run(place, {0: self.LOW, 10: self.LOW, 20: last}, *settings)
+        rows = [{"step": step, "accuracy": 0.5, "ppo_kl": 0.001 * step} | metrics for step in range(1, 21)]
+        (place / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (place / "summary.json").write_text(json.dumps({"steps": 20}))
+        return place
+
+    def test_the_tables_are_those_worked_out_by_hand(self, tmp_path: Path) -> None:
+        for seed, low in ((1, 0.02), (2, 0.04)):
+            weights = {"influence_weights_std": 0.06, "influence_clipfrac_low": low, "influence_clipfrac_high": 0.03}
+            self.write(tmp_path, "fipo", seed, self.HIGH, weights | {"grad_norm": 2.0 * seed})
+            self.write(tmp_path, "dapo", seed, self.LOW, {"grad_norm": 5.0 * seed})
+        found = science.tables(group_runs(find_runs([tmp_path])), 0.8).splitlines()
+        cells = {row[1]: row[2:-1] for line in found if len(row := [cell.strip() for cell in line.split("|")]) > 2}
+        assert cells["mean [95 % interval]"] == ["dapo (seeds: 2)", "fipo (seeds: 2)"]
+        assert cells["step that first reached 0.8"] == ["none of 2 runs", "20 (2 of 2 runs)"]
+        # Equal seeds have no interval: (0.25 + 0.25) / 2 and (0.25 + 0.875) / 2, each over half of the run.
+        assert "| held-out accuracy, mean over the run | 0.250 | 0.406 |" in found
+        assert "| f at a bound, % | – | 6.0 [" in "\n".join(found)
+        assert any(line.startswith("| policy KL × 10³, largest step | 20.00 | 20.00 |") for line in found)
+        assert cells["policy KL × 10³, fipo"] == ["3.000", "8.000", "13.000", "18.000"]
+        assert cells["minus fipo"] == ["dapo"] and any(line.startswith("| gradient norm | +4.50 [") for line in found)
+        assert found[-1].startswith("dapo is below fipo: -0.625 [")
+
+    def test_what_the_filter_leaves_out_is_counted(self, tmp_path: Path) -> None:
+        place = self.write(tmp_path, "fipo", 1, self.HIGH, {})
+        (run,) = find_runs([place])
+        assert science.beyond_c(run) is None
+        recorded = response(1, 50)
+        recorded.credit.values["log_ratio"][:] = np.log(9.9)
+        recorded.credit.values["log_ratio"][:3] = np.log(10.1)
+        write_credit(credit_path(place, 1), ABOUT, [recorded])
+        assert science.beyond_c(run) == pytest.approx(3 / 50)
+
+    def test_the_first_step_that_differs_without_the_filter_is_found(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "fipo", 1, self.HIGH, {"loss": 0.25})
+        place = self.write(tmp_path, "no_filter", 1, self.HIGH, {"loss": 0.25})
+        lines = (place / METRICS_FILE).read_text().splitlines()
+        lines[7:9] = [line.replace("0.25", "0.26") for line in lines[7:9]]
+        (place / METRICS_FILE).write_text("\n".join(lines) + "\n")
+        (said,) = science.same_until(group_runs(find_runs([tmp_path])).groups)
+        assert said == "Seed 1: with and without the filter the same run for 7 of 20 steps."
+
+    def test_a_finished_run_is_not_repeated(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.write(tmp_path, "fipo", 1, self.HIGH, {})
+        assert science.run_once(tmp_path, "fipo", 1, 60, ["no_such.key=1"])
+        assert not (tmp_path / "fipo-1/output.txt").exists() and not capsys.readouterr().out
+
+    def test_a_run_that_was_cut_off_is_repeated(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The control: here the training is begun, and refuses the key."""
+        (self.write(tmp_path, "fipo", 1, self.HIGH, {}) / "summary.json").unlink()
+        assert not science.run_once(tmp_path, "fipo", 1, 60, ["no_such.key=1"])
+        assert "no_such" in (tmp_path / "fipo-1/output.txt").read_text()
+        assert capsys.readouterr().out.startswith("fipo-1: ended with ")
+
+    def test_intervals_are_of_numbers_of_any_size(self) -> None:
+        """Those of scores end at 1."""
+        values = np.array([[10.0], [12.0], [14.0]])
+        found = science.interval_of(values)
+        small = science.interval_of(values / 1000)
+        assert found.mean == pytest.approx(12) and found.low is not None and found.high is not None
+        assert 5 < found.low < 10 and 14 < found.high < 20
+        assert small.high == pytest.approx(found.high / 1000)
+        difference = science.interval_of(values, np.array([[1.0], [2.0], [3.0]]))
+        assert difference.mean == pytest.approx(10) and difference.excludes_zero()
 
 
 class TestUsage:
