@@ -5,6 +5,7 @@ import signal
 from pathlib import PurePath
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 
@@ -21,6 +22,10 @@ for stop, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP,
     if signal.getsignal(stop) is signal.SIG_IGN:
         signal.signal(stop, usual)
 
+
+# An example may take any time on a machine that has other work.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 SHARED_BY_A_FOLDER = ("tests/rollout", "tests/slurm")
 """Folders whose tests share a server or a cluster, and so a process of `make test`; others share by file at most."""

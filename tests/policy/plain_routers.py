@@ -30,13 +30,17 @@ def router_load(model: Any, tokens: list[torch.Tensor], prompts: list[int]) -> d
 @torch.no_grad()
 def routed_experts(model: Any, tokens: list[Tensor]) -> Tensor:
     """What an engine would send of these sequences, one after the other: [all tokens, bytes] uint8."""
-    engines = [torch.stack(_choices(model, ids), dim=1).numpy() for ids in tokens]
-    pairs = zip(engines, tokens, strict=True)
-    return torch.cat([torch.from_numpy(route_format_of(model).packed(found, len(ids))) for found, ids in pairs])
+    form = route_format_of(model)
+    found = []
+    for ids in tokens:
+        engines = torch.zeros(len(ids) - 1, model.config.num_hidden_layers, form.per_token, dtype=torch.int64)
+        engines[:, list(form.layers)] = torch.stack(_choices(model, ids), dim=1)
+        found.append(torch.from_numpy(form.packed(engines.numpy(), len(ids))))
+    return torch.cat(found)
 
 
 def route_format_of(model: Any) -> RouteFormat:
-    """Of a model with experts in every layer that gives router logits."""
+    """Of a model whose layers have experts, but for those of mlp_only_layers."""
     config = model.config
     number = getattr(config, "num_experts", None) or config.num_local_experts
     dense = getattr(config, "mlp_only_layers", None) or []

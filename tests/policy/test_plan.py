@@ -5,7 +5,7 @@ Not covered: the speed of an update on a real mix of lengths (benchmarks/policy.
 """
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.assets import resolve_embedded
@@ -14,7 +14,6 @@ from megatron_fipo.models.model_config import read_architecture
 from megatron_fipo.policy.plan import plan_micro_batches
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 300), max_size=60),
     data_parallel_size=st.integers(1, 4),

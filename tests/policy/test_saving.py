@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.distributed import run_ranks
@@ -21,7 +21,6 @@ from tests.weights.models import SMALL_MODELS, write_model
 MODEL = next(model for model in SMALL_MODELS if model.name == "qwen3-tied")
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_a_stretch_is_its_boxes_in_their_order(shape: list[int], data: st.DataObject) -> None:
     from megatron_fipo.policy.optimizer_blocks import boxes
