@@ -149,7 +149,7 @@ class WorkerProcess:
                 raise WorkerDied
             self._received += data
         *lines, self._received = self._received.split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [_read(line) for line in lines]
 
     def kill(self) -> None:
         """Ends the process if there is one, whatever it is doing; it may be started again."""
@@ -174,6 +174,22 @@ class WorkerProcess:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def _read(line: bytes) -> Any:
+    """An answer. Halves of surrogate pairs are escapes in its texts: JSON can hold them, and no file or message can."""
+    answer = json.loads(line)
+    return _as_utf8(answer) if rb"\ud" in line else answer
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, list):
+        return [_as_utf8(each) for each in value]
+    if isinstance(value, dict):
+        return {_as_utf8(name): _as_utf8(each) for name, each in value.items()}
+    return value
 
 
 def _kill_group(leader: int) -> None:

@@ -180,8 +180,7 @@ class RewardPool:
 
     def _settle(self, ticket: _Ticket, index: int, result: dict[str, Any]) -> None:
         outcome = result.get("outcome", "crash")
-        accuracy, answer = result.get("accuracy", 0.0), _as_utf8(result.get("answer", ""))
-        extra = {name: _as_utf8(value) for name, value in result.get("extra", {}).items()}
+        accuracy, answer, extra = result.get("accuracy", 0.0), result.get("answer", ""), result.get("extra", {})
         if "error" in result:
             self.failures.add(_failure(ticket.group.problem, ticket.samples[index], outcome, result))
         reward = self._reward(accuracy, result.get("reward"), ticket.group.samples[index].actions)
@@ -216,11 +215,6 @@ def _item(problem: Problem, sample: Sample, inputs: Sequence[str]) -> dict[str, 
         "extra": problem.extra,
     }
     return {name: values[name] for name in inputs}
-
-
-def _as_utf8(value: Any) -> Any:
-    """Return a text with escapes for halves of surrogate pairs, which JSON can hold and no file or message can."""
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _failure(problem: Problem, sample: Sample, outcome: str, result: dict[str, Any]) -> Failure:

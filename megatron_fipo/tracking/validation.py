@@ -53,7 +53,7 @@ class ValidationScores:
     avg: float
     """avg@k: the mean accuracy of a single sample."""
     cons: float
-    """cons@k: the accuracy of the most frequent answer; NaN if no response to any problem has an answer."""
+    """cons@k: the accuracy of the most frequent answer; NaN if responses are right and none has an answer."""
     pass_at_k: float
     """pass@k: the probability that at least one of k samples is right."""
     response_length_mean: float
@@ -168,9 +168,16 @@ def consensus(results: Sequence[RewardResult]) -> float:
 
 
 def consensuses(judged: Sequence[ProblemScores]) -> list[float]:
-    """Return the problems' cons, in which one without a vote counts as 0. Empty if no problem has a vote."""
+    """Return the problems' cons, in which one without a vote counts as 0.
+
+    Empty if responses are right and none has an answer: the rule gives none. Where none is right, it may give some.
+    """
     found = [problem.cons for problem in judged]
-    return [] if all(map(isnan, found)) else [0.0 if isnan(cons) else cons for cons in found]
+    return (
+        []
+        if all(map(isnan, found)) and any(problem.right for problem in judged)
+        else [0.0 if isnan(cons) else cons for cons in found]
+    )
 
 
 def _scores(problems: list[ProblemScores], k: int) -> ValidationScores:

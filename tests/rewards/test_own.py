@@ -122,9 +122,9 @@ def test_a_value_is_the_reward_as_it_is_and_the_accuracy_unless_another_is_given
 
 def test_half_of_a_surrogate_pair_is_an_escape() -> None:
     """Why: no file and no message can hold one, so an answer read from JSON ended the run where it was written."""
-    text = '{"score": 0, "answer": "\\ud800é", "why": "\\udfff", "whole": "\\ud83d\\ude00"}'
+    text = '{"score": 0, "answer": "\\ud800é", "why\\ud801": "\\udfff", "whole": "\\ud83d\\ude00"}'
     (found,) = judged("mine.py:value", text).results
-    assert (found.answer, found.extra) == (r"\ud800é", {"why": r"\udfff", "whole": "\U0001f600"})
+    assert (found.answer, found.extra) == (r"\ud800é", {r"why\ud801": r"\udfff", "whole": "\U0001f600"})
     with pytest.raises(UnicodeEncodeError):
         msgspec.json.encode(json.loads(text))  # the control
 

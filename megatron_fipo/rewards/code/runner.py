@@ -47,8 +47,9 @@ _KNOWN = (string, re, collections, heapq, bisect, math, random, itertools, funct
 """Modules that programs may use without an import, and their names too, of which a later module's wins."""
 _RECURSION = 50_000
 _CLONE_NEWUSER = 0x10000000
-_FORBIDDEN = {"x86_64": (0xC000003E, (272, 141, 251)), "aarch64": (0xC00000B7, (97, 140, 30))}
-"""By machine: the kernel's number of it, and of the calls unshare, setpriority and ioprio_set."""
+_FORBIDDEN = {"x86_64": (0xC000003E, (272, 251)), "aarch64": (0xC00000B7, (97, 30))}
+"""By machine: the kernel's number of it, and of the calls unshare and ioprio_set."""
+_SET_PRIORITY = {"x86_64": 141, "aarch64": 140}
 _OF_ITSELF = {"x86_64": (302, 203, 144, 142, 314), "aarch64": (261, 122, 119, 118, 274)}
 """Calls whose first argument is a process: prlimit64, sched_setaffinity, _setscheduler, _setparam and _setattr."""
 _CLONE = {"x86_64": 56, "aarch64": 220}
@@ -184,8 +185,9 @@ def _limit(request: dict[str, Any]) -> None:
         limits[resource.RLIMIT_NPROC] = request["processes"] + 1
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
-    # Deep recursion through code in C, such as a cache, takes stack, which is memory like any other.
-    stack, hard = request["memory_bytes"], resource.getrlimit(resource.RLIMIT_STACK)[1]
+    # Deep recursion through code in C, such as a cache, takes stack. What the program starts gives each thread address
+    # space for as much, so it may not be all.
+    stack, hard = max(request["memory_bytes"] // 4, 8 << 20), resource.getrlimit(resource.RLIMIT_STACK)[1]
     if hard != resource.RLIM_INFINITY:
         stack = min(stack, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
@@ -197,7 +199,7 @@ def _filter_calls() -> None:
     The kernel lets it change limits and priority of a process of the same user, as the runner is; and all capabilities
     come with a user namespace. A kernel without filters, or another machine, goes without.
     """
-    program = _call_filter(os.uname().machine)
+    program = _call_filter(os.uname().machine, os.getpid())
     if program:
         libc, code = ctypes.CDLL(None), ctypes.create_string_buffer(program)
         header = struct.pack("HP", len(program) // 8, ctypes.addressof(code))
@@ -205,12 +207,12 @@ def _filter_calls() -> None:
         libc.prctl(_PR_SET_SECCOMP, 2, header, 0, 0)
 
 
-def _call_filter(machine: str) -> bytes:
+def _call_filter(machine: str, itself: int) -> bytes:
     """The filter as the kernel's instructions of 8 bytes: code, jumps if true and if false, operand. Empty: none."""
     if machine not in _CLONE:
         return b""
     load, equal, at_least, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06
-    number, kind, first = 0, 4, 16  # places in what the filter reads; of the first argument, the lower half
+    number, kind, first, second = 0, 4, 16, 24  # places in what the filter reads; of arguments, the lower halves
     refuse, unknown, allow = (
         (end, 0, 0, value) for value in (0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x7FFF0000)
     )
@@ -220,7 +222,10 @@ def _call_filter(machine: str) -> bytes:
     for call in forbidden:
         found += [(equal, 0, 1, call), refuse]
     for call in _OF_ITSELF[machine]:  # where the process is 0, it is the caller
-        found += [(equal, 0, 4, call), (load, 0, 0, first), (equal, 1, 0, 0), refuse, allow]
+        found += [(equal, 0, 5, call), (load, 0, 0, first), (equal, 2, 0, 0), (equal, 1, 0, itself), refuse, allow]
+    # Of a process, not a group or a user, and of the caller itself: os.nice.
+    found += [(equal, 0, 6, _SET_PRIORITY[machine]), (load, 0, 0, first), (equal, 0, 2, 0)]
+    found += [(load, 0, 0, second), (equal, 1, 0, 0), refuse, allow]
     # A filter cannot read where clone3 has its flags. Without it, the C library takes clone.
     found += [(equal, 0, 1, _CLONE3), unknown]
     found += [(equal, 0, 3, _CLONE[machine]), (load, 0, 0, first), (any_bit, 0, 1, _CLONE_NEWUSER), refuse, allow]

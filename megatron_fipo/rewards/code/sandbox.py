@@ -170,13 +170,12 @@ def _command(kind: str, limits: CodeConfig) -> tuple[str, ...]:
 
 def _bubblewrap(places: list[str], size: str, as_user: tuple[str, ...]) -> tuple[str, ...]:
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--new-session", "--cap-drop", "ALL"]
-    if _works((*as_user, "bwrap", *_NO_NAMESPACES, "--ro-bind", "/", "/", "true")):
-        command += _NO_NAMESPACES
+    mounts: list[str] = []
     for place in places:
-        command += (
-            ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
-        )
-    command += ["--dev", "/dev", "--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp"]
+        mounts += ["--symlink", os.readlink(place), place] if os.path.islink(place) else ["--ro-bind-try", place, place]
+    if _works((*as_user, "bwrap", *_NO_NAMESPACES, *mounts, "true")):
+        command += _NO_NAMESPACES
+    command += [*mounts, "--dev", "/dev", "--remount-ro", "/dev", "--size", size, "--tmpfs", "/tmp", "--chdir", "/tmp"]
     return (*command, "--remount-ro", "/")
 
 

@@ -122,22 +122,26 @@ class BackgroundTracker:
             self._note("it could not be finished", error)
 
     def _open(self) -> Tracker | None:
-        """Return the open tracker; None after the last attempt, or if the run ends before the next one."""
+        """Return the open tracker; None after the last attempt, which the end of the run brings forward."""
+        is_last = False
         for wait_s in (*self._opens_again_s, None):
             with self._changed:
                 self._attempts += 1
             try:
                 tracker = self._opens()
             except BaseException as error:  # a package may call sys.exit
-                again = "" if wait_s is None else f", and is tried {len(self._opens_again_s)} times more"
+                # A package that is not there will not come.
+                is_last = is_last or wait_s is None or isinstance(error, ImportError)
+                again = "" if is_last else f", and is tried {len(self._opens_again_s)} times more"
                 self._note(f"it could not be opened{again}", error)
             else:
                 with self._changed:
                     self._is_open = True
                 return tracker
+            if is_last:
+                break
             with self._changed:
-                if wait_s is None or self._changed.wait_for(lambda: self._ends, wait_s):
-                    break
+                is_last = self._changed.wait_for(lambda: self._ends, wait_s)
         return None
 
     def _next(self) -> tuple[int, Mapping[str, float]] | None:

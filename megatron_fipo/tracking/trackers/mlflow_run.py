@@ -31,11 +31,14 @@ class MLflowRun:
         if run_id is None:
             run_id = self._client.create_run(_experiment(self._client, run.project), run_name=run.name).info.run_id
             keep_id(run.directory, "mlflow", run_id)
-            parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in _flat(run.settings)]
-            for first in range(0, len(parameters), _PARAMETERS_AT_ONCE):
-                self._client.log_batch(run_id, params=parameters[first : first + _PARAMETERS_AT_ONCE])
         else:
             self._client.update_run(run_id, status="RUNNING")
+        # Also of a run that is there: the attempt that made it may have failed after it.
+        known = self._client.get_run(run_id).data.params
+        given = [(key, value) for key, value in _flat(run.settings) if key not in known]
+        parameters = [Param(key, value[:_LONGEST_PARAMETER]) for key, value in given]
+        for first in range(0, len(parameters), _PARAMETERS_AT_ONCE):
+            self._client.log_batch(run_id, params=parameters[first : first + _PARAMETERS_AT_ONCE])
         self._run_id = run_id
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

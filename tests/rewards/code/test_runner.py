@@ -51,7 +51,7 @@ def test_starter_code_needs_no_imports() -> None:
 
 
 @pytest.mark.skipif((3, 12) <= sys.version_info < (3, 14), reason="Python's own limit of calls in C is lower")
-def test_deep_recursion_has_the_memory_of_the_program() -> None:
+def test_deep_recursion_has_stack_enough() -> None:
     """Why: a cache's calls take stack, so a right program for a long input ended by signal 11 at 8 MiB of it."""
     deep = "sys.setrecursionlimit(1 << 20)\n@functools.cache\ndef f(n): return n and 1 + f(n - 1)\nprint(f(40_000))"
     assert run(deep, "") == [Result("exit 0", "40000\n")]
@@ -61,6 +61,18 @@ def test_deep_recursion_has_the_memory_of_the_program() -> None:
         deep, None, ("",)
     )
     assert result.end == "signal 11", "the control"
+
+
+def test_what_a_program_starts_has_threads() -> None:
+    """Why: the C library gives each thread as much address space as the limit of the stack, which was all of it."""
+    inner = "import threading; threading.Thread(target=print, args=[5]).start()"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
+    assert run(program, "") == [Result("exit 0", "5\n")]
+    small = sandbox()
+    *start, text = small.command
+    whole = text.replace('max(request["memory_bytes"] // 4, 8 << 20)', 'request["memory_bytes"]')
+    (result,) = Sandbox((*start, whole), small.limits).run(program, None, ("",))
+    assert result.end == "exit 1", "the control"
 
 
 @pytest.mark.parametrize(

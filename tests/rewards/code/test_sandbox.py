@@ -163,10 +163,12 @@ def test_a_program_cannot_starve_its_judge(kind: str) -> None:
     idle = "import os; os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))"
     pinned = "import os; os.sched_setaffinity(1, {0})"
     itself = "import os, resource; resource.prlimit(0, resource.RLIMIT_NOFILE); os.sched_setaffinity(0, {0})"
-    for program in (starve, idle, pinned, "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)"):
+    by_number = "import os, resource; resource.prlimit(os.getpid(), resource.RLIMIT_NOFILE); os.nice(1)"
+    slower = ("import os; os.setpriority(os.PRIO_PROCESS, 1, 19)", "import os; os.setpriority(os.PRIO_USER, 0, 19)")
+    for program in (starve, idle, pinned, *slower):
         results = found(kind).run(attempt(program), None, ("", ""))
         assert [each.output for each in results] == ["refused\n"] * 2, program
-    assert once(kind, attempt(itself)).output == "done\n"
+    assert [once(kind, attempt(each)).output for each in (itself, by_number)] == ["done\n"] * 2
     open_judge = without(found(kind), *NO_FILTER)
     for program in (idle, pinned):
         assert next(open_judge.run(attempt(program), None, ("",))).output == "done\n", "the control"
