@@ -38,7 +38,7 @@ train: $(STAMP) ## Train the embedded model, or whatever ARGS='experiment=... ke
 JOBS ?= 2
 SPREAD := --numprocesses $(JOBS) --dist worksteal
 
-test: $(STAMP) ## The tests that need no GPU, every feature in some layout (under 20 minutes)
+test: $(STAMP) ## The tests that need no GPU, every feature in some layout (25 to 30 minutes)
 	@$(PYTHON) -m pytest $(SPREAD) $(ARGS)
 
 test-fast: $(STAMP) ## The tests of single parts (minutes)

@@ -82,7 +82,8 @@ def test_longer_responses_want_more_nodes_that_sample() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [pytest.param(SYNCHRONOUS, marks=pytest.mark.matrix), ASYNCHRONOUS])
+@pytest.mark.matrix  # long: every point of a search is simulated
+@pytest.mark.parametrize("way", [SYNCHRONOUS, ASYNCHRONOUS])
 def test_no_split_and_no_size_of_an_engine_is_clearly_faster_than_the_choice(way: str) -> None:
     """All of them, simulated as exactly as the choice."""
     config = load_config([*RECIPE, "cluster.trainer_nodes=3", "cluster.rollout_nodes=3"])
@@ -96,6 +97,7 @@ def test_no_split_and_no_size_of_an_engine_is_clearly_faster_than_the_choice(way
     assert max(every) > 1.3 * min(every), "the control: the choice matters"
 
 
+@pytest.mark.matrix  # the other way round is tried above
 @pytest.mark.slow
 def test_a_run_in_turns_can_be_taken_apart_again() -> None:
     config = load_config([*RECIPE, "rollout=colocated", "cluster.trainer_nodes=4", "cluster.rollout_nodes=0"])
