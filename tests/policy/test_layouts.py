@@ -83,11 +83,14 @@ FAMILIES = [
     {"data": 2, "tensor": 2, "model": {"recompute": "full"}},
 ]
 SPLIT = {"tensor": 2, "sequence": True}
+NEWER_MEGATRON = Version(version("megatron-core")) >= Version("0.19")
+"""Megatron-Core marks the experts' gradients in every layout, and a wrong replay ends in its dispatcher with an error:
+two controls are for the version before it, on which CI runs them."""
 EXPERT_LAYOUTS = [
     {**SPLIT, "expert": 2, "data": 2},
     {**SPLIT, "expert": 2, "expert_tensor": 2, "data": 2},
     {**SPLIT, "data": 2},
-    {**SPLIT, "data": 2, "sabotage": "expert_mark"},
+    *([] if NEWER_MEGATRON else [{**SPLIT, "data": 2, "sabotage": "expert_mark"}]),
     {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
     {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
     {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
@@ -101,7 +104,7 @@ REPLAYED = [
     {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "trainer"},
     {**RECOMPUTED, "replay": "trainer"},
     {**RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
-    {**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"},
+    *([] if NEWER_MEGATRON else [{**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"}]),
     {"expert": 2, "data": 4, "replay": "own choice", "sabotage": "other experts"},
     *({**layout, "replay": "trainer", "sabotage": "on_policy"} for layout in (RECOMPUTED, {**SPLIT, "data": 2})),
     {**SPLIT, "packing": True, "expert": 2, "data": 2, "replay": "undisturbed"},
@@ -360,11 +363,6 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
         pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
     ],
     indirect=["case"],
-)
-@pytest.mark.xfail(
-    Version(version("megatron-core")) >= Version("0.19"),
-    reason="split sizes of the experts' all-to-all do not match on Megatron-Core 0.19",
-    strict=False,
 )
 def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
     """Every expert and router, over expert-parallel ranks. One control has the experts' gradients summed over too few
