@@ -5,13 +5,14 @@ python -m benchmarks.first_update
 
 import contextlib
 import os
-import statistics
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine, once
+from benchmarks.measure import in_pairs, machine
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.policy import platform
@@ -36,25 +37,31 @@ def make_batch(updates: int) -> Made:
     )
 
 
-def main() -> None:
-    """Print the table."""
+def start() -> tuple[Config, Path]:
+    """Become a process group of one; the quick start's configuration on one rank, and its model's directory."""
     platform.install()
     # Imported here, since the platform has to be set up before Megatron-Core is imported.
-    from megatron_fipo.models.model_config import read_architecture
-    from megatron_fipo.policy.agreement import AgreementCheck
-    from megatron_fipo.policy.feed import made_alike
     from megatron_fipo.policy.model import start_model_parallel
-    from megatron_fipo.policy.step import StepData, train_step
-    from megatron_fipo.policy.update import Policy
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
-    config, model = load_config(["parallel=single"]), resolve_embedded("embedded:tiny")
+    config = load_config(["parallel=single"])
     start_model_parallel(config.parallel, 0)
+    return config, resolve_embedded("embedded:tiny")
 
-    def step(policy: Policy, made: Made, apart: bool) -> None:
+
+def main() -> None:
+    """Print the table."""
+    config, model = start()
+    from megatron_fipo.models.model_config import read_architecture
+    from megatron_fipo.policy.agreement import AgreementCheck
+    from megatron_fipo.policy.feed import made_alike
+    from megatron_fipo.policy.step import StepData, train_step
+    from megatron_fipo.policy.update import Policy
+
+    def step(policy: Policy, made: Made, from_update: bool) -> None:
         check = AgreementCheck(Limits(warn=1e9, stop=1e9))
-        if not apart:
+        if from_update:
             check.judge(
                 {"log_prob_diff_mean": 0.0}
             )  # in the first step of a process, a separate pass computes all log-probs
@@ -68,14 +75,7 @@ def main() -> None:
     )
     for updates in (1, 4, 16):
         policy, batch = Policy(config, read_architecture(model), str(model), updates=1000), make_batch(updates)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        for pair in range(PAIRS):
-            for apart in (True, False) if pair % 2 else (False, True):
-                times[apart].append(once(partial(step, policy, batch, apart)))
-        ratios = [own / apart for own, apart in zip(times[False][1:], times[True][1:], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        medians = [statistics.median(times[apart][1:]) for apart in (True, False)]
-        print(f"| {updates} | {medians[0]:.3f} | {medians[1]:.3f} | {middle:.3f} ({low:.3f} … {high:.3f}) |")
+        print(f"| {updates} | {in_pairs(partial(step, policy, batch), PAIRS)} |")
     platform.stop_process_group()
 
 

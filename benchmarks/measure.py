@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,21 @@ def once(function: Callable[[], object]) -> float:
     function()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_pairs(step: Callable[[bool], object], count: int) -> str:
+    """Return cells of a table: median seconds of step(False) and of step(True), and the second by the first, quartiles.
+
+    There are `count` pairs, of which the first warms up; which of the two comes first changes from pair to pair.
+    """
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for pair in range(count):
+        for which in (True, False) if pair % 2 else (False, True):
+            times[which].append(once(partial(step, which)))
+    without, with_it = (times[which][1:] for which in (False, True))
+    low, middle, high = statistics.quantiles([one / other for one, other in zip(with_it, without, strict=True)], n=4)
+    medians = f"{statistics.median(without):.3f} | {statistics.median(with_it):.3f}"
+    return f"{medians} | {middle:.3f} ({low:.3f} … {high:.3f})"
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -151,21 +151,7 @@ def _run(
 ) -> dict[str, Any]:
     with _experts_unmarked() if sabotage == "expert_mark" else contextlib.nullcontext():
         policy = Policy(config, read_architecture(model_dir), model_dir, updates=10)
-    if sabotage == "norm_weight":
-        for chunk in policy.chunks:
-            for parameter in chunk.parameters():
-                parameter.sequence_parallel = False
-    if sabotage == "router":
-        with torch.no_grad():
-            for name, parameter in (pair for chunk in policy.chunks for pair in chunk.named_parameters()):
-                if name.endswith("mlp.router.weight"):
-                    parameter.copy_(parameter.roll(1, 0))  # each token goes to the next expert
-    if sabotage == "family":
-        for module in (module for chunk in policy.chunks for module in chunk.modules()):
-            if isinstance(module, TorchAttention):
-                module.window = None
-            elif isinstance(module, RMSNorm):
-                module.zero_centered = False
+    _break(policy, sabotage)
     from_engine = replay is not None and replay.startswith("rollout")
     how = ROLLOUT_REPLAYS[replay] if replay is not None and from_engine else None
     if from_engine and how != "partly":
@@ -210,6 +196,25 @@ def _run(
         "log_probs": log_probs,
         "whole": _relative_error(list(found.values()), [expected[name] for name in found]),
     }
+
+
+def _break(policy: Policy, sabotage: str | None) -> None:
+    """Have a built policy compute something else, where the sabotage is of its parameters or modules."""
+    if sabotage == "norm_weight":
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.sequence_parallel = False
+    if sabotage == "router":
+        with torch.no_grad():
+            for name, parameter in (pair for chunk in policy.chunks for pair in chunk.named_parameters()):
+                if name.endswith("mlp.router.weight"):
+                    parameter.copy_(parameter.roll(1, 0))  # each token goes to the next expert
+    if sabotage == "family":
+        for module in (module for chunk in policy.chunks for module in chunk.modules()):
+            if isinstance(module, TorchAttention):
+                module.window = None
+            elif isinstance(module, RMSNorm):
+                module.zero_centered = False
 
 
 def _log_prob_error(found: TrainerStreams, mini_batch: MiniBatch, batch: str) -> float:
