@@ -1,7 +1,7 @@
 """What a rank holds of a step's tokens, and how its tensor-parallel peers get them one micro-batch at a time."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -23,7 +23,7 @@ def streams_read(stages: Collection[str], columns: tuple[int, int] = (0, 0)) -> 
     in the list if there are none.
     """
     read = [
-        replace(stream, columns=columns) if stream.whole else stream
+        stream.of(columns)
         for stream in streams.STREAMS
         if stream.source != "trainer" and stream.is_read_on(stages) and (not stream.whole or columns[0] < columns[1])
     ]

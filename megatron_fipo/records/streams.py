@@ -50,6 +50,10 @@ class Stream:
         """The shape of a token's value."""
         return (self.columns[1] - self.columns[0],) if self.whole else ()
 
+    def of(self, columns: tuple[int, int]) -> "Stream":
+        """This stream where these columns of it are read, if it is a whole one."""
+        return replace(self, columns=columns) if self.whole else self
+
     def is_read_on(self, stages: Collection[str]) -> bool:
         """Whether a rank that is these pipeline stages (first, last, both or neither) reads it."""
         return self.stages == "all" or self.stages in stages
@@ -76,11 +80,7 @@ def sampled_streams() -> dict[str, Stream]:
 
 def carried_streams(columns: tuple[int, int] = (0, 0)) -> dict[str, Stream]:
     """The streams that a sample may come with, by name; of whole ones these columns are read."""
-    return {
-        stream.name: replace(stream, columns=columns) if stream.whole else stream
-        for stream in STREAMS
-        if stream.source == "engine" and stream.array is None
-    }
+    return {stream.name: stream.of(columns) for stream in STREAMS if stream.source == "engine" and stream.array is None}
 
 
 def read_only(array: numpy.ndarray) -> numpy.ndarray:
