@@ -76,19 +76,32 @@ Any `attention_dropout` is allowed. A run trains without dropout, so that old an
 model. `model.max_position_embeddings` raises the context length without changing the rotary embedding, as the 7B recipe
 does.
 
-In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped, and no loss
-balances the experts. `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel
-ones. `parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers
-without experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every
-token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts
-by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
-mixture of experts on a CPU.
+In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped.
+`parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel ones.
+`parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers without
+experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every token
+(Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts by what
+a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included mixture of
+experts on a CPU.
 
 `optimizer.freeze_routers=true` keeps routers as they are when the run starts: they get no gradient, have no place in
 the optimizer, and are not in `grad_norm`. Choose it when a run starts: a checkpoint of frozen routers has no optimizer
 state for them, so no resume can set them free. Routers that choose by a bias, which training moves towards an even
 load beside the gradient (`topk_method: noaux_tc`, `use_routing_bias` and others), are in no supported family. A
 directory that asks for one is refused by that key, since nothing would keep the bias alike in trainer and servers.
+
+**Losses of routers.** Nothing balances the experts by default. `algorithm.router_aux_loss_coef` adds a loss for an even
+load (Switch Transformers), `algorithm.router_z_loss_coef` one for small scores (ST-MoE). With E experts, f an expert's
+share of the load (summing to 1), p a token's softmax over all scores s, a token adds for each layer
+
+    router_aux_loss_coef · E · Σ f p  +  router_z_loss_coef · (log Σ exp s)²
+
+to its loss, with the weight that `algorithm.loss_agg_mode` gives the token. Tokens are those of responses. The load is
+that of all the step's responses, of the experts that they go to before its first update. So gradients are the same in
+every layout, which Megatron-Core's own losses, means of a micro-batch, do not give. The coefficients are those of
+Megatron-Core's `moe_aux_loss_coeff` and `moe_z_loss_coeff`; transformers counts all layers together, on another scale.
+With the first loss, every update has a forward pass before the step's first one. `router_aux_loss` (1 if even) and
+`router_z_loss` are reported without their coefficients, and are not in `loss`.
 
 **Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
 experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records
@@ -97,7 +110,8 @@ Routers still learn, by the scores of these experts. It works in every layout, p
 recomputation. The first update of a step computes its own old log-probs, and needs no record. With one update per
 step there is nothing to replay, and the run warns. A record takes 2 bytes per token, layer and expert of a token in
 the ranks' host memory, which preflight shows. Differences between engine and trainer are not replayed:
-`log_prob_diff_mean` has them.
+`log_prob_diff_mean` has them. `python -m benchmarks.router_replay` shows what replay does to ratios and f of a random
+model, with tables in benchmarks/README.md.
 
 With `algorithm.router_replay=rollout` a token goes to the experts that the engine sent it to, in the passes that
 compute old and reference log-probs and in all updates, the first one too. Prompts and what an environment said are

@@ -291,12 +291,25 @@ def _aggregate(losses: Tensor, mask: Tensor, inputs: LossInputs, config: Algorit
     if config.loss_agg_mode == "token-mean":
         return losses.sum(), mask.sum().to(torch.int32)
     sequences = (inputs.response_lengths > 0).sum().to(torch.int32) * _counts_sequences(inputs)
+    return (losses / token_divisors(losses, inputs.response_lengths, inputs.layout, config)).sum(), sequences
+
+
+def token_divisors(
+    tokens: Tensor, response_lengths: Tensor, layout: SequenceLayout, config: AlgorithmConfig
+) -> Tensor | float:
+    """Return what each token's loss is divided by before losses are summed: a number, or [rows, tokens].
+
+    Args:
+        tokens: [rows, tokens], whose shape the result has.
+        response_lengths: [sequences] int64, as LossInputs has them.
+        layout: the positions of the sequences.
+    """
     if config.loss_agg_mode == "seq-mean-token-mean":
-        losses = losses / inputs.layout.spread(inputs.response_lengths.clamp(min=1), losses)
-    elif config.loss_agg_mode == "seq-mean-token-sum-norm":
+        return layout.spread(response_lengths.clamp(min=1), tokens)
+    if config.loss_agg_mode == "seq-mean-token-sum-norm":
         assert config.loss_scale_factor is not None, _CHECKED
-        losses = losses / config.loss_scale_factor
-    return losses.sum(), sequences
+        return config.loss_scale_factor
+    return 1.0
 
 
 def _counts_sequences(inputs: LossInputs) -> int:

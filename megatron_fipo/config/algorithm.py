@@ -182,6 +182,20 @@ class AlgorithmConfig:
         "its present scores.",
         choices=("none", "trainer", "rollout"),
     )
+    router_aux_loss_coef: float = setting(
+        0.0,
+        "Models with experts: adds this times the loss for an even load of the experts at each router "
+        "(docs/models.md). Above 0 every update has a forward pass before the step's first update.",
+        minimum=0,
+        maximum=1000,
+    )
+    router_z_loss_coef: float = setting(
+        0.0,
+        "Models with experts: adds this times the squared logsumexp of the scores at each router, which keeps them "
+        "small.",
+        minimum=0,
+        maximum=1000,
+    )
 
 
 @dataclass

@@ -8,6 +8,9 @@ from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.models.parameters import check_expert_parallel
 
+ROUTER_LOSSES = ("router_aux_loss_coef", "router_z_loss_coef")
+"""The coefficients of the routers' losses, in the section algorithm."""
+
 
 def experts(config: Config) -> Iterator[str]:
     """Yield warnings. Raise ConfigError for a dispatcher that cannot serve the layout, or servers of one rank that deal
@@ -16,6 +19,10 @@ def experts(config: Config) -> Iterator[str]:
     check_dispatcher(config)
     _check_ranks_of_server(config)
     algorithm = config.algorithm
+    for key in ROUTER_LOSSES if config.optimizer.freeze_routers else ():
+        if getattr(algorithm, key) > 0:
+            problem = "teaches routers, and optimizer.freeze_routers=true keeps them as they are"
+            raise ConfigError(f"algorithm.{key}", problem, f"algorithm.{key}=0, or optimizer.freeze_routers=false")
     if algorithm.router_replay == "trainer" and algorithm.prompts_per_step == algorithm.mini_batch_prompts:
         yield (
             "algorithm.router_replay: trainer changes nothing with one update per step, whose own "
@@ -70,6 +77,9 @@ def check_experts_of_model(config: Config, model_config: ModelConfig) -> None:
     if model_config.experts is None and replay != "none":
         problem = f"is {replay}, and the model has no experts"
         raise ConfigError("algorithm.router_replay", problem, "algorithm.router_replay=none")
+    for key in ROUTER_LOSSES if model_config.experts is None else ():
+        if getattr(config.algorithm, key) > 0:
+            raise ConfigError(f"algorithm.{key}", "the model has no experts", f"algorithm.{key}=0")
     if model_config.experts is None and config.optimizer.freeze_routers:
         raise ConfigError("optimizer.freeze_routers", "the model has no experts", "optimizer.freeze_routers=false")
     if model_config.experts is not None and parallel.tensor > 1 and not parallel.sequence:

@@ -154,7 +154,7 @@ def _check_attention(config: Config, model_config: ModelConfig) -> None:
 
 
 def _expert_settings(config: Config, model_config: ModelConfig) -> dict[str, Any]:
-    """The mixture of experts: no token is dropped, and no loss is added to the policy's."""
+    """The mixture of experts: no token is dropped, and losses of routers are ours (router_losses.py)."""
     parallel, experts = config.parallel, model_config.experts
     if experts is None:
         return {}

@@ -11,7 +11,7 @@ recomputed in the backward pass.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.models.experts import Experts
 from megatron_fipo.policy.micro_batch import MicroBatch, moved
+from megatron_fipo.policy.router_losses import RouterLosses
 from megatron_fipo.policy.router_statistics import RouterStatistics
 from megatron_fipo.records.routes import RouteFormat
 from megatron_fipo.records.streams import ROUTED_EXPERTS
@@ -47,48 +49,62 @@ class _Pass:
     """Whether the backward pass asks again."""
     counts: bool = False
     """Whether the step's statistics have it."""
+    counts_load: bool = False
+    """Whether the routers' losses have its load."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a router does with a micro-batch."""
+
+    given: Tensor | None = None
+    """[local tokens, experts of a token] integers; None: the router chooses by its scores."""
+    counted: Tensor | None = None
+    """[local tokens] bool, those that the statistics have; None: nothing is counted."""
+    compared: Tensor | None = None
+    """[local tokens] bool, where `given` is the engine's: the tokens that the comparison with it has. For tokens whose
+    experts are -1 the router chooses by its scores."""
+    load: Tensor | None = None
+    """[local tokens] bool: those whose experts are the load of the routers' losses."""
+    weights: Tensor | None = None
+    """[local tokens] fp32, of the tokens in the routers' losses; None: there are none."""
+    keeps: bool = False
+    """Whether the backward pass of this micro-batch asks again."""
 
 
 class Choice:
     """The choice of one router, in the place of Megatron-Core's RouterReplay."""
 
-    def __init__(self, layer: int, statistics: RouterStatistics) -> None:
+    def __init__(self, layer: int, statistics: RouterStatistics, losses: RouterLosses) -> None:
         """Free, until a micro-batch begins. `layer` is the router's, from 0, of the whole model."""
-        self.layer, self._statistics = layer, statistics
-        self._counts: Tensor | None = None
-        self._compared: Tensor | None = None
-        self._is_forward = False
-        self._given: Tensor | None = None
+        self.layer, self._statistics, self._losses = layer, statistics, losses
+        self._request: Request | None = None
         self._keeps = False
-        self._kept: deque[Tensor] = deque()
+        self._kept: deque[tuple[Tensor, Tensor | None]] = deque()
         self._made: Tensor | None = None
+        self._weights: Tensor | None = None
+        """Of the call that is under way."""
 
-    def begin(
-        self, given: Tensor | None, counts: Tensor | None, *, keeps: bool, compared: Tensor | None = None
-    ) -> None:
-        """Begin the forward pass of a micro-batch.
-
-        Args:
-            given: [local tokens, experts of a token] integers; None: the router chooses by its scores.
-            counts: [local tokens] bool, those that the statistics have; None: nothing is counted.
-            keeps: whether the backward pass of this micro-batch asks again.
-            compared: [local tokens] bool, where `given` is the engine's: the tokens that the comparison with it has.
-                For tokens whose experts are -1 the router chooses by its scores.
-        """
-        self._is_forward, self._given, self._counts, self._keeps = True, given, counts, keeps
-        self._compared = compared
+    def begin(self, request: Request) -> None:
+        """Begin the forward pass of a micro-batch."""
+        self._request, self._keeps = request, request.keeps
 
     def end(self) -> Tensor:
         """End the forward pass; the experts chosen, [local tokens, experts of a token] int16."""
-        made, self._made = self._made, None
+        made, self._made, self._request = self._made, None, None
         assert made is not None, "the router has not been asked"
-        self._is_forward, self._given, self._counts, self._compared = False, None, None, None
         return made
 
-    def look_at(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        """See what the router's layer dispatches of its choice: a forward hook of the router."""
-        if self._made is not None and self._counts is not None:
+    def look_at(self, router: TopKRouter, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Any:
+        """See what the router's layer dispatches of its choice, and add the router's losses: its forward hook."""
+        request, weights = self._request, self._weights
+        if request is not None and request.counted is not None and self._made is not None:
             self._statistics.count_dropped(self._made, output[1])
+        if weights is None:
+            return output
+        self._weights = None
+        is_first = request is not None
+        return self._losses.attach(router, self.layer, inputs[0], output[0], weights, counted=is_first), output[1]
 
     def forget(self) -> None:
         """Drop what was kept for backward passes that did not come."""
@@ -108,29 +124,33 @@ class Choice:
         Returns:
             [local tokens, topk] of the type of `scores`, differentiable; [local tokens, topk] int64.
         """
-        if not self._is_forward and not self._keeps:  # a model that is called by itself, outside of a pass
+        request = self._request
+        if request is None and not self._keeps:  # a model that is called by itself, outside of a pass
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        if not self._is_forward:
-            return _of(scores, self._kept.popleft())
-        if self._given is None:
+        if request is None:
+            made, self._weights = self._kept.popleft()
+            return _of(scores, made)
+        if request.given is None:
             found, experts = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         else:
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
-            found, experts = _of(scores, torch.where(self._given < 0, own, self._given))
-            self._compare(self._given, own)
-        if self._counts is not None:
-            self._statistics.count(self.layer, experts, self._counts)
-        self._made = experts.to(torch.int16)
+            found, experts = _of(scores, torch.where(request.given < 0, own, request.given))
+            self._compare(request, request.given, own)
+        if request.counted is not None:
+            self._statistics.count(self.layer, experts, request.counted)
+        if request.load is not None:
+            self._losses.count(self.layer, experts, request.load)
+        self._made, self._weights = experts.to(torch.int16), request.weights
         if self._keeps:
-            self._kept.append(self._made)
+            self._kept.append((self._made, request.weights))
         return found, experts
 
-    def _compare(self, given: Tensor, own: Tensor) -> None:
+    def _compare(self, request: Request, given: Tensor, own: Tensor) -> None:
         """Count where the router would choose otherwise than the engine did, or than it did itself before."""
-        if self._compared is not None:
-            self._statistics.count_mismatch(given, own, self._compared & (given[:, 0] >= 0))
-        elif self._counts is not None:
-            self._statistics.count_changed(given, own, self._counts)
+        if request.compared is not None:
+            self._statistics.count_mismatch(given, own, request.compared & (given[:, 0] >= 0))
+        elif request.counted is not None:
+            self._statistics.count_changed(given, own, request.counted)
 
 
 def _of(scores: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +174,7 @@ class Routing:
         self,
         chunks: Sequence[nn.Module],
         experts: Experts | None,
+        algorithm: AlgorithmConfig,
         device: torch.device,
         sampled: RouteFormat | None = None,
     ):
@@ -162,9 +183,13 @@ class Routing:
         `sampled`: what the engine's choices look like, which samples come with; None: they do not.
         """
         self._modules, self._device, self._sampled = list(chunks), device, sampled
+        self._replays = algorithm.router_replay != "none"
         self.statistics = RouterStatistics(experts, device)
         """Of the tokens of updates since they were last asked for."""
-        self._chunks = [_Chunk([_take_over(router, self.statistics) for router in _routers(chunk)]) for chunk in chunks]
+        self.losses = RouterLosses(algorithm, experts, self.statistics, device)
+        self._chunks = [
+            _Chunk([_take_over(router, self.statistics, self.losses) for router in _routers(chunk)]) for chunk in chunks
+        ]
         layers = [choice.layer for chunk in self._chunks for choice in chunk.choices]
         self.columns = sampled.columns(layers) if sampled is not None else (0, 0)
         """The bytes [start, end) of a token's routed experts that the routers here read."""
@@ -176,13 +201,18 @@ class Routing:
         )
 
     @contextmanager
-    def recording(self) -> Iterator[list[list[Tensor]]]:
-        """A pass without backward, whose choices the list has after it: Routes."""
-        found: list[list[Tensor]] = []
-        knows = self._sampled is not None
-        with self._during(_Pass(from_engine=knows, compares=knows, records=True)):
+    def recording(self) -> Iterator[list[list[Tensor]] | None]:
+        """A pass without backward before the step's first update.
+
+        The list has its choices afterwards, Routes; None if they are not replayed.
+        """
+        found: list[list[Tensor]] | None = [] if self._replays else None
+        knows, counts_load = self._sampled is not None, self.losses.needs_load
+        records = found is not None
+        with self._during(_Pass(from_engine=knows, compares=knows, records=records, counts_load=counts_load)):
             yield found
-            found += [chunk.found for chunk in self._chunks]
+            if found is not None:
+                found += [chunk.found for chunk in self._chunks]
 
     @contextmanager
     def updating(self, given: Routes | None) -> Iterator[None]:
@@ -209,10 +239,20 @@ class Routing:
         elif present.from_engine and chunk.choices:
             given = self._of_engine(chunk, micro_batch)
         chunk.begun += 1
-        response = _in_routers_order(micro_batch.response_mask) if chunk.choices else None
-        counts, compared = (response if wanted else None for wanted in (present.counts, present.compares))
-        for choice, experts in zip(chunk.choices, given, strict=True):
-            choice.begin(experts, counts, keeps=present.keeps, compared=compared)
+        if chunk.choices:
+            response = _in_routers_order(micro_batch.response_mask)
+            weights = None
+            if present.counts and self.losses.are_on:
+                weights = _in_routers_order(self.losses.token_weights(micro_batch))
+            request = Request(
+                counted=response if present.counts else None,
+                compared=response if present.compares else None,
+                load=response if present.counts_load else None,
+                weights=weights,
+                keeps=present.keeps,
+            )
+            for choice, experts in zip(chunk.choices, given, strict=True):
+                choice.begin(replace(request, given=experts))
         yield
         made = [choice.end() for choice in chunk.choices]
         if present.records and made:
@@ -246,8 +286,8 @@ def _routers(chunk: nn.Module) -> list[TopKRouter]:
     return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
-def _take_over(router: TopKRouter, statistics: RouterStatistics) -> Choice:
-    router.router_replay = choice = Choice(router.layer_number - 1, statistics)
+def _take_over(router: TopKRouter, statistics: RouterStatistics, losses: RouterLosses) -> Choice:
+    router.router_replay = choice = Choice(router.layer_number - 1, statistics, losses)
     router.register_forward_hook(choice.look_at)
     return choice
 

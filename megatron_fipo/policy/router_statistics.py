@@ -30,9 +30,7 @@ class RouterStatistics:
             chosen: [local tokens, experts of a token] int64.
             counts: [local tokens] bool: the tokens that count.
         """
-        ones = counts.to(torch.int32)[:, None].expand_as(chosen).reshape(-1)
-        added = torch.zeros(self._load.shape[1], dtype=torch.int32, device=ones.device)
-        self._load[layer] += added.scatter_add_(0, chosen.reshape(-1), ones)
+        self._load[layer] += tokens_per_expert(chosen, counts, self._load.shape[1])
 
     def count_changed(self, given: Tensor, own: Tensor, counts: Tensor) -> None:
         """Count the tokens of a layer whose router would choose other experts than it replays.
@@ -62,6 +60,15 @@ class RouterStatistics:
         """
         self._dropped += chosen.numel() - torch.count_nonzero(served)
 
+    def count_losses(self, aux_losses: Tensor, z_losses: Tensor, weights: Tensor) -> None:
+        """Count the losses of a layer's router.
+
+        Args:
+            aux_losses, z_losses: [local tokens] fp32, without their coefficients.
+            weights: [local tokens] fp32, of the tokens in the loss.
+        """
+        self._losses += torch.stack([(aux_losses * weights).sum(), (z_losses * weights).sum(), weights.sum()])
+
     def metrics(self) -> dict[str, float]:
         """Metrics over all ranks, the same on each; counting starts anew. Every rank calls this together.
 
@@ -69,12 +76,14 @@ class RouterStatistics:
         """
         if self._experts is None:
             return {}
-        vector = torch.cat([self._load.flatten(), self._replayed, self._sampled, self._dropped])
+        # Counts are whole in this type.
+        parts = (self._load.flatten(), self._replayed, self._sampled, self._dropped, self._losses)
+        vector = torch.cat([part.double() for part in parts])
         torch.distributed.all_reduce(vector)
         counted = vector.cpu()
         self._clear()
-        load = counted[:-5].view(-1, self._experts.number)[list(self._experts.layers)].double()
-        changed, replayed, differing, sampled, dropped = counted[-5:].tolist()
+        load = counted[:-8].view(-1, self._experts.number)[list(self._experts.layers)]
+        changed, replayed, differing, sampled, dropped, aux_loss, z_loss, weight = counted[-8:].tolist()
         if not load.sum():
             return {}
         share = load / load.sum(1, keepdim=True)
@@ -85,8 +94,10 @@ class RouterStatistics:
             "router_load_max": fullest.max().item(),
             "router_entropy": entropy.mean().item(),
             "router_entropy_min": entropy.min().item(),
-            "router_tokens_dropped": float(dropped),
+            "router_tokens_dropped": dropped,
         }
+        found |= {"router_z_loss": z_loss / weight} if weight else {}
+        found |= {"router_aux_loss": aux_loss / weight} if aux_loss else {}
         found |= {"router_changed": changed / replayed} if replayed else {}
         return found | ({"router_mismatch": differing / sampled} if sampled else {})
 
@@ -96,6 +107,19 @@ class RouterStatistics:
         self._replayed = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._sampled = torch.zeros(2, dtype=torch.int64, device=self._device)
         self._dropped = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._losses = torch.zeros(3, dtype=torch.float64, device=self._device)
+
+
+def tokens_per_expert(chosen: Tensor, counts: Tensor, number: int) -> Tensor:
+    """[number] int32: the tokens that go to each of so many experts.
+
+    Args:
+        chosen: [local tokens, experts of a token] int64.
+        counts: [local tokens] bool: the tokens that count.
+    """
+    ones = counts.to(torch.int32)[:, None].expand_as(chosen).reshape(-1)
+    added = torch.zeros(number, dtype=torch.int32, device=ones.device)
+    return added.scatter_add_(0, chosen.reshape(-1), ones)
 
 
 def _different(given: Tensor, own: Tensor, counts: Tensor) -> Tensor:

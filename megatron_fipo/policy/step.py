@@ -31,7 +31,12 @@ class StepData:
 
 def score_part(policy: Policy, mini_batches: Sequence[MiniBatch], check: AgreementCheck, *, is_first: bool) -> Part:
     """The next updates of a step, with their old log-probs. Every rank calls this before the step's first update."""
-    return Part(mini_batches, policy.log_probs(mini_batches, without_first=is_first and not check.may_stop))
+    return Part(mini_batches, policy.log_probs(mini_batches, without_first=is_first and not _scores_all(policy, check)))
+
+
+def _scores_all(policy: Policy, check: AgreementCheck) -> bool:
+    """Whether the step's first update has a pass before it too."""
+    return check.may_stop or policy.routing.losses.needs_load
 
 
 def train_step(
@@ -45,7 +50,8 @@ def train_step(
 
     Old log-probs are those of the weights that the step starts with. The first update's own forward pass has these
     weights too and gives them, so that only the other mini-batches need a pass of their own. Where the comparison with
-    the engine may end the run, that pass covers all, and nothing is updated before it is judged.
+    the engine may end the run, that pass covers all, and nothing is updated before it is judged; and so it does where
+    the updates need the load of experts.
 
     Args:
         phase: a context that times what is done in it, by its name.
@@ -61,7 +67,7 @@ def train_step(
             warn(warning)
         return agreement
 
-    alone, agreement, updates = check.may_stop, {}, []
+    alone, agreement, updates = _scores_all(policy, check), {}, []
     with phase("log-probs"):
         rest = score_part(policy, data.mini_batches, check, is_first=not data.parts)
     parts = [*data.parts, rest]
@@ -71,6 +77,7 @@ def train_step(
     known = [difference for part in parts for difference in part.known.differences]
     if alone and mini_batches:
         agreement = judged(known)
+    policy.routing.losses.share_load()
     with phase("update"):
         for number, (mini_batch, added, given) in enumerate(zip(mini_batches, streams, routes, strict=True)):
             if policy.credit is not None:

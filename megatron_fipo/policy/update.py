@@ -6,7 +6,6 @@ every stage must know alike — the metrics, whether an update is sound — is c
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +83,7 @@ class Policy:
         self.chunks = wrap(chunks, config)
         self.reference = ReferenceWeights(self.chunks) if config.algorithm.reference_kl_coef > 0 else None
         routes = route_format(model_config.experts) if config.algorithm.router_replay == "rollout" else None
-        self.routing = Routing(self.chunks, model_config.experts, platform.device(), routes)
+        self.routing = Routing(self.chunks, model_config.experts, config.algorithm, platform.device(), routes)
         self.layout = _layout(config, routes, self.routing.columns)
         # Plain operations ask for the lengths as numbers; on the GPU every layer would wait for them.
         with_te = uses_transformer_engine(config.model)
@@ -134,13 +133,12 @@ class Policy:
         found: list[list[dict[str, Tensor]]] = []
         routes: list[Routes | None] = []
         differences: Differences = []
-        replays = self.config.algorithm.router_replay != "none"
         for place, mini_batch in enumerate(mini_batches):
             if place == 0 and without_first:
                 found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
                 routes.append(None)
                 continue
-            with self.routing.recording() if replays else nullcontext() as recorded:
+            with self.routing.recording() as recorded:
                 passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
             routes.append(recorded)
             found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])

@@ -59,6 +59,18 @@ def test_a_dense_model_has_no_routers_to_freeze() -> None:
         check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny")))
 
 
+@pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef"])
+def test_losses_of_routers_need_routers_that_learn(key: str) -> None:
+    """Nothing would read the coefficient otherwise, or only the layers below would learn from it."""
+    config = load_config([*DEALT[:1], f"algorithm.{key}=0.01", "parallel.expert=1"])
+    check_experts_of_model(config, TINY_MOE)
+    with pytest.raises(ConfigError, match=rf"^algorithm.{key}: the model has no experts"):
+        check_experts_of_model(config, read_architecture(resolve_embedded("embedded:tiny")))
+    frozen = load_config([*DEALT[:1], f"algorithm.{key}=0.01", "optimizer.freeze_routers=true"])
+    with pytest.raises(ConfigError, match=rf"^algorithm.{key}: teaches routers, and optimizer.freeze_routers=true"):
+        check(frozen, world_size=2, local=False)
+
+
 def test_cpu_servers_do_not_deal_experts() -> None:
     config = load_config([*DEALT, "rollout.tensor_parallel=2"])
     with pytest.raises(ConfigError, match=r"^rollout.expert_parallel: .*without a GPU"):

@@ -51,6 +51,14 @@ ALGORITHMS = {
     "sapo": AlgorithmConfig(loss_mode="sapo", tau_pos=1.0, tau_neg=1.05),
 }
 
+WITH_ROUTER_LOSSES = {
+    "dapo_and_routers": AlgorithmConfig(loss_mode="vanilla", router_aux_loss_coef=0.5, router_z_loss_coef=0.05),
+    "grpo_and_routers": AlgorithmConfig(
+        loss_mode="vanilla", loss_agg_mode="seq-mean-token-mean", router_aux_loss_coef=0.5, router_z_loss_coef=0.05
+    ),
+}
+"""For models with experts."""
+
 REFERENCE_SCALE = 0.8
 """The reference policy's log-probs are the old ones times this: the model's own would have no divergence."""
 
@@ -86,7 +94,7 @@ def make_config(parallel: dict[str, Any], optimizer: OptimizerConfig, algorithm:
     return Config(
         model=PolicySection(**({"dtype": "float32"} | section)),
         parallel=ParallelConfig(**({"micro_batch_tokens": 80, "distributed_optimizer": False} | parallel)),
-        algorithm=ALGORITHMS[algorithm],
+        algorithm=(ALGORITHMS | WITH_ROUTER_LOSSES)[algorithm],
         optimizer=optimizer,
         rollout=RolloutConfig(temperature=1.0),
     )
@@ -161,6 +169,8 @@ def _run(
         data = dataclasses.replace(data, told=data.told[:0])
     (mini_batch,) = made_alike(policy, data, store)
     known = policy.log_probs([mini_batch])
+    with _local_sums() if sabotage == "local load" else contextlib.nullcontext():
+        policy.routing.losses.share_load()
     (found_streams,), (routes,) = known.streams, known.routes
     log_probs = _log_prob_error(known.streams[0], mini_batch, batch)
     if replay not in (None, "undisturbed") and not from_engine:
@@ -246,6 +256,16 @@ def _experts_unmarked() -> Iterator[None]:
         yield
     finally:
         model._mark_experts = mark
+
+
+@contextlib.contextmanager
+def _local_sums() -> Iterator[None]:
+    """Within it, every sum over ranks is this rank's own part."""
+    sum_up, torch.distributed.all_reduce = torch.distributed.all_reduce, lambda values: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.distributed.all_reduce = sum_up
 
 
 def _relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

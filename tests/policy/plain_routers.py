@@ -1,22 +1,18 @@
-"""The choices of transformers' own routers, and the load of experts by them."""
+"""The choices of transformers' own routers, the load of experts by them, and losses of routers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.records.routes import RouteFormat
 
 
 @torch.no_grad()
-def router_load(model: Any, tokens: list[torch.Tensor], prompts: list[int]) -> dict[str, float]:
+def router_load(model: Any, tokens: list[Tensor], prompts: list[int]) -> dict[str, float]:
     """What RouterStatistics says of the tokens that predict a response."""
-    chosen = [
-        [layer[prompt - 1 :].flatten() for layer in _choices(model, ids)]
-        for ids, prompt in zip(tokens, prompts, strict=True)
-    ]
-    number = route_format_of(model).number
-    loads = [torch.cat(layer).bincount(minlength=number).double() for layer in zip(*chosen, strict=True)]
+    loads = _loads(model, tokens, prompts)
     fullest = [load.max() / load.mean() for load in loads]
     entropies = [torch.distributions.Categorical(load).entropy() for load in loads]
     return {
@@ -25,6 +21,37 @@ def router_load(model: Any, tokens: list[torch.Tensor], prompts: list[int]) -> d
         "router_entropy": float(sum(entropies) / len(entropies)),
         "router_entropy_min": float(min(entropies)),
     }
+
+
+def router_losses(model: Any, tokens: list[Tensor], prompts: list[int], config: AlgorithmConfig) -> tuple[Tensor, ...]:
+    """What routers add to the loss of one mini-batch, a scalar with gradient; and what the metrics say of both losses.
+
+    A mean over responses, or over their tokens, as `config` has it; summed over layers.
+    """
+    shares = [load / load.sum() for load in _loads(model, tokens, prompts)]
+    aux, z, weights = [], [], []
+    for ids, prompt in zip(tokens, prompts, strict=True):
+        scores = [layer[prompt - 1 :] for layer in model(ids[None, :-1], output_router_logits=True).router_logits]
+        length = len(ids) - prompt
+        for layer, share in zip(scores, shares, strict=True):
+            even = len(share) * (layer.softmax(1) * share.float()).sum(1)
+            aux += even.unbind()
+            z += layer.exp().sum(1).log().square().unbind()
+            weights += [1 / length if config.loss_agg_mode == "seq-mean-token-mean" else 1.0] * length
+    aux_sum, z_sum = (sum(w * x for w, x in zip(weights, each, strict=True)) for each in (aux, z))
+    total = sum(weights)  # over layers: of responses or tokens, as many times as there are layers
+    added = config.router_aux_loss_coef * aux_sum + config.router_z_loss_coef * z_sum
+    return added / (total / len(shares)), aux_sum / total, z_sum / total
+
+
+def _loads(model: Any, tokens: list[Tensor], prompts: list[int]) -> list[Tensor]:
+    """For each layer with experts, how many tokens that predict a response go to each, [experts] fp64."""
+    chosen = [
+        [layer[prompt - 1 :].flatten() for layer in _choices(model, ids)]
+        for ids, prompt in zip(tokens, prompts, strict=True)
+    ]
+    number = route_format_of(model).number
+    return [torch.cat(layer).bincount(minlength=number).double() for layer in zip(*chosen, strict=True)]
 
 
 @torch.no_grad()
@@ -48,6 +75,7 @@ def route_format_of(model: Any) -> RouteFormat:
     return RouteFormat(layers, config.num_experts_per_tok, number)
 
 
+@torch.no_grad()
 def _choices(model: Any, ids: Tensor) -> list[Tensor]:
     """For each layer with experts, those of all tokens but the last, [tokens − 1, experts of a token]."""
     scores = model(ids[None, :-1], output_router_logits=True).router_logits

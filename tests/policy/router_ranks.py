@@ -32,18 +32,22 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
     """The metrics of a step without any change of weights for each way.
 
     Args:
-        ways: algorithm.router_replay, or two bytes: rollout, as if there were more experts than a byte has; whether
-            the step's first mini-batch has old log-probs before its update; whether routers choose the smallest scores
-            from the first update on.
+        ways: algorithm.router_replay, or two bytes: rollout, as if there were more experts than a byte has, or losses:
+            none, with losses of routers; whether the step's first mini-batch has old log-probs before its update;
+            whether routers choose the smallest scores from the first update on.
     """
     platform.start_process_group(60)
     found = []
     in_one_byte = routes._IN_ONE_BYTE
     for way, first_known, disturbed in ways:
-        replay, routes._IN_ONE_BYTE = ("rollout", 1) if way == "two bytes" else (way, in_one_byte)
+        replay = {"two bytes": "rollout", "losses": "none"}.get(way, way)
+        routes._IN_ONE_BYTE = 1 if way == "two bytes" else in_one_byte
         config = make_config({}, dataclasses.replace(UNCLIPPED, lr=1e-30), "fipo")
         config.algorithm = dataclasses.replace(
-            config.algorithm, router_replay=replay, reference_kl_coef=0.1 * (replay == "rollout")
+            config.algorithm,
+            router_replay=replay,
+            reference_kl_coef=0.1 * (replay == "rollout"),
+            router_aux_loss_coef=0.1 * (way == "losses"),
         )
         if not found:
             start_model_parallel(config.parallel, 0)

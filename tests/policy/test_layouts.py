@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
-from tests.policy.layouts import ALGORITHMS, FROM_ENGINE, OPTIMIZER, REFERENCE_SCALE
-from tests.policy.plain_routers import routed_experts, router_load
+from tests.policy.layouts import ALGORITHMS, FROM_ENGINE, OPTIMIZER, REFERENCE_SCALE, WITH_ROUTER_LOSSES
+from tests.policy.plain_routers import routed_experts, router_load, router_losses
 from tests.weights.models import by_stored_names
 
 pytestmark = pytest.mark.slow
@@ -110,6 +110,17 @@ REPLAYED = [
     {**SPLIT, "packing": True, "expert": 2, "data": 2, "replay": "undisturbed"},
 ]
 """In the updates routers would choose the smallest scores, but in the last layout."""
+DAPO, GRPO = {"algorithm": "dapo_and_routers"}, {"algorithm": "grpo_and_routers"}
+ROUTER_LOSSES = [
+    {**DAPO, "expert": 2, "data": 4},
+    {**GRPO, **SPLIT, "expert": 2, "data": 2},
+    {**GRPO, "packing": True, "expert": 2, "context": 2, "data": 2},
+    {**GRPO, "packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
+    {**DAPO, **RECOMPUTED},
+    {**DAPO, **RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
+    {**DAPO, "expert": 2, "data": 4, "sabotage": "local load"},
+]
+"""Losses of routers beside the policy's. The control has the load of this rank's own tokens."""
 MORE_EXPERT_LAYOUTS = [
     {"data": 4},
     {"expert": 2, "data": 4},
@@ -190,6 +201,13 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     has_experts = "num_experts_per_tok" in settings
     routers = router_load(model, tokens, prompts.tolist()) if has_experts else {}
     losses = {name: plain_loss(inputs, algorithm) for name, algorithm in ALGORITHMS.items()}
+    of_routers: dict[str, Any] = {}
+    reported = {name: loss.item() for name, loss in losses.items()}
+    for name, algorithm in WITH_ROUTER_LOSSES.items() if has_experts else ():
+        added, aux_loss, z_loss = router_losses(model, tokens, prompts.tolist(), algorithm)
+        of_routers[name] = {"router_aux_loss": aux_loss.item(), "router_z_loss": z_loss.item()}
+        losses[name] = plain_loss(inputs, algorithm) + added
+        reported[name] = (losses[name] - added).item()
     norms = {}
     names, parameters = zip(*model.named_parameters(), strict=True)
     for name, loss in reversed(losses.items()):  # FIPO's gradients are left in place, for a step of Adam
@@ -219,8 +237,7 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     _adam(model).step()
     updated = by_stored_names(kind, [(name, p.detach().contiguous()) for name, p in model.named_parameters()])
     save_file(updated, folder / "updated.safetensors")
-    loss = {name: loss.item() for name, loss in losses.items()}
-    return {"folder": folder, "loss": loss, "grad_norm": norms, "routers": routers}
+    return {"folder": folder, "loss": reported, "grad_norm": norms, "routers": routers, "of_routers": of_routers}
 
 
 def _adam(model: Any) -> torch.optim.AdamW:
@@ -356,11 +373,11 @@ EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} 
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
-        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED, *FROM_ENGINE]),
+        ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED, *FROM_ENGINE, *ROUTER_LOSSES]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
         pytest.param("qwen3_moe_dense_first", FROM_ENGINE[2:3], marks=pytest.mark.matrix),
         pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
-        pytest.param("mixtral", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
+        pytest.param("mixtral", [*EXPERT_LAYOUTS, *ROUTER_LOSSES], marks=pytest.mark.matrix),
     ],
     indirect=["case"],
 )
@@ -381,8 +398,9 @@ def test_gradients_of_experts_equal_the_reference(case: dict[str, Any], layouts:
             changed = {} if replay in (None, "rollout first") else {"router_changed": share}
             if layout in FROM_ENGINE:
                 changed["router_mismatch"] = share
+            expected = {**case["routers"], **changed, **case["of_routers"].get(layout.get("algorithm"), {})}
             for found in (rank[index]["routers"] for rank in ranks):
-                assert found == pytest.approx({**case["routers"], **changed, "router_tokens_dropped": 0.0}), layout
+                assert found == pytest.approx({**expected, "router_tokens_dropped": 0.0}), layout
 
 
 def test_updates_one_after_the_other_learn_alike_with_overlap() -> None:

@@ -23,8 +23,11 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
         ("rollout", False, False),
         ("rollout", True, True),
         ("two bytes", True, True),
+        ("losses", False, False),
+        ("losses", True, False),
     ]
-    ((others, every, same, free, plain, *engines),) = run_ranks("tests.policy.router_ranks:steps", 1, {"ways": ways})
+    (found,) = run_ranks("tests.policy.router_ranks:steps", 1, {"ways": ways})
+    others, every, same, free, plain, *engines, late, early = found
     for replayed in (others, every, same, *engines):
         assert replayed["updates"] == 3
         assert replayed["ppo_kl"] == replayed["ppo_kl_first"] == 0.0
@@ -46,6 +49,8 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
     assert all(found["router_changed"] > 0.5 for found in engines)
     assert engines[2] == engines[1], "however many bytes an expert's number has"
     assert "router_mismatch" not in others, "nothing is known of the engine"
+    assert late == early, "the load of experts needs a pass before the first update, whether its log-probs do or not"
+    assert 1 < late["router_aux_loss"] < late["router_load_max"] and "router_aux_loss" not in plain
     assert all(found["router_tokens_dropped"] == 0.0 for found in (others, every, same, free, plain, *engines))
 
 
