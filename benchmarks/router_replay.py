@@ -62,7 +62,6 @@ def make_model(directory: Path, peak: float) -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
         num_experts=EXPERTS,
         num_experts_per_tok=PER_TOKEN,
         norm_topk_prob=True,
