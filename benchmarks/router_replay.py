@@ -123,6 +123,7 @@ def of_the_same_weights(model: Path, sampled: Sampled, way: str) -> str:
     from megatron_fipo.policy.feed import made_alike
 
     policy = _policy(model, way, UNMOVED)
+    assert policy.layout.packed, "_differing reads packed sequences"
     (mini_batch,) = made_alike(policy, *make_batch(sampled, way, 1))
     found = policy.log_probs([mini_batch])
     differences = policy.agreement(found.differences)

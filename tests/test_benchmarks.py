@@ -52,6 +52,20 @@ def test_the_tables_of_the_rollout_path_are_made() -> None:
     )
 
 
+@pytest.mark.matrix
+def test_replayed_routers_are_compared() -> None:
+    """Not in CI: it takes a minute, and what it measures is tested by tests/policy/test_router_replay.py."""
+    command = [sys.executable, "-m", "benchmarks.router_replay", "--peak", "2", "--rates", "1e-6"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    differing = {row[0]: [float(cell) for cell in row[1:3]] for row in rows if row[0] in ("trainer", "rollout")}
+    assert all(0 < more < 0.5 for more, _ in differing.values())
+    assert differing["rollout"][1] < differing["trainer"][1] / 2, "log-probs come closer with the engine's experts"
+
+
 def test_operations_are_six_a_weight_and_token() -> None:
     model_config = SHAPES["1.5b"].model_config
     assert operations(model_config, [1] * 1000) == pytest.approx(6 * 1.5436e9 * 1000, rel=1e-3)

@@ -96,12 +96,13 @@ share of the load (summing to 1), p a token's softmax over all scores s, a token
 
     router_aux_loss_coef · E · Σ f p  +  router_z_loss_coef · (log Σ exp s)²
 
-to its loss, with the weight that `algorithm.loss_agg_mode` gives the token. Tokens are those of responses. The load is
-that of all the step's responses, of the experts that they go to before its first update. So gradients are the same in
-every layout, which Megatron-Core's own losses, means of a micro-batch, do not give. The coefficients are those of
-Megatron-Core's `moe_aux_loss_coeff` and `moe_z_loss_coeff`; transformers counts all layers together, on another scale.
-With the first loss, every update has a forward pass before the step's first one. `router_aux_loss` (1 if even) and
-`router_z_loss` are reported without their coefficients, and are not in `loss`.
+to its loss. It has the weight that `algorithm.loss_agg_mode` gives each token, and is divided by what the policy's loss
+is divided by: where that leaves out responses (`responses_dropped`), by fewer tokens. Tokens are those of responses.
+The load is that of all the step's responses, by the experts that they go to before its first update. So gradients are
+the same in every layout. Megatron-Core's own losses are means of a micro-batch, and depend on the layout; transformers
+takes all layers together, on another scale. With the first loss a step's first mini-batch, too, has a forward pass
+before the updates: with one update per step about a quarter of the time of log-probs and update. `router_aux_loss` (1
+if even) and `router_z_loss` are reported without their coefficients, and are not in `loss`.
 
 **Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
 experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records

@@ -185,7 +185,7 @@ class AlgorithmConfig:
     router_aux_loss_coef: float = setting(
         0.0,
         "Models with experts: adds this times the loss for an even load of the experts at each router "
-        "(docs/models.md). Above 0 every update has a forward pass before the step's first update.",
+        "(docs/models.md). Above 0 a step's first mini-batch, too, has a forward pass before the first update.",
         minimum=0,
         maximum=1000,
     )

@@ -58,7 +58,7 @@ NUMBER = whole(2, 2**15)
 
 ROUTER_KEYS: Mapping[str, Kind] = {
     "num_experts_per_tok": whole(1, 2**16),
-    # What transformers returns in addition, and adds to a loss of its own. A run has no such loss.
+    # What transformers returns in addition, and adds to a loss of its own. A run has algorithm.router_aux_loss_coef.
     "output_router_logits": BOOLEAN,
     "router_aux_loss_coef": Kind(
         "a number with a decimal point", lambda value: type(value) is float and abs(value) < 1e15

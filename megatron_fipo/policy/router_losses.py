@@ -27,13 +27,18 @@ class RouterLosses:
         self, config: AlgorithmConfig, experts: Experts | None, statistics: RouterStatistics, device: torch.device
     ):
         """Nothing is counted. `statistics` gets the losses of updates."""
-        self._config, self._experts, self._statistics = config, experts, statistics
+        self._config, self._statistics = config, statistics
         self.needs_load = config.router_aux_loss_coef > 0
         """Whether updates need `share_load` before them."""
         self.are_on = self.needs_load or config.router_z_loss_coef > 0
         shape = (len(experts.layers), experts.number) if experts is not None else (0, 0)
         self._counted = torch.zeros(shape, dtype=torch.int64, device=device)
         self._load: Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Forget the load of the step before, and what was counted since."""
+        self._counted.zero_()
+        self._load = None
 
     def count(self, layer: int, chosen: Tensor, counts: Tensor) -> None:
         """Count the tokens that go to each expert of a layer, before the step's first update.
@@ -46,7 +51,7 @@ class RouterLosses:
         self._counted[layer] += tokens_per_expert(chosen, counts, self._counted.shape[1])
 
     def share_load(self) -> None:
-        """Have the load of the step's responses, which updates use until the next call. Every rank calls this together.
+        """Have the load of the step's responses, which its updates use. Every rank calls this together.
 
         Nothing if no update needs it.
         """
@@ -55,7 +60,6 @@ class RouterLosses:
         torch.distributed.all_reduce(self._counted)
         load = self._counted.float()
         self._load = load / load.sum(1, keepdim=True).clamp(min=1)
-        self._counted.zero_()
 
     def token_weights(self, micro_batch: MicroBatch) -> Tensor:
         """[rows, local tokens] fp32: what each token's losses are multiplied by before they are summed."""
@@ -79,12 +83,16 @@ class RouterLosses:
             probs: what the router returned.
             weights: [local tokens] fp32, of `token_weights`, in the router's order.
             counted: whether the statistics have them; not where a layer is computed again.
+
+        Raises:
+            RuntimeError: the load is needed and not known.
         """
         scores = router.gating(hidden).float().view(len(weights), -1)
         z_losses = scores.logsumexp(1).square()
         losses, aux_losses = self._config.router_z_loss_coef * z_losses, torch.zeros_like(z_losses)
         if self.needs_load:
-            assert self._load is not None, "share_load comes before the updates"
+            if self._load is None:
+                raise RuntimeError("updates with router_aux_loss_coef come after log_probs and share_load")
             aux_losses = scores.shape[1] * (scores.softmax(1) @ self._load[layer])
             losses = losses + self._config.router_aux_loss_coef * aux_losses
         if counted:

@@ -96,8 +96,9 @@ class RouterStatistics:
             "router_entropy_min": entropy.min().item(),
             "router_tokens_dropped": dropped,
         }
-        found |= {"router_z_loss": z_loss / weight} if weight else {}
-        found |= {"router_aux_loss": aux_loss / weight} if aux_loss else {}
+        if weight:  # updates have losses of routers
+            found |= {"router_z_loss": z_loss / weight}
+            found |= {"router_aux_loss": aux_loss / weight} if aux_loss else {}  # with the load known it is above 0
         found |= {"router_changed": changed / replayed} if replayed else {}
         return found | ({"router_mismatch": differing / sampled} if sampled else {})
 

@@ -31,12 +31,9 @@ class StepData:
 
 def score_part(policy: Policy, mini_batches: Sequence[MiniBatch], check: AgreementCheck, *, is_first: bool) -> Part:
     """The next updates of a step, with their old log-probs. Every rank calls this before the step's first update."""
-    return Part(mini_batches, policy.log_probs(mini_batches, without_first=is_first and not _scores_all(policy, check)))
-
-
-def _scores_all(policy: Policy, check: AgreementCheck) -> bool:
-    """Whether the step's first update has a pass before it too."""
-    return check.may_stop or policy.routing.losses.needs_load
+    if is_first:
+        policy.routing.losses.begin_step()
+    return Part(mini_batches, policy.log_probs(mini_batches, without_first=is_first and not check.may_stop))
 
 
 def train_step(
@@ -50,8 +47,7 @@ def train_step(
 
     Old log-probs are those of the weights that the step starts with. The first update's own forward pass has these
     weights too and gives them, so that only the other mini-batches need a pass of their own. Where the comparison with
-    the engine may end the run, that pass covers all, and nothing is updated before it is judged; and so it does where
-    the updates need the load of experts.
+    the engine may end the run, that pass covers all, and nothing is updated before it is judged.
 
     Args:
         phase: a context that times what is done in it, by its name.
@@ -67,7 +63,7 @@ def train_step(
             warn(warning)
         return agreement
 
-    alone, agreement, updates = _scores_all(policy, check), {}, []
+    alone, agreement, updates = check.may_stop, {}, []
     with phase("log-probs"):
         rest = score_part(policy, data.mini_batches, check, is_first=not data.parts)
     parts = [*data.parts, rest]

@@ -128,18 +128,21 @@ class Policy:
         """The log-probs of a step's tokens under the present weights, and under the reference's where the loss asks.
 
         Args:
-            without_first: leave the first mini-batch's present log-probs to `first_update`.
+            without_first: leave the first mini-batch's present log-probs to `first_update`. The losses of routers may
+                still need a pass over it.
         """
         found: list[list[dict[str, Tensor]]] = []
         routes: list[Routes | None] = []
         differences: Differences = []
         for place, mini_batch in enumerate(mini_batches):
-            if place == 0 and without_first:
+            is_left = place == 0 and without_first
+            if not is_left or self.routing.losses.needs_load:
+                with self.routing.recording() as recorded:
+                    passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
+            if is_left:
                 found.append([{} for _ in mini_batch.plan] if "last" in self.layout.stages else [])
                 routes.append(None)
                 continue
-            with self.routing.recording() as recorded:
-                passed = self._run(mini_batch, self._measure, forward_only=True, collect_non_loss_data=True)
             routes.append(recorded)
             found.append([{OLD_LOG_PROBS: log_probs} for log_probs, _ in passed])
             differences += [difference for _, difference in passed]
@@ -186,12 +189,13 @@ class Policy:
     ) -> dict[str, float]:
         """One optimizer update.
 
-        An update whose gradient is not finite is left out on every rank alike, and counted in `updates_skipped`.
+        An update whose gradient is not finite is left out on every rank alike, and counted in `updates_skipped`. So is
+        one with losses of routers and no token in the policy's loss, whose number divides both.
 
         Args:
             mini_batch: this rank's micro-batches.
             added: the streams that `log_probs` found of them; none if `loss` does without.
-            loss: what to minimise; the configured policy loss if None.
+            loss: what to minimise beside the losses of routers; the configured policy loss if None.
             routes: the experts that tokens go to; None: those that `log_probs` would record.
 
         Returns:
@@ -207,10 +211,11 @@ class Policy:
             self.offload.wait()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        sound = math.isfinite(grad_norm)
+        reported = self._combine_over_ranks(parts)
+        sound = math.isfinite(grad_norm) and ("loss" in reported or not self.routing.losses.are_on)
         if sound:
             self._step(grad_norm)
-        reported = self._combine_over_ranks(parts) | {"updates_skipped": float(not sound)}
+        reported["updates_skipped"] = float(not sound)
         if sound:
             reported["grad_norm"] = grad_norm
         return reported | {"learning_rate": self.optimizer.param_groups[0]["lr"]}

@@ -10,7 +10,7 @@ from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.records.routes import route_format
 from megatron_fipo.sizing.memory import GIB, StageMemory, layers_of_stage, longest_sequence, server_weights
-from megatron_fipo.sizing.timing import model_bytes, rollout_servers, step_time
+from megatron_fipo.sizing.timing import rollout_servers, step_time
 
 _UTILISATION_STEP = 0.05
 _LONGEST_AT_ONCE = 8
@@ -56,13 +56,13 @@ def check_server_memory(config: Config, model_config: ModelConfig) -> None:
     """Raise ConfigError if a server's share of its GPUs does not hold the model's weights, without any cache."""
     rollout, hardware = config.rollout, config.hardware
     share = rollout.gpu_memory_utilization * hardware.memory_gib * GIB
-    weights = model_bytes(config, model_config)
-    if rollout.addresses or weights / rollout.tensor_parallel < share:
+    weights = server_weights(config, model_config)
+    if rollout.addresses or weights < share:
         return  # servers that already run are on hardware of their own
-    enough = 2 ** math.ceil(math.log2(weights / share + 1e-9))
+    enough = 2 ** math.ceil(math.log2(weights * rollout.tensor_parallel / share + 1e-9))
     raise ConfigError(
         "rollout.tensor_parallel",
-        f"{rollout.tensor_parallel} leaves {weights / rollout.tensor_parallel / GIB:.1f} GiB of weights on each GPU of "
+        f"{rollout.tensor_parallel} leaves {weights / GIB:.1f} GiB of weights on each GPU of "
         f"a server, and rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g} of "
         f"{hardware.memory_gib:g} GiB does not hold them",
         f"rollout.tensor_parallel={enough} or more, or a larger share",

@@ -27,6 +27,7 @@ from megatron_fipo.sizing.memory import (
     layer_bytes_per_token,
     longest_sequence,
     micro_batches,
+    server_weights,
 )
 
 MEAN_SHARE = 0.5
@@ -282,7 +283,7 @@ def engine_costs(config: Config, model_config: ModelConfig) -> EngineCosts:
     rollout, hardware = config.rollout, config.hardware
     width = 2 if rollout.dtype == "bfloat16" else 4
     token_bytes = 2 * model_config.num_layers * model_config.dimension("key_value") * width / rollout.tensor_parallel
-    weights = model_bytes(config, model_config) / rollout.tensor_parallel
+    weights = server_weights(config, model_config)
     of_experts = weights * expert_parameters(model_config) / parameter_counts(model_config)[0]
     experts, active = model_config.experts, active_parameters(model_config) / rollout.tensor_parallel
     free = max(hardware.memory_gib * GIB * rollout.gpu_memory_utilization - weights, token_bytes)

@@ -147,6 +147,11 @@ PANELS = (
         (Curve("router_load", "mean over layers"), Curve("router_load_max", "worst layer", dash="dash")),
     ),
     Panel(
+        "Losses of routers, without their coefficients",
+        "mean over layers and tokens",
+        (Curve("router_aux_loss", "even load: 1"), Curve("router_z_loss", "squared logsumexp", dash="dash")),
+    ),
+    Panel(
         "Routers that would choose otherwise",
         "share of tokens and layers",
         (Curve("router_changed", "than replayed"), Curve("router_mismatch", "than the engine", dash="dash")),

@@ -32,8 +32,8 @@ def _disturb(choice: Choice) -> None:
     choice.get_replay_topk = disturbed  # type: ignore[method-assign]
 
 
-class _NewestFirst(deque[torch.Tensor]):
-    def popleft(self) -> torch.Tensor:
+class _NewestFirst(deque[tuple[torch.Tensor, torch.Tensor | None]]):
+    def popleft(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self[-1]
 
 

@@ -56,6 +56,9 @@ WITH_ROUTER_LOSSES = {
     "grpo_and_routers": AlgorithmConfig(
         loss_mode="vanilla", loss_agg_mode="seq-mean-token-mean", router_aux_loss_coef=0.5, router_z_loss_coef=0.05
     ),
+    "dr_grpo_and_routers": dataclasses.replace(
+        ALGORITHMS["dr_grpo"], router_aux_loss_coef=0.5, router_z_loss_coef=0.05
+    ),
 }
 """For models with experts."""
 
@@ -71,6 +74,8 @@ ROLLOUT_REPLAYS = {
 }
 """What samples say of the engine's choices. Routers would choose the smallest scores but where some are not known; in
 rollout first the update has no pass before it."""
+
+OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 _SPLIT, _STAGES = {"tensor": 2, "sequence": True, "expert": 2, "data": 2}, {"pipeline": 2, "expert": 2, "data": 2}
 FROM_ENGINE: list[dict[str, Any]] = [

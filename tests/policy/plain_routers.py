@@ -37,11 +37,12 @@ def router_losses(model: Any, tokens: list[Tensor], prompts: list[int], config: 
             even = len(share) * (layer.softmax(1) * share.float()).sum(1)
             aux += even.unbind()
             z += layer.exp().sum(1).log().square().unbind()
-            weights += [1 / length if config.loss_agg_mode == "seq-mean-token-mean" else 1.0] * length
+            divisors = {"token-mean": 1.0, "seq-mean-token-mean": length}
+            weights += [1 / divisors.get(config.loss_agg_mode, config.loss_scale_factor)] * length
     aux_sum, z_sum = (sum(w * x for w, x in zip(weights, each, strict=True)) for each in (aux, z))
-    total = sum(weights)  # over layers: of responses or tokens, as many times as there are layers
     added = config.router_aux_loss_coef * aux_sum + config.router_z_loss_coef * z_sum
-    return added / (total / len(shares)), aux_sum / total, z_sum / total
+    count, total = sum(len(ids) - prompt for ids, prompt in zip(tokens, prompts, strict=True)), sum(weights)
+    return added / (count if config.loss_agg_mode == "token-mean" else len(prompts)), aux_sum / total, z_sum / total
 
 
 def _loads(model: Any, tokens: list[Tensor], prompts: list[int]) -> list[Tensor]:

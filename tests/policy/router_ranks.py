@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from megatron_fipo.algorithm.losses import LossInputs, TokenLosses
 from megatron_fipo.assets import resolve_embedded
+from megatron_fipo.config import AlgorithmConfig
 from megatron_fipo.config.agreement import Limits
 from megatron_fipo.policy import platform
 from megatron_fipo.records import routes
@@ -33,21 +35,23 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
 
     Args:
         ways: algorithm.router_replay, or two bytes: rollout, as if there were more experts than a byte has, or losses:
-            none, with losses of routers; whether the step's first mini-batch has old log-probs before its update;
-            whether routers choose the smallest scores from the first update on.
+            none, with losses of routers, or losses alone: the same where the policy's loss has no token; whether the
+            step's first mini-batch has old log-probs before its update; whether routers choose the smallest scores
+            from the first update on.
     """
     platform.start_process_group(60)
     found = []
     in_one_byte = routes._IN_ONE_BYTE
     for way, first_known, disturbed in ways:
-        replay = {"two bytes": "rollout", "losses": "none"}.get(way, way)
+        replay = {"two bytes": "rollout", "losses": "none", "losses alone": "none"}.get(way, way)
         routes._IN_ONE_BYTE = 1 if way == "two bytes" else in_one_byte
         config = make_config({}, dataclasses.replace(UNCLIPPED, lr=1e-30), "fipo")
         config.algorithm = dataclasses.replace(
             config.algorithm,
             router_replay=replay,
             reference_kl_coef=0.1 * (replay == "rollout"),
-            router_aux_loss_coef=0.1 * (way == "losses"),
+            router_aux_loss_coef=0.1 * way.startswith("losses"),
+            loss=f"{__file__}:of_no_token" if way == "losses alone" else None,
         )
         if not found:
             start_model_parallel(config.parallel, 0)
@@ -72,6 +76,11 @@ def steps(ways: list[tuple[str, bool, bool]]) -> list[dict[str, float]]:
         found.append(train_step(policy, data, check, lambda _: contextlib.nullcontext(), print))
     platform.stop_process_group()
     return found
+
+
+def of_no_token(inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
+    """A loss that leaves out all tokens."""
+    return TokenLosses(inputs.log_probs, torch.zeros_like(inputs.response_mask))
 
 
 def drawn_experts(policy: Policy, tokens: int, generator: torch.Generator) -> torch.Tensor:

@@ -10,19 +10,26 @@ Qwen2 is the model of them all; families with other norms, activations and windo
 Not covered: bf16 and FP8, Transformer Engine layers (tests/te_on_cpu, tests/gpu).
 """
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from safetensors.torch import save_file
 
 from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
-from tests.policy.layouts import ALGORITHMS, FROM_ENGINE, OPTIMIZER, REFERENCE_SCALE, WITH_ROUTER_LOSSES
+from tests.policy.expert_layouts import (
+    EVERY_EXPERT_LAYOUT,
+    EXPERT_LAYOUTS,
+    MORE_MOVES,
+    MOVES,
+    REPLAYED,
+    ROUTER_LOSSES,
+    Moves,
+)
+from tests.policy.layouts import ALGORITHMS, FROM_ENGINE, OPTIMIZER, OVERLAPPED, REFERENCE_SCALE, WITH_ROUTER_LOSSES
 from tests.policy.plain_routers import routed_experts, router_load, router_losses
 from tests.weights.models import by_stored_names
 
@@ -37,7 +44,6 @@ ONE = [
     {"packing": True, "model": {"recompute": "full"}},
     {"sabotage": "normaliser"},
 ]
-OVERLAPPED = {"data": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 TWO = [
     {"tensor": 2},
     {"tensor": 2, "sequence": True},
@@ -82,68 +88,6 @@ FAMILIES = [
     {"packing": True, "tensor": 2, "pipeline": 2, "sequence": True, "compare": "updated"},
     {"data": 2, "tensor": 2, "model": {"recompute": "full"}},
 ]
-SPLIT = {"tensor": 2, "sequence": True}
-NEWER_MEGATRON = Version(version("megatron-core")) >= Version("0.19")
-"""Megatron-Core marks the experts' gradients in every layout, and a wrong replay ends in its dispatcher with an error:
-two controls are for the version before it, on which CI runs them."""
-EXPERT_LAYOUTS = [
-    {**SPLIT, "expert": 2, "data": 2},
-    {**SPLIT, "expert": 2, "expert_tensor": 2, "data": 2},
-    {**SPLIT, "data": 2},
-    *([] if NEWER_MEGATRON else [{**SPLIT, "data": 2, "sabotage": "expert_mark"}]),
-    {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
-    {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
-    {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
-    {"expert": 2, "data": 4, "sabotage": "router"},
-]
-RECOMPUTED = {"packing": True, "pipeline": 2, "expert": 2, "data": 2, "model": {"recompute": "full"}}
-REPLAYED = [
-    {"expert": 2, "data": 4, "replay": "trainer"},
-    {**SPLIT, "expert": 2, "data": 2, "replay": "trainer"},
-    {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
-    {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "trainer"},
-    {**RECOMPUTED, "replay": "trainer"},
-    {**RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
-    *([] if NEWER_MEGATRON else [{**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"}]),
-    {"expert": 2, "data": 4, "replay": "own choice", "sabotage": "other experts"},
-    *({**layout, "replay": "trainer", "sabotage": "on_policy"} for layout in (RECOMPUTED, {**SPLIT, "data": 2})),
-    {**SPLIT, "packing": True, "expert": 2, "data": 2, "replay": "undisturbed"},
-]
-"""In the updates routers would choose the smallest scores, but in the last layout."""
-DAPO, GRPO = {"algorithm": "dapo_and_routers"}, {"algorithm": "grpo_and_routers"}
-ROUTER_LOSSES = [
-    {**DAPO, "expert": 2, "data": 4},
-    {**GRPO, **SPLIT, "expert": 2, "data": 2},
-    {**GRPO, "packing": True, "expert": 2, "context": 2, "data": 2},
-    {**GRPO, "packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
-    {**DAPO, **RECOMPUTED},
-    {**DAPO, **RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
-    {**DAPO, "expert": 2, "data": 4, "sabotage": "local load"},
-]
-"""Losses of routers beside the policy's. The control has the load of this rank's own tokens."""
-MORE_EXPERT_LAYOUTS = [
-    {"data": 4},
-    {"expert": 2, "data": 4},
-    {"expert": 4, "data": 4, "packing": True},
-    {**SPLIT, "expert": 4, "data": 2},
-    {**SPLIT, "expert": 2, "expert_dispatcher": "allgather", "data": 2},
-    {"pipeline": 2, "expert": 2, "data": 2},
-    {"packing": True, "expert": 2, "context": 2, "data": 2},
-    {"packing": True, "pipeline": 2, "expert": 2, "context": 2, "model": {"recompute": "full"}},
-    {"expert": 2, "data": 4, "model": {"recompute": "selective"}},
-]
-"""Each goes with a control, whose routers score the wrong experts."""
-SHARDED = {"data": 4, "distributed_optimizer": True}
-Moves = list[list[dict[str, Any]]]
-MOVES: Moves = [
-    [{**SHARDED, "expert": 2}, SHARDED],
-    [{**SHARDED, "expert": 2}, {**SHARDED, "expert": 2, "data": 2, "pipeline": 2}],
-]
-MORE_MOVES: Moves = [
-    [SHARDED, {**SHARDED, "expert": 4}],
-    [{"data": 4, "expert": 2}, {"tensor": 2, "sequence": True, "data": 2}],
-]
-"""From the layout of a checkpoint to the one that resumes it."""
 WITHOUT_ITS_OWN = {"tensor": 2, "pipeline": 2, "sabotage": "family"}
 
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -367,15 +311,12 @@ def test_a_checkpoint_resumes_under_another_layout_of_experts(tmp_path: Path, mo
     assert found == {1, 2}, "the first move is to another number of optimizers"
 
 
-EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} for layout in MORE_EXPERT_LAYOUTS)]
-
-
 @pytest.mark.parametrize(
     ("case", "layouts"),
     [
         ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED, *FROM_ENGINE, *ROUTER_LOSSES]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
-        pytest.param("qwen3_moe_dense_first", FROM_ENGINE[2:3], marks=pytest.mark.matrix),
+        pytest.param("qwen3_moe_dense_first", [FROM_ENGINE[2], *ROUTER_LOSSES], marks=pytest.mark.matrix),
         pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
         pytest.param("mixtral", [*EXPERT_LAYOUTS, *ROUTER_LOSSES], marks=pytest.mark.matrix),
     ],

@@ -25,9 +25,10 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
         ("two bytes", True, True),
         ("losses", False, False),
         ("losses", True, False),
+        ("losses alone", False, False),
     ]
     (found,) = run_ranks("tests.policy.router_ranks:steps", 1, {"ways": ways})
-    others, every, same, free, plain, *engines, late, early = found
+    others, every, same, free, plain, *engines, late, early, alone = found
     for replayed in (others, every, same, *engines):
         assert replayed["updates"] == 3
         assert replayed["ppo_kl"] == replayed["ppo_kl_first"] == 0.0
@@ -50,6 +51,7 @@ def test_every_update_of_a_step_replays_the_old_log_probs_experts() -> None:
     assert engines[2] == engines[1], "however many bytes an expert's number has"
     assert "router_mismatch" not in others, "nothing is known of the engine"
     assert late == early, "the load of experts needs a pass before the first update, whether its log-probs do or not"
+    assert late["updates_skipped"] == 0 and alone["updates_skipped"] == 3, "nothing divides the routers' losses"
     assert 1 < late["router_aux_loss"] < late["router_load_max"] and "router_aux_loss" not in plain
     assert all(found["router_tokens_dropped"] == 0.0 for found in (others, every, same, free, plain, *engines))
 

@@ -19,7 +19,8 @@ from packaging.version import Version
 from tests.distributed import run_ranks
 from tests.policy import engine
 from tests.policy.engine import BF16, EXACT, SMOOTH, UPDATES, check_learns_alike
-from tests.policy.test_layouts import OVERLAPPED, case, check_gradients, updates_under  # noqa: F401  case is the fixture
+from tests.policy.layouts import OVERLAPPED
+from tests.policy.test_layouts import case, check_gradients, updates_under  # noqa: F401  case is the fixture
 from tests.te_on_cpu.install import CAPABILITY, ENGINE, is_there
 from tests.weights.models import SMALL_MODELS, write_model
 

@@ -8,13 +8,11 @@ import contextlib
 import ctypes
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,9 +24,21 @@ from megatron_fipo.weights.conversion import differences, to_huggingface, to_meg
 from megatron_fipo.weights.distributed_checkpoint import CheckpointReader
 from megatron_fipo.weights.huggingface import HuggingFaceReader
 from tests.weights.models import MOE_MODELS, SMALL_MODELS, write_model
+from tests.weights.spoil import (
+    EMBEDDING,
+    NORM,
+    garble,
+    lose_a_file,
+    lose_a_shard,
+    misshape,
+    mix_types,
+    other_architecture,
+    plant,
+    shorten,
+    truncate,
+)
 
 NO_MOUNT, CLONE_NEWNS, MS_REC, MS_PRIVATE = 77, 0x20000, 0x4000, 0x40000
-NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -262,49 +272,21 @@ def test_too_little_space_is_noticed_before_writing(
     assert nothing_but(tmp_path, "model")
 
 
-def _truncate(model: Path) -> None:
-    os.truncate(model / "model.safetensors", 30_000)
-
-
-def _lose_a_shard(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
-    names = dict.fromkeys([EMBEDDING], "model-00001-of-00002.safetensors") | {NORM: "model-00002-of-00002.safetensors"}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-
-
-def _misshape(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    tensors[NORM] = torch.zeros(47)
-    del tensors["model.layers.1.input_layernorm.weight"]
-    tensors["model.layers.9.input_layernorm.weight"] = torch.zeros(48)
-    save_file(tensors, model / "model.safetensors")
-
-
-def _mix_types(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    save_file(tensors | {NORM: tensors[NORM].half()}, model / "model.safetensors")
-
-
-def _other_architecture(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_truncate, [r"model.safetensors is damaged or cut short"]),
-        (_lose_a_shard, [r"model-00002-of-00002.safetensors is missing, although model.safetensors.index.json names"]),
+        (truncate, [r"model.safetensors is damaged or cut short"]),
+        (lose_a_shard, [r"model-00002-of-00002.safetensors is missing, although model.safetensors.index.json names"]),
         (
-            _misshape,
+            misshape,
             [
                 r"norm.weight: \(47,\) in .*, \(48,\) by its config.json",
                 r"layers.1.input_layernorm.weight: missing",
                 r"layers.9.input_layernorm.weight: left over in .*, shape \(48,\)",
             ],
         ),
-        (_mix_types, [r"mixes the types float16, float32; choose one with --dtype"]),
-        (_other_architecture, [r"architecture MambaForCausalLM is not supported"]),
+        (mix_types, [r"mixes the types float16, float32; choose one with --dtype"]),
+        (other_architecture, [r"architecture MambaForCausalLM is not supported"]),
     ],
 )
 def test_a_spoilt_directory_is_refused(
@@ -317,39 +299,14 @@ def test_a_spoilt_directory_is_refused(
     assert nothing_but(tmp_path, "model")
 
 
-def _shorten(directory: Path) -> None:
-    path = directory / "__0_2.distcp"
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _lose_a_file(directory: Path) -> None:
-    (directory / "__0_2.distcp").unlink()
-
-
-def _garble(directory: Path) -> None:
-    (directory / ".metadata").write_bytes(b"garbage")
-
-
-class _Harm:
-    def __init__(self, function: Any, *arguments: str):
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
-def _plant(function: Any, *arguments: str) -> Callable[[Path], object]:
-    return lambda directory: (directory / ".metadata").write_bytes(pickle.dumps(_Harm(function, *arguments)))
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_shorten, r"__0_2.distcp is damaged or cut short, at decoder.layers"),
-        (_lose_a_file, r"__0_2.distcp is missing, although .metadata names it"),
-        (_garble, r"is not a distributed checkpoint, or is damaged"),
-        (_plant(os.system, "touch harm-was-done"), r"names posix.system, which no metadata needs"),
-        (_plant(_open_file, "harm-was-done", "wb"), r"names torch.serialization._open_file, which no metadata needs"),
+        (shorten, r"__0_2.distcp is damaged or cut short, at decoder.layers"),
+        (lose_a_file, r"__0_2.distcp is missing, although .metadata names it"),
+        (garble, r"is not a distributed checkpoint, or is damaged"),
+        (plant(os.system, "touch harm-was-done"), r"names posix.system, which no metadata needs"),
+        (plant(_open_file, "harm-was-done", "wb"), r"names torch.serialization._open_file, which no metadata needs"),
     ],
 )
 def test_a_spoilt_checkpoint_is_refused(

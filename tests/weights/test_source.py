@@ -19,7 +19,7 @@ from megatron_fipo.models.parameters import parameters
 from megatron_fipo.preflight import _check_stored_weights, _transformers_shapes
 from megatron_fipo.weights.source import check_source
 from megatron_fipo.weights.transformers_model import rotary_frequencies, transformers_config
-from tests.models.test_model_config import MODELS
+from tests.models.small_configs import MODELS
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
