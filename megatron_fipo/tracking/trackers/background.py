@@ -49,9 +49,9 @@ class BackgroundTracker:
         self._changed = threading.Condition()
         self._ends = False
         self._lost = 0
-        self._trouble = ""
-        """What went wrong first."""
-        self._is_told = False
+        self._has_failed = False
+        self._news: deque[str] = deque()
+        """What went wrong first, and that it is given up; not said yet."""
         # A thread that hangs must not keep the process.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -77,13 +77,15 @@ class BackgroundTracker:
             else:
                 self._lose(f"it has not taken the last {self._waiting} rows")
 
-    def news(self) -> str | None:
-        """Return a line of warning after the first failure, once; else None."""
+    def news(self) -> list[str]:
+        """Return a line of warning after the first failure, and one when it is given up, each once."""
         with self._changed:
-            if not self._trouble or self._is_told:
-                return None
-            self._is_told = True
-            return f"tracking.to: {self.name}: {self._trouble}; the run goes on, with all numbers in metrics.jsonl"
+            said = [
+                f"tracking.to: {self.name}: {words}; the run goes on, with all numbers in metrics.jsonl"
+                for words in self._news
+            ]
+            self._news.clear()
+            return said
 
     def end(self) -> None:
         """Have the tracker finish once its queue is empty."""
@@ -99,11 +101,16 @@ class BackgroundTracker:
             with self._changed:
                 self._lost += len(self._rows)
                 self._rows.clear()
-                self._trouble = self._trouble or "it did not finish in time"
+                self._fail("it did not finish in time")
 
     def _lose(self, trouble: str) -> None:
         self._lost += 1
-        self._trouble = self._trouble or trouble
+        self._fail(trouble)
+
+    def _fail(self, trouble: str) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            self._news.append(trouble)
 
     def _work(self) -> None:
         tracker = self._open()
@@ -139,6 +146,9 @@ class BackgroundTracker:
                     self._is_open = True
                 return tracker
             if is_last:
+                with self._changed:
+                    if self._attempts > 1:  # the first was said to be tried again
+                        self._news.append(f"it could not be opened in {self._attempts} attempts, and is given up")
                 break
             with self._changed:
                 is_last = self._changed.wait_for(lambda: self._ends, wait_s)
@@ -155,7 +165,7 @@ class BackgroundTracker:
         words = said if len(said) <= _LONGEST_WARNING else f"{said[:_LONGEST_WARNING]} …"
         with self._changed:
             self._lost += lost
-            self._trouble = self._trouble or f"{what}: {words}"
+            self._fail(f"{what}: {words}")
 
     def _note_lost(self, is_lost: bool) -> None:
         with self._changed:
@@ -191,5 +201,5 @@ class Trackers:
 
     def _tell(self) -> None:
         for tracker in self._trackers:
-            if news := tracker.news():
-                self._warn(news)
+            for line in tracker.news():
+                self._warn(line)

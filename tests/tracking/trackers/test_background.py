@@ -75,7 +75,9 @@ def test_a_tracker_that_fails_warns_once_and_counts(monkeypatch, call, what, los
     monkeypatch.setenv("FAKE_API_KEY", KEY)
     warnings, _ = run_with(lambda: Fake(fails=call))
     assert warnings[0].startswith(f"tracking.to: fake: {what}: ") and "no service for ***" in warnings[0]
-    assert [f"lacks {lost} rows" in line for line in warnings[1:]] == [True] * bool(lost)
+    given_up = ["tracking.to: fake: it could not be opened in 2 attempts, and is given up"] * (call == "open")
+    assert [line.partition(";")[0] for line in warnings[1 : 1 + len(given_up)]] == given_up
+    assert [f"lacks {lost} rows" in line for line in warnings[1 + len(given_up) :]] == [True] * bool(lost)
     assert all(KEY not in line and "\n" not in line for line in warnings)
 
 
@@ -131,12 +133,13 @@ def test_a_tracker_that_opens_later_gets_the_rows_that_waited(again):
         assert [step for step, _ in fake.rows] == [1, 2, 3] and fake.finished
         assert warnings[1:] == ["tracking.to: fake was opened at attempt 3"]
     else:
-        assert fake.rows == [] and "fake lacks 3 rows" in warnings[1]
+        assert fake.rows == [] and "in 2 attempts, and is given up" in warnings[1]
+        assert "fake lacks 3 rows" in warnings[2]
 
 
 def test_a_run_that_ends_does_not_wait_for_the_next_attempt():
     warnings, seconds = run_with(lambda: Fake(fails="open"), seconds=60.0)
-    assert seconds < 30 and "lacks 3 rows" in warnings[1]
+    assert seconds < 30 and "lacks 3 rows" in warnings[2]
 
 
 class Experiments:
