@@ -1,4 +1,4 @@
-"""Why: .ci/run tests on every Python that the machine has, and one that it overlooks is one that nobody tests.
+"""Why: .ci/run tests on the first and the last of these, and one that it overlooks is one that nobody tests.
 
 Folders with stand-ins, beside what the machine has in /usr/bin. Not covered: that the project runs on them (.ci/run).
 """
