@@ -71,7 +71,7 @@ def show(comparison: Comparison) -> None:
         hidden = len(rows) - _SHOWN_DIFFERENCES
         console.print(_rich([titles, *rows[:_SHOWN_DIFFERENCES]], "what differs"))
         if hidden > 0:
-            console.print(f"  and {hidden} keys more, in comparison.html")
+            console.print(f"  and {hidden} key{'s' if hidden > 1 else ''} more, in comparison.html")
     for source, scores in comparison.by_source.items():
         title = f"held-out {comparison.metric}" + (f", {source}" if comparison.sources else "")
         console.print(_rich(tables.score_table(scores, comparison.target), title))
