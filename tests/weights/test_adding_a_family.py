@@ -68,7 +68,7 @@ def test_the_worked_example_runs(tmp_path: Path) -> None:
         shutil.copytree(ROOT / "tests" / name, tmp_path / "tests" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "models" / "families" / "seed_oss.py").write_text(family)
     insert(tmp_path / "tests" / "weights" / "models.py", '    SmallModel("gemma-tied"', small_model)
-    insert(tmp_path / "tests" / "models" / "test_model_config.py", "}\nVALUES: tuple", configuration)
+    insert(tmp_path / "tests" / "models" / "small_configs.py", "}\n\n\ndef read(", configuration)
     (tmp_path / "models").mkdir()
     run(tmp_path, "-c", ROUND_TRIP, str(package), str(tmp_path / "models"))
     read = "(seed_oss and (key or missing)) or one_list"
