@@ -79,10 +79,10 @@ does.
 In a **mixture of experts**, a router sends each token to a few experts of a layer. No token is dropped.
 `parallel.expert` deals a layer's experts to ranks, across tensor-, context- and data-parallel ones.
 `parallel.expert_tensor` cuts each of them. Tensor parallelism needs `parallel.sequence=true` there. Layers without
-experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is an expert for every token
-(Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts by what
-a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included mixture of
-experts on a CPU.
+experts between others (`mlp_only_layers`, `decoder_sparse_step`) are supported, and so is a shared expert for every
+token (Qwen2-MoE). `rollout.expert_parallel` deals the experts to a server's GPUs. preflight and planner count experts
+by what a rank holds, and by what a token uses ([cluster.md](cluster.md)). `experiment=tiny_moe` trains the included
+mixture of experts on a CPU.
 
 `optimizer.freeze_routers=true` keeps routers as they are when the run starts: they get no gradient, have no place in
 the optimizer, and are not in `grad_norm`. Choose it when a run starts: a checkpoint of frozen routers has no optimizer
@@ -91,18 +91,19 @@ load beside the gradient (`topk_method: noaux_tc`, `use_routing_bias` and others
 directory that asks for one is refused by that key, since nothing would keep the bias alike in trainer and servers.
 
 **Losses of routers.** Nothing balances the experts by default. `algorithm.router_aux_loss_coef` adds a loss for an even
-load (Switch Transformers), `algorithm.router_z_loss_coef` one for small scores (ST-MoE). With E experts, f an expert's
+load (Switch Transformers), `algorithm.router_z_loss_coef` one for small scores (ST-MoE). With E experts, q an expert's
 share of the load (summing to 1), p a token's softmax over all scores s, a token adds for each layer
 
-    router_aux_loss_coef · E · Σ f p  +  router_z_loss_coef · (log Σ exp s)²
+    router_aux_loss_coef · E · Σ q p  +  router_z_loss_coef · (log Σ exp s)²
 
-to its loss. It has the weight that `algorithm.loss_agg_mode` gives each token, and is divided by what the policy's loss
-is divided by: where that leaves out responses (`responses_dropped`), by fewer tokens. Tokens are those of responses.
+to its loss. It has the weight that `algorithm.loss_agg_mode` gives each token. The sum is over response tokens, and is
+divided by what the policy's loss is divided by: where that leaves out responses (`responses_dropped`), by fewer tokens.
 The load is that of all the step's responses, by the experts that they go to before its first update. So gradients are
 the same in every layout. Megatron-Core's own losses are means of a micro-batch, and depend on the layout; transformers
 takes all layers together, on another scale. With the first loss a step's first mini-batch, too, has a forward pass
-before the updates: with one update per step about a quarter of the time of log-probs and update. `router_aux_loss` (1
-if even) and `router_z_loss` are reported without their coefficients, and are not in `loss`.
+before the updates: by a count of passes (not measured), with one update per step a quarter of the time of log-probs and
+update. `router_aux_loss` (1 if even) and `router_z_loss` are reported without their coefficients, and are not in
+`loss`.
 
 **Router replay.** A router takes the largest scores, so a small change of the weights can send a token to other
 experts, and its log-prob jumps. With `algorithm.router_replay=trainer` the pass that computes old log-probs records

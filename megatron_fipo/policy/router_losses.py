@@ -72,8 +72,8 @@ class RouterLosses:
     ) -> Tensor:
         """The router's probs, whose backward pass has the gradient of the router's losses too.
 
-        With E experts, f their shares of the load (summing to 1) and p a token's softmax over all of them, a token's
-        loss is router_aux_loss_coef · E · Σ f p (Switch Transformers, eq. 4) + router_z_loss_coef · logsumexp(scores)²
+        With E experts, q their shares of the load (summing to 1) and p a token's softmax over all of them, a token's
+        loss is router_aux_loss_coef · E · Σ q p (Switch Transformers, eq. 4) + router_z_loss_coef · logsumexp(scores)²
         (ST-MoE, eq. 5). Megatron-Core's schedules scale it as they do the policy's.
 
         Args:
