@@ -97,9 +97,13 @@ def configured(config: Config, model_config: ModelConfig, mode: Mode) -> Placeme
 
 
 def trainer_nodes(config: Config) -> list[int]:
-    """How many nodes may train, of those that the run has: whole replicas. None where no nodes are to be split."""
+    """How many nodes may train, of those that the run has: whole replicas, and in each stage whole sets of experts.
+
+    None where no nodes are to be split.
+    """
     cluster, parallel = config.cluster, config.parallel
-    replica = parallel.tensor * parallel.pipeline * parallel.context
+    of_experts = parallel.expert * parallel.expert_tensor
+    replica = parallel.pipeline * math.lcm(parallel.tensor * parallel.context, of_experts)
     nodes = range(1, cluster.trainer_nodes + cluster.rollout_nodes) if cluster.rollout_nodes else range(0)
     return [count for count in nodes if count * cluster.gpus_per_node % replica == 0]
 

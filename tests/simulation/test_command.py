@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo import simulate
+from megatron_fipo.config.configure import load_config
 from megatron_fipo.simulation.options import MODE_NAMES
-from megatron_fipo.simulation.scenarios import MODES
+from megatron_fipo.simulation.scenarios import MODES, trainer_nodes
 
 QUICK = ("--steps=2", "--warm-up=1", "--samples-at-once=256")
 
@@ -95,3 +96,11 @@ def test_help_and_a_run_need_no_torch() -> None:
 def test_help_of_a_section_is_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate.main(["--help", "cluster.trainer_nodes"]) == 0
     assert capsys.readouterr().out.startswith("  cluster.trainer_nodes=")
+
+
+def test_a_split_has_whole_sets_of_experts() -> None:
+    """Else the search for the best split ended with the refusal of a split that nobody had asked for."""
+    nodes = ["cluster.trainer_nodes=2", "cluster.rollout_nodes=2", "parallel.tensor=1", "parallel.sequence=false"]
+    layout = [*nodes, "parallel.pipeline=2", "parallel.virtual_pipeline=null", "parallel.context=1"]
+    assert trainer_nodes(load_config(["experiment=fipo_30b_a3b", *layout, "parallel.expert=8"])) == [2]
+    assert trainer_nodes(load_config(["experiment=fipo_30b_a3b", *layout, "parallel.expert=4"])) == [1, 2, 3]
