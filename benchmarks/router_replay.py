@@ -10,7 +10,6 @@ second of a step of four updates.
 
 import argparse
 import contextlib
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.first_update import start
 from benchmarks.measure import machine
 from megatron_fipo.config import Config
 from megatron_fipo.config.agreement import Limits
@@ -182,12 +182,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=8.0)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 1e-5])
     options = parser.parse_args()
-    platform.install()
-    from megatron_fipo.policy.model import start_model_parallel
-
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    platform.start_process_group(60)
-    start_model_parallel(configured("none", UNMOVED).parallel, 0)
+    start()
     with tempfile.TemporaryDirectory(prefix="routers-") as directory:
         model = Path(directory)
         sampled = sample(make_model(model, options.peak))

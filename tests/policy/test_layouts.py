@@ -118,24 +118,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict[str, Any]:
     """As `case`; the stretches `told` (sequence, start, end) were not produced by the policy."""
-    import transformers
-
     torch.manual_seed(0)
     kind, settings = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=75,  # not a multiple of two, so tensor parallelism pads it
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        **settings,
-    )
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model = _random_model(kind, settings)
     model.save_pretrained(folder / "model")
     lengths = torch.tensor([9, 31, 14, 40, 22, 5, 17, 28, 12])
     prompts = torch.tensor([3, 5, 2, 6, 9, 1, 4, 7, 11])
@@ -150,8 +135,8 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     for name, algorithm in WITH_ROUTER_LOSSES.items() if has_experts else ():
         added, aux_loss, z_loss = router_losses(model, tokens, prompts.tolist(), algorithm)
         of_routers[name] = {"router_aux_loss": aux_loss.item(), "router_z_loss": z_loss.item()}
-        losses[name] = plain_loss(inputs, algorithm) + added
-        reported[name] = (losses[name] - added).item()
+        of_policy = plain_loss(inputs, algorithm)
+        losses[name], reported[name] = of_policy + added, of_policy.item()
     norms = {}
     names, parameters = zip(*model.named_parameters(), strict=True)
     for name, loss in reversed(losses.items()):  # FIPO's gradients are left in place, for a step of Adam
@@ -182,6 +167,27 @@ def make_case(folder: Path, name: str, told: list[tuple[int, int, int]]) -> dict
     updated = by_stored_names(kind, [(name, p.detach().contiguous()) for name, p in model.named_parameters()])
     save_file(updated, folder / "updated.safetensors")
     return {"folder": folder, "loss": reported, "grad_norm": norms, "routers": routers, "of_routers": of_routers}
+
+
+def _random_model(kind: str, settings: dict[str, Any]) -> Any:
+    """transformers' model with non-trivial norms and biases."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=75,  # not a multiple of two, so tensor parallelism pads it
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        **settings,
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def _adam(model: Any) -> torch.optim.AdamW:
