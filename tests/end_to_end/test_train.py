@@ -9,6 +9,7 @@ Not covered: learning (`make train` shows it; its figures are in docs/quick_star
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,9 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.engines.pool import EnginePool
+from megatron_fipo.errors import ConfigError
 from megatron_fipo.processes import leftovers
+from megatron_fipo.rewards.code.sandbox import find_sandbox
 from megatron_fipo.tracking.credit_file import credit_path, read_credit
 from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.algorithm.test_adding_a_loss import write_page
@@ -140,6 +143,35 @@ def test_fipo_acts_and_dapo_is_one_override(server: EnginePool, tmp_path: Path) 
     for step in (1, 2):
         assert f"warning: step {step} is not saved (0.01 GiB): " in runs.output(dapo)
     check_files(dapo)
+
+
+def test_a_model_learns_from_programs_that_a_sandbox_ran(server: EnginePool, tmp_path: Path) -> None:
+    """`experiment=tiny_code`: each reward is that of a program that ran, and agrees with what Python makes of it."""
+    try:
+        find_sandbox(load_config(["experiment=tiny_code"]).reward.code)
+    except ConfigError as error:
+        pytest.skip(f"no sandbox on this machine: {error.problem}")
+    run_on(server, tmp_path, "experiment=tiny_code", "validation.every=2", "validation.samples=1")
+    rows = runs.rows(tmp_path)
+    check_rows(rows, steps=2)
+    assert all(row["verifier_crashes"] == row["verifier_timeouts"] == 0 for row in rows)
+    lines = [line for path in (tmp_path / "samples").glob("step-*.jsonl") for line in path.read_text().splitlines()]
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 2 * 8 * 4
+    for sample in samples:
+        terms = [int(term) for term in re.findall(r"\d+", sample["prompt"])]
+        programs = re.findall(r"Answer: ([0-9+ ]+)", sample["response"])
+        right = bool(programs) and is_sum(programs[-1], sum(terms) % 10)
+        assert (sample["accuracy"], sample["reward"]) == (right, 1.0 if right else -1.0), sample
+    assert {sample["accuracy"] for sample in samples} == {0.0, 1.0}, "the control: some were right and some were not"
+
+
+def is_sum(program: str, digit: int) -> bool:
+    """Whether a program of additions is one, and has this last digit."""
+    try:
+        return bool(eval(program, {}) % 10 == digit)
+    except SyntaxError:
+        return False
 
 
 def check_files(directory: Path) -> None:
