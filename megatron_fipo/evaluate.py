@@ -6,7 +6,6 @@ Megatron-Core nor torch is imported here, but transformers imports torch for its
 command resumes.
 """
 
-import dataclasses
 import functools
 import os
 import shutil
@@ -17,7 +16,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.checks import check_evaluation
 from megatron_fipo.config.checks_here import check_here_to_sample
 from megatron_fipo.config.configure import run_with_config
@@ -192,7 +191,7 @@ def _check_can_be_served(config: Config, weights: Weights) -> None:
 
 def _without_trainer(config: Config) -> Config:
     """Return the configuration without rollout.shared_gpu: without a trainer, servers need not sleep."""
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, shared_gpu=False))
+    return with_values(config, {"rollout.shared_gpu": False})
 
 
 def _check_said(said: Sequence[str]) -> None:

@@ -4,9 +4,9 @@ Every key of `conf/` is a field in one of this package's sections. Each field de
 default in one place, by `setting`. Validation (`checks.py`), `--help` and docs/configuration.md all read it there.
 """
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, fields, is_dataclass
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from megatron_fipo.config.algorithm import (
     LOSS_SETTINGS,
@@ -31,6 +31,9 @@ from megatron_fipo.config.loop import (
 from megatron_fipo.config.policy import ParallelConfig, PolicySection
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.settings import section
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "LOSS_SETTINGS",
@@ -58,7 +61,11 @@ __all__ = [
     "ValidationConfig",
     "every_setting",
     "sections",
+    "with_values",
 ]
+
+
+_Section = TypeVar("_Section", bound="DataclassInstance")
 
 
 @dataclass
@@ -96,3 +103,20 @@ def every_setting() -> Iterator[tuple[str, Field]]:
     nested = dict(sections())
     for name, kind in nested.items():
         yield from ((f"{name}.{entry.name}", entry) for entry in fields(kind) if f"{name}.{entry.name}" not in nested)
+
+
+def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
+    """Return a configuration with other values of some keys, such as "run.steps". It shares all else with `config`.
+
+    Raises:
+        TypeError: a section has no such key.
+    """
+    own: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        if rest:
+            below.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    return replace(config, **own, **{name: with_values(getattr(config, name), inner) for name, inner in below.items()})

@@ -197,6 +197,11 @@ class AlgorithmConfig:
         maximum=1000,
     )
 
+    @property
+    def adds_router_losses(self) -> bool:
+        """Whether routers have losses of their own beside the policy's."""
+        return self.router_aux_loss_coef > 0 or self.router_z_loss_coef > 0
+
 
 @dataclass
 class OptimizerConfig:

@@ -4,12 +4,11 @@ Call it as `python -m megatron_fipo.launch.job experiment=…`. It checks the co
 mistake ends the job before a node is used.
 """
 
-import copy
 import os
 import sys
 from pathlib import Path
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.checks_here import ROLLOUT_TOKEN_VARIABLE
 from megatron_fipo.config.configure import run_with_config
@@ -22,10 +21,10 @@ _LATER = "http://rollout-node:8000"
 def main(config: Config) -> None:
     """Check the configuration and print the job's numbers."""
     cluster = config.cluster
-    complete = copy.deepcopy(config)
+    complete = config
     if job_starts_servers(config):
         # Stand-ins for the addresses and the token that the job sets later.
-        complete.rollout.servers, complete.rollout.addresses = 0, [_LATER]
+        complete = with_values(config, {"rollout.servers": 0, "rollout.addresses": [_LATER]})
         os.environ.setdefault(ROLLOUT_TOKEN_VARIABLE, "later")
     world_size = cluster.trainer_nodes * cluster.gpus_per_node
     for warning in check(complete, world_size=world_size, on_login_node=True):

@@ -6,7 +6,6 @@ between two lines. This module does not import torch: the launcher stays small w
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -22,7 +21,7 @@ from typing import IO
 import psutil
 
 from megatron_fipo.command_line.commands import environment, going_on, typed_command
-from megatron_fipo.config import Config, resolved
+from megatron_fipo.config import Config, resolved, with_values
 from megatron_fipo.config.configure import RESOLVED
 from megatron_fipo.errors import FipoError, RunFailed
 from megatron_fipo.launch.slurm import distributed_environment, under_srun
@@ -88,7 +87,7 @@ def launch_training(world_size: int, config: Config) -> int:
         FipoError: the directory cannot be used, or a rank failed and has reported why.
     """
     directory = Path(config.run.directory).resolve()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
+    config = with_values(config, {"run.directory": str(directory)})
     look(config)
     file = directory / "logs" / f"configuration-{os.getpid()}.yaml"
     try:

@@ -1,12 +1,11 @@
 """Find the best of each way to spread a run: by arithmetic over all splits of its nodes, then by simulating some."""
 
-import copy
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.checks import check
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
@@ -98,10 +97,8 @@ class _Trainers:
             self._known[key] = min(roomy or fitting, key=self._trainer_s, default=None)
         if (layout := self._known[key]) is None:
             return None
-        changed = copy.deepcopy(config)
-        changed.parallel = copy.deepcopy(layout.config.parallel)
-        changed.model.recompute = layout.config.model.recompute
-        return changed
+        chosen = layout.config
+        return with_values(config, {"parallel": chosen.parallel, "model.recompute": chosen.model.recompute})
 
     def _trainer_s(self, layout: Layout) -> float:
         return sum(

@@ -1,12 +1,11 @@
 """Ways to spread a run over the nodes that it has, as configurations, and the overrides that choose one."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_fipo.config import Config, every_setting
+from megatron_fipo.config import Config, every_setting, with_values
 from megatron_fipo.sizing.estimate import in_turns
-from megatron_fipo.sizing.placement import deals_experts
+from megatron_fipo.sizing.placement import servers_of, trainer_on
 
 SYNCHRONOUS, COLOCATED, ASYNCHRONOUS = "synchronous split", "colocated", "asynchronous, k = 1"
 WAYS = (SYNCHRONOUS, COLOCATED, ASYNCHRONOUS)
@@ -21,23 +20,21 @@ def variants(way: str, config: Config, rejected: float) -> Iterator[Config]:
 
     Nodes, layout and servers are not chosen yet. `rejected` is the share of groups that dynamic sampling rejects.
     """
-    changed = copy.deepcopy(config)
-    rollout = changed.rollout
-    rollout.max_off_policy_steps = 1 if way == ASYNCHRONOUS else 0
-    if way != COLOCATED and rollout.shared_gpu:
-        rollout.shared_gpu, rollout.weight_transfer = False, "process_group"
-        rollout.gpu_memory_utilization = _SHARE_ALONE
-    filtered = changed.algorithm.filter_groups
-    filtered.over_sampling = None
+    values: dict[str, Any] = {
+        "rollout.max_off_policy_steps": 1 if way == ASYNCHRONOUS else 0,
+        "algorithm.filter_groups.over_sampling": None,
+    }
+    if way != COLOCATED and config.rollout.shared_gpu:
+        values |= {"rollout.shared_gpu": False, "rollout.weight_transfer": "process_group"}
+        values["rollout.gpu_memory_utilization"] = _SHARE_ALONE
     if way == ASYNCHRONOUS:
-        changed.algorithm.tis_cap = changed.algorithm.tis_cap or _TIS_CAP
-        changed.algorithm.generation_batch_prompts, filtered.surplus = None, "carry"
-    yield changed
-    if filtered.enable and rejected:
-        early = copy.deepcopy(changed)
-        early.algorithm.generation_batch_prompts = None
-        early.algorithm.filter_groups.over_sampling = round(1 / (1 - rejected), 1)
-        yield early
+        values["algorithm.tis_cap"] = config.algorithm.tis_cap or _TIS_CAP
+        values |= {"algorithm.generation_batch_prompts": None, "algorithm.filter_groups.surplus": "carry"}
+    yield with_values(config, values)
+    if config.algorithm.filter_groups.enable and rejected:
+        values["algorithm.generation_batch_prompts"] = None
+        values["algorithm.filter_groups.over_sampling"] = round(1 / (1 - rejected), 1)
+        yield with_values(config, values)
 
 
 def placed(config: Config, way: str, trainer_nodes: int, tensor_parallel: int) -> Config:
@@ -47,14 +44,8 @@ def placed(config: Config, way: str, trainer_nodes: int, tensor_parallel: int) -
     """
     if way == COLOCATED:
         return in_turns(config, tensor_parallel)
-    changed = copy.deepcopy(config)
-    cluster, rollout = changed.cluster, changed.rollout
-    nodes = cluster.trainer_nodes + cluster.rollout_nodes
-    cluster.trainer_nodes, cluster.rollout_nodes = trainer_nodes, nodes - trainer_nodes
-    changed.parallel.data = None
-    rollout.servers, rollout.addresses, rollout.tensor_parallel = 0, [], tensor_parallel
-    rollout.expert_parallel = deals_experts(config, tensor_parallel)
-    return changed
+    values = {"rollout.servers": 0, "rollout.addresses": [], **servers_of(config, tensor_parallel)}
+    return with_values(config, values | trainer_on(config, trainer_nodes))
 
 
 def overrides(before: Config, after: Config) -> str:

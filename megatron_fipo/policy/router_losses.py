@@ -30,7 +30,7 @@ class RouterLosses:
         self._config, self._statistics = config, statistics
         self.needs_load = config.router_aux_loss_coef > 0
         """Whether updates need `share_load` before them."""
-        self.are_on = self.needs_load or config.router_z_loss_coef > 0
+        self.are_on = config.adds_router_losses
         shape = (len(experts.layers), experts.number) if experts is not None else (0, 0)
         self._counted = torch.zeros(shape, dtype=torch.int64, device=device)
         self._load: Tensor | None = None

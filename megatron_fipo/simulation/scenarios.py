@@ -1,10 +1,9 @@
 """Modes of a run, and how each may spread over the nodes: what is played, and on which engines and trainers."""
 
-import copy
 import math
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.servers import servers_on_every_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
@@ -15,6 +14,7 @@ from megatron_fipo.simulation.fleet import Dispatch, Place
 from megatron_fipo.simulation.run import Parts
 from megatron_fipo.simulation.settings import Settings
 from megatron_fipo.sizing.estimate import Estimate, estimate, in_turns
+from megatron_fipo.sizing.placement import trainer_on
 from megatron_fipo.sizing.timing import rollout_servers
 
 _GRID = 100
@@ -110,11 +110,7 @@ def trainer_nodes(config: Config) -> list[int]:
 
 def split(config: Config, model_config: ModelConfig, trainer: int) -> Placement | None:
     """The run with so many nodes that train, and the others sample; None if the memory is too small."""
-    changed = copy.deepcopy(config)
-    nodes = config.cluster.trainer_nodes + config.cluster.rollout_nodes
-    changed.cluster.trainer_nodes, changed.cluster.rollout_nodes = trainer, nodes - trainer
-    changed.parallel.data = None
-    placement = configured(changed, model_config, MODES[0])
+    placement = configured(with_values(config, trainer_on(config, trainer)), model_config, MODES[0])
     return placement if placement.estimate.fits else None
 
 

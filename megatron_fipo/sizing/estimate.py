@@ -1,13 +1,12 @@
 """Memory and time of one layout, and changes that make it fit, for preflight and planner."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.checks_experts import check_dispatcher, check_expert_ranks, check_experts_of_model
 from megatron_fipo.config.model_places import fetch_config
 from megatron_fipo.config.window import check_window
@@ -151,7 +150,8 @@ def one_node(config: Config, model_config: ModelConfig) -> tuple[str, Estimate] 
             continue
         changed = on_one_node(config, width)
         try:
-            changed.rollout.gpu_memory_utilization = _largest_share(changed, model_config)
+            share = _largest_share(changed, model_config)
+            changed = with_values(changed, {"rollout.gpu_memory_utilization": share})
             result = estimate(changed, model_config)
         except ConfigError:
             continue
@@ -164,8 +164,8 @@ def in_turns(config: Config, tensor_parallel: int) -> Config:
     """Return the run with trainer and servers in turns on all of its nodes, with a margin beside the servers' share."""
     changed = on_all_nodes(config, tensor_parallel)
     # Nothing of the trainer is beside a server, whatever its layout.
-    changed.rollout.gpu_memory_utilization = round(utilisation(changed, [], (1 - _TIGHT) * usable_bytes(config)), 2)
-    return changed
+    share = round(utilisation(changed, [], (1 - _TIGHT) * usable_bytes(config)), 2)
+    return with_values(changed, {"rollout.gpu_memory_utilization": share})
 
 
 def _one_node_overrides(before: Config, after: Config) -> str:
@@ -209,11 +209,8 @@ def _changes(config: Config, model_config: ModelConfig) -> Iterator[tuple[str, C
     if longest < parallel.micro_batch_tokens:
         options.append({"parallel.micro_batch_tokens": longest})
     for option in options:
-        changed = copy.deepcopy(config)
-        for key, value in option.items():
-            section, name = key.split(".")
-            setattr(getattr(changed, section), name, value)
-        yield " ".join(f"{key}={str(value).lower()}" for key, value in option.items()), changed
+        written = " ".join(f"{key}={str(value).lower()}" for key, value in option.items())
+        yield written, with_values(config, option)
 
 
 def _within_a_node(config: Config) -> list[dict[str, Any]]:

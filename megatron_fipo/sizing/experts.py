@@ -115,8 +115,7 @@ def expert_bytes_per_token(config: Config, model_config: ModelConfig, fullest: f
     received = received_tokens(config, model_config, fullest) * (copy * width + 20)
     # For each token and expert: the score in fp32 and whether it is chosen, and the softmax over all of them.
     router = experts.number * (5 if experts.normalized else 9) / sequence_cut
-    algorithm = config.algorithm
-    if algorithm.router_aux_loss_coef > 0 or algorithm.router_z_loss_coef > 0:
+    if config.algorithm.adds_router_losses:
         router += experts.number * 8 / sequence_cut  # the scores and their softmax once more
     shared = 0.0
     if experts.shared_ffn_hidden_size:

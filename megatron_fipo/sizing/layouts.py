@@ -1,11 +1,10 @@
 """Every layout of the trainer over the nodes that it has."""
 
-import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.sizing.estimate import Estimate, estimate
@@ -42,15 +41,14 @@ class Layout:
 def layouts(config: Config, model_config: ModelConfig) -> list[Layout]:
     """Return every layout of the trainer on cluster.trainer_nodes. Those that fit come first, fastest trainer first."""
     found = []
-    for candidate in _candidates(config):
-        for expert, expert_tensor in _expert_sizes(candidate, model_config):
-            # estimate() keeps nothing of a configuration, and most of them do not divide the model.
-            candidate.parallel.expert, candidate.parallel.expert_tensor = expert, expert_tensor
+    for dense in _candidates(config):
+        for expert, expert_tensor in _expert_sizes(dense, model_config):
+            candidate = with_values(dense, {"parallel.expert": expert, "parallel.expert_tensor": expert_tensor})
             try:
                 result = estimate(candidate, model_config)
             except ConfigError:
                 continue
-            found.append(Layout(copy.deepcopy(candidate), result))
+            found.append(Layout(candidate, result))
     return sorted(found, key=lambda layout: (not layout.estimate.fits, layout.estimate.time.trainer))
 
 
@@ -68,12 +66,16 @@ def _candidates(config: Config) -> Iterator[Config]:
         replica = tensor * pipeline * context
         if gpus % replica or gpus // replica > sequences:
             continue
-        candidate = copy.deepcopy(config)
-        candidate.parallel.tensor, candidate.parallel.sequence = tensor, tensor > 1
-        candidate.parallel.pipeline, candidate.parallel.virtual_pipeline = pipeline, chunks
-        candidate.parallel.context, candidate.parallel.data = context, None
-        candidate.model.recompute = recompute
-        yield candidate
+        values = {
+            "parallel.tensor": tensor,
+            "parallel.sequence": tensor > 1,
+            "parallel.pipeline": pipeline,
+            "parallel.virtual_pipeline": chunks,
+            "parallel.context": context,
+            "parallel.data": None,
+            "model.recompute": recompute,
+        }
+        yield with_values(config, values)
 
 
 def _expert_sizes(candidate: Config, model_config: ModelConfig) -> Iterator[tuple[int, int]]:

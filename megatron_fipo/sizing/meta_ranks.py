@@ -5,7 +5,6 @@ the same parameters that `policy/model.py` builds on a rank of the cluster.
 """
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_fipo.config import Config, ParallelConfig
+from megatron_fipo.config import Config, ParallelConfig, with_values
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.model import build_model
@@ -48,9 +47,9 @@ def build_stages(config: Config, model_config: ModelConfig, world_size: int) -> 
     may be joined in this process.
     """
     platform.install()
-    config = copy.deepcopy(config)
-    config.model.layers, config.model.fp8 = "local", "off"
-    config.parallel.expert_dispatcher = "alltoall"  # it has no parameters, and flex needs a GPU
+    # The dispatcher has no parameters, and flex needs a GPU.
+    values = {"model.layers": "local", "model.fp8": "off", "parallel.expert_dispatcher": "alltoall"}
+    config = with_values(config, values)
     ranks_of_stage = world_size // config.parallel.pipeline
     parallel, stages = config.parallel, []
     for stage in range(parallel.pipeline):

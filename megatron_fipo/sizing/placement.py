@@ -1,10 +1,10 @@
 """The placement of trainer and servers on a job's nodes: descriptions, checks, and a whole run on one node."""
 
-import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from megatron_fipo.config import Config
+from megatron_fipo.config import Config, with_values
 from megatron_fipo.config.servers import servers_on_every_node, servers_per_node
 from megatron_fipo.errors import ConfigError
 from megatron_fipo.models.model_config import ModelConfig
@@ -178,8 +178,7 @@ def notes(config: Config, model_config: ModelConfig, world_size: int, data_paral
 
 
 def _tensor_across_nodes(config: Config, model_config: ModelConfig, data_parallel_size: int) -> str:
-    inside = copy.deepcopy(config)
-    inside.hardware.network_gb_s = config.hardware.node_gb_s
+    inside = with_values(config, {"hardware.network_gb_s": config.hardware.node_gb_s})
     here, there = (step_time(c, model_config, data_parallel_size).log_probs for c in (inside, config))
     tensor, gpus = config.parallel.tensor, config.cluster.gpus_per_node
     return (
@@ -196,32 +195,42 @@ def utilisation(config: Config, stages: list[StageMemory], usable: float) -> flo
 
 def on_one_node(config: Config, tensor_parallel: int) -> Config:
     """Return the run with trainer and servers in turns on all GPUs of one node. The servers' share is not yet set."""
-    changed = copy.deepcopy(config)
-    changed.cluster.trainer_nodes, changed.cluster.rollout_nodes = 1, 0
-    changed.parallel.data = None
-    rollout = changed.rollout
-    rollout.shared_gpu, rollout.weight_transfer, rollout.addresses = True, "shared_memory", []
-    rollout.tensor_parallel, rollout.expert_parallel = tensor_parallel, deals_experts(config, tensor_parallel)
-    rollout.servers = config.cluster.gpus_per_node // tensor_parallel
-    return changed
+    values: dict[str, Any] = {
+        "cluster.trainer_nodes": 1,
+        "cluster.rollout_nodes": 0,
+        "parallel.data": None,
+        "rollout.shared_gpu": True,
+        "rollout.weight_transfer": "shared_memory",
+        "rollout.addresses": [],
+        "rollout.servers": config.cluster.gpus_per_node // tensor_parallel,
+    }
+    return with_values(config, values | servers_of(config, tensor_parallel))
 
 
 def on_all_nodes(config: Config, tensor_parallel: int) -> Config:
     """Return the run with trainer and servers in turns on all of its nodes. The servers' share is not yet set."""
-    changed = copy.deepcopy(config)
-    cluster, rollout = changed.cluster, changed.rollout
+    values: dict[str, Any] = {
+        "rollout.shared_gpu": True,
+        "rollout.weight_transfer": "cuda_ipc",
+        "rollout.servers": 0,
+        "rollout.addresses": [],
+    }
+    cluster = config.cluster
     if cluster.rollout_nodes:
-        changed.parallel.data = None
-    cluster.trainer_nodes, cluster.rollout_nodes = cluster.trainer_nodes + cluster.rollout_nodes, 0
-    rollout.shared_gpu, rollout.weight_transfer = True, "cuda_ipc"
-    rollout.servers, rollout.addresses, rollout.tensor_parallel = 0, [], tensor_parallel
-    rollout.expert_parallel = deals_experts(config, tensor_parallel)
-    return changed
+        values |= trainer_on(config, cluster.trainer_nodes + cluster.rollout_nodes)
+    return with_values(config, values | servers_of(config, tensor_parallel))
 
 
-def deals_experts(config: Config, tensor_parallel: int) -> bool:
-    """Return whether servers of so many GPUs deal experts: as configured, where there is more than one GPU."""
-    return config.rollout.expert_parallel and tensor_parallel > 1
+def trainer_on(config: Config, nodes: int) -> dict[str, Any]:
+    """Return the values of a run with so many of its nodes for the trainer, and the others for servers."""
+    others = config.cluster.trainer_nodes + config.cluster.rollout_nodes - nodes
+    return {"cluster.trainer_nodes": nodes, "cluster.rollout_nodes": others, "parallel.data": None}
+
+
+def servers_of(config: Config, tensor_parallel: int) -> dict[str, Any]:
+    """Return the values of servers of so many GPUs. Several deal experts where that is configured."""
+    deals_experts = config.rollout.expert_parallel and tensor_parallel > 1
+    return {"rollout.tensor_parallel": tensor_parallel, "rollout.expert_parallel": deals_experts}
 
 
 def has_room_to_sample(config: Config, model_config: ModelConfig) -> bool:

@@ -4,6 +4,7 @@ experiment's value, and the entry point starts quickly and refuses in one line.
 Not covered: which combinations are refused (test_checks.py).
 """
 
+import copy
 import os
 import shlex
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.assets import resolve_embedded
-from megatron_fipo.config import Config, every_setting, sections
+from megatron_fipo.config import Config, every_setting, sections, with_values
 from megatron_fipo.config.checks import check
 from megatron_fipo.config.configure import configuration_directory, load_config
 from megatron_fipo.errors import ConfigError
@@ -175,6 +176,18 @@ def test_config_is_plain_dataclasses() -> None:
     assert isinstance(config, Config)
     assert type(config.data.task_options) is dict and type(config.data.train) is list
     assert config.data.task_options["extra"] == 1
+
+
+def test_other_values_make_another_configuration() -> None:
+    """Why: a planner tries thousands of them, and none may show in the one that it was given."""
+    before = load_config([])
+    kept = copy.deepcopy(before)
+    changed = with_values(before, {"run.steps": 7, "algorithm.filter_groups.surplus": "carry", "model": before.model})
+    assert (changed.run.steps, changed.algorithm.filter_groups.surplus) == (7, "carry")
+    assert before == kept != changed
+    assert changed.rollout is before.rollout and changed.run.name == before.run.name
+    with pytest.raises(TypeError, match="stepz"):
+        with_values(before, {"run.stepz": 7})
 
 
 @pytest.mark.parametrize(
