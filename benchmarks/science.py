@@ -13,23 +13,27 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.measure import machine
+from megatron_fipo.algorithm.credit import influence_weights
+from megatron_fipo.algorithm.sequences import SequenceLayout
 from megatron_fipo.comparison import report
 from megatron_fipo.comparison.groups import Group, Grouping, group_runs
 from megatron_fipo.comparison.runs import Run, find_runs
 from megatron_fipo.comparison.scores import GroupScores, series
 from megatron_fipo.comparison.tables import in_words
+from megatron_fipo.config import FutureKLConfig
 from megatron_fipo.evaluation.files import ALL
 from megatron_fipo.runs.result import read_run
-from megatron_fipo.tracking.credit_file import credit_path, read_credit, recorded_steps
+from megatron_fipo.tracking.credit_file import CreditResponse, credit_path, read_credit, recorded_steps
 from megatron_fipo.tracking.intervals import Interval, Values, difference_interval, mean_interval
 
 ARMS: dict[str, tuple[str, ...]] = {
@@ -89,9 +93,41 @@ def beyond_c(run: Run) -> float | None:
     Of the responses that the credit files have: 16 of each step, of its later updates.
     """
     bound = math.log(run.settings["algorithm.clip_ratio_c"])
-    files = [read_credit(credit_path(run.directory, step))[1] for step in recorded_steps(run.directory)]
-    found = [response.credit.values["log_ratio"] > bound for responses in files for response in responses]
+    found = [response.credit.values["log_ratio"] > bound for response in recorded(run)]
     return float(np.concatenate(found).mean()) if found else None
+
+
+def changed_by_filter(run: Run) -> float | None:
+    """Return the share of these tokens whose influence weight is another one with the filter than without.
+
+    Whether the run has the filter or not. None for a loss without influence weights.
+    """
+    if "influence_weights_std" not in run.steps[run.last_step]:
+        return None
+    names = [entry.name for entry in fields(FutureKLConfig)]
+    own = FutureKLConfig(**{name: run.settings[f"algorithm.future_kl.{name}"] for name in names})
+    found = []
+    for response in recorded(run):
+        log_ratio = torch.tensor(response.credit.values["log_ratio"])[None]
+        with_filter, without = (
+            influence_weights(
+                log_ratio,
+                torch.ones_like(log_ratio, dtype=torch.bool),
+                torch.tensor([[response.facts["advantage"]]]),
+                replace(own, participation_mask=is_on),
+                run.settings["algorithm.clip_ratio_c"],
+                SequenceLayout(),
+            ).weights
+            for is_on in (True, False)
+        )
+        found.append(with_filter != without)
+    return float(torch.cat(found, dim=1).double().mean()) if found else None
+
+
+def recorded(run: Run) -> Iterator[CreditResponse]:
+    """Yield the responses of the run's credit files."""
+    for step in recorded_steps(run.directory):
+        yield from read_credit(credit_path(run.directory, step))[1]
 
 
 MEASURES = (
@@ -102,6 +138,7 @@ MEASURES = (
     Measure("clipped ratios, %", over_steps("pg_clipfrac"), 100, 2),
     Measure("dual-clipped, %", over_steps("pg_clipfrac_lower"), 100, 3),
     Measure("ratio above c, %", beyond_c, 100, 3),
+    Measure("f that the filter changes, %", changed_by_filter, 100, 2),
     Measure("policy KL × 10³", over_steps("ppo_kl"), 1000, 2),
     Measure("policy KL × 10³, largest step", over_steps("ppo_kl", max), 1000, 2),
     Measure("gradient norm", over_steps("grad_norm"), 1, 2),
