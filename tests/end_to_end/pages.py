@@ -14,11 +14,11 @@ def block(page: str, language: str, number: int = 0) -> str:
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[number]
 
 
-def run(page: str, directory: Path, overrides: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """The page's first command with a few keys more, as a shell in that directory runs it."""
+def run(page: str, directory: Path, overrides: Sequence[str], token: str = "") -> subprocess.CompletedProcess[str]:
+    """The page's first command with a few keys more, as a shell in that directory runs it; `token` is for servers."""
     command = " ".join([block(page, "sh").strip(), *map(shlex.quote, overrides)])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "FIPO_ROLLOUT_TOKEN": token}
     return subprocess.run(
         ["bash", "-c", command],
         cwd=directory,

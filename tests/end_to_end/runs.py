@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from megatron_fipo.engines.pool import EnginePool
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
@@ -32,6 +34,17 @@ SMALL = (
 
 Without dynamic sampling every prompt is trained on, whatever its samples are.
 """
+
+
+def on(server: EnginePool) -> tuple[str, ...]:
+    """The overrides of a run that samples on this server, whose `token` it needs."""
+    address = f"rollout.addresses=[{server.servers[0].url}]"
+    return ("rollout.servers=0", address, "rollout.weight_transfer=process_group")
+
+
+def token(server: EnginePool) -> str:
+    """What the server asks of its callers."""
+    return server.headers["Authorization"].removeprefix("Bearer ")
 
 
 def start(

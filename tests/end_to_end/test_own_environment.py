@@ -13,22 +13,23 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.engines.pool import EnginePool
 from tests.end_to_end import pages, runs
 
 pytestmark = pytest.mark.slow
 
 PAGE = (runs.ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
-SMALL = ("algorithm.samples_per_prompt=4", "algorithm.filter_groups.enable=false", "validation.every=1")
+SMALL = ("algorithm.samples_per_prompt=4", "algorithm.filter_groups.enable=false", "validation.every=2")
 SMALL += ("checkpoint.every=1", "tracking.samples_per_step=64", "run.directory=run", "optimizer.schedule=constant")
-SMALL += ("environment.workers=1", "tracking.samples_per_validation=8")
+SMALL += ("parallel=single", "environment.workers=1", "tracking.samples_per_validation=8", "validation.samples=1")
 
 
 def block(language: str) -> str:
     return pages.block(PAGE, language)
 
 
-def run(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return pages.run(PAGE, directory, [*SMALL, *overrides])
+def run(server: EnginePool, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return pages.run(PAGE, directory, [*SMALL, *runs.on(server), *overrides], runs.token(server))
 
 
 def kept(directory: Path, name: str) -> list[dict[str, Any]]:
@@ -50,11 +51,11 @@ def check(sample: dict[str, Any]) -> int:
     return len(right)
 
 
-def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
+def test_the_page_from_an_empty_directory(server: EnginePool, tmp_path: Path) -> None:
     (tmp_path / "try_again.py").write_text(block("python"))
-    done = run(tmp_path, "environment.name=try_again.py:TryOnce")
+    done = run(server, tmp_path, "environment.name=try_again.py:TryOnce")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "has no function TryOnce" in done.stderr
-    done = run(tmp_path)
+    done = run(server, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
     rows = runs.rows(tmp_path / "run")
@@ -74,8 +75,8 @@ def test_the_page_from_an_empty_directory(tmp_path: Path) -> None:
     shown = (tmp_path / "run/samples/step-000001.txt").read_text()
     assert "-- told:\nCheckAnswer\n" in shown and "tokens in 2 turns" in shown
 
-    done = run(tmp_path, "run.steps=3", "environment.max_turns=1")
+    done = run(server, tmp_path, "run.steps=3", "environment.max_turns=1")
     assert done.returncode == 2 and "environment.max_turns: 2 → 1" in done.stderr
-    done = run(tmp_path, "run.steps=3", "environment.attempts=1")
+    done = run(server, tmp_path, "run.steps=3", "environment.attempts=1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2, 3]

@@ -16,8 +16,6 @@ EXPERT_LAYOUTS = [
     {**SPLIT, "expert": 2, "expert_tensor": 2, "data": 2},
     {**SPLIT, "data": 2},
     *([] if NEWER_MEGATRON else [{**SPLIT, "data": 2, "sabotage": "expert_mark"}]),
-    {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
-    {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
     {**OVERLAPPED, "expert": 2, "data": 4, "compare": "updated"},
     {"expert": 2, "data": 4, "sabotage": "router"},
 ]
@@ -25,9 +23,7 @@ RECOMPUTED = {"packing": True, "pipeline": 2, "expert": 2, "data": 2, "model": {
 REPLAYED = [
     {"expert": 2, "data": 4, "replay": "trainer"},
     {**SPLIT, "expert": 2, "data": 2, "replay": "trainer"},
-    {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
     {"packing": True, "expert": 2, "context": 2, "data": 2, "replay": "trainer"},
-    {**RECOMPUTED, "replay": "trainer"},
     {**RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
     *([] if NEWER_MEGATRON else [{**RECOMPUTED, "replay": "newest", "sabotage": "wrong micro-batch"}]),
     {"expert": 2, "data": 4, "replay": "own choice", "sabotage": "other experts"},
@@ -41,13 +37,13 @@ ROUTER_LOSSES = [
     {**GRPO, **SPLIT, "expert": 2, "data": 2},
     {**GRPO, "packing": True, "expert": 2, "context": 2, "data": 2},
     {**GRPO, "packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
-    {"algorithm": "dr_grpo_and_routers", "expert": 2, "data": 4},
-    {**DAPO, **RECOMPUTED},
     {**DAPO, **RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
     {**DAPO, "expert": 2, "data": 4, "sabotage": "local load"},
 ]
 """Losses of routers beside the policy's. The control has the load of this rank's own tokens."""
 MORE_EXPERT_LAYOUTS = [
+    {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
+    {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
     {"data": 4},
     {"expert": 2, "data": 4},
     {"expert": 4, "data": 4, "packing": True},
@@ -59,6 +55,13 @@ MORE_EXPERT_LAYOUTS = [
     {"expert": 2, "data": 4, "model": {"recompute": "selective"}},
 ]
 """Each goes with a control, whose routers score the wrong experts."""
+REPEATED = [
+    {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
+    {**RECOMPUTED, "replay": "trainer"},
+    {"algorithm": "dr_grpo_and_routers", "expert": 2, "data": 4},
+    {**DAPO, **RECOMPUTED},
+]
+"""What REPLAYED and ROUTER_LOSSES have together with more."""
 SHARDED = {"data": 4, "distributed_optimizer": True}
 Moves = list[list[dict[str, Any]]]
 MOVES: Moves = [
@@ -70,4 +73,8 @@ MORE_MOVES: Moves = [
     [{"data": 4, "expert": 2}, {"tensor": 2, "sequence": True, "data": 2}],
 ]
 """From the layout of a checkpoint to the one that resumes it."""
-EVERY_EXPERT_LAYOUT = [*MORE_EXPERT_LAYOUTS, *({**layout, "sabotage": "router"} for layout in MORE_EXPERT_LAYOUTS)]
+EVERY_EXPERT_LAYOUT = [
+    *MORE_EXPERT_LAYOUTS,
+    *({**layout, "sabotage": "router"} for layout in MORE_EXPERT_LAYOUTS),
+    *REPEATED,
+]
