@@ -58,6 +58,8 @@ class Fleet:
         """Groups, or what is left of them, that no engine has been asked for."""
         self._lines: list[deque[Sequence]] = [deque() for _ in engines]
         """What each engine has been asked for and does not run."""
+        self._with_line: set[int] = set()
+        """The engines of which that is not empty. There may be thousands, and this is asked at every sample's end."""
         self._samples, self._tokens = [0] * len(engines), [0.0] * len(engines)
         self._engine_of: dict[Sequence, int] = {}
         self._turns = itertools.count()
@@ -82,6 +84,7 @@ class Fleet:
         """Sample no further for these tickets, by number."""
         self._waiting = deque(group for group in self._waiting if _number(group[0]) not in tickets)
         self._lines = [deque(each for each in line if _number(each) not in tickets) for line in self._lines]
+        self._with_line = {index for index, line in enumerate(self._lines) if line}
         for sequence in [each for each in self._engine_of if _number(each) in tickets]:
             self._forget(sequence)
         for index, engine in enumerate(self._engines):
@@ -116,7 +119,6 @@ class Fleet:
 
     def _deal(self, now: float) -> None:
         """Give waiting groups to engines that have room for them, and start what these can run."""
-        changed = {index for index, line in enumerate(self._lines) if line}
         while self._waiting and (index := self._with_room(len(self._waiting[0]))) is not None:
             group = self._waiting.popleft()
             self._lines[index].extend(group)
@@ -124,8 +126,8 @@ class Fleet:
             for sequence in group:
                 self._engine_of[sequence] = index
                 self._tokens[index] += sequence.expected
-            changed.add(index)
-        for index in sorted(changed):
+            self._with_line.add(index)
+        for index in sorted(self._with_line):
             if self._fill(now, index):
                 self._plan(now, index)
 
@@ -143,6 +145,8 @@ class Fleet:
         while line and engine.has_room(line[0]):
             engine.start(now, line.popleft())
             started = True
+        if not line:
+            self._with_line.discard(index)
         return started
 
     def _plan(self, now: float, index: int) -> None:
@@ -157,8 +161,10 @@ class Fleet:
         if engine.plan != plan:
             return
         ended, put_back = engine.reach(now)
-        self._lines[index].extendleft(put_back)
-        if not put_back:
+        if put_back:
+            self._lines[index].extendleft(put_back)
+            self._with_line.add(index)
+        else:
             self._fill(now, index)
         self._plan(now, index)
         for sequence in ended:
@@ -175,6 +181,7 @@ class Fleet:
 
     def _fail(self, index: int, now: float) -> None:
         line, self._lines[index] = self._lines[index], deque()
+        self._with_line.discard(index)
         lost = self._engines[index].fail(now)
         self._plan(now, index)
         for sequence in (*lost, *line):

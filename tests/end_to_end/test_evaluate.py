@@ -24,7 +24,7 @@ from tests.end_to_end import runs
 
 pytestmark = pytest.mark.slow
 
-SAMPLES = 8
+SAMPLES = 4
 SETTINGS = (f"validation.samples={SAMPLES}", "rollout.max_num_seqs=32")
 
 WATCHED = """

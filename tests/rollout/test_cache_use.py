@@ -22,7 +22,7 @@ from megatron_fipo.rollout.generator import EngineGenerator
 from tests.rollout.engines import generate, problems, rollout_config, sampling, save_tiny_model, serving_pool
 
 BLOCKS, BLOCK, RESPONSE = 40, 128, 400
-GROUPS, SAMPLES = 24, 8
+GROUPS, SAMPLES = 12, 8
 
 
 @pytest.fixture(scope="module")
