@@ -6,7 +6,7 @@ default in one place, by `setting`. Validation (`checks.py`), `--help` and docs/
 
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from megatron_fipo.config.algorithm import (
     LOSS_SETTINGS,
@@ -31,9 +31,6 @@ from megatron_fipo.config.loop import (
 from megatron_fipo.config.policy import ParallelConfig, PolicySection
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.settings import section
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = [
     "LOSS_SETTINGS",
@@ -65,7 +62,7 @@ __all__ = [
 ]
 
 
-_Section = TypeVar("_Section", bound="DataclassInstance")
+_Section = TypeVar("_Section")
 
 
 @dataclass
@@ -119,4 +116,6 @@ def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
             below.setdefault(name, {})[rest] = value
         else:
             own[name] = value
-    return replace(config, **own, **{name: with_values(getattr(config, name), inner) for name, inner in below.items()})
+    own |= {name: with_values(getattr(config, name), inner) for name, inner in below.items()}
+    changed: _Section = replace(cast(Any, config), **own)
+    return changed
