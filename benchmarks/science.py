@@ -100,7 +100,8 @@ def beyond_c(run: Run) -> float | None:
 def changed_by_filter(run: Run) -> float | None:
     """Return the share of these tokens whose influence weight is another one with the filter than without.
 
-    Whether the run has the filter or not. None for a loss without influence weights.
+    Whether the run has the filter or not. None for a loss without influence weights. Tokens of responses that the loss
+    leaves out count as unchanged.
     """
     if "influence_weights_std" not in run.steps[run.last_step]:
         return None
@@ -120,7 +121,7 @@ def changed_by_filter(run: Run) -> float | None:
             ).weights
             for is_on in (True, False)
         )
-        found.append(with_filter != without)
+        found.append((with_filter != without) & (not response.facts["dropped"]))
     return float(torch.cat(found, dim=1).double().mean()) if found else None
 
 
@@ -139,6 +140,7 @@ MEASURES = (
     Measure("dual-clipped, %", over_steps("pg_clipfrac_lower"), 100, 3),
     Measure("ratio above c, %", beyond_c, 100, 3),
     Measure("f that the filter changes, %", changed_by_filter, 100, 2),
+    Measure("responses left out by the dual clip, per step", over_steps("responses_dropped"), 1, 2),
     Measure("policy KL × 10³", over_steps("ppo_kl"), 1000, 2),
     Measure("policy KL × 10³, largest step", over_steps("ppo_kl", max), 1000, 2),
     Measure("gradient norm", over_steps("grad_norm"), 1, 2),

@@ -28,7 +28,7 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 SHARED_BY_A_FOLDER = ("tests/rollout", "tests/slurm")
-"""Folders whose tests share a server or a cluster, and so a process of `make test`; others share by file at most."""
+"""Folders whose tests share a server or a cluster, and so a process of `make test`; others are dealt by file."""
 
 
 @pytest.hookimpl(optionalhook=True)

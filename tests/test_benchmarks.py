@@ -19,6 +19,7 @@ from benchmarks.quick_start import read_or_run, table
 from benchmarks.usage import Ended, run_measured
 from megatron_fipo.comparison.groups import group_runs
 from megatron_fipo.comparison.runs import find_runs
+from megatron_fipo.records.credit import COUNTS, PRODUCED
 from megatron_fipo.tracking.credit_file import credit_path, write_credit
 from megatron_fipo.tracking.metrics import METRICS_FILE
 from tests.comparison.fake_runs import make_run
@@ -142,6 +143,23 @@ class TestScience:
         recorded.credit.values["log_ratio"][:3] = np.log(10.1)
         write_credit(credit_path(place, 1), ABOUT, [recorded])
         assert science.beyond_c(run) == pytest.approx(3 / 50)
+
+    def test_what_the_filter_changes_is_counted(self, tmp_path: Path) -> None:
+        """The tokens up to the one that is left out, as far as its decayed log-ratio is not rounded away."""
+        place = self.write(tmp_path, "fipo", 1, self.HIGH, {"influence_weights_std": 0.05})
+        kept, dropped = response(1, 50), response(2, 50)
+        for each in (kept, dropped):
+            each.credit.values["log_ratio"][:] = 0.0
+            each.credit.values["log_ratio"][9] = np.log(10.1)
+        kept.credit.state[:], dropped.credit.state[:] = PRODUCED | COUNTS, PRODUCED
+        write_credit(credit_path(place, 1), ABOUT, [kept, dropped])
+        (run,) = find_runs([place])
+        assert science.changed_by_filter(run) == pytest.approx(10 / 100), (
+            "before the band, f is 10.1 at the token itself"
+        )
+        kept.credit.values["log_ratio"][9] = np.log(9.9)
+        write_credit(credit_path(place, 1), ABOUT, [kept, dropped])
+        assert science.changed_by_filter(run) == 0, "the control: with and without, it is in the sums"
 
     def test_the_first_step_that_differs_without_the_filter_is_found(self, tmp_path: Path) -> None:
         self.write(tmp_path, "fipo", 1, self.HIGH, {"loss": 0.25})

@@ -105,7 +105,10 @@ def every_setting() -> Iterator[tuple[str, Field]]:
 def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
     """Return a configuration with other values of some keys, such as "run.steps". It shares all else with `config`.
 
+    A section can be given whole, also together with keys of it.
+
     Raises:
+        AttributeError: there is no such section.
         TypeError: a section has no such key.
     """
     own: dict[str, Any] = {}
@@ -116,6 +119,7 @@ def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
             below.setdefault(name, {})[rest] = value
         else:
             own[name] = value
-    own |= {name: with_values(getattr(config, name), inner) for name, inner in below.items()}
+    for name, inner in below.items():
+        own[name] = with_values(own[name] if name in own else getattr(config, name), inner)
     changed: _Section = replace(cast(Any, config), **own)
     return changed

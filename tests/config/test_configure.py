@@ -186,8 +186,12 @@ def test_other_values_make_another_configuration() -> None:
     assert (changed.run.steps, changed.algorithm.filter_groups.surplus) == (7, "carry")
     assert before == kept != changed
     assert changed.rollout is before.rollout and changed.run.name == before.run.name
+    both = with_values(before, {"run.seed": 3, "run": changed.run})
+    assert (both.run.steps, both.run.seed) == (7, 3), "a section, and a key of it"
     with pytest.raises(TypeError, match="stepz"):
         with_values(before, {"run.stepz": 7})
+    with pytest.raises(AttributeError, match="runs"):
+        with_values(before, {"runs.steps": 7})
 
 
 @pytest.mark.parametrize(

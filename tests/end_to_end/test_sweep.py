@@ -23,15 +23,17 @@ pytestmark = pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(server: EnginePool, tmp_path: Path) -> None:
     """A sweep of two seeds, of which the first cannot write its logs. The same command again completes the sweep.
 
-    The second call is interrupted, which ends the run in progress and the sweep.
+    The second call is interrupted, which ends the run in progress, with the server that it has started, and the sweep.
     """
-    settings = [*SMALL, *runs.on(server), "parallel=single", "run.steps=1", "checkpoint.every=1", "run.seed=1,2"]
+    settings = [*SMALL, "parallel=single", "run.steps=1", "checkpoint.every=1", "run.seed=1,2"]
     command = [sys.executable, "-m", "megatron_fipo", "train", "-m", *settings, f"run.directory={tmp_path}"]
     environment = os.environ | {"FIPO_ROLLOUT_TOKEN": runs.token(server)}
     obstacle = tmp_path / "seed-1" / "logs"
     obstacle.parent.mkdir()
     obstacle.write_text("in the way")
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    first = subprocess.run(
+        [*command, *runs.on(server)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert first.returncode == 1, first.stdout + first.stderr
     lines = first.stdout.splitlines()
     assert re.match(r"\[1/2\] seed-1: failed after .*: run.directory: .* cannot be made", lines[1]), first.stdout
@@ -41,12 +43,13 @@ def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(server: EnginePool
 
     obstacle.unlink()
     again = [*command, "run.steps=1000"]
-    with subprocess.Popen(again, env=environment, stdout=subprocess.PIPE, text=True) as second:
+    with subprocess.Popen(again, stdout=subprocess.PIPE, text=True) as second:
         runs.wait_until(lambda: len(runs.rows(tmp_path / "seed-1")) > 1, "two steps", timeout_s=200)
         time.sleep(0.1)
         second.send_signal(signal.SIGINT)
         said, _ = second.communicate(timeout=60)
     assert second.returncode == 130 and "[2/2]" not in said
     assert said.splitlines()[-1].endswith(f"run.directory={tmp_path}")
+    runs.wait_until(lambda: not runs.processes_of(tmp_path), "the end of all processes", timeout_s=10)
     steps = len(runs.rows(tmp_path / "seed-1"))
     assert (tmp_path / "seed-1" / "checkpoints" / f"step-{steps:06d}").is_dir()

@@ -37,13 +37,17 @@ ROUTER_LOSSES = [
     {**GRPO, **SPLIT, "expert": 2, "data": 2},
     {**GRPO, "packing": True, "expert": 2, "context": 2, "data": 2},
     {**GRPO, "packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
+    {"algorithm": "dr_grpo_and_routers", "expert": 2, "data": 4},
     {**DAPO, **RECOMPUTED, "virtual_pipeline": 2, "replay": "trainer"},
     {**DAPO, "expert": 2, "data": 4, "sabotage": "local load"},
 ]
 """Losses of routers beside the policy's. The control has the load of this rank's own tokens."""
-MORE_EXPERT_LAYOUTS = [
+CUT_OTHERWISE = [
     {"packing": True, "pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2},
     {"expert": 2, "context": 2, "data": 2, "model": {"recompute": "full"}},
+]
+MORE_EXPERT_LAYOUTS = [
+    *CUT_OTHERWISE,
     {"data": 4},
     {"expert": 2, "data": 4},
     {"expert": 4, "data": 4, "packing": True},
@@ -58,7 +62,6 @@ MORE_EXPERT_LAYOUTS = [
 REPEATED = [
     {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "data": 2, "replay": "trainer"},
     {**RECOMPUTED, "replay": "trainer"},
-    {"algorithm": "dr_grpo_and_routers", "expert": 2, "data": 4},
     {**DAPO, **RECOMPUTED},
 ]
 """What REPLAYED and ROUTER_LOSSES have together with more."""

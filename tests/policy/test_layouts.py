@@ -21,6 +21,7 @@ from megatron_fipo.algorithm.losses import LossInputs
 from tests.algorithm.plain import plain_loss
 from tests.distributed import run_ranks
 from tests.policy.expert_layouts import (
+    CUT_OTHERWISE,
     EVERY_EXPERT_LAYOUT,
     EXPERT_LAYOUTS,
     MORE_MOVES,
@@ -99,6 +100,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 8}),
     "gemma": ("Gemma", {"head_dim": 24, "pad_token_id": None}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 24, **EXPERTS, "num_experts": 8, "num_experts_per_tok": 3}),
+    "qwen3_moe_wide": ("Qwen3Moe", {"head_dim": 32, **EXPERTS, "moe_intermediate_size": 32, "num_experts": 4}),
     "qwen3_moe_dense_first": ("Qwen3Moe", {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0, 1]}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -323,8 +325,8 @@ def test_a_checkpoint_resumes_under_another_layout_of_experts(tmp_path: Path, mo
         ("qwen3_moe", [*EXPERT_LAYOUTS, *REPLAYED, *FROM_ENGINE, *ROUTER_LOSSES]),
         pytest.param("qwen3_moe", EVERY_EXPERT_LAYOUT, marks=pytest.mark.matrix),
         pytest.param("qwen3_moe_dense_first", [FROM_ENGINE[2], *ROUTER_LOSSES], marks=pytest.mark.matrix),
-        pytest.param("qwen2_moe", EXPERT_LAYOUTS, marks=pytest.mark.matrix),
-        pytest.param("mixtral", [*EXPERT_LAYOUTS, *ROUTER_LOSSES], marks=pytest.mark.matrix),
+        pytest.param("qwen2_moe", [*EXPERT_LAYOUTS, *CUT_OTHERWISE], marks=pytest.mark.matrix),
+        pytest.param("mixtral", [*EXPERT_LAYOUTS, *CUT_OTHERWISE, *ROUTER_LOSSES], marks=pytest.mark.matrix),
     ],
     indirect=["case"],
 )

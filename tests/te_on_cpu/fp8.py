@@ -202,6 +202,14 @@ def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return gradient.reshape(-1, gradient.shape[-1]).sum(0), quantize(gradient, quantizer)
 
 
+def split_quantize(x: Tensor, splits: list[int], quantizers: list[Any]) -> list[Any]:
+    """The tokens of each expert in FP8 by themselves; an expert may have none."""
+    return [
+        quantize(part, quantizer) if len(part) else quantizer.make_empty(part.shape, dtype=part.dtype, device="cpu")
+        for part, quantizer in zip(x.split(splits), quantizers, strict=True)
+    ]
+
+
 def fp8_transpose(data: Tensor, _dtype: int, *, out: Tensor | None = None) -> Tensor:
     """The bytes of the transpose."""
     transposed = data.reshape(-1, data.shape[-1]).T.contiguous().view(data.shape[-1], *data.shape[:-1])
@@ -259,6 +267,7 @@ FUNCTIONS = {
         quantize,
         dequantize,
         bgrad_quantize,
+        split_quantize,
         fp8_transpose,
         compute_amax,
         fused_amax_and_scale_update_after_reduction,

@@ -4,6 +4,7 @@ Names, arguments and results are those of the functions that `transformer_engine
 what attention.py has for both.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def generic_gemm(
     left, right = fp8.operand(a, along_rows=transpose_a), fp8.operand(b, along_rows=not transpose_b)
     if fp8.is_quantized(a) or fp8.is_quantized(b):
         assert fp8.is_quantized(a) and fp8.is_quantized(b), "one operand is in FP8 and the other is not"
-        assert all(size % 16 == 0 for m in (left, right) for size in (m.shape[0], m[0].numel(), m.shape[-1])), (
+        assert all(size % 16 == 0 for m in (left, right) for size in (m.shape[0], prod(m.shape[1:]), m.shape[-1])), (
             f"FP8 takes dimensions that divide by 16, not {tuple(left.shape)} and {tuple(right.shape)}"
         )
     rows, columns = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
@@ -61,6 +62,45 @@ def generic_gemm(
     else:
         out = result.to(torch_dtype(out_dtype) if out_dtype is not None else a.dtype)
     return out if quantizer is None else quantizer(out), bias_gradient, None, None
+
+
+def te_general_grouped_gemm(
+    a: list[Any],
+    transpose_a: bool,
+    b: list[Any],
+    transpose_b: bool,
+    out: list[Tensor],
+    out_dtype: int,
+    splits: list[int] | None,
+    bias: list[Tensor],
+    bias_dtype: int,
+    single_output: bool,
+    _gelu_inputs: list[Tensor],
+    gradient: bool,
+    _workspaces: list[Tensor],
+    _workspace_bytes: int,
+    accumulate: bool,
+    *_: Any,
+) -> list[Tensor]:
+    """The products of all experts, as `generic_gemm` has each. `single_output`: one tensor has the rows of all."""
+    assert not any(each.numel() for each in bias), "no expert here has a bias"
+    parts = out[0].split(splits) if single_output else out
+    for left, right, part in zip(a, b, parts, strict=True):
+        generic_gemm(
+            *(left, transpose_a, right, transpose_b, part, None, out_dtype, None, bias_dtype, False, None, gradient),
+            *(None, 0, accumulate),
+        )
+    return bias
+
+
+def get_cublasLt_version() -> int:
+    """An old one, which multiplies the experts' matrices one by one."""
+    return 0
+
+
+def get_num_cublas_streams() -> int:
+    """As if one after the other."""
+    return 1
 
 
 def rmsnorm_fwd(
@@ -194,6 +234,9 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         generic_gemm,
+        te_general_grouped_gemm,
+        get_cublasLt_version,
+        get_num_cublas_streams,
         rmsnorm_fwd,
         rmsnorm_bwd,
         fused_rope_forward,

@@ -10,6 +10,7 @@ itself sends changed.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +52,30 @@ WARM = problems(4, length=CACHED_PROMPT)
 COLD = problems(5, length=CACHED_PROMPT)
 
 
+@dataclass(frozen=True)
+class Served:
+    """A model's server, and the old and the new model."""
+
+    name: str
+    pool: EnginePool
+    models: list[PreTrainedModel]
+    directory: Path
+    """The new model's files."""
+
+
 @pytest.fixture(
     scope="module",
-    params=[("mistral",), *(pytest.param((name,), marks=pytest.mark.matrix) for name in ("gemma", "qwen3_moe"))],
-    ids=lambda names: names[0],
+    params=["mistral", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("gemma", "qwen3_moe"))],
 )
-def names(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """Of the models whose servers run at the same time."""
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def models(
-    names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, list[PreTrainedModel]]]:
-    """By name an old and a new model, in directories named after it and 0 or 1."""
-    directory = tmp_path_factory.mktemp("models")
-    return directory, {
-        name: [save_tiny_model(directory / f"{name}-{seed}", seed, **MODELS[name]) for seed in range(2)]
-        for name in names
-    }
-
-
-@pytest.fixture(scope="module")
-def pools(models: tuple[Path, dict[str, list[PreTrainedModel]]]) -> Iterator[dict[str, EnginePool]]:
-    """By name, with the old model."""
-    directory, pairs = models
-    started: dict[str, EnginePool] = {}
-    try:
-        for name in pairs:
-            config = rollout_config(tensor_parallel=WORKERS[name], weight_transfer="process_group")
-            started[name] = EnginePool(config, directory / f"{name}-0", directory / f"run-{name}", seed=0)
-            started[name].start()
-        for pool in started.values():
-            pool.wait_ready()
-        yield started
-    finally:
-        for pool in started.values():
-            pool.close()
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server that has the old model."""
+    name, directory = request.param, tmp_path_factory.mktemp("models")
+    models = [save_tiny_model(directory / f"{seed}", seed, **MODELS[name]) for seed in range(2)]
+    config = rollout_config(tensor_parallel=WORKERS[name], weight_transfer="process_group")
+    with EnginePool(config, directory / "0", directory / "run", seed=0) as pool:
+        pool.start()
+        pool.wait_ready()
+        yield Served(name, pool, models, directory / "1")
 
 
 def _errors(client: EngineGenerator, model: PreTrainedModel) -> tuple[float, float]:
@@ -101,43 +88,31 @@ def _errors(client: EngineGenerator, model: PreTrainedModel) -> tuple[float, flo
     return errors[0], errors[1]
 
 
-def test_engines_hold_what_the_trainer_holds_in_shards(
-    models: tuple[Path, dict[str, list[PreTrainedModel]]], pools: dict[str, EnginePool], tmp_path: Path
-) -> None:
-    directory, pairs = models
-    clients = {name: EngineGenerator(pool) for name, pool in pools.items()}
-    for name, client in clients.items():
-        groups = generate(client, WARM, 2, sampling(), range(len(WARM)))
-        old = pairs[name][0]
-        assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
-    servers = [
-        {
-            "url": pool.servers[0].url,
-            "token": pool.headers["Authorization"].removeprefix("Bearer "),
-            "workers": WORKERS[name],
-            "parallel": LAYOUTS[name],
-            "model_dir": str(directory / f"{name}-1"),
-        }
-        for name, pool in pools.items()
-    ]
-    for server, (name, (_, new)) in zip(servers, pairs.items(), strict=True):
-        # Ranks of their own, as for a run: messages of two trainers' first updates have the same names.
-        arguments = {"server": server, "run_dir": str(tmp_path)}
-        for updates in run_ranks("tests.weights.live_ranks:publish", 4, arguments, timeout=120):
-            # A tied one counts once, and each expert's by itself.
-            named = by_stored_names(MODELS[name]["kind"], new.named_parameters())
-            right, changed, again = (update["metrics"] for update in updates)
-            assert right["weights_checked"] == len(named)
-            assert right["weights_bytes"] == sum(tensor.nbytes for tensor in named.values())
-            # The probe: the trainer's log-probs against each engine's, which no checksum can tell of.
-            assert 0 < right["probe_diff_max"] < 1e-4 and 0 < again["probe_diff_max"] < 1e-4
-            assert changed["weights_checked"] == len(named) and changed["probe_diff_max"] > 0.05
-            assert not updates[0]["warnings"] and not updates[2]["warnings"]
-            (warning,) = updates[1]["warnings"]
-            assert f"the engine at {server['url']} are not the trainer's" in warning
-    for name, client in clients.items():
-        old, new = pairs[name]
-        warm, cold = _errors(client, new)
-        assert warm < 1e-4 and cold < 1e-4
-        assert min(_errors(client, old)) > 0.5, "the two models are too alike to tell"
-        client.close()
+def test_engines_hold_what_the_trainer_holds_in_shards(served: Served, tmp_path: Path) -> None:
+    pool, (old, new), client = served.pool, served.models, EngineGenerator(served.pool)
+    groups = generate(client, WARM, 2, sampling(), range(len(WARM)))
+    assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
+    server = {
+        "url": pool.servers[0].url,
+        "token": pool.headers["Authorization"].removeprefix("Bearer "),
+        "workers": WORKERS[served.name],
+        "parallel": LAYOUTS[served.name],
+        "model_dir": str(served.directory),
+    }
+    arguments = {"server": server, "run_dir": str(tmp_path)}
+    for updates in run_ranks("tests.weights.live_ranks:publish", 4, arguments, timeout=120):
+        # A tied one counts once, and each expert's by itself.
+        named = by_stored_names(MODELS[served.name]["kind"], new.named_parameters())
+        right, changed, again = (update["metrics"] for update in updates)
+        assert right["weights_checked"] == len(named)
+        assert right["weights_bytes"] == sum(tensor.nbytes for tensor in named.values())
+        # The probe: the trainer's log-probs against each engine's, which no checksum can tell of.
+        assert 0 < right["probe_diff_max"] < 1e-4 and 0 < again["probe_diff_max"] < 1e-4
+        assert changed["weights_checked"] == len(named) and changed["probe_diff_max"] > 0.05
+        assert not updates[0]["warnings"] and not updates[2]["warnings"]
+        (warning,) = updates[1]["warnings"]
+        assert f"the engine at {server['url']} are not the trainer's" in warning
+    warm, cold = _errors(client, new)
+    assert warm < 1e-4 and cold < 1e-4
+    assert min(_errors(client, old)) > 0.5, "the two models are too alike to tell"
+    client.close()
