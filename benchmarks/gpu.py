@@ -39,11 +39,12 @@ class Part:
 
 
 SIZES = [(shape, length) for shape in ("7b", "1.5b", "0.5b") for length in ("4096", "16384")]
-LOCAL = [Part(("update", *size, "local", "off"), 120) for size in SIZES]
+LOCAL = [Part(("update", *size, "local", "off"), 120) for size in (*SIZES, ("30b_a3b", "16384"))]
 ENGINE = [
     *(Part(("update", "7b", "16384", "transformer_engine", fp8), 150) for fp8 in ("off", "tensorwise", "blockwise")),
     *(Part(("update", *size, "transformer_engine", "off"), 120) for size in SIZES if size != ("7b", "16384")),
     Part(("update", "7b", "16384", "transformer_engine", "delayed"), 150),
+    *(Part(("update", "30b_a3b", "16384", "transformer_engine", fp8), 150) for fp8 in ("off", "tensorwise")),
 ]
 PARTS = [
     Part(("ceilings",), 60),

@@ -105,7 +105,8 @@ def update(tiny: bool, shape_name: str, length: str, layers: str, precision: str
     from megatron_fipo.policy.model import start_model_parallel
 
     tokens, sequences = (256, 8) if tiny else (16_384, 4 * 16_384 // int(length))
-    shape = dataclasses.replace(SHAPES["tiny" if tiny else shape_name], micro_batch_tokens=tokens)
+    small = "tiny_moe" if SHAPES[shape_name].model_config.experts else "tiny"
+    shape = dataclasses.replace(SHAPES[small if tiny else shape_name], micro_batch_tokens=tokens)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     platform.start_process_group(60)
     fipo = configuration(shape, precision, packing=True, layers=layers)

@@ -26,6 +26,7 @@ from megatron_fipo.config import Config
 from megatron_fipo.config.configure import load_config
 from megatron_fipo.errors import FipoError
 from megatron_fipo.models.costs import attention_operations, products
+from megatron_fipo.models.experts import Experts
 from megatron_fipo.models.model_config import ModelConfig
 from megatron_fipo.policy import platform
 from megatron_fipo.policy.micro_batch import MicroBatch
@@ -66,13 +67,30 @@ def _qwen(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocabular
     )
 
 
+def _with_experts(dense: ModelConfig, head_dim: int, number: int, per_token: int) -> ModelConfig:
+    """A Qwen3 whose layers have so many experts of the dense feed-forward's width."""
+    experts = Experts(number, per_token, dense.ffn_hidden_size, normalized=True, layers=(True,) * dense.num_layers)
+    return dataclasses.replace(dense, architecture="Qwen3MoeForCausalLM", head_dim=head_dim, experts=experts)
+
+
+def with_layers(model_config: ModelConfig, layers: int) -> ModelConfig:
+    """Return the model with so many layers."""
+    experts = model_config.experts and dataclasses.replace(
+        model_config.experts, layers=(model_config.experts.layers * layers)[:layers]
+    )
+    return dataclasses.replace(model_config, num_layers=layers, experts=experts)
+
+
 SHAPES = {
     "0.5b": Shape(_qwen(24, 896, 14, 2, 4864, 151936, True), 64, 8192, 16384),
     "1.5b": Shape(_qwen(28, 1536, 12, 2, 8960, 151936, True), 64, 8192, 16384),
     # All 28 layers and their optimizer do not fit on one GPU of 80 GB. With 8 layers the output layer has a larger
     # share.
     "7b": Shape(_qwen(8, 3584, 28, 4, 18944, 152064, False), 64, 8192, 16384),
+    # As many of Qwen3-30B-A3B's 48 layers as fit with their optimizer: 43 GB of experts.
+    "30b_a3b": Shape(_with_experts(_qwen(4, 2048, 32, 4, 768, 151936, False), 128, 128, 8), 64, 8192, 16384),
     "tiny": Shape(_qwen(4, 64, 4, 2, 96, 128, True), 12, 64, 256),
+    "tiny_moe": Shape(_with_experts(_qwen(4, 64, 4, 2, 32, 128, False), 16, 4, 2), 12, 64, 256),
 }
 
 
@@ -286,7 +304,7 @@ def main() -> None:
 
 def _measure_row(name: str, layers: int, precision: str, packing: bool) -> dict[str, float]:
     shape = SHAPES[name]
-    model_config = dataclasses.replace(shape.model_config, num_layers=layers)
+    model_config = with_layers(shape.model_config, layers)
     return measure(dataclasses.replace(shape, model_config=model_config), precision, packing)
 
 

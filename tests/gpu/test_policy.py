@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("triton")]
 
 LOCAL = {"layers": "local", "dtype": "bfloat16"}
 FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
+EXPERTS: list[dict[str, Any]] = [{}, {"replay": "trainer"}, {"algorithm": "grpo_and_routers"}]
 
 
 def worst_error(case: dict[str, Any], **layout: Any) -> float:  # noqa: F811
@@ -57,6 +58,30 @@ def test_local_layers_in_bfloat16(case: dict[str, Any], packing: bool) -> None: 
 @pytest.mark.parametrize("case", ["mistral", "gemma"], indirect=True)
 def test_other_families_in_float32(case: dict[str, Any], model: dict[str, Any]) -> None:  # noqa: F811
     assert worst_error(case, model=model, packing=True, algorithm=SMOOTH) < 1e-2
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("layout", EXPERTS, ids=lambda layout: layout.get("algorithm") or layout.get("replay", "plain"))
+def test_experts_in_local_layers_in_float32(case: dict[str, Any], layout: dict[str, Any]) -> None:  # noqa: F811
+    assert worst_error(case, model={"layers": "local"}, packing=True, **layout) < 1e-4
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("packing", [True, False])
+def test_experts_of_transformer_engine_in_float32(case: dict[str, Any], packing: bool) -> None:  # noqa: F811
+    """Tokens go to transformers' choices: where TF32 takes one to another expert, its whole gradient goes elsewhere."""
+    assert worst_error(case, model=EXACT, packing=packing, algorithm=SMOOTH, replay="rollout first") < 1e-2
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize("case", ["qwen3_moe_wide"], indirect=True)
+@pytest.mark.parametrize("fp8", ["off", "tensorwise", "blockwise", "mxfp8"])
+def test_experts_of_transformer_engine_are_near_in_bfloat16_and_fp8(case: dict[str, Any], fp8: str) -> None:  # noqa: F811
+    if fp8 != "off":
+        skip_unless_it_runs(fp8)
+    layout = {"algorithm": SMOOTH, "replay": "rollout first", "packing": True}
+    assert worst_error(case, model=BF16 | {"fp8": fp8}, **layout) < (0.1 if fp8 == "off" else 0.4)
 
 
 @pytest.mark.usefixtures("transformer_engine")
