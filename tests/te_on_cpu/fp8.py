@@ -202,7 +202,7 @@ def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return gradient.reshape(-1, gradient.shape[-1]).sum(0), quantize(gradient, quantizer)
 
 
-def split_quantize(x: Tensor, splits: list[int], quantizers: list[Any]) -> list[Any]:
+def split_quantize(x: Tensor, splits: list[int], quantizers: list[Any], **_: Any) -> list[Any]:
     """The tokens of each expert in FP8 by themselves; an expert may have none."""
     return [
         quantize(part, quantizer) if len(part) else quantizer.make_empty(part.shape, dtype=part.dtype, device="cpu")
