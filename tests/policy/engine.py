@@ -22,3 +22,12 @@ def check_learns_alike(rounded: list[float], exact: list[float]) -> None:
     assert exact[-1] < 0.75 * exact[0], "there has to be something to learn"
     differences = [abs(ours - theirs) / theirs for ours, theirs in zip(rounded, exact, strict=True)]
     assert 0 < sum(differences) / len(exact) < 0.01, f"the worst is {max(differences):.3f}"
+
+
+def check_near(layouts: list[dict[str, Any]], ranks: list[Any]) -> None:
+    """Assert that what `updates_under` has returned is within bf16's or FP8's rounding of the reference."""
+    for results in ranks:
+        for layout, result in zip(layouts, results, strict=True):
+            worst, whole = (0.4, 0.2) if "fp8" in layout["model"] else (0.1, 0.04)
+            assert result["worst"] < worst, f"{layout}: {result['where']} is off by {result['worst']}"
+            assert result["whole"] < whole, layout
