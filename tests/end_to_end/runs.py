@@ -37,14 +37,9 @@ Without dynamic sampling every prompt is trained on, whatever its samples are.
 
 
 def on(server: EnginePool) -> tuple[str, ...]:
-    """The overrides of a run that samples on this server, whose `token` it needs."""
+    """The overrides of a run that samples on this server, whose token it needs."""
     address = f"rollout.addresses=[{server.servers[0].url}]"
     return ("rollout.servers=0", address, "rollout.weight_transfer=process_group")
-
-
-def token(server: EnginePool) -> str:
-    """What the server asks of its callers."""
-    return server.headers["Authorization"].removeprefix("Bearer ")
 
 
 def start(

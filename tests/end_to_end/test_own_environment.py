@@ -15,6 +15,7 @@ import pytest
 
 from megatron_fipo.engines.pool import EnginePool
 from tests.end_to_end import pages, runs
+from tests.engines.tokens import token_of
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def block(language: str) -> str:
 
 
 def run(server: EnginePool, directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return pages.run(PAGE, directory, [*SMALL, *runs.on(server), *overrides], runs.token(server))
+    return pages.run(PAGE, directory, [*SMALL, *runs.on(server), *overrides], token_of(server))
 
 
 def kept(directory: Path, name: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from megatron_fipo.assets import resolve_embedded
 from megatron_fipo.engines.pool import EnginePool
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
+from tests.engines.tokens import token_of
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ def another_rope(tmp_path: Path) -> str:
 def stopped(server: EnginePool, directory: Path, *overrides: str) -> str:
     """The output of a run on that server, which has to end with an error and without a traceback."""
     settings = [*SMALL, *runs.on(server), *overrides]
-    output = runs.finish(runs.start(directory, *settings, token=runs.token(server)), directory, exit_code=1)
+    output = runs.finish(runs.start(directory, *settings, token=token_of(server)), directory, exit_code=1)
     assert "Traceback" not in output, output
     assert output.count("error: ") == 1 and "failed first" not in output, output
     assert not runs.rows(directory), "it trained on what is wrong"

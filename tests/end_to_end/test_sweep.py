@@ -16,6 +16,7 @@ import pytest
 from megatron_fipo.engines.pool import EnginePool
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
+from tests.engines.tokens import token_of
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ def test_a_sweep_goes_on_after_a_failure_and_where_it_stopped(server: EnginePool
     """
     settings = [*SMALL, "parallel=single", "run.steps=1", "checkpoint.every=1", "run.seed=1,2"]
     command = [sys.executable, "-m", "megatron_fipo", "train", "-m", *settings, f"run.directory={tmp_path}"]
-    environment = os.environ | {"FIPO_ROLLOUT_TOKEN": runs.token(server)}
+    environment = os.environ | {"FIPO_ROLLOUT_TOKEN": token_of(server)}
     obstacle = tmp_path / "seed-1" / "logs"
     obstacle.parent.mkdir()
     obstacle.write_text("in the way")

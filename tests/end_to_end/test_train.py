@@ -37,6 +37,7 @@ from megatron_fipo.tracking.problem_files import path_of_step, read_problems
 from tests.algorithm.test_adding_a_loss import write_page
 from tests.end_to_end import runs
 from tests.end_to_end.runs import SMALL
+from tests.engines.tokens import token_of
 from tests.fake_hub import fake_hub
 
 pytestmark = pytest.mark.slow
@@ -83,7 +84,7 @@ def check_credit(directory: Path, row: dict[str, float]) -> None:
 
 
 def run_on(server: EnginePool, directory: Path, *overrides: str, environment: dict[str, str] | None = None) -> None:
-    runs.run(directory, *SMALL, *runs.on(server), *overrides, token=runs.token(server), environment=environment)
+    runs.run(directory, *SMALL, *runs.on(server), *overrides, token=token_of(server), environment=environment)
 
 
 @pytest.mark.matrix

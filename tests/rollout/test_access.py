@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from megatron_fipo.engines.access import TOKEN_VARIABLE, RequireToken
+from tests.engines.tokens import token_of
 from tests.rollout.conftest import Rollout
 
 
@@ -84,7 +85,7 @@ def test_with_the_token_it_does_answer(rollout: Rollout) -> None:
 
 @pytest.mark.slow
 def test_the_token_is_in_no_command_line_and_no_log(rollout: Rollout) -> None:
-    token = rollout.pool.headers["Authorization"].removeprefix("Bearer ")
+    token = token_of(rollout.pool)
     server = rollout.pool.servers[0]
     assert server.process is not None and server.log is not None
     root = psutil.Process(server.process.pid)

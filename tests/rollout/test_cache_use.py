@@ -63,7 +63,7 @@ def test_a_server_is_asked_for_what_its_memory_holds(small: EnginePool) -> None:
     server.cache = known
     assert by_memory == by_places
     assert too_many["kv_cache_peak"] == 1 and too_many["preemptions"] > 0.3 * GROUPS * SAMPLES, "the control"
-    assert told["preemptions"] <= 3, "of 96 sequences"
+    assert told["preemptions"] <= 0.02 * GROUPS * SAMPLES
     assert told["kv_cache_peak"] > 0.5, "memory is used"
 
 

@@ -27,6 +27,7 @@ from megatron_fipo.errors import RolloutError
 from megatron_fipo.records.sample import Group, Partial, Sample
 from megatron_fipo.rollout.generator import EngineGenerator
 from megatron_fipo.rollout.requests import Requests
+from tests.engines.tokens import token_of
 from tests.rollout.conftest import Rollout
 from tests.rollout.engines import (
     MAX_PROMPT,
@@ -130,7 +131,7 @@ def test_a_server_that_is_slow_to_start_is_named_with_its_log(tmp_path: Path) ->
 @pytest.mark.slow
 def test_adopting_a_server_needs_its_token_and_its_layout(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     url = rollout.pool.servers[0].url
-    token = rollout.pool.headers["Authorization"].removeprefix("Bearer ")
+    token = token_of(rollout.pool)
     nowhere = Path("nowhere")
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
@@ -213,7 +214,7 @@ def node(tmp_path: Path, rollout: Rollout) -> Iterator[psutil.Process]:
     overrides = {"model.path": tmp_path / "model", "run.directory": tmp_path / "run", "cluster.gpus_per_node": 1}
     overrides |= {f"rollout.{key}": getattr(rollout.pool.config, key) for key in ("dtype", "enforce_eager")}
     overrides |= {"rollout.max_prompt_length": MAX_PROMPT, "rollout.max_response_length": MAX_RESPONSE}
-    token = rollout.pool.headers["Authorization"].removeprefix("Bearer ")
+    token = token_of(rollout.pool)
     with (tmp_path / "node.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_fipo.launch.rollout_node", *(f"{k}={v}" for k, v in overrides.items())],
@@ -247,7 +248,7 @@ def test_servers_of_others_are_left_out_and_taken_back(
     are long, since this process may read what a server has sent long after that.
     """
     monkeypatch.setattr(watch_module, "WATCH_EVERY_S", 0.5)
-    monkeypatch.setenv(TOKEN_VARIABLE, rollout.pool.headers["Authorization"].removeprefix("Bearer "))
+    monkeypatch.setenv(TOKEN_VARIABLE, token_of(rollout.pool))
     steady, fragile = rollout.pool.servers[0].url, (tmp_path / "localhost").read_text()
     config = rollout_config(addresses=[fragile, steady], hang_timeout_s=5.0, stream_tokens=4)
     adopted = EnginePool(config, Path("nowhere"), Path("nowhere"), seed=0)

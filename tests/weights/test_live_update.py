@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from megatron_fipo.engines.pool import EnginePool
 from megatron_fipo.rollout.generator import EngineGenerator
 from tests.distributed import run_ranks
+from tests.engines.tokens import token_of
 from tests.rollout.engines import (
     CACHED_PROMPT,
     generate,
@@ -94,7 +95,7 @@ def test_engines_hold_what_the_trainer_holds_in_shards(served: Served, tmp_path:
     assert max(log_prob_error(old, g.problem.token_ids, r) for g in groups for r in g.samples) < 1e-4
     server = {
         "url": pool.servers[0].url,
-        "token": pool.headers["Authorization"].removeprefix("Bearer "),
+        "token": token_of(pool),
         "workers": WORKERS[served.name],
         "parallel": LAYOUTS[served.name],
         "model_dir": str(served.directory),

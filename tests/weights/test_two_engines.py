@@ -31,6 +31,7 @@ from megatron_fipo.weights.local_senders import Senders
 from megatron_fipo.weights.publisher import SharedGpu, WeightPublisher
 from megatron_fipo.weights.transport_records import WorkerPlace
 from megatron_fipo.weights.transports import make_transport
+from tests.engines.tokens import token_of
 from tests.rollout.engines import VOCABULARY, rollout_config, save_tiny_model
 from tests.weights.whole import WholeWeights
 
@@ -100,7 +101,7 @@ def test_the_engine_with_a_changed_tensor_is_named(
     assert len(found) == 2 and max(found.values()) < 1e-4
     wrong, right = engines.pool.servers
     # Somebody else hands one of them another tensor, under the same version.
-    monkeypatch.setenv(TOKEN_VARIABLE, engines.pool.headers["Authorization"].removeprefix("Bearer "))
+    monkeypatch.setenv(TOKEN_VARIABLE, token_of(engines.pool))
     config = rollout_config(weight_transfer="shared_memory", servers=0, addresses=[wrong.url])
     other = EnginePool(config, Path(), tmp_path, seed=0)
     other.wait_ready()
